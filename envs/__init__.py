@@ -1,0 +1,32 @@
+"""Environments over a batched simulator of ResQ-quantized perception."""
+
+from resq_rl.envs.actions import DEFAULT_THRESHOLDS, ActionKind, ActionScheme, Agents
+from resq_rl.envs.batched import BatchedEnvironment, EpisodeSettings, Transition
+from resq_rl.envs.clips import AccuracySource, ClipStore, ErrorWeighting
+from resq_rl.envs.measure import FrameView, Measurement, Policy, frames_of, measure
+from resq_rl.envs.observation import FRAME_FEATURES, Observation, region_features
+from resq_rl.envs.simulator import Decision, FrameResult, Simulator
+
+__all__ = [
+    "DEFAULT_THRESHOLDS",
+    "FRAME_FEATURES",
+    "AccuracySource",
+    "ActionKind",
+    "ActionScheme",
+    "Agents",
+    "BatchedEnvironment",
+    "ClipStore",
+    "Decision",
+    "EpisodeSettings",
+    "ErrorWeighting",
+    "FrameResult",
+    "FrameView",
+    "Measurement",
+    "Observation",
+    "Policy",
+    "Simulator",
+    "Transition",
+    "frames_of",
+    "measure",
+    "region_features",
+]

@@ -1,0 +1,156 @@
+"""How numbers chosen by an agent become a decision, and which view of the observation the agent gets."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from resq_rl.envs.observation import FRAME_FEATURES, Observation, region_features
+from resq_rl.envs.simulator import Decision
+from resq_rl.errors import PolicyError, SettingsError
+from resq_rl.quantization import DEFAULT_KAPPA, LevelField, ThresholdField
+
+__all__ = ["DEFAULT_THRESHOLDS", "ActionKind", "ActionScheme", "Agents"]
+
+ActionKind = Literal["frame_bits", "region_bits", "region_thresholds"]
+Agents = Literal["frame", "region"]
+
+# From "quantize nearly everything finely" to "skip"; neighbours differ by a factor of about 1.5.
+DEFAULT_THRESHOLDS = (0.1, 0.2, 0.3, 0.45, 0.7, 1.0, 1.5, 2.2, 3.3, 5.0, 10.0, 100.0)
+
+
+@dataclass(frozen=True)
+class ActionScheme:
+    """The discrete actions of one agent.
+
+    Attributes:
+        kind: "frame_bits" (a level per layer group), "region_bits" (a level per region) or "region_thresholds" (a threshold
+            index per region, from which levels follow per pixel).
+        agents: "frame", one agent decides for the whole frame and for the keyframe; or "region", every region is an agent
+            that decides for itself, and keyframes follow a fixed interval.
+        groups, grid, levels: layer groups, regions (rows, columns) and number of levels of the model.
+        by_group: whether a region's choice is made for each layer group on its own.
+        thresholds, kappa: values behind threshold indices, and the multipliers of the rule.
+    """
+
+    kind: ActionKind
+    agents: Agents
+    groups: int
+    grid: tuple[int, int]
+    levels: int = 4
+    by_group: bool = True
+    thresholds: tuple[float, ...] = DEFAULT_THRESHOLDS
+    kappa: tuple[float, ...] = DEFAULT_KAPPA
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(ActionKind) or self.agents not in get_args(Agents):
+            raise SettingsError(
+                f"Unknown action kind {self.kind!r} or agents {self.agents!r}: kinds are {get_args(ActionKind)}, "
+                f"agents {get_args(Agents)}."
+            )
+        if self.kind == "frame_bits" and self.agents == "region":
+            raise SettingsError("frame_bits decides for the whole frame: use agents='frame', or a region action.")
+        if list(self.thresholds) != sorted(self.thresholds) or min(self.thresholds, default=-1) <= 0:
+            raise SettingsError(f"thresholds must be positive and ascending, got {list(self.thresholds)}.")
+
+    @property
+    def regions(self) -> int:
+        """Regions of the grid."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def agents_per_clip(self) -> int:
+        """How many agents act on each clip."""
+        return self.regions if self.agents == "region" else 1
+
+    @property
+    def choices(self) -> int:
+        """Number of values of each decision: thresholds or levels."""
+        return len(self.thresholds) if self.kind == "region_thresholds" else self.levels
+
+    @property
+    def nvec(self) -> tuple[int, ...]:
+        """Sizes of the multi-discrete action; for a frame agent the last of 2 is the keyframe decision."""
+        per_region = self.groups if self.by_group else 1
+        if self.agents == "region":
+            return (self.choices,) * per_region
+        count = self.groups if self.kind == "frame_bits" else self.regions * per_region
+        return (*(self.choices,) * count, 2)
+
+    @property
+    def observation_size(self) -> int:
+        """Length of one agent's observation."""
+        return len(self.feature_names)
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """Name of each number an agent observes."""
+        region = region_features(self.groups)
+        if self.agents == "region":
+            return region + FRAME_FEATURES
+        if self.kind == "frame_bits":
+            return (*(f"mean_{n}" for n in region), *(f"max_{n}" for n in region), *FRAME_FEATURES)
+        cells = [(r, c) for r in range(self.grid[0]) for c in range(self.grid[1])]
+        return (*(f"{n}[{r},{c}]" for r, c in cells for n in region), *FRAME_FEATURES)
+
+    def observe(self, observation: Observation) -> Float[np.ndarray, "agents n"]:
+        """Each agent's view, clip by clip and region by region."""
+        if self.agents == "region":
+            view = observation.per_region().flatten(0, 2)
+        else:
+            view = observation.per_frame() if self.kind == "frame_bits" else observation.whole()
+        array: np.ndarray = view.numpy()
+        return array
+
+    def decide(self, actions: Int[np.ndarray, "agents k"], due: Bool[Tensor, " b"] | None = None) -> Decision:
+        """The decision that the agents' actions make together.
+
+        Args:
+            actions: one row per agent, in the order of `observe`.
+            due: for region agents, which clips are due a keyframe.
+
+        Raises:
+            PolicyError: the actions have another shape or are out of range.
+        """
+        chosen = torch.as_tensor(np.asarray(actions))
+        self._check(chosen)
+        if self.agents == "region":
+            clips = len(chosen) // self.regions
+            table = chosen.view(clips, *self.grid, -1).permute(0, 3, 1, 2)
+            refresh = torch.zeros(clips, dtype=torch.bool) if due is None else due
+        else:
+            clips, refresh, table = len(chosen), chosen[:, -1] == 1, chosen[:, :-1]
+            if self.kind == "frame_bits":
+                table = table[:, :, None, None]
+            else:
+                table = table.view(clips, *self.grid, -1).permute(0, 3, 1, 2)
+        table = table.expand(-1, self.groups, -1, -1).long()
+        if self.kind == "region_thresholds":
+            return Decision(refresh, ThresholdField(torch.tensor(self.thresholds)[table], self.kappa))
+        return Decision(refresh, LevelField(table))
+
+    def _check(self, actions: Tensor) -> None:
+        nvec = torch.tensor(self.nvec)
+        if actions.dim() != 2 or actions.shape[1] != len(nvec) or len(actions) % self.agents_per_clip:
+            raise PolicyError(
+                f"Actions must have shape (agents, {len(nvec)}) with {self.agents_per_clip} agents per clip, "
+                f"got {tuple(actions.shape)}."
+            )
+        if bool((actions < 0).any()) or bool((actions >= nvec).any()):
+            raise PolicyError(f"Actions must lie in 0..nvec-1 with nvec {list(self.nvec)}.")
+
+    def uniform_action(self, choice: int | Sequence[int]) -> Int[np.ndarray, " k"]:
+        """The action of one agent that makes the same choice (or one per layer group) everywhere, without a keyframe."""
+        single = isinstance(choice, int)
+        per_group = [int(choice)] * self.groups if single else [int(c) for c in choice]  # type: ignore[arg-type, union-attr]
+        if self.agents == "region":
+            values = per_group if self.by_group else per_group[:1]
+        elif self.kind == "frame_bits":
+            values = [*per_group, 0]
+        else:
+            values = [*(per_group if self.by_group else per_group[:1]) * self.regions, 0]
+        return np.array(values, dtype=np.int64)

@@ -1,0 +1,114 @@
+"""What a policy sees before a frame runs: only what a device has by then."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from resq_rl.quantization.fields import cells_of
+
+__all__ = ["FRAME_FEATURES", "Observation", "pool_mean", "region_features"]
+
+FRAME_FEATURES = (
+    "keyframe_age",  # frames since the keyframe / 64, at most 1
+    "trade_off",  # position of lambda in its range, on a log scale
+    "budget_left",  # share of the clip's budget of BOPs that is left; 1 without a budget
+    "residual_mean",  # square root of the mean pixel residual of the frame
+    "foreground_share",  # share of the last output's pixels that are not class 0
+)
+_REGION_FEATURES = (
+    "residual_mean",  # square root of the mean absolute pixel residual against the reference frame
+    "residual_max",  # largest absolute pixel residual
+    "drift_mean",  # square root of the mean absolute pixel difference to the last keyframe
+    "residual_around",  # residual_mean over the region and its eight neighbours
+    "uncertainty",  # mean uncertainty of the last output
+    "boundary",  # share of the last output's pixels that differ from the next pixel right or below
+    "boundary_around",  # boundary over the region and its eight neighbours
+    "foreground",  # share of the last output's pixels that are not class 0
+    "texture",  # square root of the mean absolute difference of neighbouring pixels' luminance
+)
+
+
+def region_features(groups: int) -> tuple[str, ...]:
+    """Names of a region's features by index; the last are the share of W8A8 spent there last, one per layer group."""
+    return _REGION_FEATURES + tuple(f"spent_group{g}" for g in range(groups))
+
+
+@dataclass(frozen=True)
+class Observation:
+    """The observation of a batch of clips, all values in [0, 1].
+
+    Attributes:
+        regions: features of `region_features(groups)` by clip and region.
+        frame: features of `FRAME_FEATURES` by clip.
+    """
+
+    regions: Float[Tensor, "b gh gw f"]
+    frame: Float[Tensor, "b k"]
+
+    def per_region(self) -> Float[Tensor, "b gh gw n"]:
+        """Region features followed by the frame's, for agents that see one region."""
+        frame = self.frame[:, None, None].expand(*self.regions.shape[:3], -1)
+        return torch.cat([self.regions, frame], -1)
+
+    def per_frame(self) -> Float[Tensor, "b n"]:
+        """Mean and maximum of the region features over the regions, followed by the frame's."""
+        flat = self.regions.flatten(1, 2)
+        return torch.cat([flat.mean(1), flat.amax(1), self.frame], 1)
+
+    def whole(self) -> Float[Tensor, "b n"]:
+        """All region features, row by row, followed by the frame's."""
+        return torch.cat([self.regions.flatten(1), self.frame], 1)
+
+
+def pool_mean(x: Float[Tensor, "b h w"], grid: tuple[int, int]) -> Float[Tensor, "b gh gw"]:
+    """Mean over each region of the grid."""
+    (h, w), (gh, gw) = (x.shape[1], x.shape[2]), grid
+    if h % gh == 0 and w % gw == 0:
+        return x.unflatten(2, (gw, -1)).mean(3).unflatten(1, (gh, -1)).mean(2)
+    rows, columns = cells_of(h, gh)[1].to(x.device), cells_of(w, gw)[1].to(x.device)
+    return (rows / rows.sum(1, keepdim=True)) @ x @ (columns / columns.sum(1, keepdim=True)).T
+
+
+def pool_max(x: Float[Tensor, "b h w"], grid: tuple[int, int]) -> Float[Tensor, "b gh gw"]:
+    """Maximum over each region of the grid (adaptive windows where the grid does not divide the size)."""
+    (h, w), (gh, gw) = (x.shape[1], x.shape[2]), grid
+    if h % gh == 0 and w % gw == 0:
+        return x.unflatten(2, (gw, -1)).amax(3).unflatten(1, (gh, -1)).amax(2)
+    return torch.nn.functional.adaptive_max_pool2d(x[:, None], grid)[:, 0]
+
+
+def around(x: Float[Tensor, "b gh gw"]) -> Float[Tensor, "b gh gw"]:
+    """Mean over each region and its neighbours."""
+    return torch.nn.functional.avg_pool2d(x[:, None], 3, 1, 1, count_include_pad=False)[:, 0]
+
+
+def difference(a: UInt8[Tensor, "b 3 h w"], b: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b h w"]:
+    """Largest absolute difference over the channels, in 0..1."""
+    # |a - b| in unsigned bytes, without widening: max - min of the pair.
+    return (torch.maximum(a, b) - torch.minimum(a, b)).amax(1).float().div_(255.0)
+
+
+def output_features(
+    prediction: UInt8[Tensor, "b h w"], uncertainty: Float[Tensor, "b u v"], grid: tuple[int, int]
+) -> Float[Tensor, "b gh gw 3"]:
+    """Uncertainty, boundary density and foreground share of an output."""
+    edge = torch.zeros(prediction.shape, dtype=torch.bool, device=prediction.device)
+    edge[:, :, :-1] |= prediction[:, :, 1:] != prediction[:, :, :-1]
+    edge[:, :-1] |= prediction[:, 1:] != prediction[:, :-1]
+    parts = [
+        pool_mean(uncertainty, grid),
+        pool_mean(edge.float(), grid),
+        pool_mean((prediction != 0).float(), grid),
+    ]
+    return torch.stack(parts, -1)
+
+
+def frame_texture(frame: UInt8[Tensor, "b 3 h w"], grid: tuple[int, int]) -> Float[Tensor, "b gh gw"]:
+    """Square root of the mean absolute difference of neighbouring pixels (green stands for luminance)."""
+    green = frame[:, 1].float().div_(255.0)
+    step = torch.zeros_like(green)
+    step[:, :, :-1] += (green[:, :, 1:] - green[:, :, :-1]).abs_()
+    step[:, :-1] += (green[:, 1:] - green[:, :-1]).abs_()
+    return pool_mean(step.mul_(0.5), grid).clamp_(0, 1).sqrt_()

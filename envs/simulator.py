@@ -1,0 +1,263 @@
+"""The batched simulator under every environment: B clips step in one forward pass."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int64, UInt8
+from torch import Tensor
+
+from resq_rl.envs.clips import ClipStore
+from resq_rl.envs.observation import (
+    Observation,
+    around,
+    difference,
+    frame_texture,
+    output_features,
+    pool_max,
+    pool_mean,
+)
+from resq_rl.errors import PolicyError, SettingsError
+from resq_rl.perception import Segmentation
+from resq_rl.quantization import Field, FrameCost, LevelField, Reference, ResQModel, StreamState, to_float
+
+__all__ = ["Decision", "FrameResult", "Simulator"]
+
+LONGEST_AGE = 64
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one frame of each clip shall run as: a keyframe where `refresh`, else a residual under `field`."""
+
+    refresh: Bool[Tensor, " b"]
+    field: Field
+
+
+@dataclass(frozen=True)
+class FrameResult:
+    """What one frame of each clip gave.
+
+    Attributes:
+        prediction: predicted classes.
+        error: mean cost of the errors by region, weighted by the clip store's error table; 0 is perfect.
+        cost: exact BOPs; `share` is them by region as a share of the region's W8A8 BOPs.
+        share: BOPs by region / (W8A8 BOPs of the frame / regions), so that its mean is the frame's share of W8A8.
+        clip: index of each slot's clip in the store.
+        last: whether it was the last frame of its clip.
+    """
+
+    prediction: UInt8[Tensor, "b h w"]
+    error: Float[Tensor, "b gh gw"]
+    cost: FrameCost
+    share: Float[Tensor, "b gh gw"]
+    clip: Int64[Tensor, " b"]
+    last: Bool[Tensor, " b"]
+
+    def reward(self, trade_off: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """Frame reward: accuracy (1 - mean error) minus lambda times the share of W8A8 BOPs."""
+        return 1 - self.error.mean((1, 2)) - trade_off * self.share.mean((1, 2))
+
+    def region_reward(self, trade_off: Float[Tensor, " b"]) -> Float[Tensor, "b gh gw"]:
+        """Local reward of each region; its mean over the regions is the frame's reward."""
+        return 1 - self.error - trade_off[:, None, None] * self.share
+
+
+class Simulator:
+    """Steps B clips through a calibrated model and keeps what observations need.
+
+    Args:
+        model: a calibrated `ResQModel`.
+        task: turns outputs into predictions.
+        store: the clips.
+        slots: clips that step together (B).
+        grid: rows and columns of regions.
+        reference: what residuals are taken against.
+        trade_off_range: range of lambda, for scaling it in the observation.
+        budget: BOPs a clip may spend per frame, as a share of W8A8, or None; only observed, never enforced.
+
+    Raises:
+        SettingsError: a grid finer than the frame, no slots, or an impossible range.
+    """
+
+    def __init__(
+        self,
+        model: ResQModel,
+        task: Segmentation,
+        store: ClipStore,
+        *,
+        slots: int,
+        grid: tuple[int, int] = (6, 10),
+        reference: Reference = "previous",
+        trade_off_range: tuple[float, float] = (0.05, 1.0),
+        budget: float | None = None,
+    ) -> None:
+        height, width = store.clips[0].size
+        if not (1 <= grid[0] <= height and 1 <= grid[1] <= width):
+            raise SettingsError(f"grid must be 1x1 to {height}x{width} regions (the frame's pixels), got {grid}.")
+        if (height, width) != model.frame_size:
+            raise SettingsError(
+                f"Clips of {height}x{width} do not fit a model wrapped for {model.frame_size}: give both one size."
+            )
+        if slots < 1:
+            raise SettingsError(f"At least one clip must step at a time, got {slots}.")
+        if not 0 < trade_off_range[0] <= trade_off_range[1]:
+            raise SettingsError(f"The range of lambda must be positive and ascending, got {trade_off_range}.")
+        self.model, self.task, self.store = model, task, store
+        self.slots, self.grid, self.budget = slots, grid, budget
+        self.trade_off_range = trade_off_range
+        self.reference_bops = model.reference_bops()
+        self.state: StreamState = model.new_state(slots, reference)
+        self.clip = torch.zeros(slots, dtype=torch.int64)
+        self.time = torch.zeros(slots, dtype=torch.int64)  # index of the frame that runs next
+        self.length = torch.zeros(slots, dtype=torch.int64)
+        self.trade_off = torch.full((slots,), trade_off_range[0])
+        self.spent = torch.zeros(slots, dtype=torch.float64)
+        self._full = LevelField.constant(0, slots, self.groups, grid)
+        self._frame = torch.zeros(slots, 3, height, width, dtype=torch.uint8)
+        self._reference_frame, self._key_frame = self._frame.clone(), self._frame.clone()
+        self._output = torch.zeros(slots, *grid, 3)
+        self._spent_there = torch.zeros(slots, *grid, self.groups)
+        self._group_bops = self._reference_bops_by_group()
+
+    @property
+    def groups(self) -> int:
+        """Number of layer groups."""
+        return len(self.model.groups)
+
+    @property
+    def reference(self) -> Reference:
+        """What residuals are taken against."""
+        return self.state.reference
+
+    @property
+    def age(self) -> Int64[Tensor, " b"]:
+        """Frames since each slot's keyframe."""
+        return self.state.age
+
+    def _reference_bops_by_group(self) -> Float64[Tensor, " g"]:
+        macs = torch.tensor([float(site.macs) for site in self.model.sites], dtype=torch.float64)
+        total = torch.zeros(self.groups, dtype=torch.float64).index_add_(0, self.model.group_of_site, macs)
+        return total / macs.sum() * self.reference_bops
+
+    # Episodes --------------------------------------------------------------------------------------------------------
+
+    def start(
+        self, slots: Sequence[int], clips: Sequence[int], trade_off: Sequence[float] | None = None
+    ) -> FrameResult:
+        """Begin clips in some slots: frame 0 runs as the forced keyframe.
+
+        Returns:
+            The keyframes' results, one row per slot started.
+        """
+        rows = torch.tensor(list(slots), dtype=torch.int64)
+        self.clip[rows] = torch.tensor(list(clips), dtype=torch.int64)
+        self.time[rows] = 0
+        self.spent[rows] = 0
+        self.length[rows] = torch.tensor([len(self.store.clips[c]) for c in clips], dtype=torch.int64)
+        if trade_off is not None:
+            self.trade_off[rows] = torch.tensor(list(trade_off), dtype=torch.float32)
+        fresh = self.model.new_state(len(rows), self.reference)
+        frames = self._frames(rows)
+        refresh = torch.ones(len(rows), dtype=torch.bool)
+        field = LevelField.constant(0, len(rows), self.groups, self.grid)
+        raw, cost = self.model.step(to_float(frames.to(self.model.device)), fresh, refresh, field)
+        self.state.put(rows, fresh)
+        self._frame[rows] = frames
+        return self._finish(rows, raw, cost)
+
+    def step(self, decision: Decision) -> FrameResult:
+        """Run the next frame of every slot.
+
+        Raises:
+            PolicyError: the decision does not fit, or a slot's clip is over and was not started anew.
+        """
+        if bool((self.time >= self.length).any()):
+            over = torch.nonzero(self.time >= self.length)[:, 0].tolist()
+            raise PolicyError(f"The clips of slots {over} are over: call start() for them (reset the environment).")
+        rows = torch.arange(self.slots)
+        self._frame = self._frames(rows)
+        frames = to_float(self._frame.to(self.model.device))
+        raw, cost = self.model.step(frames, self.state, decision.refresh, decision.field)
+        return self._finish(rows, raw, cost)
+
+    def _frames(self, rows: Tensor) -> UInt8[Tensor, "n 3 h w"]:
+        return torch.stack(
+            [
+                self.store.clips[c].frames[t]
+                for c, t in zip(self.clip[rows].tolist(), self.time[rows].tolist(), strict=True)
+            ]
+        )
+
+    def _finish(self, rows: Tensor, raw: object, cost: FrameCost) -> FrameResult:
+        clips, times = self.clip[rows], self.time[rows]
+        output = self.task.output(raw, self.model.frame_size)
+        prediction = self.task.predict(output).cpu()
+        target = torch.stack([self.store.targets[c][t] for c, t in zip(clips.tolist(), times.tolist(), strict=True)])
+        error = pool_mean(self._error_map(prediction, target), self.grid)
+        regions = self.grid[0] * self.grid[1]
+        share = (cost.per_region * (regions / self.reference_bops)).float()
+        by_group = cost.per_group(self.model.group_of_site, self.groups)
+        spent = (by_group / self._group_bops[:, None, None] * regions).float()
+        self._spent_there[rows] = spent.permute(0, 2, 3, 1).clamp_(0, 1)
+        self._output[rows] = output_features(prediction, self.task.uncertainty(output).cpu(), self.grid)
+        self.spent[rows] += cost.total / self.reference_bops
+        key = rows[cost.keyframe]
+        self._key_frame[key] = self._frame[key]
+        moved = rows if self.reference == "previous" else key
+        self._reference_frame[moved] = self._frame[moved]
+        self.time[rows] += 1
+        return FrameResult(prediction, error, cost, share, clips.clone(), self.time[rows] >= self.length[rows])
+
+    def _error_map(self, prediction: UInt8[Tensor, "b h w"], target: UInt8[Tensor, "b h w"]) -> Float[Tensor, "b h w"]:
+        classes = self.task.classes
+        table = torch.zeros(256, classes)  # rows beyond the classes are ignored pixels and cost nothing
+        table[:classes] = self.store.error_table
+        return table.flatten()[target.int() * classes + prediction.int()]
+
+    # Observation -----------------------------------------------------------------------------------------------------
+
+    def observe(self) -> Observation:
+        """The observation before each slot's next frame; after a clip's end, of its last frame once more."""
+        rows = torch.arange(self.slots)
+        time = torch.minimum(self.time, self.length - 1)
+        frame = torch.stack(
+            [self.store.clips[c].frames[t] for c, t in zip(self.clip.tolist(), time.tolist(), strict=True)]
+        )
+        residual = difference(frame, self._reference_frame)
+        residual_mean = pool_mean(residual, self.grid).sqrt_()
+        drift = (
+            residual_mean
+            if self.reference == "keyframe"
+            else pool_mean(difference(frame, self._key_frame), self.grid).sqrt_()
+        )
+        boundary = self._output[rows, ..., 1]
+        parts = [
+            residual_mean,
+            pool_max(residual, self.grid),
+            drift,
+            around(residual_mean),
+            self._output[..., 0],
+            boundary,
+            around(boundary),
+            self._output[..., 2],
+            frame_texture(frame, self.grid),
+        ]
+        regions = torch.cat([torch.stack(parts, -1), self._spent_there], -1).clamp_(0, 1)
+        return Observation(regions, self._frame_features(residual))
+
+    def _frame_features(self, residual: Float[Tensor, "b h w"]) -> Float[Tensor, "b k"]:
+        low, high = (math.log(v) for v in self.trade_off_range)
+        position = (self.trade_off.log() - low) / (high - low) if high > low else torch.zeros(self.slots)
+        budget = torch.ones(self.slots)
+        if self.budget is not None:
+            budget = (1 - self.spent / (self.budget * self.length)).float()
+        parts = [
+            self.age.clamp(0, LONGEST_AGE) / LONGEST_AGE,
+            position,
+            budget,
+            residual.mean((1, 2)).sqrt_(),
+            self._output[..., 2].mean((1, 2)),
+        ]
+        return torch.stack(parts, 1).clamp_(0, 1)

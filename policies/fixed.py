@@ -1,0 +1,139 @@
+"""Policies that decide without looking at the observation."""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from resq_rl.envs import Decision, FrameView
+from resq_rl.errors import PolicyError
+from resq_rl.quantization import DEFAULT_KAPPA, LevelField, Reference, ThresholdField
+
+__all__ = ["DynamicResQ", "GroupThresholds", "PerFrame", "RandomLevels", "SkipGate", "StaticResQ", "periodic"]
+
+
+def periodic(view: FrameView, interval: int) -> Bool[Tensor, " b"]:
+    """Which clips are due a keyframe, with one every `interval` frames; 0 means only the first frame."""
+    if interval == 0:
+        return torch.zeros(view.clips, dtype=torch.bool)
+    return view.age + 1 >= interval
+
+
+@dataclass(frozen=True)
+class _Free:
+    """A policy that costs nothing to run and is the same for every trade-off."""
+
+    reference: Reference = "previous"
+    interval: int = 8
+    trade_off: float = field(default=1.0, init=False, repr=False)
+    macs: int = field(default=0, init=False, repr=False)
+    bits: int = field(default=8, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.interval < 0:
+            raise PolicyError(f"The keyframe interval must be 0 (first frame only) or more, got {self.interval}.")
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """Fields that identify the policy."""
+        return {"reference": self.reference, "interval": self.interval}
+
+
+@dataclass(frozen=True)
+class PerFrame(_Free):
+    """Every frame is a keyframe: per-frame quantization, W8A8 under the default configuration."""
+
+    interval: int = 1
+
+    def decide(self, view: FrameView) -> Decision:
+        """Refresh everywhere."""
+        field = LevelField.constant(0, view.clips, view.groups)
+        return Decision(torch.ones(view.clips, dtype=torch.bool), field)
+
+
+@dataclass(frozen=True)
+class StaticResQ(_Free):
+    """Static ResQ: a keyframe every `interval` frames, the same level everywhere in between."""
+
+    level: int = 2
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """Fields that identify the policy."""
+        return super().settings | {"level": self.level}
+
+    def decide(self, view: FrameView) -> Decision:
+        """The same level everywhere."""
+        return Decision(periodic(view, self.interval), LevelField.constant(self.level, view.clips, view.groups))
+
+
+@dataclass(frozen=True)
+class DynamicResQ(_Free):
+    """Dynamic ResQ (arXiv 2308.09511): levels per pixel and layer from the residual's magnitude, one tau for all."""
+
+    tau: float = 1.0
+    kappa: tuple[float, ...] = DEFAULT_KAPPA
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """Fields that identify the policy."""
+        return super().settings | {"tau": self.tau, "kappa": list(self.kappa)}
+
+    def decide(self, view: FrameView) -> Decision:
+        """One threshold everywhere."""
+        thresholds = ThresholdField.constant(self.tau, view.clips, view.groups, kappa=self.kappa)
+        return Decision(periodic(view, self.interval), thresholds)
+
+
+@dataclass(frozen=True)
+class SkipGate(_Free):
+    """A gate between nothing and the most bits at each pixel, as in Skip-Convolutions (arXiv 2104.11487)."""
+
+    tau: float = 1.0
+    levels: int = 4
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """Fields that identify the policy."""
+        return super().settings | {"tau": self.tau}
+
+    def decide(self, view: FrameView) -> Decision:
+        """All thresholds in one place: a pixel is skipped or takes the finest level."""
+        gate = ThresholdField.constant(self.tau, view.clips, view.groups, kappa=(1.0,) * (self.levels - 1))
+        return Decision(periodic(view, self.interval), gate)
+
+
+@dataclass(frozen=True)
+class GroupThresholds(_Free):
+    """Static thresholds, one per layer group."""
+
+    taus: tuple[float, ...] = ()
+    kappa: tuple[float, ...] = DEFAULT_KAPPA
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """Fields that identify the policy."""
+        return super().settings | {"taus": list(self.taus), "kappa": list(self.kappa)}
+
+    def decide(self, view: FrameView) -> Decision:
+        """The same thresholds in every region and frame."""
+        if len(self.taus) != view.groups:
+            raise PolicyError(f"{view.groups} layer groups need as many thresholds, got {len(self.taus)}.")
+        taus = torch.tensor(self.taus)[None, :, None, None].expand(view.clips, -1, 1, 1)
+        return Decision(periodic(view, self.interval), ThresholdField(taus, self.kappa))
+
+
+class RandomLevels(_Free):
+    """A level drawn at random for every layer group and region, refreshed with the keyframe interval."""
+
+    def __init__(self, levels: int, seed: int = 0, interval: int = 8, reference: Reference = "previous") -> None:
+        super().__init__(reference, interval)
+        object.__setattr__(self, "levels", levels)
+        object.__setattr__(self, "_generator", torch.Generator().manual_seed(seed))
+
+    def decide(self, view: FrameView) -> Decision:
+        """Uniform over the levels."""
+        shape = (view.clips, view.groups, *view.grid)
+        levels = torch.randint(self.levels, shape, generator=self._generator)  # type: ignore[attr-defined]
+        return Decision(periodic(view, self.interval), LevelField(levels))

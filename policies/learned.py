@@ -1,0 +1,173 @@
+"""A trained policy as it is deployed: a small quantized network, its action scheme and the setting it was trained for."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from resq_rl.envs import ActionScheme, Decision, FrameView
+from resq_rl.errors import PolicyError
+from resq_rl.files import write_atomic
+from resq_rl.policies.fixed import periodic
+from resq_rl.quantization import Reference, symmetric_limit
+
+__all__ = ["LearnedPolicy"]
+
+FORMAT = "resq_rl policy 1"
+
+
+@dataclass(frozen=True)
+class LearnedPolicy:
+    """A multi-layer perceptron with tanh between its layers, that picks the likeliest action of every agent.
+
+    With `bits` below 32 it runs as it is charged: weights symmetric per output row, observations (in [0, 1]) and hidden
+    values (in [-1, 1]) uniform, all at `bits` bits.
+
+    Attributes:
+        weights, biases: one per layer.
+        scheme: actions and observations.
+        trade_off: lambda to decide for; one network may serve a whole range.
+        trade_off_range: range of lambda it was trained over.
+        interval: frames between keyframes where the agents do not decide them (0: first frame only).
+        reference: reference mode it was trained for.
+        bits: bits of weights and activations.
+        frame_size: height and width in pixels of the frames it was trained on.
+        network: layer groups of the network it was trained with, to catch a mismatch.
+    """
+
+    weights: tuple[Float[Tensor, "out in"], ...]
+    biases: tuple[Float[Tensor, " out"], ...]
+    scheme: ActionScheme
+    trade_off: float
+    trade_off_range: tuple[float, float]
+    interval: int = 16
+    reference: Reference = "previous"
+    bits: int = 8
+    frame_size: tuple[int, int] = (0, 0)
+    network: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        inputs, outputs = self.weights[0].shape[1], self.weights[-1].shape[0]
+        if inputs != self.scheme.observation_size or outputs != sum(self.scheme.nvec):
+            raise PolicyError(
+                f"The policy's network maps {inputs} numbers to {outputs}; its actions need "
+                f"{self.scheme.observation_size} to {sum(self.scheme.nvec)}."
+            )
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per frame, over all agents."""
+        return sum(w.numel() for w in self.weights) * self.scheme.agents_per_clip
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What identifies the policy in tables and files."""
+        return {
+            "trade_off": self.trade_off,
+            "interval": self.interval,
+            "reference": self.reference,
+            "bits": self.bits,
+            "action": self.scheme.kind,
+            "agents": self.scheme.agents,
+        }
+
+    def at(self, trade_off: float, interval: int | None = None) -> "LearnedPolicy":
+        """The same network at another lambda, and keyframe interval."""
+        return replace(self, trade_off=trade_off, interval=self.interval if interval is None else interval)
+
+    def logits(self, observations: Float[Tensor, "n i"]) -> Float[Tensor, "n o"]:
+        """Scores of every choice of every decision, side by side."""
+        x = observations
+        if self.bits < 32:
+            top = 2**self.bits - 1
+            x = torch.round(x * top) / top
+        for layer, (weight, bias) in enumerate(zip(self._weights(), self.biases, strict=True)):
+            if layer:
+                x = torch.tanh(x)
+                if self.bits < 32:
+                    limit = symmetric_limit(self.bits)
+                    x = torch.round(x * limit) / limit
+            x = torch.nn.functional.linear(x, weight, bias)
+        return x
+
+    def _weights(self) -> Sequence[Tensor]:
+        if self.bits >= 32:
+            return self.weights
+        limit = symmetric_limit(self.bits)
+        quantized = []
+        for weight in self.weights:
+            step = weight.abs().amax(1, keepdim=True).clamp_min(1e-8) / limit
+            quantized.append(torch.round(weight / step) * step)
+        return quantized
+
+    def decide(self, view: FrameView) -> Decision:
+        """The likeliest action of every agent."""
+        if (view.groups, view.grid) != (self.scheme.groups, self.scheme.grid):
+            raise PolicyError(
+                f"The policy decides for {self.scheme.groups} layer groups and grid {self.scheme.grid}; the network and "
+                f"environment have {view.groups} and {view.grid}. Use the network and grid it was trained with."
+            )
+        scores = self.logits(torch.from_numpy(self.scheme.observe(view.observation)))
+        chosen = torch.stack([part.argmax(1) for part in scores.split(list(self.scheme.nvec), 1)], 1)
+        return self.scheme.decide(chosen.numpy(), periodic(view, self.interval))
+
+    # Files -----------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> None:
+        """Write `policy.safetensors` and `policy.json` into `folder`."""
+        tensors = {f"weight{i}": w.contiguous() for i, w in enumerate(self.weights)}
+        tensors |= {f"bias{i}": b.contiguous() for i, b in enumerate(self.biases)}
+        about: dict[str, Any] = {"format": FORMAT, "layers": len(self.weights), "scheme": asdict(self.scheme)}
+        for name in _PLAIN:
+            about[name] = getattr(self, name)
+        about["features"] = list(self.scheme.feature_names)
+        write_atomic(folder / "policy.safetensors", save_tensors(tensors))
+        write_atomic(folder / "policy.json", json.dumps(about, indent=2) + "\n")
+
+    @staticmethod
+    def load(folder: Path) -> "LearnedPolicy":
+        """Read a policy that `save` wrote.
+
+        Raises:
+            PolicyError: a file is missing, damaged, or of another format.
+        """
+        try:
+            about = json.loads((folder / "policy.json").read_text())
+            tensors = load_tensors((folder / "policy.safetensors").read_bytes())
+        except OSError as error:
+            raise PolicyError(
+                f"No policy in {folder}: {error.strerror} ({error.filename}). Give the folder that `resq-rl train` wrote "
+                "(it holds policy.safetensors and policy.json)."
+            ) from error
+        except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise PolicyError(f"The policy in {folder} is damaged: {error}. Train it anew or copy it again.") from error
+        if not isinstance(about, dict) or about.get("format") != FORMAT:
+            raise PolicyError(f"{folder / 'policy.json'} is not of format {FORMAT!r}.")
+        try:
+            layers = range(int(about["layers"]))
+            scheme = ActionScheme(**{k: _tuples(v) for k, v in about["scheme"].items()})
+            return LearnedPolicy(
+                tuple(tensors[f"weight{i}"] for i in layers),
+                tuple(tensors[f"bias{i}"] for i in layers),
+                scheme,
+                **{name: _tuples(about[name]) for name in _PLAIN},
+            )
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise PolicyError(
+                f"The policy in {folder} is incomplete ({error}). Train it anew or copy it again."
+            ) from error
+
+
+_PLAIN = ("trade_off", "trade_off_range", "interval", "reference", "bits", "frame_size", "network")
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,332 @@
+"""Training policies with PPO of stable-baselines3."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from torch import Tensor, nn
+
+from resq_rl.envs import ActionScheme
+from resq_rl.envs.sb3 import AgentsVecEnv
+from resq_rl.errors import PolicyError, SettingsError
+from resq_rl.files import write_atomic
+from resq_rl.policies.learned import LearnedPolicy
+
+__all__ = ["PPOSettings", "Progress", "TrainingReport", "train_ppo"]
+
+
+@dataclass(frozen=True)
+class PPOSettings:
+    """Settings of PPO, with the names of stable-baselines3 where it has them.
+
+    Attributes:
+        frames: frames to simulate, forced keyframes included.
+        n_steps: frames of each clip per rollout; a rollout holds n_steps x agents samples.
+        batch_size, n_epochs, gamma, gae_lambda, ent_coef, clip_range, learning_rate: as in stable-baselines3; the learning
+            rate falls linearly to a tenth.
+        hidden: widths of the policy's hidden layers; the value function's are `value_hidden`.
+        bits: bits at which the trained policy runs and is charged.
+        checkpoint_every: rollouts between checkpoints.
+    """
+
+    frames: int = 100_000
+    n_steps: int = 16
+    batch_size: int = 4096
+    n_epochs: int = 4
+    learning_rate: float = 1e-3
+    gamma: float = 0.8
+    gae_lambda: float = 0.9
+    ent_coef: float = 0.003
+    clip_range: float = 0.2
+    hidden: tuple[int, ...] = (32, 32)
+    value_hidden: tuple[int, ...] = (64, 64)
+    bits: int = 8
+    checkpoint_every: int = 20
+
+    def __post_init__(self) -> None:
+        if self.frames < 1 or self.n_steps < 2:
+            raise SettingsError(f"training needs frames >= 1 and n_steps >= 2, got {self.frames} and {self.n_steps}.")
+        if not self.hidden or not 2 <= self.bits <= 32:
+            raise SettingsError(f"The policy needs a hidden layer and 2 to 32 bits, got {self.hidden}, {self.bits}.")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands after a rollout: frames done and the rollout's figures by name."""
+
+    frames: int
+    rollout: int
+    metrics: Mapping[str, float]
+
+
+@dataclass
+class TrainingReport:
+    """How training went: frames simulated, rollouts, and the figures of each rollout."""
+
+    frames: int = 0
+    rollouts: int = 0
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+
+def train_ppo(
+    environment: AgentsVecEnv,
+    settings: PPOSettings,
+    *,
+    seed: int = 0,
+    warm_start: Callable[[float], int] | None = None,
+    on_rollout: Callable[[Progress], None] | None = None,
+    checkpoints: Path | None = None,
+    resume: bool = False,
+) -> tuple[LearnedPolicy, TrainingReport]:
+    """Train a policy on an environment of agents.
+
+    Args:
+        environment: agents of one scheme; its episodes draw lambda, so that one network serves the whole range.
+        warm_start: best uniform choice (threshold index or level) for a lambda; the policy then begins as that constant field.
+        on_rollout: called after every rollout.
+        checkpoints: folder for checkpoints; written every `checkpoint_every` rollouts and at the end.
+        resume: go on from the newest checkpoint in `checkpoints`, if there is one.
+
+    Returns:
+        The deployed policy (at the geometric middle of the range of lambda) and the report.
+
+    Raises:
+        PolicyError: a checkpoint is of other settings.
+    """
+    torch.manual_seed(seed)
+    environment.seed(seed)
+    agents = environment.num_envs
+    total = max(1, settings.frames // environment.core.clips) * agents
+    report = TrainingReport()
+    model, done = None, False
+    if resume and checkpoints is not None and (checkpoints / "state.json").exists():
+        model, done = _load_checkpoint(checkpoints, environment, settings, report)
+    if model is None:
+        model = _new_model(environment, settings, seed)
+        if warm_start is not None:
+            _clone_constant(model, environment, warm_start, seed)
+    if not done:
+        callback = _Rollouts(environment, settings, report, on_rollout, checkpoints)
+        remaining = max(0, total - model.num_timesteps)
+        model.learn(remaining, callback=callback, reset_num_timesteps=False)
+        if checkpoints is not None:
+            _save_checkpoint(checkpoints, model, environment, settings, report, done=True)
+    return deployed(model, environment, settings), report
+
+
+def _new_model(environment: AgentsVecEnv, settings: PPOSettings, seed: int) -> PPO:
+    rollout = settings.n_steps * environment.num_envs
+    return PPO(
+        "MlpPolicy",
+        environment,
+        learning_rate=_Falling(settings.learning_rate),
+        n_steps=settings.n_steps,
+        batch_size=min(settings.batch_size, rollout),
+        n_epochs=settings.n_epochs,
+        gamma=settings.gamma,
+        gae_lambda=settings.gae_lambda,
+        clip_range=settings.clip_range,
+        ent_coef=settings.ent_coef,
+        policy_kwargs={
+            "net_arch": {"pi": list(settings.hidden), "vf": list(settings.value_hidden)},
+            "activation_fn": nn.Tanh,
+        },
+        seed=seed,
+        device="cpu",
+        verbose=0,
+    )
+
+
+class _Falling:
+    """Learning rate that falls linearly to a tenth; a class, so that checkpoints can hold it."""
+
+    def __init__(self, start: float) -> None:
+        self.start = start
+
+    def __call__(self, progress_remaining: float) -> float:
+        return self.start * (0.1 + 0.9 * progress_remaining)
+
+
+def _clone_constant(
+    model: PPO,
+    environment: AgentsVecEnv,
+    warm_start: Callable[[float], int],
+    seed: int,
+    steps: int = 400,
+    width: float = 1.0,
+) -> None:
+    """Fit the policy to the constant field that suits each lambda, with some probability on neighbouring choices."""
+    scheme = environment.core.scheme
+    generator = np.random.default_rng(seed)
+    observations = np.asarray(environment.reset(), dtype=np.float32)
+    low, high = environment.core.episodes.trade_off_range
+    column = scheme.feature_names.index("trade_off")
+    optimizer = torch.optim.Adam(model.policy.parameters(), lr=3e-3)
+    for _ in range(steps):
+        rows = observations[generator.integers(len(observations), size=256)].copy()
+        position = generator.uniform(size=256).astype(np.float32)
+        rows[:, column] = position if high > low else 0.0
+        trade_off = low * (high / low) ** position
+        actions = np.stack([scheme.uniform_action(warm_start(float(t))) for t in trade_off])
+        distribution = model.policy.get_distribution(torch.as_tensor(rows)).distribution
+        loss = torch.zeros(())
+        for head, column_actions, size in zip(distribution, actions.T, scheme.nvec, strict=True):
+            distance = torch.arange(size)[None] - torch.as_tensor(column_actions)[:, None]
+            target = torch.softmax(-0.5 * (distance / width) ** 2, 1)
+            loss = loss - (target * head.logits).sum(1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+class _Rollouts(BaseCallback):
+    """Collects the figures of each rollout and writes checkpoints."""
+
+    def __init__(
+        self,
+        environment: AgentsVecEnv,
+        settings: PPOSettings,
+        report: TrainingReport,
+        on_rollout: Callable[[Progress], None] | None,
+        checkpoints: Path | None,
+    ) -> None:
+        super().__init__()
+        self.environment, self.settings, self.report = environment, settings, report
+        self.on_rollout, self.checkpoints = on_rollout, checkpoints
+        self._sums: dict[str, list[float]] = {}
+        self._actions: list[np.ndarray] = []
+
+    def _on_step(self) -> bool:
+        step = self.environment.last
+        if step is not None:
+            self._add("reward", float(step.frame_rewards.mean()))
+            self._add("bops", float(step.result.share.mean()))
+            self._add("error", float(step.result.error.mean()))
+            self._add("keyframes", float(step.result.cost.keyframe.float().mean()))
+        self._actions.append(self.locals["actions"])
+        return True
+
+    def _add(self, name: str, value: float) -> None:
+        self._sums.setdefault(name, []).append(value)
+
+    def _on_rollout_end(self) -> None:
+        metrics = {name: float(np.mean(values)) for name, values in self._sums.items()}
+        actions = np.concatenate(self._actions)
+        counts = np.bincount(actions[:, : len(self.environment.core.scheme.nvec)].ravel().astype(int))
+        metrics["mean_choice"] = float((counts * np.arange(len(counts))).sum() / counts.sum())
+        metrics |= {
+            name.replace("train/", ""): float(value)
+            for name, value in self.logger.name_to_value.items()
+            if name in ("train/entropy_loss", "train/approx_kl", "train/explained_variance", "train/loss")
+        }
+        self._sums, self._actions = {}, []
+        report = self.report
+        report.rollouts += 1
+        report.frames = self.environment.frames
+        report.curve.append({"frames": float(report.frames), **metrics})
+        if not np.isfinite(list(metrics.values())).all():
+            raise PolicyError(
+                f"Training met a value that is not finite at frame {report.frames}: {metrics}. Lower training.learning_rate."
+            )
+        if self.on_rollout is not None:
+            self.on_rollout(Progress(report.frames, report.rollouts, metrics))
+
+    def _on_rollout_start(self) -> None:
+        # Checkpoints are written between rollouts, when the update that follows a rollout is in the weights.
+        due = self.report.rollouts and self.report.rollouts % self.settings.checkpoint_every == 0
+        if due and self.checkpoints is not None:
+            _save_checkpoint(self.checkpoints, self.model, self.environment, self.settings, self.report, done=False)
+
+
+def deployed(model: PPO, environment: AgentsVecEnv, settings: PPOSettings) -> LearnedPolicy:
+    """The policy network of a PPO model, as it runs on a device."""
+    policy: Any = model.policy
+    layers = [m for m in policy.mlp_extractor.policy_net if isinstance(m, nn.Linear)] + [policy.action_net]
+    core = environment.core
+    low, high = core.episodes.trade_off_range
+    scheme: ActionScheme = core.scheme
+    return LearnedPolicy(
+        tuple(_plain(layer.weight) for layer in layers),
+        tuple(_plain(layer.bias) for layer in layers),
+        scheme,
+        trade_off=float(np.sqrt(low * high)),
+        trade_off_range=(low, high),
+        interval=core.episodes.intervals[0],
+        reference=core.simulator.reference,
+        bits=settings.bits,
+        frame_size=core.simulator.model.frame_size,
+        network=core.simulator.model.groups,
+    )
+
+
+def _plain(parameter: Tensor) -> Tensor:
+    return parameter.detach().cpu().clone()
+
+
+# Checkpoints: a stable-baselines3 zip of the user's own run beside what it leaves out ------------------------------
+
+
+def _save_checkpoint(
+    folder: Path,
+    model: PPO,
+    environment: AgentsVecEnv,
+    settings: PPOSettings,
+    report: TrainingReport,
+    *,
+    done: bool,
+) -> None:
+    name = f"ppo_{report.rollouts:06d}.zip"
+    temporary = folder / f".{name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save(temporary)
+    temporary.replace(folder / name)
+    state = {
+        "model": name,
+        "done": done,
+        "frames": environment.frames,
+        "rollouts": report.rollouts,
+        "curve": report.curve,
+        "nvec": list(environment.core.scheme.nvec),
+        "environment": environment.core.snapshot(),
+        "torch": torch.get_rng_state().tolist(),
+        "numpy": _numpy_state(),
+    }
+    before = sorted(folder.glob("ppo_*.zip"))[:-2]
+    write_atomic(folder / "state.json", json.dumps(state))
+    for old in before:
+        old.unlink()
+
+
+def _load_checkpoint(
+    folder: Path, environment: AgentsVecEnv, settings: PPOSettings, report: TrainingReport
+) -> tuple[PPO, bool]:
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        if state["nvec"] != list(environment.core.scheme.nvec):
+            raise PolicyError(
+                f"The checkpoint in {folder} has actions {state['nvec']}, the environment "
+                f"{list(environment.core.scheme.nvec)}: resume with the settings it was started with."
+            )
+        model = PPO.load(folder / state["model"], environment, device="cpu")
+    except (OSError, KeyError, ValueError, json.JSONDecodeError) as error:
+        raise PolicyError(
+            f"The checkpoint in {folder} cannot be read ({error}). Remove the folder to start anew."
+        ) from error
+    environment.core.restore(state["environment"])
+    environment.frames = state["frames"]
+    report.frames, report.rollouts, report.curve = state["frames"], state["rollouts"], state["curve"]
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    return model, bool(state["done"])
+
+
+def _numpy_state() -> list[Any]:
+    name, keys, position, has_gauss, cached = np.random.get_state()  # stable-baselines3 draws from it
+    return [name, np.asarray(keys).tolist(), position, has_gauss, cached]

@@ -1,0 +1,68 @@
+"""Every error that `resq_rl` raises on bad input.
+
+    ResqError
+    ├── VideoError                  a clip, video file or dataset tree that cannot be used
+    ├── NetworkError                a network that cannot be loaded or wrapped
+    │   └── UnsupportedOperatorError    an operator on the quantized path that ResQ cannot express
+    ├── WeightsError                a weights file that is missing, damaged or of another network
+    ├── CalibrationError            calibration data that gives no usable ranges
+    ├── PolicyError                 a policy, decision or policy file that does not fit
+    ├── SettingsError               a setting with a wrong name, type or value
+    ├── TrackingError               an experiment tracker that cannot be used
+    └── ResultsError                a results folder or file that cannot be read or written
+
+Each message says what is wrong, where, which value was received, and how to mend it.
+"""
+
+__all__ = [
+    "CalibrationError",
+    "NetworkError",
+    "PolicyError",
+    "ResqError",
+    "ResultsError",
+    "SettingsError",
+    "TrackingError",
+    "UnsupportedOperatorError",
+    "VideoError",
+    "WeightsError",
+]
+
+
+class ResqError(Exception):
+    """Base of all errors that `resq_rl` raises on purpose."""
+
+
+class VideoError(ResqError):
+    """A clip, video file or dataset tree that cannot be used."""
+
+
+class NetworkError(ResqError):
+    """A network that cannot be loaded or wrapped."""
+
+
+class UnsupportedOperatorError(NetworkError):
+    """An operator on the quantized path that residual quantization cannot express."""
+
+
+class WeightsError(ResqError):
+    """A weights file that is missing, damaged or of another network."""
+
+
+class CalibrationError(ResqError):
+    """Calibration data that gives no usable ranges."""
+
+
+class PolicyError(ResqError):
+    """A policy, decision or policy file that does not fit the environment."""
+
+
+class SettingsError(ResqError):
+    """A setting with a wrong name, type or value."""
+
+
+class TrackingError(ResqError):
+    """An experiment tracker that cannot be used."""
+
+
+class ResultsError(ResqError):
+    """A results folder or file that cannot be read or written."""

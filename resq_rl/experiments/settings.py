@@ -1,0 +1,280 @@
+"""All settings of a command as frozen dataclasses, made from Hydra's config at the boundary.
+
+The values and their defaults live in the YAML groups of `resq_rl.configs`; the classes here say what each may
+be. A group that makes an object (`video`, `model`, `task`) is a `Target`: its `_target_` names a class or
+function and its other keys are arguments.
+"""
+
+import itertools
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from resq_rl.errors import SettingsError
+from resq_rl.experiments.conversion import Bounds, check_bounds, convert_dataclass
+from resq_rl.experiments.targets import Target, make_target
+
+__all__ = [
+    "EnvironmentSettings",
+    "HeuristicSettings",
+    "QuantizationSettings",
+    "Settings",
+    "Target",
+    "TrackingSettings",
+    "TrainingSettings",
+    "make_settings",
+    "plain",
+]
+
+Bits = Annotated[int, Bounds(at_least=2, at_most=16)]
+Count = Annotated[int, Bounds(at_least=1)]
+Positive = Annotated[float, Bounds(above=0)]
+Share = Annotated[float, Bounds(at_least=0, at_most=1)]
+LayerKind = Literal["conv", "depthwise", "grouped", "linear", "pointwise", "transposed"]
+Reference = Literal["previous", "keyframe"]
+EnvironmentId = Literal["resq_rl/FrameBits-v0", "resq_rl/RegionBits-v0", "resq_rl/RegionThresholds-v0"]
+
+
+class _Group:
+    """A settings group; its numbers are checked against their `Bounds` when it is made."""
+
+    _prefix: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, self._prefix)
+        self._check()
+
+    def _check(self) -> None:
+        """Check what one annotation cannot say."""
+
+    def _refuse(self, field: str, constraint: str) -> SettingsError:
+        value = getattr(self, field)
+        shown = list(value) if isinstance(value, tuple) else value
+        return SettingsError(f"Setting '{self._prefix}{field}' must be {constraint}; received {shown!r}.")
+
+    def _check_increasing(self, field: str) -> None:
+        values = getattr(self, field)
+        if not values or any(a >= b for a, b in itertools.pairwise(values)):
+            raise self._refuse(field, "a list of increasing values, at least one")
+
+
+@dataclass(frozen=True)
+class QuantizationSettings(_Group):
+    """How the network is quantized.
+
+    Attributes:
+        key_weight_bits, key_activation_bits: bits of a keyframe.
+        levels: activation bits that a residual may take, increasing; 0 skips.
+        residual_weight_bits: "auto" (from calibration), one width, or one per kind of layer.
+        range_estimator: how ranges come from calibration clips.
+        groups: "auto", or patterns of layer names by name of the group.
+        bops_convention: what one multiplication of w by a bits costs.
+        calibration_clips: how many training clips are used.
+    """
+
+    _prefix: ClassVar[str] = "quantization."
+
+    key_weight_bits: Bits
+    key_activation_bits: Bits
+    levels: Annotated[tuple[int, ...], Bounds(at_least=0, at_most=16)]
+    residual_weight_bits: Annotated[Literal["auto"] | int | Mapping[LayerKind, int], Bounds(at_least=2, at_most=16)]
+    range_estimator: Literal["least_squares", "min_max", "percentile"]
+    groups: Literal["auto"] | Mapping[str, tuple[str, ...]]
+    bops_convention: Literal["product", "max", "clipped"]
+    calibration_clips: Count
+
+    def _check(self) -> None:
+        self._check_increasing("levels")
+        if 1 in self.levels:
+            raise self._refuse("levels", "free of 1: a symmetric quantizer needs at least 2 bits")
+
+
+@dataclass(frozen=True)
+class EnvironmentSettings(_Group):
+    """What a policy decides and what it is rewarded for.
+
+    Attributes:
+        id: the registered environment.
+        agents: "region" (one agent per region and clip) or "frame" (one per clip).
+        grid: regions down and across.
+        clips_per_batch: clips that one forward pass runs.
+        reference: what residuals are taken against.
+        keyframe_interval: frames from one forced keyframe to the next; 0 for none but the first.
+        accuracy: against labels, or agreement with the float network.
+        trade_off: lambda of the reward: one number, or a range to draw from log-uniformly per episode.
+        thresholds: what a threshold action may choose, increasing.
+    """
+
+    _prefix: ClassVar[str] = "environment."
+
+    id: EnvironmentId
+    agents: Literal["region", "frame"]
+    grid: Annotated[tuple[int, int], Bounds(at_least=1)]
+    clips_per_batch: Count
+    reference: Reference
+    keyframe_interval: Annotated[int, Bounds(at_least=0)]
+    accuracy: Literal["labels", "teacher"]
+    trade_off: Annotated[float | tuple[float, float], Bounds(above=0)]
+    thresholds: Annotated[tuple[float, ...], Bounds(above=0)]
+
+    def _check(self) -> None:
+        self._check_increasing("thresholds")
+        low, high = self.trade_off_range
+        if low > high:
+            raise self._refuse("trade_off", "a number or an increasing range [low,high]")
+        if self.agents == "region" and self.id == "resq_rl/FrameBits-v0":
+            raise self._refuse("agents", "'frame' with resq_rl/FrameBits-v0, which has no regions")
+
+    @property
+    def trade_off_range(self) -> tuple[float, float]:
+        """`trade_off` as (low, high), both ends equal for a single number."""
+        return self.trade_off if isinstance(self.trade_off, tuple) else (self.trade_off, self.trade_off)
+
+
+@dataclass(frozen=True)
+class TrainingSettings(_Group):
+    """Training by PPO.
+
+    Attributes:
+        frames: environment frames of one training run (a batch of 32 clips spends 32 per step).
+        seeds: one training run each.
+        n_steps, batch_size, epochs, learning_rate, gamma, gae_lambda, ent_coef, clip_range: as in
+            stable-baselines3.
+        hidden: units of the policy network's hidden layers.
+        policy_bits: width at which the policy network is charged.
+        reward_scale: factor of every reward.
+        warm_start: start at the best searched thresholds instead of at random.
+        checkpoint_every: environment frames between checkpoints.
+        resume: folder of the run to go on from, or None.
+    """
+
+    _prefix: ClassVar[str] = "training."
+
+    frames: Count
+    seeds: Annotated[tuple[int, ...], Bounds(at_least=0)]
+    n_steps: Count
+    batch_size: Count
+    epochs: Count
+    learning_rate: Positive
+    gamma: Share
+    gae_lambda: Share
+    ent_coef: Annotated[float, Bounds(at_least=0)]
+    clip_range: Positive
+    hidden: Annotated[tuple[int, ...], Bounds(at_least=1)]
+    policy_bits: Annotated[int, Bounds(at_least=2, at_most=32)]
+    reward_scale: Positive
+    warm_start: bool
+    checkpoint_every: Count
+    resume: str | None
+
+    def _check(self) -> None:
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise self._refuse("seeds", "a list of different seeds, at least one")
+
+
+@dataclass(frozen=True)
+class HeuristicSettings(_Group):
+    """The settings of Dynamic ResQ that are tried on the validation clips: all combinations of the lists.
+
+    Attributes:
+        intervals: frames from one keyframe to the next; 0 for none but the first.
+        references: what residuals are taken against.
+        taus: thresholds, in calibrated standard deviations of a layer's residual.
+        kappa: factor of tau for each level above the lowest, increasing.
+    """
+
+    _prefix: ClassVar[str] = "heuristic."
+
+    intervals: Annotated[tuple[int, ...], Bounds(at_least=0)]
+    references: tuple[Reference, ...]
+    taus: Annotated[tuple[float, ...], Bounds(above=0)]
+    kappa: Annotated[tuple[float, ...], Bounds(above=0)]
+
+    def _check(self) -> None:
+        for field in ("intervals", "references", "taus"):
+            if not getattr(self, field):
+                raise self._refuse(field, "a list of at least one value")
+        self._check_increasing("kappa")
+
+
+@dataclass(frozen=True)
+class TrackingSettings(_Group):
+    """Where runs are recorded.
+
+    Attributes:
+        enabled: record to MLflow.
+        uri: the tracking server or store; None is an SQLite file in the results folder.
+        experiment: name of the MLflow experiment.
+        tags: tags of the run.
+        parent_run: id of the MLflow run to nest under, or None.
+    """
+
+    _prefix: ClassVar[str] = "tracking."
+
+    enabled: bool
+    uri: str | None
+    experiment: str
+    tags: Mapping[str, str | int | float | bool]
+    parent_run: str | None
+
+
+@dataclass(frozen=True)
+class Settings(_Group):
+    """Every setting of one command.
+
+    Attributes:
+        video, model, task: made with `Target.build`.
+        results: folder of all results; each run has its own folder in it.
+        seed: of everything random but training runs, which have `training.seeds`.
+        threads: CPU threads for tensor operations.
+    """
+
+    video: Target
+    model: Target
+    task: Target
+    quantization: QuantizationSettings
+    environment: EnvironmentSettings
+    training: TrainingSettings
+    heuristic: HeuristicSettings
+    tracking: TrackingSettings
+    results: str
+    seed: Annotated[int, Bounds(at_least=0)]
+    threads: Count
+
+    def _check(self) -> None:
+        steps, levels = len(self.heuristic.kappa), len(self.quantization.levels)
+        if steps != levels - 1:
+            raise SettingsError(
+                f"Setting 'heuristic.kappa' must have one value fewer than 'quantization.levels' ({levels}); "
+                f"received {steps} values."
+            )
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The config as nested dicts, lists and numbers, interpolations resolved.
+
+    Raises:
+        SettingsError: an interpolation cannot be resolved.
+    """
+    try:
+        container = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
+    except OmegaConfBaseException as error:
+        raise SettingsError(f"Cannot resolve the settings: {' '.join(str(error).split())}.") from error
+    return typing.cast(dict[str, Any], container)
+
+
+def make_settings(config: DictConfig | Mapping[str, Any]) -> Settings:
+    """Typed, checked settings from a composed config.
+
+    Raises:
+        SettingsError: one line that names the first wrong setting and the nearest valid one.
+    """
+    values = plain(config) if isinstance(config, DictConfig) else dict(config)
+    for name, annotation in typing.get_type_hints(Settings).items():
+        if annotation is Target and name in values:
+            values[name] = make_target(values[name], name)
+    return typing.cast(Settings, convert_dataclass(values, Settings))

@@ -1,0 +1,156 @@
+"""Frozen networks: loading them, their weights, and the network that ships with the package."""
+
+import json
+import struct
+import warnings
+from importlib import resources
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as read_tensors
+from safetensors.torch import save as pack_tensors
+from torch import Tensor, nn
+
+from resq_rl.errors import NetworkError, WeightsError
+from resq_rl.files import write_atomic
+from resq_rl.perception.ddrnet import CompactDDRNet
+
+__all__ = ["compact_ddrnet", "load_network", "load_weights", "save_weights", "shipped_weights"]
+
+_SHOWN = 4  # names listed in a message
+
+
+def load_network(source: nn.Module | str | Path) -> nn.Module:
+    """A frozen network ready to be wrapped: in evaluation mode and without gradients.
+
+    Arguments:
+        source: a module, which is changed in place, or the path of an exported program (`torch.export.save`,
+            `.pt2`), which keeps the mode it was exported in.
+
+    Raises:
+        NetworkError: the file is missing, damaged or no exported program, or `source` is something else.
+    """
+    if isinstance(source, nn.Module):
+        network = source.eval()
+    elif isinstance(source, str | Path):
+        network = _load_program(Path(source))
+    else:
+        raise NetworkError(
+            f"A network must be a torch.nn.Module or the path of a .pt2 file, got {type(source).__name__}. "
+            "Give an instance of a module, not its class or its weights."
+        )
+    return network.requires_grad_(False)
+
+
+def _load_program(path: Path) -> nn.Module:
+    mend = "Write it with torch.export.save(torch.export.export(network, (example,)), path)."
+    if path.suffix != ".pt2":
+        raise NetworkError(f"Cannot load the network {path}: the file must be an exported program, .pt2. {mend}")
+    if not path.is_file():
+        raise NetworkError(f"Cannot load the network {path}: there is no such file. Check the path.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # notes on the format's internals, which a caller cannot act on
+            return torch.export.load(path).module()
+    except Exception as error:  # damaged archives fail in many ways: zip, JSON, pickle, missing operators
+        reason = str(error).strip().split("\n")[0][:200]
+        raise NetworkError(
+            f"Cannot load the network {path}: it is damaged or was written by another torch than "
+            f"{torch.__version__} ({type(error).__name__}: {reason}). {mend}"
+        ) from error
+
+
+def save_weights(network: nn.Module, path: str | Path, metadata: dict[str, str]) -> Path:
+    """Write a network's parameters and buffers, with `metadata`, as a safetensors file, atomically.
+
+    Raises:
+        ResultsError: the file cannot be written; a file that was there before stays.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    return write_atomic(Path(path), pack_tensors(tensors, metadata))
+
+
+def load_weights(network: nn.Module, path: str | Path) -> dict[str, str]:
+    """Load a safetensors file into a network, in place, and return the metadata of the file.
+
+    Raises:
+        WeightsError: the file is missing, damaged, or holds the weights of another network. The network keeps
+            its weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"Cannot load the weights {path}: there is no such file. Check the path.")
+    try:
+        content = path.read_bytes()
+        tensors = read_tensors(content)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise WeightsError(
+            f"Cannot load the weights {path}: the file is damaged or no safetensors file ({error}). Copy it again."
+        ) from error
+    _check_fit(network, tensors, path)
+    network.load_state_dict(tensors)
+    return _metadata(content)
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """The `__metadata__` entry of a safetensors header that has been parsed before."""
+    (length,) = struct.unpack("<Q", content[:8])
+    return dict(json.loads(content[8 : 8 + length]).get("__metadata__", {}))
+
+
+def _check_fit(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    expected = network.state_dict()
+    problems = [
+        _listing("missing", sorted(expected.keys() - tensors.keys())),
+        _listing("unexpected", sorted(tensors.keys() - expected.keys())),
+        _listing(
+            "of another shape",
+            [
+                f"{name} {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
+                for name, value in expected.items()
+                if name in tensors and tensors[name].shape != value.shape
+            ],
+        ),
+    ]
+    found = "; ".join(p for p in problems if p)
+    if found:
+        raise WeightsError(
+            f"The weights {path} do not fit {type(network).__name__}: {found}. They are another network's, "
+            "or of this network with other settings (classes, width): build the network as the file's "
+            "metadata says."
+        )
+
+
+def _listing(what: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{len(names)} {what} ({', '.join(names[:_SHOWN])}{more})"
+
+
+def shipped_weights() -> Path:
+    """Path of the weights that ship with the package: `CompactDDRNet(6, 32)` trained on `GeneratedVideo`."""
+    return Path(str(resources.files("resq_rl.perception") / "weights" / "compact_ddrnet_generated.safetensors"))
+
+
+def compact_ddrnet(
+    pretrained: bool = True, classes: int = 6, width: int = 32, weights: str | Path | None = None
+) -> CompactDDRNet:
+    """A frozen `CompactDDRNet`.
+
+    Arguments:
+        pretrained: load weights; otherwise they are random, from torch's global generator.
+        classes: number of output classes; the shipped weights have 6.
+        width: channels of the fine branch; the shipped weights have 32.
+        weights: path of the weights to load; None for those that ship with the package.
+
+    Raises:
+        NetworkError: `classes` or `width` is out of range.
+        WeightsError: the weights are missing or do not fit.
+    """
+    network = CompactDDRNet(classes, width)
+    if pretrained:
+        load_weights(network, shipped_weights() if weights is None else weights)
+    load_network(network)
+    return network

@@ -1,0 +1,119 @@
+"""Training batches: single frames drawn from clips, and their augmentation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+from resq_rl.errors import VideoError
+from resq_rl.video import IGNORE, Clip
+
+__all__ = ["FrameSampler", "class_shares", "labels_of"]
+
+_STREAM = 1_000_003  # a prime far above any number of steps, so that streams of seeds do not meet
+
+
+def labels_of(clip: Clip, purpose: str) -> UInt8[Tensor, "t h w"]:
+    """Labels of a clip.
+
+    Raises:
+        VideoError: it has none; the message names the `purpose`.
+    """
+    if clip.labels is None:
+        raise VideoError(
+            f"Clip {clip.name!r} ({clip.origin}) has no labels, which {purpose} needs. Use labelled clips."
+        )
+    return clip.labels
+
+
+def class_shares(clips: Sequence[Clip], classes: int, purpose: str) -> Float[Tensor, " k"]:
+    """Share of each class among the labelled pixels of all clips.
+
+    Raises:
+        VideoError: there are no clips, a clip has no labels, a label is neither a class nor 255, or no pixel
+            has a label; the message names the `purpose`.
+    """
+    if not clips:
+        raise VideoError(f"There are no clips for {purpose}. Check the split of the dataset.")
+    counts = torch.zeros(256, dtype=torch.int64)
+    for clip in clips:
+        counts += torch.bincount(labels_of(clip, purpose).flatten(), minlength=256)
+    counts[IGNORE] = 0
+    wrong = [value for value in range(classes, 256) if counts[value]]
+    if wrong:
+        raise VideoError(
+            f"Labels of the {purpose} clips hold the values {wrong[:5]}, but the task has the classes 0 to "
+            f"{classes - 1} (and {IGNORE} for pixels to ignore). Set classes to match the dataset."
+        )
+    if not counts.any():
+        raise VideoError(f"No pixel of the {len(clips)} {purpose} clips has a label other than {IGNORE}. Label some.")
+    return (counts[:classes] / counts.sum()).float()
+
+
+@dataclass(frozen=True)
+class FrameSampler:
+    """Draws batches of single frames, uniformly over all frames of all clips, with replacement.
+
+    The batch of a step depends on the seed and the step alone.
+
+    Attributes:
+        clips: labelled clips of one size, at least one.
+        batch: frames per batch.
+        seed: of the drawing and the augmentation.
+        augment: mirror left to right; change brightness, contrast, colour balance and noise.
+
+    Raises:
+        VideoError: the clips have several sizes.
+    """
+
+    clips: Sequence[Clip]
+    batch: int
+    seed: int
+    augment: bool
+
+    def __post_init__(self) -> None:
+        sizes = sorted({clip.size for clip in self.clips})
+        if len(sizes) > 1:
+            raise VideoError(
+                f"Training clips must have one size, got {len(sizes)}: {sizes[:4]} (height, width). "
+                "Give the dataset one size to resize to."
+            )
+
+    @property
+    def frames(self) -> int:
+        """Frames in all clips."""
+        return sum(len(clip) for clip in self.clips)
+
+    def draw(self, step: int) -> tuple[Float[Tensor, "b 3 h w"], Int64[Tensor, "b h w"]]:
+        """Frames in 0..1 and labels of the batch of `step`."""
+        generator = torch.Generator().manual_seed(self.seed * _STREAM + step)
+        ends = torch.tensor([len(clip) for clip in self.clips]).cumsum(0)
+        chosen = torch.randint(int(ends[-1]), (self.batch,), generator=generator)
+        owners = torch.searchsorted(ends, chosen, right=True)
+        frames, labels = [], []
+        for place, owner in zip(chosen.tolist(), owners.tolist(), strict=True):
+            clip = self.clips[owner]
+            time = place - int(ends[owner]) + len(clip)
+            frames.append(clip.frames[time])
+            labels.append(labels_of(clip, "training")[time])
+        images, targets = torch.stack(frames).float() / 255, torch.stack(labels).long()
+        return augmented(images, targets, generator) if self.augment else (images, targets)
+
+
+def augmented(
+    images: Float[Tensor, "b 3 h w"], labels: Int64[Tensor, "b h w"], generator: torch.Generator
+) -> tuple[Float[Tensor, "b 3 h w"], Int64[Tensor, "b h w"]]:
+    """Mirror half of the frames; change contrast, brightness, colour balance and noise of each."""
+    count = images.shape[0]
+
+    def uniform(low: float, high: float, channels: int = 1) -> Tensor:
+        return torch.empty(count, channels, 1, 1).uniform_(low, high, generator=generator)
+
+    mirrored = torch.rand(count, generator=generator) < 0.5
+    images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+    labels = torch.where(mirrored[:, None, None], labels.flip(-1), labels)
+    gain, shift = uniform(0.7, 1.3) * uniform(0.9, 1.1, 3), uniform(-0.1, 0.1)
+    noise = torch.randn(images.shape, generator=generator) * uniform(0.0, 0.02)
+    return ((images - 0.5) * gain + 0.5 + shift + noise).clamp(0, 1), labels

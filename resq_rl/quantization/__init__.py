@@ -1,0 +1,32 @@
+"""Residual quantization of frozen networks, and the exact cost of running them."""
+
+from resq_rl.quantization.calibration import Reference, ResidualTable, SiteRanges
+from resq_rl.quantization.fields import DEFAULT_KAPPA, Field, LevelField, ThresholdField
+from resq_rl.quantization.ledger import BopsConvention, FrameCost, bit_cost
+from resq_rl.quantization.model import QuantizationConfig, ResQModel, StreamState, to_float
+from resq_rl.quantization.operators import LayerKind, ResidualOperator
+from resq_rl.quantization.quantizer import AffineQuantizer, SymmetricQuantizer, symmetric_limit
+from resq_rl.quantization.ranges import RangeEstimator
+
+__all__ = [
+    "DEFAULT_KAPPA",
+    "AffineQuantizer",
+    "BopsConvention",
+    "Field",
+    "FrameCost",
+    "LayerKind",
+    "LevelField",
+    "QuantizationConfig",
+    "RangeEstimator",
+    "Reference",
+    "ResQModel",
+    "ResidualOperator",
+    "ResidualTable",
+    "SiteRanges",
+    "StreamState",
+    "SymmetricQuantizer",
+    "ThresholdField",
+    "bit_cost",
+    "symmetric_limit",
+    "to_float",
+]

@@ -1,0 +1,117 @@
+"""Decisions of one frame, and how a grid of regions is carried to a layer's own resolution."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from resq_rl.errors import PolicyError
+
+__all__ = ["DEFAULT_KAPPA", "Field", "LevelField", "ThresholdField", "cells_of"]
+
+DEFAULT_KAPPA = (1.0, 2.0, 8.0)
+
+
+@dataclass(frozen=True)
+class LevelField:
+    """The level (an index into the bit-widths) of every layer group and region; shape (clips, groups, rows, columns)."""
+
+    levels: Int64[Tensor, "b g gh gw"]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of regions."""
+        return self.levels.shape[2], self.levels.shape[3]
+
+    def rows(self, index: Int64[Tensor, " n"]) -> "LevelField":
+        """The decisions of the clips in `index`."""
+        return LevelField(self.levels[index])
+
+    @staticmethod
+    def constant(level: int, clips: int, groups: int, grid: tuple[int, int] = (1, 1)) -> "LevelField":
+        """The same level everywhere."""
+        return LevelField(torch.full((clips, groups, *grid), level, dtype=torch.int64))
+
+
+@dataclass(frozen=True)
+class ThresholdField:
+    """The threshold tau of every layer group and region, from which levels follow pixel by pixel.
+
+    Pixel p of a layer takes level #{j : m(p) > tau * kappa_j} with m(p) = max over channels |r(c, p)| / sigma, where r is
+    the layer's residual and sigma its calibrated standard deviation (Dynamic ResQ, arXiv 2308.09511). A constant field is
+    exactly the heuristic with one tau. An infinite tau skips.
+    """
+
+    thresholds: Float[Tensor, "b g gh gw"]
+    kappa: Sequence[float] = DEFAULT_KAPPA
+
+    def __post_init__(self) -> None:
+        if list(self.kappa) != sorted(self.kappa) or not all(k > 0 for k in self.kappa):
+            raise PolicyError(f"kappa must be positive and ascending, got {list(self.kappa)}.")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of regions."""
+        return self.thresholds.shape[2], self.thresholds.shape[3]
+
+    def rows(self, index: Int64[Tensor, " n"]) -> "ThresholdField":
+        """The decisions of the clips in `index`."""
+        return ThresholdField(self.thresholds[index], self.kappa)
+
+    @staticmethod
+    def constant(
+        tau: float,
+        clips: int,
+        groups: int,
+        grid: tuple[int, int] = (1, 1),
+        kappa: Sequence[float] = DEFAULT_KAPPA,
+    ) -> "ThresholdField":
+        """The same threshold everywhere: the heuristic."""
+        return ThresholdField(torch.full((clips, groups, *grid), tau), kappa)
+
+
+Field = LevelField | ThresholdField
+
+
+@lru_cache(maxsize=512)
+def cells_of(length: int, cells: int) -> tuple[Tensor, Tensor]:
+    """How `cells` grid cells along one axis meet `length` positions of a layer along that axis.
+
+    A position belongs to the cell under its centre. Where the layer is coarser than the grid, a position covers several
+    cells: those whose centres lie in it.
+
+    Returns:
+        cover: (length, k) indices of the cells of each position, padded by repetition; k = 1 unless the layer is coarser.
+        share: (cells, length) share of each position's cost that each cell bears; columns sum to 1.
+    """
+    if length >= cells:
+        cell = ((torch.arange(length) + 0.5) * cells / length).long().clamp_max(cells - 1)
+        cover = cell[:, None]
+    else:
+        position = ((torch.arange(cells) + 0.5) * length / cells).long().clamp_max(length - 1)
+        members = [torch.nonzero(position == p)[:, 0] for p in range(length)]
+        widest = max(len(m) for m in members)
+        cover = torch.stack([torch.cat([m, m[-1:].expand(widest - len(m))]) for m in members])
+    share = torch.zeros(cells, length)
+    for p in range(length):
+        own = cover[p].unique()
+        share[own, p] = 1.0 / len(own)
+    return cover, share
+
+
+def carry(values: Float[Tensor, "b gh gw"], size: tuple[int, int], finest: str) -> Float[Tensor, "b h w"]:
+    """A grid of decisions at a layer's resolution; where a position covers several cells it takes the finest of them.
+
+    `finest` is "max" for levels (more bits) and "min" for thresholds.
+    """
+    (h, w), (gh, gw) = size, (values.shape[1], values.shape[2])
+    if (gh, gw) == (1, 1):
+        return values.expand(-1, h, w)
+    rows, columns = cells_of(h, gh)[0].to(values.device), cells_of(w, gw)[0].to(values.device)
+    if rows.shape[1] == 1 and columns.shape[1] == 1:
+        return values[:, rows[:, 0]][:, :, columns[:, 0]]
+    spread = values[:, rows][:, :, :, columns]  # (b, h, k, w, k')
+    return spread.amax((2, 4)) if finest == "max" else spread.amin((2, 4))

@@ -1,0 +1,167 @@
+"""The three linear operators that residual quantization knows, and what each costs.
+
+Supported: 2-D convolution (any stride, dilation, groups, depthwise; zero padding), 2-D transposed convolution and linear.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["Geometry", "LayerKind", "ResidualOperator"]
+
+LayerKind = Literal["conv", "depthwise", "grouped", "linear", "pointwise", "transposed"]
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Kind and shape arithmetic of an operator, hashable so that its coverage maps can be cached."""
+
+    operator: Literal["conv2d", "conv_transpose2d", "linear"]
+    kernel: Pair = (1, 1)
+    stride: Pair = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)  # left, right, top, bottom, as torch.nn.functional.pad
+    dilation: Pair = (1, 1)
+    groups: int = 1
+    output_padding: Pair = (0, 0)
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The operator itself."""
+        if self.operator == "linear":
+            return F.linear(x, weight, bias)
+        left, right, top, bottom = self.padding
+        if self.operator == "conv2d":
+            if left == right and top == bottom:
+                return F.conv2d(x, weight, bias, self.stride, (top, left), self.dilation, self.groups)
+            return F.conv2d(F.pad(x, self.padding), weight, bias, self.stride, 0, self.dilation, self.groups)
+        return F.conv_transpose2d(
+            x, weight, bias, self.stride, (top, left), self.output_padding, self.groups, self.dilation
+        )
+
+    def coverage(self, size: Pair) -> Float[Tensor, "h w"]:
+        """How many (output position, kernel tap) pairs read each input pixel of an input of `size`.
+
+        A linear operator reads each input position once: its map has one position, multiplied by the count of
+        positions in `macs_per_tap` of the caller.
+        """
+        return _coverage(self, size)
+
+
+@lru_cache(maxsize=1024)
+def _coverage(geometry: Geometry, size: Pair) -> Tensor:
+    if geometry.operator == "linear":
+        return torch.ones(1, 1)
+    kernel = torch.ones(1, 1, *geometry.kernel)
+    plain = Geometry(
+        geometry.operator,
+        geometry.kernel,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        1,
+        geometry.output_padding,
+    )
+    # The gradient of sum(output) with respect to a pixel is the number of taps that read it.
+    with torch.enable_grad():
+        x = torch.zeros(1, 1, *size, requires_grad=True)
+        (grad,) = torch.autograd.grad(plain.apply(x, kernel).sum(), x)
+    return grad[0, 0].round()
+
+
+class ResidualOperator(nn.Module):
+    """Stands in a network for one linear operator; what it does is up to the execution in progress.
+
+    Attributes:
+        weight: the float weight as the network has it (BatchNorm folded), with `bias` or None.
+        name: dotted name of the layer in the network.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, name: str, geometry: Geometry, weight: Tensor, bias: Tensor | None, switch: "Switch") -> None:
+        super().__init__()
+        self.name = name
+        self.geometry = geometry
+        self.register_buffer("weight", weight.detach().clone())
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self._switch = [switch]  # in a list, so that nn.Module neither registers nor copies it
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the operator as the execution in progress demands."""
+        return self._switch[0].call(self, x)
+
+    def float_output(self, x: Tensor) -> Tensor:
+        """The operator in float."""
+        return self.geometry.apply(x, self.weight, self.bias)
+
+    @property
+    def out_channels(self) -> int:
+        """Number of output channels."""
+        if self.geometry.operator == "conv_transpose2d":
+            return self.weight.shape[1] * self.geometry.groups
+        return self.weight.shape[0]
+
+    @property
+    def macs_per_tap(self) -> int:
+        """Multiply-accumulates of one (output position, tap) pair: (C_in / groups) * C_out."""
+        per_group = self.weight.shape[0 if self.geometry.operator == "conv_transpose2d" else 1]
+        if self.geometry.operator == "conv_transpose2d":
+            return per_group // self.geometry.groups * self.out_channels
+        return per_group * self.out_channels
+
+    @property
+    def layer_kind(self) -> LayerKind:
+        """Kind of layer, by which residual weight bits can be set."""
+        geometry = self.geometry
+        if geometry.operator == "linear":
+            return "linear"
+        if geometry.groups > 1:
+            return "depthwise" if self.macs_per_tap == self.out_channels else "grouped"
+        if geometry.operator == "conv_transpose2d":
+            return "transposed"
+        return "pointwise" if geometry.kernel == (1, 1) else "conv"
+
+    def weight_rows(self) -> Float[Tensor, "out n"]:
+        """The weight with one row per output channel."""
+        if self.geometry.operator != "conv_transpose2d":
+            return self.weight.flatten(1)
+        groups = self.geometry.groups
+        grouped = self.weight.unflatten(0, (groups, -1))  # (g, in/g, out/g, kh, kw)
+        return grouped.transpose(1, 2).flatten(0, 1).flatten(1)
+
+    def rows_to_weight(self, rows: Float[Tensor, "out n"]) -> Tensor:
+        """Inverse of `weight_rows`."""
+        if self.geometry.operator != "conv_transpose2d":
+            return rows.reshape(self.weight.shape)
+        groups = self.geometry.groups
+        _, out_per_group, kh, kw = self.weight.shape
+        grouped = rows.reshape(groups, out_per_group, -1, kh, kw)
+        return grouped.transpose(1, 2).reshape(self.weight.shape)
+
+    def per_channel(self, values: Float[Tensor, " out"]) -> Tensor:
+        """Values per output channel, shaped to broadcast over the operator's output."""
+        return values if self.geometry.operator == "linear" else values[None, :, None, None]
+
+    @property
+    def channel_axis(self) -> int:
+        """Axis of the input's channels."""
+        return -1 if self.geometry.operator == "linear" else 1
+
+
+class Switch:
+    """Holds the execution in progress; every operator of one wrapped network shares one switch."""
+
+    def __init__(self) -> None:
+        self.execute: Callable[[ResidualOperator, Tensor], Tensor] = ResidualOperator.float_output
+
+    def call(self, operator: ResidualOperator, x: Tensor) -> Tensor:
+        """Hand an operator's call to the execution in progress."""
+        return self.execute(operator, x)

@@ -1,0 +1,102 @@
+"""Range estimation: from samples to the step of a quantizer.
+
+Three estimators choose the range [low, high] that a quantizer covers, separately for each row of the samples:
+
+    min_max         the extremes of the samples
+    percentile      the 0.01 and 99.99 percentiles
+    least_squares   the range with the least squared error after quantization, by search over shrunken extremes
+"""
+
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from resq_rl.errors import CalibrationError, SettingsError
+from resq_rl.quantization.quantizer import AffineQuantizer, symmetric_limit
+
+__all__ = ["RangeEstimator", "affine_quantizer", "check_estimator", "symmetric_step"]
+
+RangeEstimator = Literal["least_squares", "min_max", "percentile"]
+
+_PERCENTILE = 0.9999
+# Geometric from the extremes down to 1/64 of them: ternary steps of heavy-tailed residuals lie far below the maximum.
+_SHRINK = torch.logspace(0, -6, 73, base=2.0)
+_SMALLEST_RANGE = 1e-8
+
+
+def check_estimator(name: str) -> None:
+    """Raise SettingsError unless `name` is a range estimator."""
+    if name not in get_args(RangeEstimator):
+        raise SettingsError(f"range_estimator is one of {', '.join(sorted(get_args(RangeEstimator)))}, got {name!r}.")
+
+
+def symmetric_step(samples: Float[Tensor, "rows n"], bits: int, estimator: RangeEstimator) -> Float[Tensor, " rows"]:
+    """Step of a symmetric `bits`-bit quantizer for each row of `samples`.
+
+    Raises:
+        CalibrationError: there are no samples, or some are not finite.
+    """
+    _check(samples)
+    limit = symmetric_limit(bits)
+    extreme = _extremes(samples.abs(), estimator).clamp_min(_SMALLEST_RANGE)
+    if estimator != "least_squares":
+        return extreme / limit
+    best = torch.full_like(extreme, torch.inf)
+    step = extreme / limit
+    for shrink in _SHRINK:
+        candidate = (extreme * shrink / limit)[:, None]
+        codes = torch.round(samples / candidate).clamp_(-limit, limit)
+        error = (codes * candidate - samples).square_().sum(1)
+        step = torch.where(error < best, candidate[:, 0], step)
+        best = torch.minimum(best, error)
+    return step
+
+
+def affine_quantizer(samples: Float[Tensor, " n"], bits: int, estimator: RangeEstimator) -> AffineQuantizer:
+    """Affine `bits`-bit quantizer for `samples`, with 0 inside its range.
+
+    Raises:
+        CalibrationError: there are no samples, or some are not finite.
+    """
+    _check(samples[None])
+    high = max(float(_extremes(samples[None], estimator)[0]), 0.0)
+    low = min(-float(_extremes(-samples[None], estimator)[0]), 0.0)
+    if high - low < _SMALLEST_RANGE:
+        high = low + _SMALLEST_RANGE
+    if estimator == "least_squares":
+        low, high = _shrink_affine(samples, low, high, bits)
+    return _affine(low, high, bits)
+
+
+def _affine(low: float, high: float, bits: int) -> AffineQuantizer:
+    step = (high - low) / (2**bits - 1)
+    return AffineQuantizer(bits, step, round(-low / step))
+
+
+def _shrink_affine(samples: Float[Tensor, " n"], low: float, high: float, bits: int) -> tuple[float, float]:
+    """The ends with the least squared error, one end at a time, starting from the extremes."""
+
+    def error(ends: tuple[float, float]) -> float:
+        return float((_affine(*ends, bits)(samples) - samples).square_().sum())
+
+    shrinks = [float(s) for s in _SHRINK[:37]]
+    ends = min(((low, high * s) for s in shrinks if high * s - low >= _SMALLEST_RANGE), key=error)
+    if low < 0:
+        ends = min(((low * s, ends[1]) for s in shrinks if ends[1] - low * s >= _SMALLEST_RANGE), key=error)
+    return ends
+
+
+def _extremes(samples: Float[Tensor, "rows n"], estimator: RangeEstimator) -> Float[Tensor, " rows"]:
+    if estimator != "percentile":
+        return samples.amax(1)
+    rank = max(1, int(_PERCENTILE * samples.shape[1]))
+    return torch.kthvalue(samples, rank, dim=1).values
+
+
+def _check(samples: Float[Tensor, "rows n"]) -> None:
+    if samples.shape[1] == 0:
+        raise CalibrationError("No samples to calibrate on: give at least one clip with two frames.")
+    if not bool(torch.isfinite(samples).all()):
+        raise CalibrationError("Calibration met a value that is not finite: look for NaN in the frames or weights.")

@@ -1,0 +1,274 @@
+"""Putting residual operators into a network: any `nn.Module` and any exported program (`.pt2`).
+
+A module's convolutions, transposed convolutions and linear layers are replaced where they stand, after BatchNorm has been
+folded into them; in the graph of an exported program the same operators are replaced node by node. Whatever else does
+multiply-accumulates (matrix products between activations, recurrent cells, 1-D and 3-D convolutions, functional calls with
+weights that are no module's) cannot be expressed as a residual and is refused by name.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from resq_rl.errors import NetworkError, UnsupportedOperatorError
+from resq_rl.quantization.operators import Geometry, ResidualOperator, Switch
+
+__all__ = ["fold_batch_norm", "insert_operators"]
+
+SUPPORTED = "2-D convolution and transposed convolution with zero padding, and linear layers"
+_Module = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
+
+
+def fold_batch_norm(network: nn.Module) -> list[str]:
+    """Fold BatchNorm layers that directly follow a convolution or linear layer into it, in place.
+
+    Returns:
+        Names of BatchNorm layers that could not be folded; they run in float on the layers' sums.
+    """
+    if isinstance(network, fx.GraphModule) and _has_aten_nodes(network):
+        _fold_graph(network)
+        return []
+    names = [n for n, m in network.named_modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    if not names:
+        return []
+    try:
+        graph = fx.Tracer().trace(network)
+    except Exception:
+        return names  # control flow that depends on data: the layers stay as they are
+    called = [node.target for node in graph.nodes if node.op == "call_module"]
+    for node in graph.nodes:
+        if node.op != "call_module" or node.target not in names or called.count(node.target) > 1:
+            continue
+        source = node.args[0]
+        if source.op != "call_module" or len(source.users) > 1 or called.count(source.target) > 1:
+            continue
+        layer, norm = network.get_submodule(source.target), network.get_submodule(node.target)
+        if _fold_pair(network, source.target, layer, norm):
+            _set_submodule(network, node.target, nn.Identity())
+            names.remove(node.target)
+    return names
+
+
+def _fold_pair(network: nn.Module, name: str, layer: nn.Module, norm: Any) -> bool:
+    if not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear) or norm.running_mean is None:
+        return False
+    if isinstance(layer, nn.Linear):
+        if layer.weight.shape[0] != norm.num_features:
+            return False
+        folded: nn.Module = fuse_linear_bn_eval(layer, norm)
+    elif isinstance(layer, nn.ConvTranspose2d) and layer.groups > 1:
+        return False
+    else:
+        folded = fuse_conv_bn_eval(layer, norm, transpose=isinstance(layer, nn.ConvTranspose2d))
+    _set_submodule(network, name, folded)
+    return True
+
+
+def insert_operators(network: nn.Module, switch: Switch) -> nn.Module:
+    """Replace every supported operator of `network` by a `ResidualOperator`, in place, and return the network.
+
+    Raises:
+        UnsupportedOperatorError: a layer does multiply-accumulates that residual quantization cannot express.
+        NetworkError: the network has no operator to quantize.
+    """
+    made: dict[int, ResidualOperator] = {}
+    for name, module in list(network.named_modules(remove_duplicate=False)):
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            if id(module) not in made:
+                made[id(module)] = _from_module(name, module, switch)
+            if name == "":
+                network = made[id(module)]
+            else:
+                _set_submodule(network, name, made[id(module)])
+    count = len(made)
+    if isinstance(network, fx.GraphModule):
+        count += _replace_nodes(network, switch)
+    if count == 0:
+        raise NetworkError(f"{type(network).__name__} has no layer to quantize: it needs at least one of {SUPPORTED}.")
+    return network
+
+
+def _from_module(name: str, module: _Module, switch: Switch) -> ResidualOperator:
+    if type(module).forward not in (nn.Conv2d.forward, nn.ConvTranspose2d.forward, nn.Linear.forward):
+        raise UnsupportedOperatorError(
+            f"Layer {name!r} ({type(module).__name__}) has a forward of its own, so its operator cannot be replaced. "
+            f"Supported: {SUPPORTED}."
+        )
+    if isinstance(module, nn.Linear):
+        return ResidualOperator(name, Geometry("linear"), module.weight, module.bias, switch)
+    if module.padding_mode != "zeros":
+        raise UnsupportedOperatorError(
+            f"Layer {name!r} pads with {module.padding_mode!r}; the residual path knows zero padding only. "
+            "Pad outside the layer (nn.ReflectionPad2d and the like) and set padding=0."
+        )
+    transposed = isinstance(module, nn.ConvTranspose2d)
+    geometry = _geometry(
+        "conv_transpose2d" if transposed else "conv2d",
+        module.weight,
+        module.stride,
+        module.padding,
+        module.dilation,
+        module.groups,
+        module.output_padding,
+    )
+    return ResidualOperator(name, geometry, module.weight, module.bias, switch)
+
+
+def _geometry(
+    kind: Any,
+    weight: Tensor,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    output_padding: Any = 0,
+) -> Geometry:
+    kernel = (weight.shape[2], weight.shape[3])
+    dilation = _pair(dilation)
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        sides = (total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2)
+    else:
+        top, left = (0, 0) if padding == "valid" else _pair(padding)
+        sides = (left, left, top, top)
+    return Geometry(kind, kernel, _pair(stride), sides, dilation, int(groups), _pair(output_padding))
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    values = [int(v) for v in value]
+    return (values[0], values[0]) if len(values) == 1 else (values[0], values[1])
+
+
+def _set_submodule(network: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(network.get_submodule(parent), child, module)
+
+
+# Graphs of exported programs -----------------------------------------------------------------------------------------
+
+_ATEN = torch.ops.aten
+_OPERATORS: dict[Any, str] = {
+    _ATEN.conv2d.default: "conv2d",
+    _ATEN.conv2d.padding: "conv2d",
+    _ATEN.conv_transpose2d.input: "conv_transpose2d",
+    _ATEN.linear.default: "linear",
+    _ATEN.convolution.default: "convolution",
+    _ATEN.addmm.default: "addmm",
+}
+_ARGUMENTS = {
+    "conv2d": ("stride", "padding", "dilation", "groups"),
+    "conv_transpose2d": ("stride", "padding", "output_padding", "groups", "dilation"),
+    "convolution": ("stride", "padding", "dilation", "transposed", "output_padding", "groups"),
+}
+
+
+def _has_aten_nodes(network: fx.GraphModule) -> bool:
+    return any(node.target in _OPERATORS for node in network.graph.nodes if node.op == "call_function")
+
+
+def _replace_nodes(network: fx.GraphModule, switch: Switch) -> int:
+    count = 0
+    for node in list(network.graph.nodes):
+        if node.op != "call_function" or node.target not in _OPERATORS:
+            continue
+        operator = _from_node(network, node, switch)
+        name = f"resq_{node.name}"
+        network.add_submodule(name, operator)
+        with network.graph.inserting_before(node):
+            source = node.args[1] if _OPERATORS[node.target] == "addmm" else node.args[0]
+            new = network.graph.call_module(name, (source,))
+        node.replace_all_uses_with(new)
+        network.graph.erase_node(node)
+        count += 1
+    if count:
+        network.graph.eliminate_dead_code()
+        network.recompile()
+    return count
+
+
+def _from_node(network: fx.GraphModule, node: fx.Node, switch: Switch) -> ResidualOperator:
+    kind = _OPERATORS[node.target]
+    if kind == "addmm":  # bias + x @ weight.t(), as decomposed programs write a linear layer
+        weight, bias = _transposed_constant(network, node), _constant(network, node, node.args[0])
+        return ResidualOperator(node.name, Geometry("linear"), weight, bias, switch)
+    arguments: list[Any] = [*node.args, *([None] * (3 - len(node.args)))]
+    bias_node = node.kwargs.get("bias", arguments[2])
+    found = _constant(network, node, arguments[1])
+    bias = None if bias_node is None else _constant(network, node, bias_node)
+    if kind == "linear":
+        return ResidualOperator(node.name, Geometry("linear"), found, bias, switch)
+    settings = dict(zip(_ARGUMENTS[kind], arguments[3:], strict=False)) | {
+        k: v for k, v in node.kwargs.items() if k != "bias"
+    }
+    if kind == "convolution":
+        kind = "conv_transpose2d" if settings.pop("transposed") else "conv2d"
+    if found.dim() != 4:
+        raise UnsupportedOperatorError(
+            f"Node {node.name!r} is a {found.dim() - 2}-D convolution. Supported: {SUPPORTED}."
+        )
+    return ResidualOperator(node.name, _geometry(kind, found, **settings), found, bias, switch)
+
+
+def _constant(network: fx.GraphModule, node: fx.Node, source: Any) -> Tensor:
+    if not isinstance(source, fx.Node) or source.op != "get_attr":
+        raise UnsupportedOperatorError(
+            f"Node {node.name!r} ({node.target}) has a weight that is computed in the graph, by {source}. "
+            "Residual quantization needs constant weights: export the network with its weights as parameters."
+        )
+    value: Any = network
+    for part in str(source.target).split("."):
+        value = getattr(value, part)
+    if not isinstance(value, Tensor):
+        raise NetworkError(f"Node {node.name!r} has a weight {source.target!r} that is not a tensor.")
+    return value.detach()
+
+
+def _transposed_constant(network: fx.GraphModule, node: fx.Node) -> Tensor:
+    source = node.args[2]
+    transposes = (_ATEN.t.default, _ATEN.permute.default, _ATEN.transpose.int)
+    if isinstance(source, fx.Node) and source.target in transposes:
+        return _constant(network, node, source.args[0])
+    return _constant(network, node, source).t()
+
+
+def _fold_graph(network: fx.GraphModule) -> None:
+    """Fold `aten.batch_norm` nodes that are the only user of a convolution node."""
+    for node in list(network.graph.nodes):
+        if node.op != "call_function" or node.target is not _ATEN.batch_norm.default:
+            continue
+        source, training = node.args[0], node.args[5]
+        if training or _OPERATORS.get(source.target) != "conv2d" or len(source.users) > 1:
+            continue
+        gamma, beta, mean, variance = (None if a is None else _constant(network, node, a) for a in node.args[1:5])
+        if mean is None or variance is None:
+            continue
+        scale = (variance + node.args[7]).rsqrt() * (1 if gamma is None else gamma)
+        weight = _constant(network, source, source.args[1])
+        bias_node = source.args[2] if len(source.args) > 2 else None
+        bias = torch.zeros_like(mean) if bias_node is None else _constant(network, source, bias_node)
+        shift = (bias - mean) * scale + (0 if beta is None else beta)
+        names = [f"{source.name}_folded_weight", f"{source.name}_folded_bias"]
+        for name, value in zip(names, (weight * scale[:, None, None, None], shift), strict=True):
+            network.register_buffer(name, value)
+        with network.graph.inserting_before(source):
+            folded = [network.graph.get_attr(name) for name in names]
+        source.args = (source.args[0], *folded, *source.args[3:])
+        node.replace_all_uses_with(source)
+        network.graph.erase_node(node)
+    network.graph.eliminate_dead_code()
+    network.recompile()
+
+
+def copy_of(network: nn.Module) -> nn.Module:
+    """A frozen copy in evaluation mode; exported programs' modules keep the mode they were exported in."""
+    duplicate = copy.deepcopy(network)
+    try:
+        duplicate.eval()
+    except NotImplementedError:  # modules of exported programs have no mode to switch
+        pass
+    return duplicate.requires_grad_(False)

@@ -1,0 +1,22 @@
+"""Clips of video with labels: generated, or read from files."""
+
+from resq_rl.video.camvid import CamVidVideo
+from resq_rl.video.clip import IGNORE, SPLITS, Clip, Split, VideoDataset
+from resq_rl.video.davis import DavisVideo
+from resq_rl.video.files import VideoFiles, package_video
+from resq_rl.video.generated import GeneratedVideo
+from resq_rl.video.parts import Part
+
+__all__ = [
+    "IGNORE",
+    "SPLITS",
+    "CamVidVideo",
+    "Clip",
+    "DavisVideo",
+    "GeneratedVideo",
+    "Part",
+    "Split",
+    "VideoDataset",
+    "VideoFiles",
+    "package_video",
+]

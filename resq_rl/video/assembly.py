@@ -1,0 +1,60 @@
+"""From decoded frames to clips."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+
+from resq_rl.video.clip import Clip
+from resq_rl.video.parts import Part
+
+__all__ = ["Decoded", "cut_clips"]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Consecutive decoded frames of one source.
+
+    Attributes:
+        frames: RGB frames of one size.
+        labels: class indices of each frame, or None.
+        part: what of the source was wanted, under the name that its clips get.
+        first: number of the first frame within the source.
+        stride: frames of the source from one frame to the next.
+        fps: frames per second, the stride taken into account.
+        origin: path of the source.
+    """
+
+    frames: Sequence[UInt8[np.ndarray, "h w 3"]]
+    labels: Sequence[UInt8[np.ndarray, "h w"]] | None
+    part: Part
+    first: int
+    stride: int
+    fps: float
+    origin: str
+
+
+def cut_clips(decoded: Decoded, clip_frames: int | None) -> list[Clip]:
+    """Cut decoded frames into clips of `clip_frames` frames, or into one.
+
+    A rest shorter than `clip_frames` is dropped, unless it is all there is. Clips that are cut are named
+    after their frames within the source, as NAME[start:stop].
+    """
+    count = len(decoded.frames)
+    length = min(clip_frames or count, count)
+    clips = []
+    for start in range(0, count - length + 1, length):
+        stop = start + length
+        first, last = (decoded.first + number * decoded.stride for number in (start, stop))
+        clips.append(
+            Clip(
+                frames=torch.from_numpy(np.stack(decoded.frames[start:stop])).permute(0, 3, 1, 2).contiguous(),
+                labels=None if decoded.labels is None else torch.from_numpy(np.stack(decoded.labels[start:stop])),
+                fps=decoded.fps,
+                name=str(decoded.part if length == count else Part(decoded.part.name, first, last)),
+                origin=decoded.origin,
+            )
+        )
+    return clips

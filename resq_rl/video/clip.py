@@ -1,0 +1,111 @@
+"""A clip of video with its labels, and what every source of clips offers."""
+
+import math
+from dataclasses import dataclass
+from typing import Final, Literal, Protocol, get_args, runtime_checkable
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from resq_rl.errors import VideoError
+
+__all__ = ["IGNORE", "SPLITS", "Clip", "Split", "VideoDataset", "check_split"]
+
+IGNORE: Final = 255
+"""The label of a pixel that no metric counts."""
+
+Split = Literal["train", "validation", "test"]
+"""The three uses of clips: calibration and training, tuning, and the final measurement."""
+
+SPLITS: Final[tuple[Split, ...]] = get_args(Split)
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """Consecutive frames of one video, with labels where there are any.
+
+    Attributes:
+        frames: RGB values 0..255, (t, 3, h, w).
+        labels: class index of each pixel, `IGNORE` (255) where unlabelled, (t, h, w); None for video
+            without labels.
+        fps: frames per second.
+        name: short name that is unique within its dataset, such as "davis2016/kite-surf".
+        origin: where the clip comes from: a path, or the settings of a generator.
+
+    Raises:
+        VideoError: no frames, frames or labels of another shape or type, or a frame rate that is not
+            positive.
+    """
+
+    frames: UInt8[Tensor, "t 3 h w"]
+    labels: UInt8[Tensor, "t h w"] | None
+    fps: float
+    name: str
+    origin: str
+
+    def __post_init__(self) -> None:
+        shape, where = tuple(self.frames.shape), f"clip {self.name!r} ({self.origin})"
+        if len(shape) != 4 or shape[1] != 3 or self.frames.dtype != torch.uint8:
+            raise VideoError(
+                f"Frames of {where} must be uint8 of shape (t, 3, h, w), got {self.frames.dtype} of shape "
+                f"{shape}. Convert them to RGB bytes with the channels second."
+            )
+        if 0 in shape:
+            raise VideoError(
+                f"Frames of {where} must hold at least one frame of one pixel, got shape {shape}. "
+                "Check that the source is not empty and that start, stride and size leave something."
+            )
+        if not (math.isfinite(self.fps) and self.fps > 0):
+            raise VideoError(
+                f"Frame rate of {where} must be a positive number of frames per second, got {self.fps}. "
+                "Give the rate yourself where the source does not tell it."
+            )
+        if self.labels is None:
+            return
+        expected = (shape[0], *shape[2:])
+        if tuple(self.labels.shape) != expected or self.labels.dtype != torch.uint8:
+            raise VideoError(
+                f"Labels of {where} must be uint8 of shape {expected} to match its frames, got "
+                f"{self.labels.dtype} of shape {tuple(self.labels.shape)}. Give one label map per frame, "
+                "of the size of the frame."
+            )
+
+    def __len__(self) -> int:
+        """The number of frames."""
+        return int(self.frames.shape[0])
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return int(self.frames.shape[2]), int(self.frames.shape[3])
+
+
+@runtime_checkable
+class VideoDataset(Protocol):
+    """A source of clips in three disjoint splits."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of the label values; empty for video without labels."""
+        ...
+
+    def clips(self, split: Split) -> list[Clip]:
+        """All clips of a split.
+
+        Raises:
+            VideoError: the split is unknown or its source cannot be read.
+        """
+        ...
+
+
+def check_split(split: str) -> Split:
+    """Return `split` if it names one of the three splits.
+
+    Raises:
+        VideoError: it does not.
+    """
+    for known in SPLITS:
+        if split == known:
+            return known
+    raise VideoError(f"Unknown split {split!r}: use one of {', '.join(SPLITS)}.")

@@ -1,0 +1,55 @@
+"""A window that follows the labelled object, as the crop of a tracker would."""
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from resq_rl.video.clip import IGNORE
+from resq_rl.video.images import Box
+
+__all__ = ["follow", "object_box"]
+
+_LEAST_HEIGHT = 16.0
+
+
+def object_box(labels: UInt8[np.ndarray, "h w"]) -> Box | None:
+    """Left, top, right and bottom edge of all labelled objects together, in pixels; None without any."""
+    marked = (labels != 0) & (labels != IGNORE)
+    rows, columns = marked.any(axis=1).nonzero()[0], marked.any(axis=0).nonzero()[0]
+    if rows.size == 0:
+        return None
+    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+
+
+def follow(boxes: list[Box | None], factor: float, aspect: float, smoothing: float = 4.0) -> list[Box]:
+    """A window for each frame: the object's box, `factor` times as large, smoothed over time.
+
+    The window has one aspect, and is as high as the object or as its width asks for. Where the object is
+    hidden, the window moves on a straight way between the frames before and after. Its centre and the
+    logarithm of its height are then averaged with Gaussian weights over the frames around, so the window sees
+    some frames ahead.
+
+    Args:
+        boxes: the object's box in each frame, at least one of them not None.
+        factor: height of the window as a multiple of the object's.
+        aspect: height of the window divided by its width; 1 for a square.
+        smoothing: standard deviation of the Gaussian weights, in frames.
+    """
+    steps = np.arange(len(boxes))
+    seen = np.array([step for step, box in zip(steps, boxes, strict=True) if box is not None])
+    left, top, right, bottom = np.array([box for box in boxes if box is not None], dtype=np.float64).T
+    height = np.maximum(factor * np.maximum(bottom - top, (right - left) * aspect), _LEAST_HEIGHT)
+    tracks = ((top + bottom) / 2, (left + right) / 2, np.log(height))
+    y, x, size = (_smooth(np.interp(steps, seen, track), smoothing) for track in tracks)
+    down, across = np.exp(size) / 2, np.exp(size) / 2 / aspect
+    edges = np.stack([x - across, y - down, x + across, y + down], axis=1)
+    return [(row[0], row[1], row[2], row[3]) for row in edges.tolist()]
+
+
+def _smooth(track: Float[np.ndarray, "t"], sigma: float) -> Float[np.ndarray, "t"]:
+    """Gaussian average over time; the first and the last value stand for those beyond them."""
+    if sigma <= 0:
+        return track
+    reach = int(np.ceil(3 * sigma))
+    weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    padded = np.pad(track, reach, mode="edge")
+    return np.convolve(padded, weights / weights.sum(), mode="valid")

@@ -1,0 +1,57 @@
+"""Settings and fixtures of all tests."""
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+
+# Shapes and types are checked at run time, under pytest only. Must come before the first import of resq_rl.
+# As for mypy, an int will do where a float is wanted.
+jaxtyping.install_import_hook("resq_rl", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # tests talk to nothing outside this machine
+
+hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
+hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+torch.set_num_threads(int(os.environ.get("RESQ_RL_TEST_THREADS", "2")))
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _fixed_global_seeds() -> None:
+    """Start every test from the same global random states (networks draw their first weights from them)."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - libraries under test still use it
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def unchecked_types() -> Iterator[None]:
+    """Switch off the run-time type checks, for tests of what a user sees who passes a wrong type or shape."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The root of the checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real videos and networks: RESQ_RL_SHARED, or `shared` beside the checkout."""
+    folder = Path(os.environ.get("RESQ_RL_SHARED", ROOT.parent / "shared"))
+    if not (folder / "data").is_dir():
+        pytest.skip(f"no real data: {folder} has no folder data (set RESQ_RL_SHARED to where it is)")
+    return folder
