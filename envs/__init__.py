@@ -3,6 +3,15 @@
 from resq_rl.envs.actions import DEFAULT_THRESHOLDS, ActionKind, ActionScheme, Agents
 from resq_rl.envs.batched import BatchedEnvironment, EpisodeSettings, Transition
 from resq_rl.envs.clips import AccuracySource, ClipStore, ErrorWeighting
+from resq_rl.envs.environments import (
+    FrameBits,
+    RegionBits,
+    RegionThresholds,
+    ResQEnv,
+    ResQVectorEnv,
+    default_world,
+    register,
+)
 from resq_rl.envs.measure import FrameView, Measurement, Policy, frames_of, measure
 from resq_rl.envs.observation import FRAME_FEATURES, Observation, region_features
 from resq_rl.envs.simulator import Decision, FrameResult, Simulator
@@ -19,14 +28,23 @@ __all__ = [
     "Decision",
     "EpisodeSettings",
     "ErrorWeighting",
+    "FrameBits",
     "FrameResult",
     "FrameView",
     "Measurement",
     "Observation",
     "Policy",
+    "RegionBits",
+    "RegionThresholds",
+    "ResQEnv",
+    "ResQVectorEnv",
     "Simulator",
     "Transition",
+    "default_world",
     "frames_of",
     "measure",
     "region_features",
+    "register",
 ]
+
+register()

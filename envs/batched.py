@@ -1,6 +1,7 @@
 """Many agents over one simulator: the core that every face of the environments shares."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +57,7 @@ class Transition:
     """What one step gave, one row per agent; `result` has one row per clip.
 
     Attributes:
-        observations: of the next frame, of the next clip where one ended.
+        observations: of the next frame; of the next clip where one ended and was followed.
         rewards: scaled rewards.
         truncated: whether the agent's clip ended.
         final_observations: observations after the last frame, where any clip ended.
@@ -75,22 +76,27 @@ class Transition:
 class BatchedEnvironment:
     """Clips stream through the simulator's slots; a clip that ends is followed at once by the next.
 
+    Every slot draws from a generator of its own, so slot i of a batch seeded s behaves like a batch of one seeded s + i.
+
     Args:
         simulator: the simulator; its `trade_off_range` must be the episodes'.
         scheme: actions and observations of the agents.
         episodes: what is drawn for each episode.
+        autoreset: whether a clip that ends is followed by the next in the same step.
     """
 
-    def __init__(self, simulator: Simulator, scheme: ActionScheme, episodes: EpisodeSettings) -> None:
+    def __init__(
+        self, simulator: Simulator, scheme: ActionScheme, episodes: EpisodeSettings, *, autoreset: bool = True
+    ) -> None:
         if scheme.groups != simulator.groups or scheme.grid != simulator.grid:
             raise SettingsError(
                 f"The actions are for {scheme.groups} groups and grid {scheme.grid}, the simulator has "
                 f"{simulator.groups} and {simulator.grid}."
             )
-        self.simulator, self.scheme, self.episodes = simulator, scheme, episodes
+        self.simulator, self.scheme, self.episodes, self.autoreset = simulator, scheme, episodes, autoreset
         self.interval = torch.zeros(simulator.slots, dtype=torch.int64)
-        self._generator = np.random.default_rng()
-        self._queue: list[int] = []
+        self._generators: list[np.random.Generator] = []
+        self._queues: list[list[int]] = []
 
     @property
     def clips(self) -> int:
@@ -102,11 +108,12 @@ class BatchedEnvironment:
         """Agents that act together."""
         return self.clips * self.scheme.agents_per_clip
 
-    def reset(self, generator: np.random.Generator | None = None) -> Float[np.ndarray, "agents n"]:
-        """Start a clip in every slot; with a generator, all that follows depends on it alone."""
-        if generator is not None:
-            self._generator = generator
-            self._queue = []
+    def reset(self, seeds: Sequence[int] | None = None) -> Float[np.ndarray, "agents n"]:
+        """Start a clip in every slot; with a seed for each slot, all that follows depends on them alone."""
+        if seeds is not None or not self._generators:
+            sources: Sequence[int | None] = seeds if seeds is not None else [None] * self.clips
+            self._generators = [np.random.default_rng(s) for s in sources]
+            self._queues = [[] for _ in range(self.clips)]
         self._start(list(range(self.clips)))
         return self._observe()
 
@@ -114,7 +121,7 @@ class BatchedEnvironment:
         """Run one frame of every clip under the agents' actions.
 
         Raises:
-            PolicyError: the actions do not fit, or `reset` was not called.
+            PolicyError: the actions do not fit, or a clip is over (without `autoreset`) or `reset` was not called.
         """
         due = (self.interval > 0) & (self.simulator.age + 1 >= self.interval)
         result = self.simulator.step(self.scheme.decide(actions, due))
@@ -126,12 +133,15 @@ class BatchedEnvironment:
             local = result.region_reward(trade_off)
             rewards = ((1 - share) * local + share * frame[:, None, None]).flatten()
         truncated = result.last.repeat_interleave(self.scheme.agents_per_clip)
+        observations = self._observe()
         final = None
         if bool(result.last.any()):
-            final = self._observe()
-            self._start(torch.nonzero(result.last)[:, 0].tolist())
+            final = observations
+            if self.autoreset:
+                self._start(torch.nonzero(result.last)[:, 0].tolist())
+                observations = self._observe()
         return Transition(
-            self._observe(),
+            observations,
             (rewards * self.episodes.reward_scale).numpy().astype(np.float32),
             truncated.numpy(),
             final,
@@ -144,26 +154,30 @@ class BatchedEnvironment:
 
     def _start(self, slots: list[int]) -> None:
         low, high = (math.log(v) for v in self.episodes.trade_off_range)
-        draws = self._generator.uniform(low, high, len(slots))
-        trade_off = [math.exp(d) if high > low else self.episodes.trade_off_range[0] for d in draws]
-        chosen = self._generator.choice(np.array(self.episodes.intervals), len(slots))
-        self.interval[slots] = torch.as_tensor(chosen)
-        self.simulator.start(slots, [self._next_clip() for _ in slots], trade_off)
+        trade_off = []
+        for slot in slots:
+            generator = self._generators[slot]
+            drawn = math.exp(generator.uniform(low, high))
+            trade_off.append(drawn if high > low else self.episodes.trade_off_range[0])
+            self.interval[slot] = int(generator.choice(np.array(self.episodes.intervals)))
+        self.simulator.start(slots, [self._next_clip(s) for s in slots], trade_off)
 
-    def _next_clip(self) -> int:
-        if not self._queue:
+    def _next_clip(self, slot: int) -> int:
+        queue = self._queues[slot]
+        if not queue:
             order = np.arange(len(self.simulator.store))
-            self._queue = (self._generator.permutation(order) if self.episodes.shuffle else order).tolist()
-        return self._queue.pop(0)
+            queue.extend((self._generators[slot].permutation(order) if self.episodes.shuffle else order).tolist())
+        return queue.pop(0)
 
-    # What a checkpoint needs to go on exactly where it stopped -----------------------------------------------------
+    # What a checkpoint needs to go on where it stopped -----------------------------------------------------------
 
     def snapshot(self) -> dict[str, Any]:
-        """Clip order and random state; clips in progress start anew when restored."""
-        return {"generator": self._generator.bit_generator.state, "queue": list(self._queue)}
+        """Clip order and random states; clips in progress start anew when restored."""
+        return {"generators": [g.bit_generator.state for g in self._generators], "queues": self._queues}
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Go on from a snapshot."""
-        self._generator = np.random.default_rng()
-        self._generator.bit_generator.state = snapshot["generator"]
-        self._queue = list(snapshot["queue"])
+        self._generators = [np.random.default_rng(0) for _ in snapshot["generators"]]
+        for generator, state in zip(self._generators, snapshot["generators"], strict=True):
+            generator.bit_generator.state = state
+        self._queues = [list(queue) for queue in snapshot["queues"]]

@@ -37,9 +37,8 @@ class AgentsVecEnv(VecEnv):
 
     def reset(self) -> Any:
         """Start a clip in every slot."""
-        seed = self._seeds[0]
-        generator = None if seed is None else np.random.default_rng(seed)
-        observations = self.core.reset(generator)
+        first = self._seeds[0]
+        observations = self.core.reset(None if first is None else [first + i for i in range(self.core.clips)])
         self._reset_seeds()
         self._reset_options()
         self.frames += self.core.clips

@@ -114,7 +114,6 @@ class Simulator:
         self.length = torch.zeros(slots, dtype=torch.int64)
         self.trade_off = torch.full((slots,), trade_off_range[0])
         self.spent = torch.zeros(slots, dtype=torch.float64)
-        self._full = LevelField.constant(0, slots, self.groups, grid)
         self._frame = torch.zeros(slots, 3, height, width, dtype=torch.uint8)
         self._reference_frame, self._key_frame = self._frame.clone(), self._frame.clone()
         self._output = torch.zeros(slots, *grid, 3)
@@ -140,6 +139,10 @@ class Simulator:
         macs = torch.tensor([float(site.macs) for site in self.model.sites], dtype=torch.float64)
         total = torch.zeros(self.groups, dtype=torch.float64).index_add_(0, self.model.group_of_site, macs)
         return total / macs.sum() * self.reference_bops
+
+    def last_frame(self, slot: int) -> UInt8[Tensor, "3 h w"]:
+        """The frame that ran last in a slot."""
+        return self._frame[slot]
 
     # Episodes --------------------------------------------------------------------------------------------------------
 

@@ -47,31 +47,43 @@ def load_settings(config_name: str, overrides: Sequence[str] = ()) -> Settings:
     return make_settings(compose_config(config_name, overrides))
 
 
-def explain(error: Exception, config_name: str, overrides: Sequence[str]) -> SettingsError:
-    """The error of a failed composition as one line that names the override at fault and the nearest name."""
+def explain(error: Exception, config_name: str, overrides: Sequence[str], *, multirun: bool = False) -> SettingsError:
+    """The error of a failed composition as one line that names the override at fault and the nearest name.
+
+    With `multirun`, an override may give several values, and each is tried.
+    """
     with initialize_config_module(CONFIG_MODULE, version_base=VERSION_BASE):
-        return _explain(error, config_name, overrides)
+        return _explain(error, config_name, overrides, multirun=multirun)
 
 
-def _explain(error: Exception, config_name: str, overrides: Sequence[str]) -> SettingsError:
+def _explain(error: Exception, config_name: str, overrides: Sequence[str], *, multirun: bool = False) -> SettingsError:
     loader = GlobalHydra.instance().config_loader()
-    groups = set(_groups(loader))
+    searchpath = [text for text in overrides if text.startswith("hydra.searchpath=")]
+    groups = {
+        group: loader.get_group_options(group, config_name=config_name, overrides=searchpath)
+        for group in _groups(loader)
+    }
     parser = OverridesParser.create()
     parsed: list[tuple[str, Override]] = []
     for text in overrides:
         try:
-            parsed.append((text, parser.parse_override(text)))
+            override = parser.parse_override(text)
+            if multirun and override.is_discrete_sweep():
+                values = [f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()]
+                parsed += [(value, parser.parse_override(value)) for value in values]
+            else:
+                parsed.append((text, override))
         except HydraException as failure:
             return SettingsError(_unreadable(text, failure))
     # A wrong group option hides everything else, so those are tried first.
     parsed.sort(key=lambda pair: pair[1].key_or_group not in groups)
-    good: list[str] = []
+    good = searchpath
     for text, override in parsed:
         try:
             compose(config_name, [*good, text])
         except COMPOSITION_ERRORS as failure:
             config = compose(config_name, good, return_hydra_config=override.key_or_group.startswith("hydra"))
-            return SettingsError(_wrong_override(text, override, failure, config, loader, groups))
+            return SettingsError(_wrong_override(text, override, failure, config, groups))
         good.append(text)
     return SettingsError(f"Cannot compose the settings: {_one_line(error)}")
 
@@ -88,8 +100,7 @@ def _wrong_override(
     override: Override,
     failure: Exception,
     config: DictConfig,
-    loader: ConfigLoader,
-    groups: set[str],
+    groups: Mapping[str, Sequence[str]],
 ) -> str:
     key = override.key_or_group
     if override.is_sweep_override():
@@ -97,28 +108,30 @@ def _wrong_override(
             f"'{text}' gives several values: for a list write {key}=[...], "
             "to run the command once for each add --multirun."
         )
-    if key in groups:
-        options = loader.get_group_options(key)
-        value = override.value()
-        if not isinstance(value, list) and value not in options:
-            return f"Unknown option '{value}' for '{key}'.{did_you_mean(str(value), options)}"
-        if not override.is_add():
-            return f"No option of '{key}' is chosen that '{text}' could replace: write +{text}."
-        return f"An option of '{key}' is chosen already: write {text.lstrip('+')}."
-    names = dict(_names(config))
     value = override.value()
+    if key in groups:
+        return _wrong_option(text, key, value, groups[key], add=override.is_add())
+    names = dict(_names(config))
     if isinstance(names.get(key), DictConfig) and isinstance(value, dict):
         for name in value:
             if name not in names[key]:
                 return str(unknown_name(str(name), names[key], prefix=f"{key}."))
     if key in names:
         return f"Cannot set '{key}' with '{text}': {_one_line(failure.__cause__ or failure)}"
-    others = [name for name in groups if name.startswith("hydra/") == key.startswith("hydra")]
     group = next((name for name in _parents(key) if name in names), "")
     accepted = [f"{group}.{name}" for name in parameter_names(names.get(group))]
     if key in accepted:
         return f"'{key}' is not in the config, but its target takes it: write +{text.lstrip('+')}."
+    others = [name for name in groups if name.startswith("hydra/") == key.startswith("hydra")]
     return f"Unknown setting '{key}'.{did_you_mean(key, [*names, *accepted, *others])}"
+
+
+def _wrong_option(text: str, group: str, value: Any, options: Sequence[str], *, add: bool) -> str:
+    if not isinstance(value, list) and value not in options:
+        return f"Unknown option '{value}' for '{group}'.{did_you_mean(str(value), options)}"
+    if not add:
+        return f"No option of '{group}' is chosen that '{text}' could replace: write +{text}."
+    return f"An option of '{group}' is chosen already: write {text.lstrip('+')}."
 
 
 def _parents(key: str) -> Iterator[str]:

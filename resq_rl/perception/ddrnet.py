@@ -5,17 +5,22 @@ the two exchange features twice, and pooled context from the deep branch is adde
 Compared with the paper: fewer and narrower blocks, one block per stage, two context scales, no auxiliary
 head, and convolution-norm-ReLU order everywhere, so that every normalisation folds into the convolution
 before it.
+
+Shapes are not checked at run time here: `torch.fx` calls the same code with placeholders instead of tensors.
 """
 
-import torch.nn.functional as F
+from typing import no_type_check
+
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from resq_rl.errors import NetworkError
 
 __all__ = ["CompactDDRNet"]
 
 
+@no_type_check
 def resize(features: Float[Tensor, "b c h w"], like: Float[Tensor, "b _ H W"]) -> Float[Tensor, "b c H W"]:
     """Bilinear resize to the height and width of `like`."""
     return F.interpolate(features, size=like.shape[-2:], mode="bilinear", align_corners=False)
@@ -49,6 +54,7 @@ class ResidualBlock(nn.Module):
         self.shortcut: nn.Module = nn.Identity() if same else ConvNorm(inputs, outputs, 1, stride)
         self.relu = nn.ReLU()
 
+    @no_type_check
     def forward(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k _ _"]:
         output: Tensor = self.relu(self.second(self.first(features)) + self.shortcut(features))
         return output
@@ -93,6 +99,7 @@ class Context(nn.Module):
         self.mix = ConvNormReLU(hidden, hidden)
         self.project = ConvNorm(hidden, outputs, 1)
 
+    @no_type_check
     def forward(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k h w"]:
         scales = self.local(features) + resize(self.coarse(features), features) + self.whole(features)
         context: Tensor = self.project(self.mix(scales))
@@ -138,6 +145,7 @@ class CompactDDRNet(nn.Module):
         self.context = Context(4 * width, 2 * width, width)
         self.head = nn.Sequential(nn.ReLU(), ConvNormReLU(width, width), nn.Conv2d(width, classes, 1))
 
+    @no_type_check
     def forward(self, frames: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k h w"]:
         """Logits of `frames`, RGB in 0..1, at the same size."""
         shared = self.shared(self.stem(4.0 * frames - 2.0))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -20,44 +21,70 @@ Reference = Literal["keyframe", "previous"]
 REFERENCES: tuple[Reference, ...] = ("keyframe", "previous")
 
 PIXELS_PER_FRAME = 24
-# A level's range is fitted to the pixels that the heuristic gives that level at this threshold.
-TYPICAL_TAU = 1.0
+# Thresholds for which the steps of threshold fields are calibrated: octaves from 2^-3 to 2^3.
+LOWEST_OCTAVE, HIGHEST_OCTAVE = -3, 3
 FEWEST_ROWS = 32
+MOST_VALUES = 16_384
 # Codes of coarse levels are multiples of the finest step; this keeps all codes, and so all sums, small integers.
 LARGEST_CODE = 512
 
 
 @dataclass(frozen=True)
 class ResidualTable:
-    """The residual quantizers of one operator call: one symmetric quantizer per level.
+    """The residual quantizers of one operator call: symmetric, one step per level.
 
     The step of level l is `step * unit[l]` with `unit[l]` a power of two, so that the codes of all levels are integers in
     the same unit and one int32 accumulator serves pixels of mixed levels: hardware needs a shift, no rescaling.
 
+    A bit field gives a level to pixels of any magnitude, a threshold field to pixels between tau * kappa_l and
+    tau * kappa_(l+1) only, so the best step differs. Row 0 of the tables is for bit fields; rows 1 and up are for threshold
+    fields, one per octave of tau.
+
     Attributes:
         sigma: standard deviation of the residual, by which magnitudes are normalised.
         step: step of the finest level; the unit of the codes.
-        inverse: 1 / (step * unit) by level, 0 where the level has 0 bits.
-        limit: largest code magnitude by level, before the unit is applied.
-        unit: step of each level in units of `step`.
+        inverse: 1 / (step * unit) by row and level, 0 where the level has 0 bits.
+        limit: largest code magnitude by row and level, before the unit is applied.
+        unit: step in units of `step`, by row and level.
     """
 
     sigma: float
     step: float
-    inverse: Float[Tensor, " levels"]
-    limit: Float[Tensor, " levels"]
-    unit: Float[Tensor, " levels"]
+    inverse: Float[Tensor, "rows levels"]
+    limit: Float[Tensor, "rows levels"]
+    unit: Float[Tensor, "rows levels"]
 
-    def codes(self, residual: Float[Tensor, "*shape"], levels: Int64[Tensor, "*levels"]) -> Float[Tensor, "*shape"]:
-        """Integer codes of a residual in units of `step`, as float32; `levels` broadcasts over the channels."""
-        limit = self.limit[levels]
-        codes = (residual * self.inverse[levels]).round_()
-        return torch.clamp(codes, -limit, limit, out=codes).mul_(self.unit[levels])
+    def codes(
+        self,
+        residual: Float[Tensor, "*shape"],
+        levels: Int64[Tensor, "*levels"],
+        row: Int64[Tensor, "*levels"] | None = None,
+    ) -> Float[Tensor, "*shape"]:
+        """Integer codes of a residual in units of `step`, as float32.
+
+        Args:
+            residual: x - x^_ref.
+            levels: level of each pixel; broadcasts over the channels.
+            row: row of the tables for each pixel (`threshold_row`), or None for a bit field.
+        """
+        index = levels if row is None else levels + row * self.unit.shape[1]
+        limit = self.limit.flatten()[index]
+        codes = (residual * self.inverse.flatten()[index]).round_()
+        return torch.clamp(codes, -limit, limit, out=codes).mul_(self.unit.flatten()[index])
 
     def to(self, device: torch.device) -> "ResidualTable":
         """The same table on another device."""
         moved = (t.to(device) for t in (self.inverse, self.limit, self.unit))
         return ResidualTable(self.sigma, self.step, *moved)
+
+
+def threshold_row(tau: Float[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
+    """Row of a `ResidualTable` whose steps suit threshold tau: the octave at or below it.
+
+    Rounding up instead costs more bits in the closed loop: the error that coarser steps leave exceeds the threshold anew.
+    """
+    octave = torch.log2(tau.clamp(2.0**LOWEST_OCTAVE, 2.0**HIGHEST_OCTAVE)).floor_()
+    return octave.long() - LOWEST_OCTAVE + 1
 
 
 @dataclass(frozen=True)
@@ -138,23 +165,26 @@ def _residual_table(
 ) -> ResidualTable:
     sigma = max(sigma, 1e-8)
     magnitude = rows.abs().amax(1) / sigma
-    bounds = [TYPICAL_TAU * k for k in kappa] + [math.inf]
-    finest = len(level_bits) - 1
-    steps = []
-    for level, bits in enumerate(level_bits):
-        if bits == 0:
-            steps.append(math.inf)
-            continue
-        own = rows[(magnitude > bounds[max(level - 1, 0)]) & (magnitude <= bounds[max(level, 1)])]
-        chosen = own if len(own) >= FEWEST_ROWS else rows
-        steps.append(float(symmetric_step(chosen.reshape(1, -1), bits, estimator)))
-    step = steps[finest]
     limits = [symmetric_limit(bits) for bits in level_bits]
-    units = [0.0 if n == 0 else float(_power_of_two(s / step, n)) for s, n in zip(steps, limits, strict=True)]
-    inverse = [0.0 if u == 0 else 1.0 / (step * u) for u in units]
-    return ResidualTable(
-        sigma, step, torch.tensor(inverse), torch.tensor([float(n) for n in limits]), torch.tensor(units)
+
+    def best_step(chosen: Tensor, bits: int) -> float:
+        values = (chosen if len(chosen) >= FEWEST_ROWS else rows).flatten()
+        stride = max(1, len(values) // MOST_VALUES)
+        return float(symmetric_step(values[None, ::stride], bits, estimator))
+
+    step = best_step(rows, level_bits[-1])
+    steps = [[math.inf if b == 0 else best_step(rows, b) for b in level_bits]]
+    for octave in range(LOWEST_OCTAVE, HIGHEST_OCTAVE + 1):
+        bounds = [2.0**octave * k for k in kappa] + [math.inf]
+        own = [(magnitude > low) & (magnitude <= high) for low, high in pairwise(bounds)]
+        # The lowest level takes what no threshold passes, so its own range ends at the first bound.
+        own.insert(0, magnitude <= bounds[0])
+        steps.append([math.inf if b == 0 else best_step(rows[o], b) for b, o in zip(level_bits, own, strict=True)])
+    unit = torch.tensor(
+        [[float(_power_of_two(s / step, n)) if n else 0.0 for s, n in zip(row, limits, strict=True)] for row in steps]
     )
+    inverse = torch.where(unit > 0, 1.0 / (step * unit), 0.0)
+    return ResidualTable(sigma, step, inverse, torch.tensor(limits).float().expand(len(steps), -1).contiguous(), unit)
 
 
 def _power_of_two(ratio: float, limit: int) -> int:

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
 from resq_rl.errors import CalibrationError, NetworkError, PolicyError, SettingsError
-from resq_rl.quantization.calibration import Reference, ResidualTable, SiteRanges, SiteRecorder
+from resq_rl.quantization.calibration import Reference, ResidualTable, SiteRanges, SiteRecorder, threshold_row
 from resq_rl.quantization.fields import DEFAULT_KAPPA, Field, LevelField, carry, cells_of
 from resq_rl.quantization.ledger import BopsConvention, FrameCost, bit_cost, check_convention
 from resq_rl.quantization.operators import LayerKind, ResidualOperator, Switch
@@ -350,7 +350,7 @@ class _Execution:
         self.position = 0
         self.bops: list[Tensor] = []
         self.elementwise = torch.zeros(len(refresh), dtype=torch.float64)
-        self._carried: dict[tuple[int, tuple[int, int]], Tensor] = {}
+        self._carried: dict[tuple[int, tuple[int, int]], tuple[Tensor, Tensor | None]] = {}
         self._shares: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, operator: ResidualOperator, x: Tensor) -> Tensor:
@@ -396,9 +396,11 @@ class _Execution:
         operator, table = site.operator, ranges.residual[self.state.reference]
         reference = self.state.inputs[self.position]
         residual = x - reference[rows]
-        levels = self._levels(site, residual, table)
-        spread = levels.unsqueeze(1) if operator.channel_axis == 1 else levels.reshape(-1, *[1] * (x.dim() - 1))
-        codes = table.codes(residual, spread)
+        levels, row = self._levels(site, residual, table)
+        spread = (
+            (lambda m: m.unsqueeze(1)) if operator.channel_axis == 1 else (lambda m: m.view(-1, *[1] * (x.dim() - 1)))
+        )
+        codes = table.codes(residual, spread(levels), None if row is None else spread(row))
         weights = self.model._residual_weights[id(operator)]
         total = operator.geometry.apply(codes, weights.codes)
         output = torch.addcmul(self.state.outputs[self.position][rows], total, weights.scale * table.step)
@@ -406,29 +408,27 @@ class _Execution:
             if isinstance(rows, slice):
                 reference.add_(codes, alpha=table.step)
             else:
-                reference[rows] += codes * table.step
+                reference[rows] = torch.add(reference[rows], codes, alpha=table.step)
         return output, self._residual_bops(site, levels)
 
-    def _levels(self, site: Site, residual: Tensor, table: ResidualTable) -> Tensor:
-        """Level of each pixel, (b, h, w); a linear layer has one pixel."""
+    def _levels(self, site: Site, residual: Tensor, table: ResidualTable) -> tuple[Tensor, Tensor | None]:
+        """Level of each pixel and, for thresholds, its row in the table, both (b, h, w); a linear layer has one pixel."""
         size = site.map_size(residual)
         decision, group = self.rest_decision, int(self.model.group_of_site[self.position])
-        key = (group, size)
-        if isinstance(decision, LevelField):
-            if key not in self._carried:
-                self._carried[key] = carry(decision.levels[:, group], size, "max")
-            return self._carried[key]
-        if key not in self._carried:
-            self._carried[key] = carry(decision.thresholds[:, group], size, "min")
-        tau = self._carried[key] * table.sigma
+        if (group, size) not in self._carried:
+            self._carried[group, size] = _carried(decision, group, size)
+        carried, row = self._carried[group, size]
+        if row is None:
+            return carried, None
         if site.operator.channel_axis == 1:
             magnitude = torch.maximum(residual.amax(1), -residual.amin(1))
         else:
             magnitude = residual.flatten(1).abs().amax(1)[:, None, None]
+        tau = carried * table.sigma
         levels = torch.zeros(magnitude.shape, dtype=torch.int64, device=residual.device)
         for kappa in decision.kappa:
             levels += magnitude > tau * kappa
-        return levels
+        return levels, row
 
     def _share(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         if size not in self._shares:
@@ -479,6 +479,14 @@ class _Execution:
     def cost(self) -> FrameCost:
         """The cost of the pass."""
         return FrameCost(torch.stack(self.bops, 1), self.refresh.clone(), self.elementwise)
+
+
+def _carried(decision: Field, group: int, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    """A group's decisions at a layer's resolution: levels, or thresholds with their rows in the residual tables."""
+    if isinstance(decision, LevelField):
+        return carry(decision.levels[:, group], size, "max"), None
+    tau = carry(decision.thresholds[:, group], size, "min")
+    return tau, threshold_row(tau)
 
 
 # Layer groups --------------------------------------------------------------------------------------------------------

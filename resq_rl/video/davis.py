@@ -45,6 +45,8 @@ class DavisVideo:
         crop: height of a window around the labelled objects as a multiple of theirs, such as 1.3; it follows
             them smoothly, has the proportions of `size`, repeats the edge of frames that it leaves, and is
             unlabelled there. None for full frames.
+        crop_thickness: parts of objects thinner than this many pixels of the source, such as ropes, do not count
+            for the window; 1 counts all.
         objects: None for one class of all objects; a number for classes "object 1" up to it (2017 only).
         year: 2016 or 2017; None to tell from the files.
         resolution: folder name below `JPEGImages` and `Annotations`.
@@ -62,6 +64,7 @@ class DavisVideo:
     splits: Mapping[Split, Sequence[str | Part]] | None = None
     size: tuple[int, int] | None = None
     crop: float | None = None
+    crop_thickness: int = 1
     objects: int | None = None
     year: int | None = None
     resolution: str = "480p"
@@ -75,6 +78,7 @@ class DavisVideo:
         check_count(self.frames, "frames", reader)
         check_count(self.clip_frames, "clip_frames", reader)
         check_count(self.objects, "objects", reader)
+        check_count(self.crop_thickness, "crop_thickness", reader)
         if self.year not in (None, 2016, 2017):
             raise SettingsError(f"Setting year of {reader} must be 2016, 2017 or None, got {self.year!r}. Choose one.")
         if self.crop is not None and (self.size is None or not 0 < self.crop <= 100):
@@ -223,7 +227,7 @@ class DavisVideo:
         labels = [map_labels(read_labels(path), mapping, path) for path in paths]
         if self.crop is None or self.size is None:
             return labels, [None] * len(labels)
-        boxes = [object_box(label) for label in labels]
+        boxes = [object_box(label, self.crop_thickness) for label in labels]
         if not any(boxes):
             raise VideoError(
                 f"No labelled object to crop around in {self._labels_root / name}: all {len(labels)} labels "

@@ -16,7 +16,6 @@ from resq_rl.video.shapes import draw_colours, window
 __all__ = ["Distractor", "Light", "draw_distractor", "draw_light"]
 
 Kind = Literal["blob", "stripes", "flicker", "foliage"]
-Coordinates = Float[np.ndarray, "n"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,9 @@ class Distractor:
         else:
             region += fade * (first[:, None, None] + mix * (second - first)[:, None, None] - region)
 
-    def _mix(self, y: Coordinates, x: Coordinates, time: float) -> float | Float[np.ndarray, "h w"]:
+    def _mix(
+        self, y: Float[np.ndarray, "h"], x: Float[np.ndarray, "w"], time: float
+    ) -> float | Float[np.ndarray, "h w"]:
         """Share of the second colour at each pixel of the patch, or one share for all."""
         turn = self.rate * time + self.phase
         if self.kind == "blob":

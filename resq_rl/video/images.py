@@ -179,7 +179,7 @@ def resize_frame(
 
 def resize_labels(
     labels: UInt8[np.ndarray, "h w"], size: tuple[int, int] | None, box: Box | None = None
-) -> UInt8[np.ndarray, "h w"]:
+) -> UInt8[np.ndarray, "oh ow"]:
     """Bring labels, or the `box` of them, to `size` by the nearest pixel; `IGNORE` outside the labels."""
     if size is None:
         return labels

@@ -1,7 +1,8 @@
 """A window that follows the labelled object, as the crop of a tracker would."""
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
+from scipy.ndimage import maximum_filter1d, minimum_filter1d
 
 from resq_rl.video.clip import IGNORE
 from resq_rl.video.images import Box
@@ -11,10 +12,30 @@ __all__ = ["follow", "object_box"]
 _LEAST_HEIGHT = 16.0
 
 
-def object_box(labels: UInt8[np.ndarray, "h w"]) -> Box | None:
-    """Left, top, right and bottom edge of all labelled objects together, in pixels; None without any."""
-    marked = (labels != 0) & (labels != IGNORE)
-    rows, columns = marked.any(axis=1).nonzero()[0], marked.any(axis=0).nonzero()[0]
+def object_box(labels: UInt8[np.ndarray, "h w"], thickness: int = 1) -> Box | None:
+    """Left, top, right and bottom edge of all labelled objects together, in pixels; None without any.
+
+    Parts into which no square of `thickness` pixels fits, such as ropes, do not count, unless there are no others.
+    """
+    box = _extent((labels != 0) & (labels != IGNORE))
+    if box is None or thickness <= 1:
+        return box
+    left, top, right, bottom = (int(edge) for edge in box)
+    inner = labels[top:bottom, left:right]
+    marked = ((inner != 0) & (inner != IGNORE)).astype(np.uint8)
+    for axis in (0, 1):
+        marked = minimum_filter1d(marked, thickness, axis=axis, mode="constant")
+    back = -1 if thickness % 2 == 0 else 0  # an even square has its centre beside the middle, on the other side now
+    for axis in (0, 1):
+        marked = maximum_filter1d(marked, thickness, axis=axis, mode="constant", origin=back)
+    thick = _extent(marked > 0)
+    if thick is None:
+        return box
+    return left + thick[0], top + thick[1], left + thick[2], top + thick[3]
+
+
+def _extent(marked: Bool[np.ndarray, "h w"]) -> Box | None:
+    rows, columns = (np.flatnonzero(marked.any(axis=axis)) for axis in (1, 0))
     if rows.size == 0:
         return None
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)

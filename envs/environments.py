@@ -1,0 +1,276 @@
+"""The three registered environments, single and vector."""
+
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
+from jaxtyping import Float, Int, UInt8
+
+from resq_rl.envs.actions import DEFAULT_THRESHOLDS, ActionKind, ActionScheme
+from resq_rl.envs.batched import BatchedEnvironment, EpisodeSettings, Transition
+from resq_rl.envs.clips import ClipStore
+from resq_rl.envs.simulator import Simulator
+from resq_rl.errors import SettingsError
+from resq_rl.perception import Segmentation, compact_ddrnet
+from resq_rl.quantization import Reference, ResQModel
+from resq_rl.video import GeneratedVideo
+
+__all__ = ["FrameBits", "RegionBits", "RegionThresholds", "ResQEnv", "ResQVectorEnv", "default_world", "register"]
+
+World = tuple[ResQModel, Segmentation, ClipStore]
+
+
+@lru_cache(maxsize=2)
+def default_world(clips: int = 4, frames: int = 16) -> World:
+    """The shipped network, calibrated, with its task and a few generated clips: enough to try an environment."""
+    task = Segmentation()
+    video = GeneratedVideo(train=clips, frames=frames)
+    made = video.clips("train")
+    height, width = video.size
+    model = ResQModel(compact_ddrnet(), torch.zeros(1, 3, height, width)).calibrate([c.frames for c in made])
+    return model, task, ClipStore.prepare(model, task, made)
+
+
+def _core(
+    kind: ActionKind,
+    slots: int,
+    *,
+    model: ResQModel | None = None,
+    task: Segmentation | None = None,
+    store: ClipStore | None = None,
+    grid: tuple[int, int] = (6, 10),
+    reference: Reference = "previous",
+    trade_off: float | tuple[float, float] = 0.3,
+    budget: float | None = None,
+    by_group: bool = False,
+    thresholds: tuple[float, ...] = DEFAULT_THRESHOLDS,
+    reward_scale: float = 1.0,
+    shuffle: bool = True,
+    autoreset: bool = True,
+) -> BatchedEnvironment:
+    given = [part is not None for part in (model, task, store)]
+    if any(given) and not all(given):
+        raise SettingsError("Give model, task and store together, or none of them for the embedded default.")
+    if model is None or task is None or store is None:
+        model, task, store = default_world()
+    episodes = EpisodeSettings(trade_off=trade_off, reward_scale=reward_scale, shuffle=shuffle)
+    scheme = ActionScheme(
+        kind, "frame", len(model.groups), grid, len(model.config.levels), by_group, thresholds, model.config.kappa
+    )
+    simulator = Simulator(
+        model,
+        task,
+        store,
+        slots=slots,
+        grid=grid,
+        reference=reference,
+        trade_off_range=episodes.trade_off_range,
+        budget=budget,
+    )
+    return BatchedEnvironment(simulator, scheme, episodes, autoreset=autoreset)
+
+
+def _frame_info(step: Transition, slot: int) -> dict[str, Any]:
+    result = step.result
+    return {
+        "error": float(result.error[slot].mean()),
+        "bops": float(result.share[slot].mean()),
+        "keyframe": bool(result.cost.keyframe[slot]),
+        "clip": int(result.clip[slot]),
+    }
+
+
+class ResQEnv(gymnasium.Env[np.ndarray, np.ndarray]):
+    """One clip at a time through a frozen, ResQ-quantized network.
+
+    Observation:
+        `Box(0, 1)`, float32; the names by index are in `feature_names`. Per region: square root of the mean and the maximum
+        of the absolute pixel residual against the reference frame, the same mean against the last keyframe, the mean residual
+        of the neighbourhood, uncertainty, boundary density (own and of the neighbourhood) and foreground share of the last
+        output, texture, and the share of W8A8 spent there last by layer group. Per frame: age of the keyframe / 64, place of
+        lambda in its range (log scale), share of the budget left, mean residual, foreground share. Never the labels, the
+        float output or the current output.
+
+    Reward:
+        accuracy_t - lambda * BOPs_t / BOPs_W8A8, accuracy being 1 minus the mean error cost of the pixels (`ClipStore`).
+
+    Start:
+        Frame 0 of the next clip has run as a forced keyframe; the observation is for frame 1.
+
+    End:
+        The last frame of the clip truncates the episode; nothing terminates it.
+
+    Info:
+        `error` mean error cost, `bops` share of W8A8, `keyframe`, `clip` index in the store.
+
+    Arguments:
+        model, task, store: a calibrated model, its task and clips; the embedded default without them.
+        grid: rows and columns of regions. reference: "previous" or "keyframe".
+        trade_off: lambda, or a range it is drawn from log-uniformly for each clip.
+        budget: BOPs per frame as a share of W8A8, shown in the observation.
+        by_group: one choice per region and layer group instead of one per region.
+        thresholds: values of threshold indices. reward_scale: factor on rewards. shuffle: random order of clips.
+        render_mode: "rgb_array" shows the frame beside the bit-operations spent by region.
+
+    Versions:
+        v0: first.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 15}
+    kind: ClassVar[ActionKind] = "frame_bits"
+
+    def __init__(self, render_mode: str | None = None, **settings: Any) -> None:
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise SettingsError(f"render_mode is None or 'rgb_array', got {render_mode!r}.")
+        self.render_mode = render_mode
+        self.core = _core(self.kind, 1, autoreset=False, **settings)
+        scheme = self.core.scheme
+        self.feature_names = scheme.feature_names
+        self.observation_space = spaces.Box(0.0, 1.0, (scheme.observation_size,), np.float32)
+        self.action_space = spaces.MultiDiscrete(list(scheme.nvec))
+        self._last: Transition | None = None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Float[np.ndarray, " n"], dict[str, Any]]:
+        """Start the next clip."""
+        super().reset(seed=seed)
+        self._last = None
+        return self.core.reset(None if seed is None else [seed])[0], {"clip": int(self.core.simulator.clip[0])}
+
+    def step(
+        self, action: Int[np.ndarray, " k"]
+    ) -> tuple[Float[np.ndarray, " n"], float, bool, bool, dict[str, Any]]:
+        """Run the next frame."""
+        step = self.core.step(np.asarray(action)[None])
+        self._last = step
+        return step.observations[0], float(step.rewards[0]), False, bool(step.truncated[0]), _frame_info(step, 0)
+
+    def render(self) -> UInt8[np.ndarray, "h w 3"] | None:  # type: ignore[override]
+        """The last frame beside the share of W8A8 spent in each region (white: all)."""
+        if self.render_mode is None:
+            return None
+        simulator = self.core.simulator
+        frame = simulator.last_frame(0).permute(1, 2, 0).numpy()
+        share = torch.zeros(simulator.grid) if self._last is None else self._last.result.share[0].clamp(0, 1)
+        spread = torch.nn.functional.interpolate(share[None, None], frame.shape[:2], mode="nearest")[0, 0]
+        grey = (spread * 255).byte().numpy()[..., None].repeat(3, 2)
+        return np.concatenate([frame, grey], 1)
+
+
+class FrameBits(ResQEnv):
+    """One level per layer group for the whole frame, and whether to refresh.
+
+    Action:
+        `MultiDiscrete([levels] * groups + [2])`: an index into the bit-widths (0, 2, 4, 8 by default) for each layer group,
+        then 1 to run the frame as a keyframe.
+
+    The observation has the mean and the maximum of each region feature over the regions. Everything else as in `ResQEnv`.
+    """
+
+    kind = "frame_bits"
+
+
+class RegionBits(ResQEnv):
+    """One level per region (and layer group), and whether to refresh.
+
+    Action:
+        `MultiDiscrete([levels] * regions + [2])`, regions row by row; with `by_group` the groups of a region follow each
+        other.
+
+    Everything else as in `ResQEnv`.
+    """
+
+    kind = "region_bits"
+
+
+class RegionThresholds(ResQEnv):
+    """One threshold per region (and layer group), from which levels follow per pixel and layer; and whether to refresh.
+
+    Action:
+        `MultiDiscrete([thresholds] * regions + [2])`: an index into `thresholds`, ascending, so that a larger index spends
+        less. The same index everywhere is Dynamic ResQ with that threshold.
+
+    Everything else as in `ResQEnv`.
+    """
+
+    kind = "region_thresholds"
+
+
+class ResQVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
+    """Several clips in one forward pass; sub-environment i with seed s equals the single environment with seed s + i.
+
+    A clip that ends is followed by the next in the same step; `infos["final_obs"]` then holds the last observations, where
+    `infos["_final_obs"]`. Arguments as `ResQEnv`.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
+
+    def __init__(self, kind: ActionKind, num_envs: int = 1, render_mode: str | None = None, **settings: Any) -> None:
+        if num_envs < 1:
+            raise SettingsError(f"num_envs must be at least 1, got {num_envs}.")
+        self.num_envs, self.render_mode = num_envs, render_mode
+        self.core = _core(kind, num_envs, **settings)
+        scheme = self.core.scheme
+        self.feature_names = scheme.feature_names
+        self.single_observation_space = spaces.Box(0.0, 1.0, (scheme.observation_size,), np.float32)
+        self.single_action_space = spaces.MultiDiscrete(list(scheme.nvec))
+        self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, num_envs)
+        self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, num_envs)
+
+    def reset(
+        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Float[np.ndarray, "b n"], dict[str, Any]]:
+        """Start a clip in every sub-environment."""
+        seeds: list[int] | None = None
+        if isinstance(seed, int):
+            seeds = [seed + i for i in range(self.num_envs)]
+        elif seed is not None:
+            drawn = np.random.SeedSequence().generate_state(self.num_envs)
+            seeds = [int(d) if s is None else s for s, d in zip(seed, drawn, strict=True)]
+        return self.core.reset(seeds), {"clip": self.core.simulator.clip.numpy().copy()}
+
+    def step(
+        self, actions: Int[np.ndarray, "b k"]
+    ) -> tuple[
+        Float[np.ndarray, "b n"], Float[np.ndarray, " b"], np.ndarray, np.ndarray, dict[str, Any]
+    ]:
+        """Run the next frame of every clip."""
+        step = self.core.step(actions)
+        result = step.result
+        infos: dict[str, Any] = {
+            "error": result.error.mean((1, 2)).numpy(),
+            "bops": result.share.mean((1, 2)).numpy(),
+            "keyframe": result.cost.keyframe.numpy(),
+            "clip": result.clip.numpy(),
+        }
+        if step.final_observations is not None:
+            infos |= {"final_obs": step.final_observations, "_final_obs": step.truncated}
+        return step.observations, step.rewards, np.zeros(self.num_envs, dtype=bool), step.truncated, infos
+
+
+_IDS: dict[str, type[ResQEnv]] = {
+    "resq_rl/FrameBits-v0": FrameBits,
+    "resq_rl/RegionBits-v0": RegionBits,
+    "resq_rl/RegionThresholds-v0": RegionThresholds,
+}
+
+
+def _vector_entry_point(kind: ActionKind) -> Any:
+    def make(num_envs: int = 1, **settings: Any) -> ResQVectorEnv:
+        return ResQVectorEnv(kind, num_envs, **settings)
+
+    return make
+
+
+def register() -> None:
+    """Register the environments with Gymnasium; importing `resq_rl.envs` does it."""
+    for name, environment in _IDS.items():
+        if name not in gymnasium.registry:
+            gymnasium.register(
+                name, entry_point=environment, vector_entry_point=_vector_entry_point(environment.kind)
+            )

@@ -1,0 +1,280 @@
+"""The command line: `resq-rl COMMAND [flags] [overrides]`.
+
+A command is a job, a function `run(settings, run_dir, tracker)` that is imported when it runs. This module
+composes and checks the settings, makes the run's folder, opens the tracker, and turns errors into one line
+and an exit code: 0 done, 1 a failure that is not the user's, 2 a `ResqError`, 130 interrupted.
+"""
+
+import importlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from resq_rl import __version__
+from resq_rl.errors import ResqError, ResultsError
+from resq_rl.experiments.conversion import did_you_mean
+
+__all__ = ["COMMANDS", "Command", "main"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        help: what it does, in a line.
+        config: name of its primary config in `resq_rl.configs`.
+        job: "module:function" of `function(settings, run_dir, tracker)`.
+    """
+
+    help: str
+    config: str
+    job: str
+
+
+COMMANDS: Mapping[str, Command] = {
+    "train": Command(
+        "train a bit-allocation policy by PPO, with checkpoints", "train", "resq_rl.experiments.train:run"
+    ),
+    "evaluate": Command("measure a trained policy on one split", "evaluate", "resq_rl.experiments.evaluate:run"),
+    "compare": Command(
+        "tune, train and measure all methods, and compare their fronts",
+        "compare",
+        "resq_rl.experiments.compare:run",
+    ),
+    "pretrain": Command(
+        "train the segmentation network that the package ships", "pretrain", "resq_rl.experiments.pretrain:run"
+    ),
+}
+
+USAGE = """\
+resq-rl {version}: learned bit allocation for residual-quantized video perception
+
+usage: resq-rl COMMAND [flags] [GROUP=OPTION] [NAME=VALUE] [+experiment=OPTION]
+
+commands:
+{commands}
+
+flags, after the command:
+  --help              its groups, settings and defaults
+  --cfg job           print its settings instead of running it (--resolve: with references filled in)
+  --multirun          run it once for each combination of values given as NAME=A,B
+  --info              where the settings come from
+
+examples:
+  resq-rl compare +experiment=demo
+  resq-rl train video=generated training.seeds=[0] training.frames=20000
+  resq-rl train --multirun environment.trade_off=0.06,0.12
+
+Results go to results/COMMAND/DATE; choose another folder with results=FOLDER.
+RESQ_RL_DEBUG=1 shows the traceback of an error."""
+
+
+def _debugging() -> bool:
+    return "1" in (os.environ.get("RESQ_RL_DEBUG"), os.environ.get("HYDRA_FULL_ERROR"))
+
+
+@dataclass
+class _Session:
+    """What one invocation has been asked for and has done so far."""
+
+    name: str
+    command: Command
+    debug: bool = field(default_factory=_debugging)
+    process: int = field(default_factory=os.getpid)
+    run_dir: Path | None = None
+    jobs: int = 0
+    failures: list[Exception] = field(default_factory=list)
+    interrupted: bool = False
+
+    def report(self, error: Exception, where: str = "") -> None:
+        """Print an error: one line for a `ResqError`, a traceback for others and for debugging."""
+        if self.debug or not isinstance(error, ResqError):
+            traceback.print_exception(error)
+        else:
+            print(f"resq-rl {self.name}: {' '.join(str(error).split())}{where}", file=sys.stderr)
+
+
+def main(arguments: Sequence[str] | None = None, commands: Mapping[str, Command] = COMMANDS) -> int:
+    """Run a command and return the exit code; `arguments` are the process's own by default."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_usage(commands))
+        return 0
+    if words[0] == "--version":
+        print(f"resq-rl {__version__}")
+        return 0
+    name, rest = words[0], words[1:]
+    if name not in commands:
+        what = "Write the command before" if "=" in name or name.startswith("-") else "Unknown command"
+        print(f"resq-rl: {what} '{name}'.{did_you_mean(name, commands)} See resq-rl --help.", file=sys.stderr)
+        return 2
+    session = _Session(name, commands[name])
+    if {"-h", "--help"} & set(rest):
+        print(f"resq-rl {name}: {session.command.help}\n")
+    return _run(session, rest)
+
+
+def _usage(commands: Mapping[str, Command]) -> str:
+    width = max(map(len, commands), default=0)
+    lines = [f"  {name:{width}}  {command.help}" for name, command in commands.items()]
+    return USAGE.format(version=__version__, commands="\n".join(lines))
+
+
+def _run(session: _Session, arguments: Sequence[str]) -> int:
+    try:
+        _run_hydra(session, arguments)
+    except KeyboardInterrupt:
+        session.interrupted = True
+        kept = f"what was computed so far is in {session.run_dir}" if session.run_dir else "nothing had started"
+        print(f"resq-rl {session.name}: interrupted; {kept}.", file=sys.stderr)
+        return 130
+    except SystemExit as stop:  # the argument parser's and Hydra's own
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except Exception as error:
+        session.failures.append(_outside_the_job(error, session, arguments))
+        session.report(session.failures[-1])
+    finally:
+        _end_sweep(session)
+    if session.jobs > 1 and session.failures:
+        print(f"resq-rl {session.name}: {len(session.failures)} of {session.jobs} jobs failed.", file=sys.stderr)
+    return max((2 if isinstance(error, ResqError) else 1 for error in session.failures), default=0)
+
+
+def _run_hydra(session: _Session, arguments: Sequence[str]) -> None:
+    import hydra
+
+    from resq_rl.experiments.composition import CONFIG_MODULE, VERSION_BASE
+
+    def job(config: Any) -> None:
+        _guard_job(session, config)
+
+    decorate = hydra.main(
+        version_base=VERSION_BASE, config_path=f"pkg://{CONFIG_MODULE}", config_name=session.command.config
+    )
+    with _process_state(f"resq-rl {session.name}", arguments):
+        decorate(job)()
+
+
+@contextmanager
+def _process_state(program: str, arguments: Sequence[str]) -> Iterator[None]:
+    """The arguments that Hydra reads and its wish to raise errors instead of printing them; put back afterwards."""
+    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [program, *arguments]
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        del os.environ["HYDRA_FULL_ERROR"]
+        if full_error is not None:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
+        for handler in logging.getLogger().handlers[:]:
+            if isinstance(handler, logging.FileHandler):
+                logging.getLogger().removeHandler(handler)
+                handler.close()
+
+
+def _guard_job(session: _Session, config: Any) -> None:
+    """Run a job; its error is kept and reported, so that the other jobs of a sweep run."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    hydra_config = HydraConfig.get()
+    session.run_dir = Path(hydra_config.runtime.output_dir)
+    session.jobs += 1
+    try:
+        _run_job(session, config, session.run_dir)
+    except Exception as error:
+        if os.getpid() != session.process:  # in a worker of a launcher, which tells its parent only what is raised
+            raise
+        session.failures.append(error)
+        log.debug("The job failed.", exc_info=error)
+        sweeping = hydra_config.mode == RunMode.MULTIRUN
+        session.report(error, f" [{' '.join(hydra_config.overrides.task)}]" if sweeping else "")
+
+
+def _run_job(session: _Session, config: Any, run_dir: Path) -> None:
+    from omegaconf import OmegaConf
+
+    from resq_rl.experiments.settings import make_settings, plain
+    from resq_rl.experiments.tracking import open_tracker
+    from resq_rl.files import write_atomic
+
+    values = plain(config)
+    settings = make_settings(values)
+    module, _, function = session.command.job.partition(":")
+    job: Callable[..., None] = getattr(importlib.import_module(module), function)
+    resolved = write_atomic(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(values)))
+    _set_threads(settings.threads)
+    with open_tracker(
+        settings.tracking,
+        results=Path(settings.results).absolute(),
+        folder=run_dir,
+        name=f"{session.name} {run_dir.name}",
+    ) as tracker:
+        tracker.set_tags({"command": session.name, "folder": run_dir, "resq_rl": __version__})
+        tracker.log_parameters(values)
+        tracker.log_artifact(resolved)
+        job(settings, run_dir, tracker)
+    log.info("Results: %s", os.path.relpath(run_dir))
+    if tracker.hint:
+        log.info("Tracking: %s", tracker.hint)
+
+
+def _set_threads(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _outside_the_job(error: Exception, session: _Session, arguments: Sequence[str]) -> Exception:
+    """What to report for an error of Hydra's, from before a job began."""
+    from hydra._internal.utils import get_args_parser
+
+    from resq_rl.experiments.composition import COMPOSITION_ERRORS, explain
+
+    system_error = _system_error(error)
+    if system_error is not None:
+        return ResultsError(
+            f"Cannot write the results folder {system_error.filename}: {system_error.strerror}. "
+            "Choose a writable one with results=FOLDER."
+        )
+    if not isinstance(error, COMPOSITION_ERRORS):
+        return error
+    flags = get_args_parser().parse_args(list(arguments))
+    overrides = list(flags.overrides)
+    if flags.config_dir is not None and Path(flags.config_dir).is_dir():
+        overrides.append(f"hydra.searchpath=[file://{Path(flags.config_dir).absolute()}]")
+    name = flags.config_name or session.command.config
+    explained = explain(error, name, overrides, multirun=flags.multirun)
+    explained.__cause__ = error
+    return explained
+
+
+def _end_sweep(session: _Session) -> None:
+    if "resq_rl.experiments.sweep" not in sys.modules:  # Hydra has not come to its callbacks
+        return
+    from resq_rl.experiments.sweep import SweepCallback
+    from resq_rl.experiments.tracking import Status
+
+    counts = {"jobs": session.jobs, "failed_jobs": len(session.failures)}
+    status: Status = "KILLED" if session.interrupted else "FAILED" if session.failures else "FINISHED"
+    SweepCallback.finish(counts, status)
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """The operating system's error behind `error`, if there is one; Hydra's own kinds have no number."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error
+        error = error.__cause__ or error.__context__
+    return None

@@ -1,0 +1,307 @@
+"""Recording of runs in MLflow, by explicit run ids and without MLflow's global state.
+
+A `Tracker` records one run. The default store is an SQLite file in the results folder; any store or server that MLflow
+knows can take its place. A store that cannot be used is an error at the start; one that fails later is not: records
+are kept in the run's folder and sent when it answers again.
+"""
+
+import logging
+import math
+import os
+import re
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from omegaconf import OmegaConf
+
+from resq_rl.errors import TrackingError
+from resq_rl.experiments.outbox import (
+    METRICS_PER_BATCH,
+    Operation,
+    OperationKind,
+    Outbox,
+    now,
+    quick_requests,
+    reason,
+)
+from resq_rl.experiments.settings import TrackingSettings
+from resq_rl.files import write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from mlflow import MlflowClient
+
+__all__ = ["PARENT_RUN_VARIABLE", "NullTracker", "Tracker", "open_tracker"]
+
+PARENT_RUN_VARIABLE = "RESQ_RL_PARENT_RUN"
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+CHECK_SECONDS = 5
+FLUSH_SECONDS = 2.0
+LONGEST_PARAMETER = 6000  # characters, MLflow's limits
+LONGEST_NAME = 250
+LONGEST_TAG = 5000
+FORBIDDEN = re.compile(r"[^\w\-. :/]")
+
+log = logging.getLogger(__name__)
+
+
+class Tracker:
+    """Records parameters, metrics and files of one run. Use it in a `with` statement, or `close` it.
+
+    Made by `open_tracker` and `child`. No method raises because a store fails: `open_tracker` has checked it.
+
+    Attributes:
+        hint: how to look at what was recorded, or an empty string.
+    """
+
+    def __init__(
+        self,
+        outbox: Outbox | None,
+        folder: Path,
+        *,
+        name: str = "",
+        tags: Mapping[str, Any] | None = None,
+        parent: str | None = None,
+        hint: str = "",
+    ) -> None:
+        self.hint = hint
+        self._outbox = outbox
+        self._folder = folder
+        self._run = f"local-{uuid.uuid4().hex}"
+        self._closed = False
+        self._sent_at = time.monotonic()
+        self._waiting = 0
+        self._add("start", {"parent": parent, "name": name, "tags": _as_tags(tags or {}), "time": now()})
+        self.flush()
+
+    @property
+    def run_id(self) -> str | None:
+        """The store's id of this run, a local name while the store does not answer, or None without a store."""
+        return None if self._outbox is None else self._outbox.run_id(self._run)
+
+    def child(self, name: str, tags: Mapping[str, Any] | None = None) -> "Tracker":
+        """Start a run nested in this one, with figures in a folder of its own."""
+        folder = self._folder / re.sub(r"[^\w\-.]+", "_", name)
+        return Tracker(self._outbox, folder, name=name, tags=tags, parent=self._run, hint=self.hint)
+
+    def log_parameters(self, parameters: Mapping[str, Any]) -> None:
+        """Record settings, nested ones by dotted names; a parameter cannot be changed later.
+
+        Values longer than MLflow takes are cut there and attached in full as `parameters.yaml`.
+        """
+        if self._outbox is None:
+            return
+        flat = {_entity_name(name): _as_text(value) for name, value in _flatten(parameters)}
+        if any(len(text) > LONGEST_PARAMETER for text in flat.values()):
+            text = OmegaConf.to_yaml(OmegaConf.create(_plain(parameters)))
+            self.log_artifact(write_atomic(self._folder / "parameters.yaml", text))
+        self._add("parameters", {"values": {name: _cut(text, LONGEST_PARAMETER) for name, text in flat.items()}})
+        self.flush()
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Record numbers at a step, such as the environment frames so far.
+
+        Sent in batches, when a thousand wait, after two seconds or with `flush`: call it freely.
+        """
+        stamp = now()
+        values = [(_entity_name(name), float(value), stamp, int(step)) for name, value in metrics.items()]
+        for start in range(0, len(values), METRICS_PER_BATCH):
+            self._add("metrics", {"values": values[start : start + METRICS_PER_BATCH]})
+        self._waiting += len(values)
+        if self._waiting >= METRICS_PER_BATCH or time.monotonic() - self._sent_at > FLUSH_SECONDS:
+            self.flush()
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Record or change tags."""
+        self._add("tags", {"values": _as_tags(tags)})
+        self.flush()
+
+    def log_artifact(self, path: Path, folder: str = "") -> None:
+        """Attach a copy of a file, under `folder` among the run's artifacts. The file must stay until `close`."""
+        self._add("artifact", {"path": str(path.absolute()), "folder": folder})
+        self.flush()
+
+    def log_figure(self, figure: "Figure", name: str) -> list[Path]:
+        """Write a figure as `name`.png and `name`.svg to the run's folder, attach both, and give their paths.
+
+        Raises:
+            ResultsError: a file cannot be written.
+        """
+        from resq_rl.experiments.plots import save_figure
+
+        paths = save_figure(figure, self._folder / name)
+        for path in paths:
+            self.log_artifact(path)
+        return paths
+
+    def flush(self) -> None:
+        """Send what waits to be sent, unless the store failed a moment ago."""
+        if self._outbox is not None:
+            self._outbox.send()
+        self._waiting, self._sent_at = 0, time.monotonic()
+
+    def close(self, status: Status = "FINISHED") -> None:
+        """End the run, and say where the records are that the store has not taken. Closing again changes nothing."""
+        if self._closed or self._outbox is None:
+            return
+        self._closed = True
+        self._add("end", {"status": status, "time": now()})
+        if not self._outbox.send(force=True):
+            log.warning(
+                "%d records for MLflow at %s were not sent; they are kept in %s.",
+                self._outbox.pending,
+                self._outbox.where,
+                self._outbox.pending_file,
+            )
+
+    def _add(self, kind: OperationKind, payload: dict[str, Any]) -> None:
+        if self._outbox is not None:
+            self._outbox.add(Operation(kind, self._run, payload))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.close("FAILED" if isinstance(error, Exception) else "KILLED")
+
+
+class NullTracker(Tracker):
+    """Records nothing; figures are still written to the run's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(None, folder)
+
+
+def open_tracker(settings: TrackingSettings, *, results: Path, folder: Path, name: str) -> Tracker:
+    """Start a run: nested under `settings.parent_run` or the environment's RESQ_RL_PARENT_RUN, if either is set.
+
+    Args:
+        settings: where to record.
+        results: the results folder, which holds the default store.
+        folder: the run's own folder.
+        name: the run's name.
+
+    Raises:
+        TrackingError: the store cannot be used.
+    """
+    if not settings.enabled:
+        return NullTracker(folder)
+    uri = _absolute_uri(settings.uri, results)
+    try:
+        client = _make_client(uri)
+        with quick_requests(CHECK_SECONDS):
+            experiment = _experiment(client, settings.experiment, uri)
+            parent = settings.parent_run or os.environ.get(PARENT_RUN_VARIABLE)
+            if parent is not None:
+                client.get_run(parent)
+    except TrackingError:
+        raise
+    except Exception as error:  # drivers and networks raise many kinds
+        raise TrackingError(
+            f"Cannot use the tracking store {uri}: {reason(error)}. Start it (mlflow server), "
+            "set tracking.uri to another one, or record nothing with tracking.enabled=false."
+        ) from error
+    outbox = Outbox(client, experiment, uri, folder)
+    return Tracker(outbox, folder, name=name, tags=settings.tags, parent=parent, hint=_hint(uri, experiment))
+
+
+def _make_client(uri: str) -> "MlflowClient":
+    for variable in ("DISABLE_TELEMETRY", "DISABLE_AGENT_HINT", "SUPPRESS_PRINTING_URL_TO_STDOUT"):
+        os.environ.setdefault(f"MLFLOW_{variable}", "true")
+    from mlflow import MlflowClient
+
+    for logger, level in (
+        ("mlflow", logging.WARNING),
+        ("mlflow.store.db.utils", logging.CRITICAL),  # prints tracebacks of errors that are reported here
+        ("alembic", logging.WARNING),
+    ):
+        logging.getLogger(logger).setLevel(level)
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    return MlflowClient(tracking_uri=uri)
+
+
+def _absolute_uri(uri: str | None, results: Path) -> str:
+    """The store's address, independent of the working folder."""
+    if uri is None:
+        return f"sqlite:///{(results / 'mlflow.db').absolute()}"
+    if uri.startswith("sqlite:///"):
+        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+    if re.match(r"[a-z][a-z0-9+.\-]+:", uri) or uri == "databricks":
+        return uri.rstrip("/")
+    return Path(uri).absolute().as_uri()
+
+
+def _experiment(client: "MlflowClient", name: str, uri: str) -> str:
+    """The id of the experiment, which is made if need be."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        artifacts = None
+        if uri.startswith("sqlite:///"):
+            artifacts = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
+        try:
+            return str(client.create_experiment(name, artifact_location=artifacts))
+        except MlflowException as error:
+            found = client.get_experiment_by_name(name)  # another process may have been faster
+            if found is None:
+                raise error
+    if found.lifecycle_stage != "active":
+        raise TrackingError(
+            f"The experiment {name!r} in the tracking store {uri} is deleted. Restore it "
+            f"(mlflow experiments restore --experiment-id {found.experiment_id}) or set tracking.experiment."
+        )
+    return str(found.experiment_id)
+
+
+def _hint(uri: str, experiment: str) -> str:
+    if uri.startswith("http"):
+        return f"{uri}/#/experiments/{experiment}"
+    return f"mlflow ui --backend-store-uri {uri}"
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    flat: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat += _flatten(value, f"{prefix}{name}.")
+        else:
+            flat.append((f"{prefix}{name}", value))
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:.12g}"
+    return str(list(value) if isinstance(value, tuple) else value)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _entity_name(name: str) -> str:
+    return _cut(FORBIDDEN.sub("_", name), LONGEST_NAME).replace("…", "_")
+
+
+def _as_tags(tags: Mapping[str, Any]) -> dict[str, str]:
+    return {_entity_name(name): _cut(str(value), LONGEST_TAG) for name, value in tags.items()}

@@ -1,0 +1,67 @@
+"""The network that ships with the package."""
+
+import json
+
+import pytest
+import torch
+
+from resq_rl.perception import (
+    CompactDDRNet,
+    Segmentation,
+    class_iou,
+    compact_ddrnet,
+    load_weights,
+    mean_iou,
+    measure_confusion,
+    shipped_weights,
+)
+from resq_rl.video import Clip, GeneratedVideo
+
+FLOOR = 0.74
+"""Least mean IoU on the test clips below; measured values are in the model card."""
+
+
+@pytest.fixture(scope="module")
+def clips() -> list[Clip]:
+    video = GeneratedVideo(frames=4, speed=12.0)
+    return [video.clip("test", index) for index in range(16)]
+
+
+def test_shipped_network_reaches_its_accuracy(clips: list[Clip]) -> None:
+    confusion = measure_confusion(compact_ddrnet(), clips, Segmentation()).sum(0)
+    assert float(mean_iou(confusion)) >= FLOOR
+    assert float(class_iou(confusion).min()) >= FLOOR - 0.15
+
+
+def test_shipped_network_is_frozen_and_repeatable(clips: list[Clip]) -> None:
+    one, two = compact_ddrnet(), compact_ddrnet()
+    assert not one.training
+    assert not any(p.requires_grad for p in one.parameters())
+    frames = clips[0].frames.float() / 255
+    assert torch.equal(one(frames), two(frames))
+
+
+def test_shipped_weights_say_what_they_are() -> None:
+    network = CompactDDRNet()
+    metadata = load_weights(network, shipped_weights())
+    assert metadata["architecture"] == "CompactDDRNet"
+    assert (int(metadata["classes"]), int(metadata["width"])) == (network.classes, network.width)
+    assert metadata["classes"] == str(len(GeneratedVideo().classes))
+    assert metadata["input"] == "RGB in 0..1, 96x160"
+    assert json.loads(metadata["settings"])["steps"] > 0
+    assert float(metadata["validation_miou"]) >= FLOOR
+
+
+def test_shipped_weights_are_small_float32() -> None:
+    assert shipped_weights().stat().st_size < 4_000_000
+    network = compact_ddrnet()
+    assert {v.dtype for v in network.state_dict().values()} == {torch.float32, torch.int64}
+    assert all(v.isfinite().all() for v in network.state_dict().values())
+
+
+def test_model_card_lies_beside_the_weights() -> None:
+    card = (shipped_weights().parent / "README.md").read_text()
+    parameters = sum(p.numel() for p in CompactDDRNet().parameters())
+    assert f"{parameters:,}" in card
+    assert load_weights(CompactDDRNet(), shipped_weights())["validation_miou"] in card
+    assert "Apache-2.0" in card

@@ -1,0 +1,236 @@
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_confusion_matrix,
+    multiclass_jaccard_index,
+)
+
+from resq_rl.errors import NetworkError, SettingsError, VideoError
+from resq_rl.perception import Segmentation, class_iou, mean_iou, pixel_accuracy
+from resq_rl.video import IGNORE
+
+BINARY = Segmentation(classes=2, kind="probability")
+
+
+def labels(seed: int, classes: int, frames: int = 3, ignored: float = 0.1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (frames, 9, 13)
+    prediction = torch.randint(classes, shape, generator=generator).to(torch.uint8)
+    target = torch.randint(classes, shape, generator=generator).to(torch.uint8)
+    agree = torch.rand(shape, generator=generator) < 0.6
+    target = torch.where(agree, prediction, target)
+    target[torch.rand(shape, generator=generator) < ignored] = IGNORE
+    return prediction, target
+
+
+@pytest.mark.parametrize("classes", [2, 6, 255])
+def test_confusion_equals_torchmetrics(classes: int) -> None:
+    prediction, target = labels(classes, classes)
+    confusion = Segmentation(classes=classes).confusion(prediction, target)
+    assert confusion.shape == (3, classes, classes)
+    for frame in range(3):
+        expected = multiclass_confusion_matrix(
+            prediction[frame].long(), target[frame].long(), classes, ignore_index=IGNORE
+        )
+        assert torch.equal(confusion[frame], expected)
+
+
+def test_confusion_has_target_rows_and_prediction_columns() -> None:
+    target = torch.tensor([[[0, 0, 1, IGNORE]]], dtype=torch.uint8)
+    prediction = torch.tensor([[[1, 1, 1, 0]]], dtype=torch.uint8)
+    confusion = Segmentation(classes=2).confusion(prediction, target)
+    assert confusion.tolist() == [[[0, 2], [0, 1]]]
+
+
+@given(seed=st.integers(0, 10_000), classes=st.integers(2, 7), frames=st.integers(1, 4))
+def test_confusion_counts_every_labelled_pixel_once(seed: int, classes: int, frames: int) -> None:
+    prediction, target = labels(seed, classes, frames)
+    confusion = Segmentation(classes=classes).confusion(prediction, target)
+    for frame in range(frames):
+        for t in range(classes):
+            for p in range(classes):
+                pixels = (target[frame] == t) & (prediction[frame] == p)
+                assert confusion[frame, t, p] == pixels.sum()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_mean_iou_equals_torchmetrics(seed: int) -> None:
+    prediction, target = labels(seed, 6)
+    confusion = Segmentation().confusion(prediction, target).sum(0)
+    expected = multiclass_jaccard_index(prediction.long(), target.long(), 6, ignore_index=IGNORE)
+    assert float(mean_iou(confusion)) == pytest.approx(float(expected), abs=1e-6)
+    per_class = multiclass_jaccard_index(prediction.long(), target.long(), 6, average="none", ignore_index=IGNORE)
+    assert class_iou(confusion).tolist() == pytest.approx(per_class.tolist(), abs=1e-6)
+    accuracy = multiclass_accuracy(prediction.long(), target.long(), 6, average="micro", ignore_index=IGNORE)
+    assert float(pixel_accuracy(confusion)) == pytest.approx(float(accuracy), abs=1e-6)
+
+
+def test_mean_iou_leaves_out_classes_that_neither_side_has() -> None:
+    confusion = torch.tensor([[[3, 1, 0], [0, 4, 0], [0, 0, 0]], [[2, 0, 0], [0, 0, 0], [0, 0, 0]]])
+    assert mean_iou(confusion).tolist() == pytest.approx([(3 / 4 + 4 / 5) / 2, 1.0])
+    assert class_iou(confusion)[0, :2].tolist() == pytest.approx([3 / 4, 4 / 5])
+    assert class_iou(confusion)[0, 2].isnan()
+
+
+def test_mean_iou_counts_a_class_that_is_only_predicted_as_zero() -> None:
+    assert float(mean_iou(torch.tensor([[3, 1], [0, 0]]))) == pytest.approx((3 / 4 + 0) / 2)
+
+
+def test_metrics_are_nan_where_nothing_is_labelled() -> None:
+    empty = torch.zeros(2, 6, 6, dtype=torch.int64)
+    assert mean_iou(empty).isnan().all()
+    assert pixel_accuracy(empty).isnan().all()
+
+
+def test_metrics_are_exact_for_counts_beyond_float32() -> None:
+    confusion = torch.tensor([[2**40 + 1, 1], [0, 2**40]])
+    assert mean_iou(confusion).dtype == torch.float64
+    assert float(pixel_accuracy(confusion)) == (2**41 + 1) / (2**41 + 2)
+
+
+def test_mean_iou_keeps_leading_axes() -> None:
+    confusion = torch.randint(1, 9, (2, 3, 4, 4))
+    values = mean_iou(confusion)
+    assert values.shape == (2, 3)
+    assert float(values[1, 2]) == pytest.approx(float(mean_iou(confusion[1, 2])))
+
+
+def test_predict_takes_the_highest_logit() -> None:
+    output = torch.randn(2, 6, 4, 5)
+    prediction = Segmentation().predict(output)
+    assert prediction.dtype == torch.uint8
+    assert torch.equal(prediction.long(), output.max(1).indices)
+
+
+def test_predict_takes_the_foreground_from_its_threshold_on() -> None:
+    output = torch.tensor([[[[0.0, 0.29, 0.3, 1.0]]]])
+    task = Segmentation(classes=2, kind="probability", threshold=0.3)
+    assert task.predict(output).tolist() == [[[0, 0, 1, 1]]]
+
+
+def test_uncertainty_is_the_softmax_margin() -> None:
+    output = 3 * torch.randn(2, 6, 16, 24)
+    uncertainty = Segmentation().uncertainty(output, stride=4)
+    assert uncertainty.shape == (2, 4, 6)
+    best = output[1, :, 2 + 4, 2 + 2 * 4].softmax(0).sort(descending=True).values
+    assert float(uncertainty[1, 1, 2]) == pytest.approx(1 - float(best[0] - best[1]), abs=1e-6)
+
+
+@given(seed=st.integers(0, 1000), size=st.integers(1, 20), stride=st.integers(1, 8))
+def test_uncertainty_lies_in_0_to_1_at_any_size(seed: int, size: int, stride: int) -> None:
+    output = 20 * torch.randn(1, 3, size, size + 3, generator=torch.Generator().manual_seed(seed))
+    uncertainty = Segmentation(classes=3).uncertainty(output, stride)
+    assert uncertainty.numel() > 0
+    assert (uncertainty >= 0).all()
+    assert (uncertainty <= 1).all()
+
+
+def test_uncertainty_of_a_probability_equals_that_of_its_two_logits() -> None:
+    logit = 2 * torch.randn(2, 1, 8, 8)
+    two = Segmentation(classes=2).uncertainty(torch.cat([torch.zeros_like(logit), logit], 1), 2)
+    assert torch.allclose(BINARY.uncertainty(logit.sigmoid(), 2), two, atol=1e-6)
+    assert BINARY.uncertainty(torch.tensor([[[[0.5]]]])).tolist() == [[[1.0]]]
+    assert BINARY.uncertainty(torch.tensor([[[[1.0]]]])).tolist() == [[[0.0]]]
+
+
+def test_output_of_kind_logit_is_a_probability() -> None:
+    task = Segmentation(classes=2, kind="logit")
+    raw = torch.randn(1, 1, 4, 4)
+    assert torch.equal(task.output(raw), raw.sigmoid())
+    assert torch.equal(task.predict(task.output(raw)).bool(), raw[:, 0] >= 0)
+
+
+@pytest.mark.parametrize(
+    ("raw", "key"),
+    [
+        ("tensor", None),
+        ("tensor", 0),
+        (["tensor"], None),
+        (("other", "tensor"), 1),
+        (["other", "tensor"], -1),
+        ({"out": "tensor"}, None),
+        ({"aux": "other", "out": "tensor"}, "out"),
+    ],
+)
+def test_output_selects(raw: Any, key: int | str | None) -> None:
+    values = {"tensor": torch.rand(2, 6, 4, 5), "other": torch.rand(2, 3)}
+    task = Segmentation(output_key=key)
+    if isinstance(raw, dict):
+        given_raw: Any = {k: values[v] for k, v in raw.items()}
+    else:
+        given_raw = values[raw] if isinstance(raw, str) else type(raw)(values[v] for v in raw)
+    assert torch.equal(task.output(given_raw), values["tensor"])
+
+
+@pytest.mark.parametrize(
+    ("raw", "key", "match"),
+    [
+        ([torch.rand(1, 6, 2, 2), torch.rand(1, 3)], None, r"2 outputs \(0: \(1, 6, 2, 2\), 1: \(1, 3\)\)"),
+        ([torch.rand(1, 6, 2, 2)], 3, "output_key is 3"),
+        ({"out": torch.rand(1, 6, 2, 2)}, "aux", "output_key is 'aux'"),
+        ([], None, "0 outputs"),
+        (torch.rand(1, 6, 2, 2), "out", "single Tensor, but output_key is 'out'"),
+        ("text", None, "a str, not a tensor"),
+        ([None], None, "a NoneType, not a tensor"),
+        (torch.rand(1, 5, 2, 2), None, r"\(b, 6, h, w\), got torch.float32 of shape \(1, 5, 2, 2\)"),
+        (torch.rand(6, 2, 2), None, r"of shape \(6, 2, 2\)"),
+        (torch.zeros(1, 6, 2, 2, dtype=torch.uint8), None, "torch.uint8"),
+    ],
+)
+def test_output_that_does_not_fit_is_refused(raw: Any, key: int | str | None, match: str) -> None:
+    with pytest.raises(NetworkError, match=match):
+        Segmentation(output_key=key).output(raw)
+
+
+def test_output_is_resized_to_the_frame() -> None:
+    raw = torch.arange(4.0).view(1, 1, 2, 2).expand(1, 6, 2, 2)
+    assert Segmentation().output(raw).shape == (1, 6, 2, 2)
+    resized = Segmentation().output(raw, (4, 4))
+    assert resized.shape == (1, 6, 4, 4)
+    assert resized[0, 0, 0].tolist() == pytest.approx([0.0, 0.25, 0.75, 1.0])
+
+
+def test_output_is_float32() -> None:
+    assert Segmentation().output(torch.rand(1, 6, 2, 2).half()).dtype == torch.float32
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_labels_of_another_size_are_refused() -> None:
+    prediction, target = torch.zeros(1, 4, 5, dtype=torch.uint8), torch.zeros(1, 8, 10, dtype=torch.uint8)
+    with pytest.raises(VideoError, match=r"shape \(1, 8, 10\) and predictions \(1, 4, 5\)"):
+        Segmentation().confusion(prediction, target)
+
+
+def test_labels_that_are_no_class_are_refused() -> None:
+    target = torch.tensor([[[0, 6, 200, IGNORE]]], dtype=torch.uint8)
+    with pytest.raises(VideoError, match=r"\[6, 200\], but the task has the classes 0 to 5"):
+        Segmentation().confusion(torch.zeros_like(target), target)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"kind": "softmax"}, "kind must be one of logits, probability, logit, got 'softmax'"),
+        ({"classes": 1}, "classes must be from 2 to 255, got 1"),
+        ({"classes": 256}, "got 256"),
+        ({"classes": 6, "kind": "probability"}, "classes must be 2, got 6"),
+        ({"classes": 2, "kind": "probability", "threshold": 0.0}, "between 0 and 1, got 0.0"),
+        ({"threshold": float("nan")}, "got nan"),
+    ],
+)
+def test_wrong_settings_are_refused(settings: dict[str, Any], match: str) -> None:
+    with pytest.raises(SettingsError, match=match):
+        Segmentation(**settings)
+
+
+def test_task_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Segmentation().classes = 3  # type: ignore[misc]
