@@ -135,9 +135,17 @@ def _convert(value: Any, annotation: Any, name: str) -> Any:
         return list(_convert_tuple(value, (*arguments, ...), name))
     if origin in (dict, Mapping):
         return _convert_mapping(value, arguments, name)
-    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type) and isinstance(value, Mapping):
-        return convert_dataclass(value, annotation, f"{name}.")
+    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+        return _convert_group(value, annotation, name)
     return _convert_scalar(value, annotation)
+
+
+def _convert_group(value: Any, cls: type[Any], name: str) -> Any:
+    if isinstance(value, cls):
+        return value
+    if not isinstance(value, Mapping):
+        raise _MismatchError("a group of settings")
+    return convert_dataclass(value, cls, f"{name}.")
 
 
 def _convert_scalar(value: Any, annotation: Any) -> Any:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+else:  # slow to import; a name that annotations can be checked against
+    MlflowClient = Any
 
 __all__ = ["METRICS_PER_BATCH", "Operation", "OperationKind", "Outbox", "now", "quick_requests", "reason"]
 
@@ -85,7 +87,7 @@ class Outbox:
         retry_after: seconds until the next try after the first failure; doubles with each further one.
     """
 
-    client: "MlflowClient"
+    client: MlflowClient
     experiment_id: str
     where: str
     folder: Path

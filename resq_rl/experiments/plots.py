@@ -1,7 +1,8 @@
 """Figures of results, without pyplot's global state, in colours and markers that the colour-blind can tell apart."""
 
 import io
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -14,7 +15,7 @@ from resq_rl.experiments.results import TITLES, Comparison, Point
 from resq_rl.experiments.statistics import pareto_envelope
 from resq_rl.files import write_atomic
 
-__all__ = ["plot_fronts", "save_figure"]
+__all__ = ["plot_curves", "plot_fronts", "save_figure"]
 
 # Okabe and Ito's palette; a method keeps its colour and marker in every figure.
 STYLES: Final[Mapping[str, tuple[str, str]]] = {
@@ -81,6 +82,20 @@ def _distances(centers: np.ndarray, intervals: list[tuple[float, float] | None])
     low, high = np.array(bounds).T
     distances: np.ndarray = np.stack((centers - low, high - centers))
     return distances.clip(min=0.0)
+
+
+def plot_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+    """Reward, error and BOPs of each rollout against environment frames, one line per training run."""
+    figure = Figure(figsize=(9.6, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, name in zip(figure.subplots(1, 3), ("reward", "error", "bops"), strict=True):
+        for (label, rows), color in zip(curves.items(), itertools.cycle(c for c, _ in STYLES.values()), strict=False):
+            axes.plot([row["frames"] for row in rows], [row[name] for row in rows], color=color, label=label)
+        axes.set_xlabel("environment frames")
+        axes.set_title(name, fontsize="medium")
+        axes.grid(True, alpha=0.3)
+    figure.axes[0].legend(fontsize="small")
+    return figure
 
 
 def save_figure(figure: Figure, path: Path) -> list[Path]:

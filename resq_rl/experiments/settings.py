@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from resq_rl.errors import SettingsError
 from resq_rl.experiments.conversion import Bounds, check_bounds, convert_dataclass
 from resq_rl.experiments.targets import Target, make_target
+from resq_rl.perception import PretrainSettings
 
 __all__ = [
     "EnvironmentSettings",
@@ -103,8 +104,10 @@ class EnvironmentSettings(_Group):
         grid: regions down and across.
         clips_per_batch: clips that one forward pass runs.
         reference: what residuals are taken against.
-        keyframe_interval: frames from one forced keyframe to the next; 0 for none but the first.
+        keyframe_intervals: frames from one forced keyframe to the next, of which region agents meet one per episode in
+            training and the best for each trade-off is chosen on validation; 0 for none but the first.
         accuracy: against labels, or agreement with the float network.
+        weighting: what a wrong pixel costs: "iou" by the rarity of the classes it confuses, "pixel" the same for all.
         trade_off: lambda of the reward: one number, or a range to draw from log-uniformly per episode.
         thresholds: what a threshold action may choose, increasing.
     """
@@ -116,13 +119,16 @@ class EnvironmentSettings(_Group):
     grid: Annotated[tuple[int, int], Bounds(at_least=1)]
     clips_per_batch: Count
     reference: Reference
-    keyframe_interval: Annotated[int, Bounds(at_least=0)]
+    keyframe_intervals: Annotated[tuple[int, ...], Bounds(at_least=0)]
     accuracy: Literal["labels", "teacher"]
+    weighting: Literal["iou", "pixel"]
     trade_off: Annotated[float | tuple[float, float], Bounds(above=0)]
     thresholds: Annotated[tuple[float, ...], Bounds(above=0)]
 
     def _check(self) -> None:
         self._check_increasing("thresholds")
+        if not self.keyframe_intervals:
+            raise self._refuse("keyframe_intervals", "a list of at least one value")
         low, high = self.trade_off_range
         if low > high:
             raise self._refuse("trade_off", "a number or an increasing range [low,high]")
@@ -148,7 +154,8 @@ class TrainingSettings(_Group):
         policy_bits: width at which the policy network is charged.
         reward_scale: factor of every reward.
         warm_start: start at the best searched thresholds instead of at random.
-        checkpoint_every: environment frames between checkpoints.
+        checkpoint_every: rollouts between checkpoints.
+        trade_offs: how many values of lambda, spread over its range, make the front.
         resume: folder of the run to go on from, or None.
     """
 
@@ -169,6 +176,7 @@ class TrainingSettings(_Group):
     reward_scale: Positive
     warm_start: bool
     checkpoint_every: Count
+    trade_offs: Count
     resume: str | None
 
     def _check(self) -> None:
@@ -228,6 +236,9 @@ class Settings(_Group):
 
     Attributes:
         video, model, task: made with `Target.build`.
+        pretraining: how `pretrain` trains the network.
+        policy: folder of a trained policy, for `evaluate`.
+        split: clips that `compare` and `evaluate` report on.
         results: folder of all results; each run has its own folder in it.
         seed: of everything random but training runs, which have `training.seeds`.
         threads: CPU threads for tensor operations.
@@ -241,6 +252,9 @@ class Settings(_Group):
     training: TrainingSettings
     heuristic: HeuristicSettings
     tracking: TrackingSettings
+    pretraining: PretrainSettings
+    policy: str | None
+    split: Literal["train", "validation", "test"]
     results: str
     seed: Annotated[int, Bounds(at_least=0)]
     threads: Count

@@ -60,7 +60,7 @@ def make_target(node: Any, group: str) -> Target:
     """
     if not isinstance(node, Mapping) or not isinstance(node.get(TARGET), str):
         raise SettingsError(f"Setting '{group}' needs a {TARGET}: choose an option, {group}=OPTION. Received {node!r}.")
-    path = node[TARGET]
+    path = convert(node[TARGET], str, f"{group}.{TARGET}")
     target = _locate(path, group)
     parameters, hints = _parameters(target)
     arguments: dict[str, Any] = {}

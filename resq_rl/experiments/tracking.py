@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import OmegaConf
 
@@ -34,6 +34,8 @@ from resq_rl.files import write_atomic
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow import MlflowClient
+else:  # slow to import; names that annotations can be checked against
+    Figure = MlflowClient = Any
 
 __all__ = ["PARENT_RUN_VARIABLE", "NullTracker", "Tracker", "open_tracker"]
 
@@ -126,7 +128,7 @@ class Tracker:
         self._add("artifact", {"path": str(path.absolute()), "folder": folder})
         self.flush()
 
-    def log_figure(self, figure: "Figure", name: str) -> list[Path]:
+    def log_figure(self, figure: Figure, name: str) -> list[Path]:
         """Write a figure as `name`.png and `name`.svg to the run's folder, attach both, and give their paths.
 
         Raises:
@@ -163,7 +165,7 @@ class Tracker:
         if self._outbox is not None:
             self._outbox.add(Operation(kind, self._run, payload))
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Tracker":
         return self
 
     def __exit__(
@@ -215,7 +217,7 @@ def open_tracker(settings: TrackingSettings, *, results: Path, folder: Path, nam
     return Tracker(outbox, folder, name=name, tags=settings.tags, parent=parent, hint=_hint(uri, experiment))
 
 
-def _make_client(uri: str) -> "MlflowClient":
+def _make_client(uri: str) -> MlflowClient:
     for variable in ("DISABLE_TELEMETRY", "DISABLE_AGENT_HINT", "SUPPRESS_PRINTING_URL_TO_STDOUT"):
         os.environ.setdefault(f"MLFLOW_{variable}", "true")
     from mlflow import MlflowClient
@@ -242,7 +244,7 @@ def _absolute_uri(uri: str | None, results: Path) -> str:
     return Path(uri).absolute().as_uri()
 
 
-def _experiment(client: "MlflowClient", name: str, uri: str) -> str:
+def _experiment(client: MlflowClient, name: str, uri: str) -> str:
     """The id of the experiment, which is made if need be."""
     from mlflow.exceptions import MlflowException
 

@@ -7,6 +7,7 @@ from resq_rl.quantization.model import QuantizationConfig, ResQModel, StreamStat
 from resq_rl.quantization.operators import LayerKind, ResidualOperator
 from resq_rl.quantization.quantizer import AffineQuantizer, SymmetricQuantizer, symmetric_limit
 from resq_rl.quantization.ranges import RangeEstimator
+from resq_rl.quantization.weight_bits import choose_residual_weight_bits
 
 __all__ = [
     "DEFAULT_KAPPA",
@@ -27,6 +28,7 @@ __all__ = [
     "SymmetricQuantizer",
     "ThresholdField",
     "bit_cost",
+    "choose_residual_weight_bits",
     "symmetric_limit",
     "to_float",
 ]

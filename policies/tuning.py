@@ -1,0 +1,54 @@
+"""Tuning on validation clips: measure many settings, keep those that no other beats."""
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import product
+from typing import TypeVar
+
+from resq_rl.envs import Measurement, Policy
+from resq_rl.policies.fixed import DynamicResQ, SkipGate, StaticResQ
+from resq_rl.quantization import DEFAULT_KAPPA, Reference
+
+__all__ = ["best_policies", "dynamic_resq_settings", "skip_gate_settings", "static_resq_settings"]
+
+P = TypeVar("P", bound=Policy)
+
+
+def best_policies(policies: Iterable[P], evaluate: Callable[[P], Measurement]) -> list[tuple[P, Measurement]]:
+    """The policies on the envelope of (BOPs, accuracy): none of the others is as accurate for no more BOPs.
+
+    Args:
+        policies: what to try.
+        evaluate: measures one of them, on validation clips.
+
+    Returns:
+        The envelope from few BOPs to many, each with its measurement.
+    """
+    measured = [(policy, evaluate(policy)) for policy in policies]
+    measured.sort(key=lambda pair: (pair[1].bops, -pair[1].accuracy))
+    front: list[tuple[P, Measurement]] = []
+    for policy, result in measured:
+        if not front or result.accuracy > front[-1][1].accuracy:
+            front.append((policy, result))
+    return front
+
+
+def dynamic_resq_settings(
+    intervals: Sequence[int],
+    references: Sequence[Reference],
+    taus: Sequence[float],
+    kappa: tuple[float, ...] = DEFAULT_KAPPA,
+) -> list[DynamicResQ]:
+    """Dynamic ResQ at every combination of interval, reference and threshold."""
+    return [DynamicResQ(r, i, tau=t, kappa=kappa) for r, i, t in product(references, intervals, taus)]
+
+
+def static_resq_settings(
+    intervals: Sequence[int], references: Sequence[Reference], levels: int
+) -> list[StaticResQ]:
+    """Static ResQ at every combination of interval, reference and level."""
+    return [StaticResQ(r, i, level=n) for r, i, n in product(references, intervals, range(levels))]
+
+
+def skip_gate_settings(intervals: Sequence[int], taus: Sequence[float], levels: int) -> list[SkipGate]:
+    """The skip gate at every combination of interval and threshold."""
+    return [SkipGate("previous", i, tau=t, levels=levels) for i, t in product(intervals, taus)]

@@ -1,0 +1,184 @@
+"""`resq-rl compare`: the main job. Tune the heuristics, train PPO, measure all on the test clips, compare their fronts.
+
+All tuning and every choice is made on the validation clips; the test clips are measured once, with what was chosen.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from resq_rl.envs import Measurement, Policy
+from resq_rl.experiments.fronts import compare_fronts, points_of
+from resq_rl.experiments.plots import plot_curves, plot_fronts
+from resq_rl.experiments.progress import stage
+from resq_rl.experiments.results import BdEntry, Comparison, Point, print_comparison
+from resq_rl.experiments.settings import Settings
+from resq_rl.experiments.tracking import Tracker
+from resq_rl.experiments.training import front_candidates, train_policy, warm_start_choice
+from resq_rl.experiments.world import World, build_world
+from resq_rl.policies import PerFrame, RandomLevels
+from resq_rl.policies.tuning import (
+    best_policies,
+    dynamic_resq_settings,
+    skip_gate_settings,
+    static_resq_settings,
+)
+
+__all__ = ["run"]
+
+log = logging.getLogger(__name__)
+
+METHODS = (
+    "per_frame",
+    "static_resq",
+    "skip_gate",
+    "random",
+    "dynamic_resq",
+    "searched_thresholds",
+    "ppo",
+    "oracle",
+)
+HALF_BITS = 4
+
+
+@dataclass
+class _Bench:
+    """Measurements so far; `comparison.json` is written anew after each method, so that nothing is lost."""
+
+    world: World
+    run_dir: Path
+    tracker: Tracker
+    started: float = field(default_factory=time.monotonic)
+    measured: dict[str, list[Measurement]] = field(default_factory=dict)
+    deltas: dict[str, BdEntry] = field(default_factory=dict)
+    training_frames: int = 0
+
+    def add(self, method: str, measurements: Sequence[Measurement]) -> None:
+        """Take in a method's measurements on the reported clips."""
+        self.measured[method] = [*self.measured.get(method, []), *measurements]
+        self.write()
+        step = len(self.measured)
+        for point in measurements:
+            self.tracker.log_metrics({f"{method}/accuracy": point.accuracy, f"{method}/bops": point.bops}, step)
+
+    def measure(self, method: str, policies: Sequence[Policy]) -> list[Measurement]:
+        """Measure policies on the reported clips, with progress."""
+        split = self.world.settings.split
+        with stage(f"{method.replace('_', ' ')} on {split}", len(policies) * self.world.stores[split].frames) as advance:
+            return [self.world.measure(policy, split, advance) for policy in policies]
+
+    def comparison(self) -> Comparison:
+        """What is known so far."""
+        settings, store = self.world.settings, self.world.stores[self.world.settings.split]
+        seed = settings.seed
+        fronts: dict[str, Sequence[Point]] = {
+            method: points_of(self.measured.get(method, []), seed=seed) for method in METHODS
+        }
+        agreement = store.source == "teacher"
+        return Comparison(
+            task=type(self.world.task).__name__.lower(),
+            video=self.world.video,
+            split=settings.split,
+            clips=len(store),
+            frames=store.frames,
+            accuracy_metric="agreement with float (mean IoU)" if agreement else "mean IoU",
+            float_accuracy=store.float_accuracy,
+            bops_convention=settings.quantization.bops_convention,
+            reference_bops_per_frame=float(self.world.model.reference_bops()),
+            env_frames_used_for_training=self.training_frames,
+            wall_seconds=time.monotonic() - self.started,
+            fronts=fronts,
+            bd_bops=dict(self.deltas),
+        )
+
+    def write(self) -> Comparison:
+        """Write `comparison.json`."""
+        comparison = self.comparison()
+        comparison.write(self.run_dir / "comparison.json")
+        return comparison
+
+
+def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
+    """Run the comparison; writes `comparison.json`, plots, and a trained policy for each seed."""
+    started = time.monotonic()
+    world = build_world(settings, ["train", "validation", settings.split])
+    bench = _Bench(world, run_dir, tracker, started)
+    log.info("float network: %.4f on the %s clips", world.stores[settings.split].float_accuracy, settings.split)
+    _measure_fixed(bench)
+    _measure_heuristics(bench)
+    by_seed, curves = _measure_ppo(bench)
+    float_accuracy = world.stores[settings.split].float_accuracy
+    for anchor in ("dynamic_resq", "static_resq"):
+        bench.deltas[f"ppo_vs_{anchor}"] = compare_fronts(
+            by_seed, bench.measured[anchor], float_accuracy=float_accuracy, seed=settings.seed
+        )
+    comparison = bench.write()
+    tracker.log_artifact(run_dir / "comparison.json")
+    tracker.log_figure(plot_fronts(comparison), "fronts")
+    tracker.log_figure(plot_curves(curves), "training")
+    for name, entry in bench.deltas.items():
+        if entry.value is not None:
+            tracker.log_metrics({f"bd_bops/{name}": entry.value})
+    print_comparison(comparison, Console())
+    log.info("Plots: %s", ", ".join(str(p.name) for p in sorted(run_dir.glob("*.png"))))
+
+
+def _measure_fixed(bench: _Bench) -> None:
+    settings, world = bench.world.settings, bench.world
+    per_frame = bench.measure("per_frame", [PerFrame()])
+    bits = settings.quantization.key_weight_bits
+    per_frame = [replace(m, settings={"weight_bits": bits, "activation_bits": bits}) for m in per_frame]
+    halved = world.measure_per_frame(PerFrame(), HALF_BITS, settings.split)
+    share = world.model.reference_bops(HALF_BITS, HALF_BITS) / world.model.reference_bops()
+    halved = replace(
+        halved,
+        keyframe=halved.keyframe * share,
+        peak=halved.peak * share,
+        settings={"weight_bits": HALF_BITS, "activation_bits": HALF_BITS},
+    )
+    bench.add("per_frame", [*per_frame, halved])
+    levels = len(settings.quantization.levels)
+    bench.add("random", bench.measure("random", [RandomLevels(levels, settings.seed, 16)]))
+
+
+def _measure_heuristics(bench: _Bench) -> None:
+    heuristic, levels = bench.world.settings.heuristic, len(bench.world.settings.quantization.levels)
+    intervals, references = heuristic.intervals, heuristic.references
+    candidates: dict[str, Sequence[Any]] = {
+        "static_resq": static_resq_settings(intervals, references[:1], levels),
+        "skip_gate": skip_gate_settings(intervals[:1], heuristic.taus[1::2], levels),
+        "dynamic_resq": dynamic_resq_settings(intervals, references, heuristic.taus, heuristic.kappa),
+    }
+    frames = bench.world.stores["validation"].frames
+    for method, policies in candidates.items():
+        with stage(f"tuning {method.replace('_', ' ')}", len(policies) * frames) as advance:
+            chosen = best_policies(policies, lambda p: bench.world.measure(p, "validation", advance))
+        bench.add(method, bench.measure(method, [policy for policy, _ in chosen]))
+
+
+def _measure_ppo(bench: _Bench) -> tuple[dict[int, list[Measurement]], dict[str, list[dict[str, float]]]]:
+    world, settings = bench.world, bench.world.settings
+    warm_start, searched = warm_start_choice(world) if settings.training.warm_start else (None, 0)
+    by_seed: dict[int, list[Measurement]] = {}
+    curves: dict[str, list[dict[str, float]]] = {}
+    for seed in settings.training.seeds:
+        folder = bench.run_dir / f"seed{seed}"
+        with bench.tracker.child(f"ppo seed {seed}", {"seed": seed, "method": "ppo"}) as child:
+            policy, report = train_policy(world, seed, folder, child, warm_start=warm_start, resume=False)
+            bench.training_frames = report.frames + searched
+            candidates = front_candidates(world, policy)
+            with stage("choosing on validation", len(candidates) * world.stores["validation"].frames) as advance:
+                chosen = best_policies(candidates, lambda p: world.measure(p, "validation", advance))
+            results = bench.measure("ppo", [policy for policy, _ in chosen])
+            by_seed[seed] = [replace(m, settings={**m.settings, "seed": seed}) for m in results]
+            for m in by_seed[seed]:
+                child.log_metrics({"accuracy": m.accuracy, "bops": m.bops}, step=int(np.round(1e6 * m.bops)))
+        curves[f"seed {seed}"] = report.curve
+        bench.add("ppo", by_seed[seed])
+    return by_seed, curves

@@ -1,0 +1,113 @@
+"""From measurements to the points, intervals and Bjontegaard deltas of a comparison."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float64, Int
+from torch import Tensor
+
+from resq_rl.envs import Measurement
+from resq_rl.experiments.results import BdEntry, Point
+from resq_rl.experiments.statistics import bd_bops, bootstrap_interval, bootstrap_intervals
+from resq_rl.perception import mean_iou
+
+__all__ = ["compare_fronts", "points_of"]
+
+REPLICATES = 1000
+
+
+def _resampled(
+    measurements: Sequence[Measurement], clips: Int[np.ndarray, "r n"]
+) -> Float64[np.ndarray, "r points 2"]:
+    """(accuracy, BOPs) of every measurement under every resample of the clips."""
+    count = measurements[0].frames.shape[0]
+    draws = torch.zeros(len(clips), count, dtype=torch.float64)
+    index = torch.as_tensor(clips)
+    draws.scatter_add_(1, index, torch.ones(index.shape, dtype=torch.float64))
+    columns = []
+    for m in measurements:
+        classes = m.confusion.shape[-1]
+        confusion = (draws @ m.confusion.double().flatten(1)).view(-1, classes, classes)
+        bops = (draws @ m.clip_bops) / (draws @ m.frames.double())
+        columns.append(torch.stack([_iou(confusion), bops], 1))
+    stacked: np.ndarray = torch.stack(columns, 1).numpy()
+    return stacked
+
+
+def _iou(confusion: Tensor) -> Tensor:
+    return mean_iou(confusion.round().long())
+
+
+def points_of(measurements: Sequence[Measurement], *, seed: int) -> list[Point]:
+    """The measurements with 95% intervals, bootstrapped over the clips."""
+    if not measurements:
+        return []
+    intervals = bootstrap_intervals(
+        lambda clips, _: _resampled(measurements, clips).reshape(len(clips), -1),
+        clips=len(measurements[0].frames),
+        generator=np.random.default_rng(seed),
+        replicates=REPLICATES,
+        vectorized=True,
+    )
+    frames = [float(m.frames.sum()) for m in measurements]
+    return [
+        Point(
+            accuracy=m.accuracy,
+            accuracy_ci95=intervals[2 * i].bounds,
+            bops=m.bops,
+            bops_ci95=intervals[2 * i + 1].bounds,
+            peak_bops=float(m.peak.max()),
+            policy_bops=float(m.policy.sum()) / frames[i],
+            state_bytes=m.state_bytes,
+            settings=m.settings,
+        )
+        for i, m in enumerate(measurements)
+    ]
+
+
+def compare_fronts(
+    fronts: Mapping[int, Sequence[Measurement]],
+    anchor: Sequence[Measurement],
+    *,
+    float_accuracy: float,
+    seed: int,
+) -> BdEntry:
+    """Bjontegaard delta of a method, averaged over its training seeds, against an anchor; interval over clips and seeds.
+
+    Args:
+        fronts: the method's measurements by training seed.
+        anchor: measurements on the same clips.
+        float_accuracy: of the float network on the same clips.
+    """
+    runs = list(fronts.values())
+    every = [*anchor, *(m for run in runs for m in run)]
+    bounds = np.cumsum([0, len(anchor), *(len(run) for run in runs)])
+
+    def deltas(table: Float64[np.ndarray, "points 2"]) -> list[float]:
+        base = table[: bounds[1]]
+        values = []
+        for start, stop in zip(bounds[1:-1], bounds[2:], strict=True):
+            result = bd_bops(table[start:stop], base, float_accuracy=float_accuracy)
+            values.append(np.nan if result.value is None else result.value)
+        return values
+
+    everyone = np.array([[m.accuracy, m.bops] for m in every])
+    own = [
+        bd_bops(everyone[a:b], everyone[: bounds[1]], float_accuracy=float_accuracy)
+        for a, b in zip(bounds[1:-1], bounds[2:], strict=True)
+    ]
+    refused = [r for r in own if r.value is None]
+    if refused:
+        return BdEntry(None, None, refused[0].accuracy_range, refused[0].reason)
+    ranges = [r.accuracy_range for r in own if r.accuracy_range is not None]
+    interval = bootstrap_interval(
+        lambda clips, seeds: float(np.mean(np.array(deltas(_resampled(every, clips[None])[0]))[seeds])),
+        clips=len(anchor[0].frames),
+        seeds=len(runs),
+        generator=np.random.default_rng(seed),
+        replicates=REPLICATES,
+    )
+    value = float(np.mean([r.value for r in own if r.value is not None]))
+    span = (float(np.mean([r[0] for r in ranges])), float(np.mean([r[1] for r in ranges])))
+    return BdEntry(value, interval.bounds, span, interval.reason, interval.undefined)

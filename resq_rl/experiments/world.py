@@ -1,0 +1,195 @@
+"""From settings to what a job works on: clips, the calibrated model, its task, and agents to train."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from resq_rl.envs import (
+    ActionScheme,
+    BatchedEnvironment,
+    ClipStore,
+    EpisodeSettings,
+    Measurement,
+    Policy,
+    Simulator,
+    measure,
+)
+from resq_rl.errors import NetworkError, SettingsError, VideoError
+from resq_rl.experiments.progress import Advance, stage
+from resq_rl.experiments.settings import Settings
+from resq_rl.perception import Segmentation
+from resq_rl.quantization import QuantizationConfig, ResQModel, choose_residual_weight_bits
+from resq_rl.video import Clip, Split
+
+__all__ = ["World", "build_world"]
+
+log = logging.getLogger(__name__)
+
+AGENTS = {
+    "resq_rl/FrameBits-v0": "frame_bits",
+    "resq_rl/RegionBits-v0": "region_bits",
+    "resq_rl/RegionThresholds-v0": "region_thresholds",
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """What one experiment works on.
+
+    Attributes:
+        settings: all settings.
+        network: the float network.
+        model: it, calibrated.
+        task: its task.
+        stores: clips by split.
+        calibration: the clips it was calibrated on.
+        video: name of the video for reports.
+    """
+
+    settings: Settings
+    network: nn.Module
+    model: ResQModel
+    task: Segmentation
+    stores: dict[Split, ClipStore]
+    calibration: tuple[Clip, ...]
+    video: str
+
+    def measure(self, policy: Policy, split: Split, advance: Advance | None = None) -> Measurement:
+        """Run a policy over the clips of a split."""
+        return self._measure(self.model, policy, split, advance)
+
+    def measure_per_frame(self, policy: Policy, bits: int, split: Split) -> Measurement:
+        """Run a policy on the network quantized to `bits`-bit weights and activations; BOPs still in units of W8A8."""
+        config = _config(self.settings, key_weight_bits=bits, key_activation_bits=bits)
+        model = ResQModel(self.network, self._example(), config).calibrate([c.frames for c in self.calibration])
+        result = self._measure(model, policy, split, None)
+        return result
+
+    def _measure(self, model: ResQModel, policy: Policy, split: Split, advance: Advance | None) -> Measurement:
+        environment = self.settings.environment
+        return measure(
+            model,
+            self.task,
+            self.stores[split],
+            policy,
+            grid=environment.grid,
+            slots=environment.clips_per_batch,
+            trade_off_range=environment.trade_off_range,
+            progress=advance,
+        )
+
+    def _example(self) -> torch.Tensor:
+        height, width = self.calibration[0].size
+        return torch.zeros(1, 3, height, width)
+
+    def scheme(self) -> ActionScheme:
+        """The actions that the settings ask for."""
+        environment = self.settings.environment
+        return ActionScheme(
+            AGENTS[environment.id],  # type: ignore[arg-type]
+            environment.agents,
+            len(self.model.groups),
+            environment.grid,
+            len(self.model.config.levels),
+            environment.agents == "region",
+            environment.thresholds,
+            self.settings.heuristic.kappa,
+        )
+
+    def agents(self, split: Split = "train") -> BatchedEnvironment:
+        """Agents on the clips of a split, for training."""
+        environment, store = self.settings.environment, self.stores[split]
+        episodes = EpisodeSettings(
+            trade_off=environment.trade_off,
+            intervals=environment.keyframe_intervals,
+            reward_scale=self.settings.training.reward_scale,
+        )
+        simulator = Simulator(
+            self.model,
+            self.task,
+            store,
+            slots=environment.clips_per_batch,
+            grid=environment.grid,
+            reference=environment.reference,
+            trade_off_range=environment.trade_off_range,
+        )
+        return BatchedEnvironment(simulator, self.scheme(), episodes)
+
+
+def build_world(settings: Settings, splits: Sequence[Split]) -> World:
+    """Load video and network, calibrate, and prepare the clips of `splits`.
+
+    The training split is always read: calibration is done on its first clips.
+
+    Raises:
+        ResqError: a part cannot be built; the message says which and how to mend it.
+    """
+    video, network, task = settings.video.build(), settings.model.build(), settings.task.build()
+    if not isinstance(network, nn.Module):
+        raise NetworkError(f"Setting 'model' must make an nn.Module, got {type(network).__name__}.")
+    if not isinstance(task, Segmentation):
+        raise SettingsError(f"Setting 'task' must make a Segmentation, got {type(task).__name__}.")
+    clips: dict[Split, list[Clip]] = {}
+    names: list[Split] = list(dict.fromkeys(["train", *splits]))  # type: ignore[list-item]
+    with stage("reading video", len(names)) as advance:
+        for name in names:
+            clips[name] = video.clips(name)
+            if not clips[name]:
+                raise VideoError(f"The {name} split has no clips: give it some in the settings of 'video'.")
+            advance(1)
+    calibration = tuple(clips["train"][: settings.quantization.calibration_clips])
+    model = _calibrated(settings, network, calibration)
+    stores = _stores(settings, model, task, {name: clips[name] for name in splits})
+    return World(settings, network, model, task, stores, calibration, _name(video))
+
+
+def _stores(
+    settings: Settings, model: ResQModel, task: Segmentation, clips: dict[Split, list[Clip]]
+) -> dict[Split, ClipStore]:
+    stores: dict[Split, ClipStore] = {}
+    with stage("float network", sum(len(c) for own in clips.values() for c in own)) as advance:
+        for name, own in clips.items():
+            stores[name] = ClipStore.prepare(
+                model,
+                task,
+                own,
+                source=settings.environment.accuracy,
+                weighting=settings.environment.weighting,
+                progress=advance,
+            )
+    return stores
+
+
+def _calibrated(settings: Settings, network: nn.Module, clips: Sequence[Clip]) -> ResQModel:
+    height, width = clips[0].size
+    with stage("calibration", 1):
+        model = ResQModel(network, torch.zeros(1, 3, height, width), _config(settings))
+        model.calibrate([clip.frames for clip in clips])
+        if settings.quantization.residual_weight_bits == "auto":
+            bits = choose_residual_weight_bits(model, [clip.frames for clip in clips[:4]])
+            log.info("residual weight bits: %s", ", ".join(f"{k} {b}" for k, b in sorted(bits.items())))
+    return model
+
+
+def _config(settings: Settings, **changes: Any) -> QuantizationConfig:
+    quantization = settings.quantization
+    bits = quantization.residual_weight_bits
+    values: dict[str, Any] = {
+        "key_weight_bits": quantization.key_weight_bits,
+        "key_activation_bits": quantization.key_activation_bits,
+        "levels": quantization.levels,
+        "residual_weight_bits": 8 if bits == "auto" else bits,
+        "range_estimator": quantization.range_estimator,
+        "kappa": settings.heuristic.kappa,
+        "bops_convention": quantization.bops_convention,
+        "groups": quantization.groups,
+    }
+    return QuantizationConfig(**(values | changes))
+
+
+def _name(video: object) -> str:
+    return type(video).__name__

@@ -1,0 +1,251 @@
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from resq_rl.errors import VideoError
+from resq_rl.experiments.app import COMMANDS, Command, main
+from resq_rl.experiments.settings import Settings
+from resq_rl.experiments.tracking import PARENT_RUN_VARIABLE, Tracker
+
+Run = Callable[..., int]
+FAKE = {
+    "train": Command("train something", "train", "fake_jobs:run"),
+    "compare": Command("compare things", "compare", "fake_jobs:run"),
+}
+
+
+def job(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
+    """Writes what it was given; the seed says how it ends."""
+    tracker.log_metrics({"loss": 0.5}, step=1)
+    (run_dir / "summary.json").write_text(json.dumps({"seed": settings.seed, "folder": str(run_dir)}))
+    logging.getLogger("resq_rl.fake").info("a line of the job")
+    match settings.seed:
+        case 7:
+            raise VideoError("No such video:\n  x.mp4. Check the path.")
+        case 8:
+            raise RuntimeError("a bug")
+        case 9:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Runs the command line in an empty folder, with a job of this file and without tracking."""
+    module = ModuleType("fake_jobs")
+    module.run = job  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fake_jobs", module)
+    monkeypatch.chdir(tmp_path)
+    for variable in ("RESQ_RL_DEBUG", "HYDRA_FULL_ERROR", PARENT_RUN_VARIABLE):
+        monkeypatch.delenv(variable, raising=False)
+
+    def call(*arguments: str, tracking: str = "disabled") -> int:
+        words = list(arguments)
+        if len(words) > 0 and not words[0].startswith("-") and words[0] in FAKE:
+            words.append(f"tracking={tracking}")
+        return main(words, FAKE)
+
+    return call
+
+
+def test_the_page_of_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    page = capsys.readouterr().out
+    for name, command in COMMANDS.items():
+        assert f"  {name}" in page
+        assert command.help in page
+    assert "--multirun" in page
+    assert main([]) == 0
+
+
+def test_help_imports_neither_torch_nor_hydra() -> None:
+    code = (
+        "import sys; from resq_rl.experiments.app import main; main(['--help']);"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'hydra', 'mlflow', 'matplotlib')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("resq-rl 0.")
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("trian", "Did you mean 'train'?"),
+        ("seed=3", "Write the command before 'seed=3'"),
+        ("--cfg", "Write the command"),
+    ],
+)
+def test_an_unknown_command_is_one_line_with_the_nearest(
+    run: Run, word: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(word) == 2
+    line = capsys.readouterr().err
+    assert expected in line
+    assert line.count("\n") == 1
+
+
+def test_a_job_gets_its_settings_and_folder(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "seed=3", "training.frames=10") == 0
+    (folder,) = (tmp_path / "results" / "train").iterdir()
+    assert json.loads((folder / "summary.json").read_text()) == {"seed": 3, "folder": str(folder)}
+    resolved = OmegaConf.load(folder / "config.yaml")
+    assert (resolved.seed, resolved.training.frames) == (3, 10)
+    assert "a line of the job" in (folder / "train.log").read_text()
+    captured = capsys.readouterr()
+    assert "a line of the job" in captured.err
+    assert f"Results: results/train/{folder.name}" in captured.err
+    assert captured.out == ""
+    assert "HYDRA_FULL_ERROR" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["sede=3"], "resq-rl train: Unknown setting 'sede'. Did you mean 'seed'?"),
+        (["video=davsi"], "resq-rl train: Unknown option 'davsi' for 'video'. Did you mean 'davis'?"),
+        (["seed=x"], "resq-rl train: Setting 'seed' must be an integer; received 'x'."),
+        (["seed=1,2"], "resq-rl train: 'seed=1,2' gives several values"),
+        (["seed"], "resq-rl train: Cannot read 'seed': write it as NAME=VALUE."),
+        (["--multirun", "seed=1,2", "sede=3"], "resq-rl train: Unknown setting 'sede'. Did you mean 'seed'?"),
+        (["--multirun", "video=generated,davsi"], "resq-rl train: Unknown option 'davsi' for 'video'."),
+        (["--cfg", "job", "sede=3"], "resq-rl train: Unknown setting 'sede'."),
+        (["--help", "sede=3"], "resq-rl train: Unknown setting 'sede'."),
+        (["--config-dir", "nowhere"], "resq-rl train: Cannot compose the settings: Additional config directory"),
+        (["--resolve"], "resq-rl train: Cannot compose the settings: The --resolve flag"),
+        (["seed=7"], "resq-rl train: No such video: x.mp4. Check the path."),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    run: Run, arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("train", *arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    own = [line for line in lines if line.startswith("resq-rl")]
+    assert len(own) == 1
+    assert own[0].startswith(expected)
+    assert not any("Traceback" in line for line in lines)
+
+
+def test_debugging_shows_the_traceback(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RESQ_RL_DEBUG", "1")
+    assert run("train", "seed=7") == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_the_log_keeps_the_traceback(run: Run, tmp_path: Path) -> None:
+    run("train", "seed=7")
+    (log,) = tmp_path.glob("results/train/*/train.log")
+    assert "VideoError: No such video" in log.read_text()
+
+
+def test_a_bug_shows_its_traceback_and_is_exit_code_1(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "seed=8") == 1
+    error = capsys.readouterr().err
+    assert "Traceback" in error
+    assert "RuntimeError: a bug" in error
+
+
+def test_an_interrupt_says_what_is_kept(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "seed=9") == 130
+    (folder,) = (tmp_path / "results" / "train").iterdir()
+    assert f"interrupted; what was computed so far is in {folder}." in capsys.readouterr().err
+    assert (folder / "summary.json").is_file()
+
+
+@pytest.mark.parametrize("folder", ["/proc/nothing", "occupied/below"])
+def test_an_unwritable_results_folder_is_one_clear_line(
+    run: Run, tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "occupied").write_text("a file, not a folder")
+    assert run("train", f"results={folder}") == 2
+    error = capsys.readouterr().err
+    assert "Cannot write the results folder" in error
+    assert folder in error
+    assert "results=FOLDER" in error
+    assert error.count("\n") == 1
+
+
+def test_a_failing_job_does_not_end_a_sweep(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "--multirun", "seed=7,8,3") == 2
+    error = capsys.readouterr().err
+    assert "No such video: x.mp4. Check the path. [seed=7" in error
+    assert "2 of 3 jobs failed" in error
+    assert len(list(tmp_path.glob("results/train/*/*/summary.json"))) == 3
+
+
+def test_flags_after_the_command(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "--help") == 0
+    page = capsys.readouterr().out
+    assert page.startswith("resq-rl train: train something\n")
+    for expected in ("video: camvid, carphone", "learning_rate: ", "--multirun"):
+        assert expected in page
+    assert run("compare", "--cfg", "job", "--resolve", "seed=5") == 0
+    assert OmegaConf.create(capsys.readouterr().out).seed == 5
+    assert run("train", "--info", "searchpath") == 0
+    assert "pkg://resq_rl.configs" in capsys.readouterr().out
+    assert run("train", "--cfg", "jbo") == 2
+
+
+def test_groups_of_a_user_join_the_shipped_ones(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "own" / "video").mkdir(parents=True)
+    (tmp_path / "own" / "video" / "short.yaml").write_text("_target_: resq_rl.video.GeneratedVideo\nframes: 4\n")
+    assert run("train", "--config-dir", "own", "video=short") == 0
+    assert run("train", "--config-dir", "own", "video=shrt") == 2
+    assert "Did you mean 'short'?" in capsys.readouterr().err
+
+
+def runs(folder: Path) -> list[Any]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("resq_rl")
+    assert experiment is not None
+    return list(client.search_runs([experiment.experiment_id], order_by=["attributes.start_time"]))
+
+
+def test_a_sweep_is_recorded_under_one_parent(run: Run, tmp_path: Path) -> None:
+    assert run("train", "--multirun", "seed=3,7", tracking="mlflow") == 2
+    parent, *children = runs(tmp_path / "results")
+    assert parent.info.run_name.startswith("sweep ")
+    assert parent.data.metrics == {"jobs": 2.0, "failed_jobs": 1.0}
+    assert [child.data.tags["mlflow.parentRunId"] for child in children] == [parent.info.run_id] * 2
+    assert [child.info.status for child in (parent, *children)] == ["FAILED", "FINISHED", "FAILED"]
+    assert [child.data.params["seed"] for child in children] == ["3", "7"]
+    assert all((Path(c.info.artifact_uri.removeprefix("file://")) / "config.yaml").is_file() for c in children)
+    assert PARENT_RUN_VARIABLE not in os.environ
+
+
+def test_an_interrupted_run_is_recorded_as_killed(run: Run, tmp_path: Path) -> None:
+    assert run("train", "seed=9", tracking="mlflow") == 130
+    (recorded,) = runs(tmp_path / "results")
+    assert recorded.info.status == "KILLED"
+    assert recorded.data.metrics == {"loss": 0.5}
+
+
+def test_an_unreachable_server_is_one_clear_line(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "tracking.uri=http://127.0.0.1:9", tracking="mlflow") == 2
+    error = capsys.readouterr().err
+    assert "Cannot use the tracking store http://127.0.0.1:9: no connection" in error
+    assert "tracking.enabled=false" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_job(command: str) -> None:
+    module, _, function = COMMANDS[command].job.partition(":")
+    assert module.startswith("resq_rl.experiments.")
+    assert function == "run"
