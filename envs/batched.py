@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from resq_rl.envs.actions import ActionScheme
 from resq_rl.envs.simulator import FrameResult, Simulator
@@ -25,6 +26,9 @@ class EpisodeSettings:
         intervals: keyframe intervals, one of which is drawn for every clip; used by region agents only (0: no keyframe but
             the first).
         reward_scale: factor on the rewards.
+        relative: rewards for learning: the float network's error is taken off the error, and the result is divided by the
+            square root of lambda. Neither changes which action is best, but what no action can mend is no longer noise, and
+            episodes of all lambdas weigh alike.
         frame_share: share of the frame's reward in a region agent's; the rest is its own region's.
         shuffle: whether clips come in random order; otherwise in turn.
     """
@@ -32,6 +36,7 @@ class EpisodeSettings:
     trade_off: float | tuple[float, float] = (0.05, 1.0)
     intervals: tuple[int, ...] = (16,)
     reward_scale: float = 1.0
+    relative: bool = False
     frame_share: float = 0.0
     shuffle: bool = True
 
@@ -125,13 +130,8 @@ class BatchedEnvironment:
         """
         due = (self.interval > 0) & (self.simulator.age + 1 >= self.interval)
         result = self.simulator.step(self.scheme.decide(actions, due))
-        trade_off = self.simulator.trade_off
-        frame = result.reward(trade_off)
-        rewards = frame
-        if self.scheme.agents == "region":
-            share = self.episodes.frame_share
-            local = result.region_reward(trade_off)
-            rewards = ((1 - share) * local + share * frame[:, None, None]).flatten()
+        frame = result.reward(self.simulator.trade_off)
+        rewards = self._rewards(result, frame)
         truncated = result.last.repeat_interleave(self.scheme.agents_per_clip)
         observations = self._observe()
         final = None
@@ -142,12 +142,23 @@ class BatchedEnvironment:
                 observations = self._observe()
         return Transition(
             observations,
-            (rewards * self.episodes.reward_scale).numpy().astype(np.float32),
+            rewards.numpy().astype(np.float32),
             truncated.numpy(),
             final,
             result,
             frame.numpy(),
         )
+
+    def _rewards(self, result: FrameResult, frame: Tensor) -> Float[Tensor, " agents"]:
+        trade_off, episodes = self.simulator.trade_off, self.episodes
+        local = result.region_reward(trade_off)
+        if episodes.relative:
+            local = (local - 1 + self.simulator.float_error(result)) / trade_off.sqrt()[:, None, None]
+            frame = local.mean((1, 2))
+        if self.scheme.agents == "frame":
+            return frame * episodes.reward_scale
+        mixed = (1 - episodes.frame_share) * local + episodes.frame_share * frame[:, None, None]
+        return mixed.flatten() * episodes.reward_scale
 
     def _observe(self) -> Float[np.ndarray, "agents n"]:
         return self.scheme.observe(self.simulator.observe())

@@ -26,6 +26,7 @@ class ClipStore:
     Attributes:
         clips: the clips.
         targets: per clip (t, h, w) class indices: the labels, or the float network's own predictions (teacher agreement).
+        teacher: per clip (t, h, w) the float network's predictions.
         float_confusion: per clip confusion of the float network against the targets, (clips, k, k).
         error_table: cost of predicting class b where the target is a, (k, k), zero on the diagonal.
         source: what the targets are.
@@ -33,6 +34,7 @@ class ClipStore:
 
     clips: tuple[Clip, ...]
     targets: tuple[UInt8[Tensor, "t h w"], ...]
+    teacher: tuple[UInt8[Tensor, "t h w"], ...]
     float_confusion: Int64[Tensor, "n k k"]
     error_table: Float[Tensor, "k k"]
     source: AccuracySource
@@ -56,6 +58,7 @@ class ClipStore:
         return ClipStore(
             tuple(self.clips[i] for i in chosen),
             tuple(self.targets[i] for i in chosen),
+            tuple(self.teacher[i] for i in chosen),
             self.float_confusion[chosen],
             self.error_table,
             self.source,
@@ -84,7 +87,7 @@ class ClipStore:
             VideoError: no clips, clips of different sizes, or no labels where they are needed.
         """
         _check(clips, source)
-        targets, confusions = [], []
+        targets, teachers, confusions = [], [], []
         for clip in clips:
             teacher = _predictions(model, task, clip.frames, progress)
             target = teacher if source == "teacher" or clip.labels is None else clip.labels
@@ -95,10 +98,11 @@ class ClipStore:
                     f"Set task.classes or map the labels."
                 )
             targets.append(target)
+            teachers.append(teacher)
             confusions.append(task.confusion(teacher, target).sum(0))
         confusion = torch.stack(confusions)
         table = _error_table(confusion.sum((0, 2)), task.classes, weighting)
-        return ClipStore(tuple(clips), tuple(targets), confusion, table, source)
+        return ClipStore(tuple(clips), tuple(targets), tuple(teachers), confusion, table, source)
 
 
 def _check(clips: Sequence[Clip], source: str) -> None:

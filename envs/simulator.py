@@ -45,6 +45,7 @@ class FrameResult:
         cost: exact BOPs; `share` is them by region as a share of the region's W8A8 BOPs.
         share: BOPs by region / (W8A8 BOPs of the frame / regions), so that its mean is the frame's share of W8A8.
         clip: index of each slot's clip in the store.
+        time: index of the frame in its clip.
         last: whether it was the last frame of its clip.
     """
 
@@ -53,6 +54,7 @@ class FrameResult:
     cost: FrameCost
     share: Float[Tensor, "b gh gw"]
     clip: Int64[Tensor, " b"]
+    time: Int64[Tensor, " b"]
     last: Bool[Tensor, " b"]
 
     def reward(self, trade_off: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
@@ -211,13 +213,21 @@ class Simulator:
         moved = rows if self.reference == "previous" else key
         self._reference_frame[moved] = self._frame[moved]
         self.time[rows] += 1
-        return FrameResult(prediction, error, cost, share, clips.clone(), self.time[rows] >= self.length[rows])
+        last = self.time[rows] >= self.length[rows]
+        return FrameResult(prediction, error, cost, share, clips.clone(), times.clone(), last)
 
     def _error_map(self, prediction: UInt8[Tensor, "b h w"], target: UInt8[Tensor, "b h w"]) -> Float[Tensor, "b h w"]:
         classes = self.task.classes
         table = torch.zeros(256, classes)  # rows beyond the classes are ignored pixels and cost nothing
         table[:classes] = self.store.error_table
         return table.flatten()[target.int() * classes + prediction.int()]
+
+    def float_error(self, result: FrameResult) -> Float[Tensor, "b gh gw"]:
+        """The error that the float network makes on the frames of `result`, which just ran in every slot."""
+        clips, times = result.clip.tolist(), result.time.tolist()
+        teacher = torch.stack([self.store.teacher[c][t] for c, t in zip(clips, times, strict=True)])
+        target = torch.stack([self.store.targets[c][t] for c, t in zip(clips, times, strict=True)])
+        return pool_mean(self._error_map(teacher, target), self.grid)
 
     # Observation -----------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ All tuning and every choice is made on the validation clips; the test clips are 
 """
 
 import logging
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -125,7 +126,7 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
     for name, entry in bench.deltas.items():
         if entry.value is not None:
             tracker.log_metrics({f"bd_bops/{name}": entry.value})
-    print_comparison(comparison, Console())
+    print_comparison(comparison, Console(width=None if sys.stdout.isatty() else 110))
     log.info("Plots: %s", ", ".join(str(p.name) for p in sorted(run_dir.glob("*.png"))))
 
 

@@ -232,10 +232,8 @@ def reason(error: BaseException) -> str:
 
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, requests.Timeout):
-            return "no answer in time"
-        if isinstance(cause, requests.ConnectionError):
-            return "no connection"
+        if isinstance(cause, requests.ConnectionError | requests.Timeout):
+            return "no answer in time" if "timed out" in str(cause) else "no connection"
         cause = cause.__cause__ or cause.__context__
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:300].rstrip(".")

@@ -24,6 +24,19 @@ __all__ = ["BdEntry", "Comparison", "Point", "comparison_table", "print_comparis
 
 Range = tuple[float, float]
 
+# How the terminal shows a setting; those that are not here are in the file only.
+SHORT = {
+    "weight_bits": "W{}",
+    "activation_bits": "A{}",
+    "tau": "tau {}",
+    "taus": "{}",
+    "level": "level {}",
+    "trade_off": "lambda {}",
+    "interval": "every {}",
+    "reference": "{}",
+    "seed": "seed {}",
+}
+
 ROWS_PER_METHOD = 6
 TITLES = {
     "per_frame": "per-frame",
@@ -221,15 +234,20 @@ def _shown(points: Sequence[Point]) -> list[Point]:
 
 
 def _cells(point: Point, comparison: Comparison) -> list[str]:
-    settings = ", ".join(f"{name} {_short(value)}" for name, value in point.settings.items())
     lost = 100 * (comparison.float_accuracy - point.accuracy)
     return [
-        settings,
+        _short_settings(point.settings),
         f"{point.bops:.3f}{_half(point.bops_ci95)}",
         f"{1 / point.bops:.1f}x" if point.bops > 0 else "-",
         f"{point.accuracy:.3f}{_half(point.accuracy_ci95)}",
         f"{lost:.1f}",
     ]
+
+
+def _short_settings(settings: Mapping[str, Any]) -> str:
+    """What tells the points of one method apart; all of it is in `comparison.json`."""
+    parts = [SHORT[name].format(_short(value)) for name, value in settings.items() if name in SHORT]
+    return " ".join(parts)
 
 
 def _half(interval: Range | None) -> str:

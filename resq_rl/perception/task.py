@@ -140,7 +140,13 @@ class Segmentation:
     def predict(self, output: Float[Tensor, "b k h w"]) -> UInt8[Tensor, "b h w"]:
         """The class of every pixel: of the highest logit, or 1 where the foreground reaches the threshold."""
         if self.kind == "logits":
-            return output.argmax(1).to(torch.uint8)
+            # argmax over a strided axis is ten times slower than comparing class by class.
+            best = output[:, 0]
+            winner = torch.zeros(best.shape, dtype=torch.uint8, device=output.device)
+            for k in range(1, output.shape[1]):
+                winner.masked_fill_(output[:, k] > best, k)
+                best = torch.maximum(best, output[:, k])
+            return winner
         return (output[:, 0] >= self.threshold).to(torch.uint8)
 
     def confusion(self, prediction: UInt8[Tensor, "b h w"], target: UInt8[Tensor, "b h w"]) -> Int64[Tensor, "b k k"]:

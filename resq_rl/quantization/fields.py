@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Num
 from torch import Tensor
 
 from resq_rl.errors import PolicyError
@@ -102,7 +102,7 @@ def cells_of(length: int, cells: int) -> tuple[Tensor, Tensor]:
     return cover, share
 
 
-def carry(values: Float[Tensor, "b gh gw"], size: tuple[int, int], finest: str) -> Float[Tensor, "b h w"]:
+def carry(values: Num[Tensor, "b gh gw"], size: tuple[int, int], finest: str) -> Num[Tensor, "b h w"]:
     """A grid of decisions at a layer's resolution; where a position covers several cells it takes the finest of them.
 
     `finest` is "max" for levels (more bits) and "min" for thresholds.

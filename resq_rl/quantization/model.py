@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Float64, UInt8
 from torch import Tensor, nn
 
 from resq_rl.errors import CalibrationError, NetworkError, PolicyError, SettingsError
@@ -433,7 +433,7 @@ class _Execution:
     def _share(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         if size not in self._shares:
             (h, w), (gh, gw) = size, self.decision.grid
-            self._shares[size] = (cells_of(h, gh)[1], cells_of(w, gw)[1].T.contiguous())
+            self._shares[size] = (_exact_share(h, gh), _exact_share(w, gw).T.contiguous())
         return self._shares[size]
 
     def _residual_bops(self, site: Site, levels: Tensor) -> Tensor:
@@ -442,9 +442,12 @@ class _Execution:
         width = config.weight_bits(site.operator.layer_kind)
         costs = torch.tensor([float(bit_cost(width, b, config.bops_convention)) for b in config.levels])
         coverage = site.coverage(tuple(levels.shape[1:]))
-        exact = torch.float32 if coverage.numel() * float(coverage.max() * costs.max()) < 2**24 else torch.float64
+        size, grid = (levels.shape[1], levels.shape[2]), self.decision.grid
+        whole = size[0] >= grid[0] and size[1] >= grid[1]  # no pixel is shared between regions
+        small = coverage.numel() * float(coverage.max() * costs.max()) < 2**24
+        exact = torch.float32 if whole and small else torch.float64
         spent = costs.to(exact)[levels.cpu()] * coverage.to(exact)
-        rows, columns = self._share((spent.shape[1], spent.shape[2]))
+        rows, columns = self._share(size)
         return (rows.to(exact) @ spent @ columns.to(exact)).double() * site.macs_per_pixel
 
     def _keyframe_bops(self, site: Site, x: Tensor) -> Tensor:
@@ -452,7 +455,7 @@ class _Execution:
         coverage = site.coverage(site.map_size(x)).double()
         rows, columns = self._share((coverage.shape[0], coverage.shape[1]))
         cost = bit_cost(config.key_weight_bits, config.key_activation_bits, config.bops_convention)
-        return rows.double() @ coverage @ columns.double() * (site.macs_per_pixel * cost)
+        return rows @ coverage @ columns * (site.macs_per_pixel * cost)
 
     def _store_output(self, y: Tensor) -> None:
         state = self.state
@@ -479,6 +482,12 @@ class _Execution:
     def cost(self) -> FrameCost:
         """The cost of the pass."""
         return FrameCost(torch.stack(self.bops, 1), self.refresh.clone(), self.elementwise)
+
+
+def _exact_share(length: int, cells: int) -> Float64[Tensor, "cells length"]:
+    """The share of each position's cost that each cell bears, in double precision: regions must sum to the whole."""
+    members = (cells_of(length, cells)[1] > 0).double()
+    return members / members.sum(0)
 
 
 def _carried(decision: Field, group: int, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:

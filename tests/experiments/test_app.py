@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -208,6 +209,14 @@ def test_groups_of_a_user_join_the_shipped_ones(run: Run, tmp_path: Path, capsys
     assert "Did you mean 'short'?" in capsys.readouterr().err
 
 
+@pytest.fixture
+def results(tmp_path: Path, empty_store: Path) -> Path:
+    """The results folder of `run`, with an empty store."""
+    (tmp_path / "results").mkdir()
+    shutil.copy(empty_store, tmp_path / "results" / "mlflow.db")
+    return tmp_path / "results"
+
+
 def runs(folder: Path) -> list[Any]:
     from mlflow import MlflowClient
 
@@ -217,9 +226,9 @@ def runs(folder: Path) -> list[Any]:
     return list(client.search_runs([experiment.experiment_id], order_by=["attributes.start_time"]))
 
 
-def test_a_sweep_is_recorded_under_one_parent(run: Run, tmp_path: Path) -> None:
+def test_a_sweep_is_recorded_under_one_parent(run: Run, results: Path) -> None:
     assert run("train", "--multirun", "seed=3,7", tracking="mlflow") == 2
-    parent, *children = runs(tmp_path / "results")
+    parent, *children = runs(results)
     assert parent.info.run_name.startswith("sweep ")
     assert parent.data.metrics == {"jobs": 2.0, "failed_jobs": 1.0}
     assert [child.data.tags["mlflow.parentRunId"] for child in children] == [parent.info.run_id] * 2
@@ -229,9 +238,9 @@ def test_a_sweep_is_recorded_under_one_parent(run: Run, tmp_path: Path) -> None:
     assert PARENT_RUN_VARIABLE not in os.environ
 
 
-def test_an_interrupted_run_is_recorded_as_killed(run: Run, tmp_path: Path) -> None:
+def test_an_interrupted_run_is_recorded_as_killed(run: Run, results: Path) -> None:
     assert run("train", "seed=9", tracking="mlflow") == 130
-    (recorded,) = runs(tmp_path / "results")
+    (recorded,) = runs(results)
     assert recorded.info.status == "KILLED"
     assert recorded.data.metrics == {"loss": 0.5}
 
