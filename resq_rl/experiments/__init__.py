@@ -1,6 +1,9 @@
-"""Experiments: the command line, settings, tracking, statistics and results. Import from the modules themselves.
+"""Experiments: the command line, settings, tracking, statistics, results and plots.
 
-Nothing is imported here, so that `resq-rl --help` is quick.
+Only the command line is offered here, since nothing slow may be imported before it knows what to run; import the rest
+from its modules.
 """
 
-__all__: list[str] = []
+from resq_rl.experiments.app import COMMANDS, Command, main
+
+__all__ = ["COMMANDS", "Command", "main"]

@@ -7,10 +7,12 @@ weights that are no module's) cannot be expressed as a residual and is refused b
 """
 
 import copy
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from resq_rl.errors import NetworkError, UnsupportedOperatorError
@@ -28,42 +30,41 @@ def fold_batch_norm(network: nn.Module) -> list[str]:
     Returns:
         Names of BatchNorm layers that could not be folded; they run in float on the layers' sums.
     """
-    if isinstance(network, fx.GraphModule) and _has_aten_nodes(network):
-        _fold_graph(network)
-        return []
+    unfolded = [name for prefix, graph in _program_graphs(network) for name in _fold_graph(prefix, graph)]
     names = [n for n, m in network.named_modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
     if not names:
-        return []
+        return unfolded
     try:
         graph = fx.Tracer().trace(network)
     except Exception:
-        return names  # control flow that depends on data: the layers stay as they are
+        return unfolded + names  # control flow that depends on data: the layers stay as they are
     called = [node.target for node in graph.nodes if node.op == "call_module"]
     for node in graph.nodes:
-        if node.op != "call_module" or node.target not in names or called.count(node.target) > 1:
+        if node.op != "call_module" or node.target not in names or called.count(node.target) > 1 or not node.args:
             continue
         source = node.args[0]
         if source.op != "call_module" or len(source.users) > 1 or called.count(source.target) > 1:
             continue
         layer, norm = network.get_submodule(source.target), network.get_submodule(node.target)
-        if _fold_pair(network, source.target, layer, norm):
-            _set_submodule(network, node.target, nn.Identity())
+        if _fold_pair(layer, norm):
+            _replace_everywhere(network, norm, nn.Identity())
             names.remove(node.target)
-    return names
+    return unfolded + names
 
 
-def _fold_pair(network: nn.Module, name: str, layer: nn.Module, norm: Any) -> bool:
+def _fold_pair(layer: nn.Module, norm: Any) -> bool:
     if not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear) or norm.running_mean is None:
         return False
     if isinstance(layer, nn.Linear):
         if layer.weight.shape[0] != norm.num_features:
             return False
-        folded: nn.Module = fuse_linear_bn_eval(layer, norm)
+        folded: _Module = fuse_linear_bn_eval(layer, norm)
     elif isinstance(layer, nn.ConvTranspose2d) and layer.groups > 1:
         return False
     else:
         folded = fuse_conv_bn_eval(layer, norm, transpose=isinstance(layer, nn.ConvTranspose2d))
-    _set_submodule(network, name, folded)
+    # In place, because the layer may be registered under other names too.
+    layer.weight, layer.bias = folded.weight, folded.bias
     return True
 
 
@@ -83,16 +84,16 @@ def insert_operators(network: nn.Module, switch: Switch) -> nn.Module:
                 network = made[id(module)]
             else:
                 _set_submodule(network, name, made[id(module)])
-    count = len(made)
-    if isinstance(network, fx.GraphModule):
-        count += _replace_nodes(network, switch)
+    count = len(made) + sum(_replace_nodes(prefix, graph, switch) for prefix, graph in _program_graphs(network))
     if count == 0:
         raise NetworkError(f"{type(network).__name__} has no layer to quantize: it needs at least one of {SUPPORTED}.")
     return network
 
 
 def _from_module(name: str, module: _Module, switch: Switch) -> ResidualOperator:
-    if type(module).forward not in (nn.Conv2d.forward, nn.ConvTranspose2d.forward, nn.Linear.forward):
+    own = type(module).forward not in (nn.Conv2d.forward, nn.ConvTranspose2d.forward, nn.Linear.forward)
+    own |= isinstance(module, nn.Conv2d) and type(module)._conv_forward is not nn.Conv2d._conv_forward
+    if own or "forward" in vars(module):
         raise UnsupportedOperatorError(
             f"Layer {name!r} ({type(module).__name__}) has a forward of its own, so its operator cannot be replaced. "
             f"Supported: {SUPPORTED}."
@@ -149,6 +150,12 @@ def _set_submodule(network: nn.Module, name: str, module: nn.Module) -> None:
     setattr(network.get_submodule(parent), child, module)
 
 
+def _replace_everywhere(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Replace a module under every name that it is registered by."""
+    for name in [n for n, m in network.named_modules(remove_duplicate=False) if m is old]:
+        _set_submodule(network, name, new)
+
+
 # Graphs of exported programs -----------------------------------------------------------------------------------------
 
 _ATEN = torch.ops.aten
@@ -159,6 +166,7 @@ _OPERATORS: dict[Any, str] = {
     _ATEN.linear.default: "linear",
     _ATEN.convolution.default: "convolution",
     _ATEN.addmm.default: "addmm",
+    _ATEN.mm.default: "mm",
 }
 _ARGUMENTS = {
     "conv2d": ("stride", "padding", "dilation", "groups"),
@@ -167,16 +175,22 @@ _ARGUMENTS = {
 }
 
 
-def _has_aten_nodes(network: fx.GraphModule) -> bool:
-    return any(node.target in _OPERATORS for node in network.graph.nodes if node.op == "call_function")
+def _program_graphs(network: nn.Module) -> list[tuple[str, fx.GraphModule]]:
+    """The graphs of exported programs in a network, with the prefix of their nodes' names: itself, or parts of it."""
+    return [
+        (f"{name}." if name else "", module)
+        for name, module in network.named_modules()
+        if isinstance(module, fx.GraphModule)
+        and any(node.target in _OPERATORS for node in module.graph.nodes if node.op == "call_function")
+    ]
 
 
-def _replace_nodes(network: fx.GraphModule, switch: Switch) -> int:
+def _replace_nodes(prefix: str, network: fx.GraphModule, switch: Switch) -> int:
     count = 0
     for node in list(network.graph.nodes):
         if node.op != "call_function" or node.target not in _OPERATORS:
             continue
-        operator = _from_node(network, node, switch)
+        operator = _from_node(prefix + node.name, network, node, switch)
         name = f"resq_{node.name}"
         network.add_submodule(name, operator)
         with network.graph.inserting_before(node):
@@ -191,17 +205,22 @@ def _replace_nodes(network: fx.GraphModule, switch: Switch) -> int:
     return count
 
 
-def _from_node(network: fx.GraphModule, node: fx.Node, switch: Switch) -> ResidualOperator:
+def _from_node(name: str, network: fx.GraphModule, node: fx.Node, switch: Switch) -> ResidualOperator:
     kind = _OPERATORS[node.target]
-    if kind == "addmm":  # bias + x @ weight.t(), as decomposed programs write a linear layer
-        weight, bias = _transposed_constant(network, node), _constant(network, node, node.args[0])
-        return ResidualOperator(node.name, Geometry("linear"), weight, bias, switch)
+    if kind in ("addmm", "mm"):  # bias + x @ weight.t() and x @ weight.t(), as decomposed programs write a linear layer
+        weight = _transposed_constant(network, node, node.args[2 if kind == "addmm" else 1])
+        shift = _constant(network, node, node.args[0]) if kind == "addmm" else None
+        if (shift is not None and shift.dim() != 1) or any(v != 1 for v in node.kwargs.values()):
+            raise UnsupportedOperatorError(
+                f"Node {name!r} is an addmm with factors or a matrix to add, no linear layer. Supported: {SUPPORTED}."
+            )
+        return ResidualOperator(name, Geometry("linear"), weight, shift, switch)
     arguments: list[Any] = [*node.args, *([None] * (3 - len(node.args)))]
     bias_node = node.kwargs.get("bias", arguments[2])
     found = _constant(network, node, arguments[1])
     bias = None if bias_node is None else _constant(network, node, bias_node)
     if kind == "linear":
-        return ResidualOperator(node.name, Geometry("linear"), found, bias, switch)
+        return ResidualOperator(name, Geometry("linear"), found, bias, switch)
     settings = dict(zip(_ARGUMENTS[kind], arguments[3:], strict=False)) | {
         k: v for k, v in node.kwargs.items() if k != "bias"
     }
@@ -209,9 +228,9 @@ def _from_node(network: fx.GraphModule, node: fx.Node, switch: Switch) -> Residu
         kind = "conv_transpose2d" if settings.pop("transposed") else "conv2d"
     if found.dim() != 4:
         raise UnsupportedOperatorError(
-            f"Node {node.name!r} is a {found.dim() - 2}-D convolution. Supported: {SUPPORTED}."
+            f"Node {name!r} is a {found.dim() - 2}-D convolution. Supported: {SUPPORTED}."
         )
-    return ResidualOperator(node.name, _geometry(kind, found, **settings), found, bias, switch)
+    return ResidualOperator(name, _geometry(kind, found, **settings), found, bias, switch)
 
 
 def _constant(network: fx.GraphModule, node: fx.Node, source: Any) -> Tensor:
@@ -228,29 +247,28 @@ def _constant(network: fx.GraphModule, node: fx.Node, source: Any) -> Tensor:
     return value.detach()
 
 
-def _transposed_constant(network: fx.GraphModule, node: fx.Node) -> Tensor:
-    source = node.args[2]
+def _transposed_constant(network: fx.GraphModule, node: fx.Node, source: Any) -> Tensor:
     transposes = (_ATEN.t.default, _ATEN.permute.default, _ATEN.transpose.int)
     if isinstance(source, fx.Node) and source.target in transposes:
         return _constant(network, node, source.args[0])
     return _constant(network, node, source).t()
 
 
-def _fold_graph(network: fx.GraphModule) -> None:
-    """Fold `aten.batch_norm` nodes that are the only user of a convolution node."""
+def _fold_graph(prefix: str, network: fx.GraphModule) -> list[str]:
+    """Fold `aten.batch_norm` nodes that are the only user of a convolution node; the names of the others are returned."""
+    unfolded = []
     for node in list(network.graph.nodes):
         if node.op != "call_function" or node.target is not _ATEN.batch_norm.default:
             continue
         source, training = node.args[0], node.args[5]
-        if training or _OPERATORS.get(source.target) != "conv2d" or len(source.users) > 1:
+        if training or None in node.args[3:5] or _OPERATORS.get(source.target) != "conv2d" or len(source.users) > 1:
+            unfolded.append(prefix + node.name)
             continue
         gamma, beta, mean, variance = (None if a is None else _constant(network, node, a) for a in node.args[1:5])
-        if mean is None or variance is None:
-            continue
         scale = (variance + node.args[7]).rsqrt() * (1 if gamma is None else gamma)
         weight = _constant(network, source, source.args[1])
         bias_node = source.args[2] if len(source.args) > 2 else None
-        bias = torch.zeros_like(mean) if bias_node is None else _constant(network, source, bias_node)
+        bias = torch.zeros_like(scale) if bias_node is None else _constant(network, source, bias_node)
         shift = (bias - mean) * scale + (0 if beta is None else beta)
         names = [f"{source.name}_folded_weight", f"{source.name}_folded_bias"]
         for name, value in zip(names, (weight * scale[:, None, None, None], shift), strict=True):
@@ -262,13 +280,30 @@ def _fold_graph(network: fx.GraphModule) -> None:
         network.graph.erase_node(node)
     network.graph.eliminate_dead_code()
     network.recompile()
+    return unfolded
 
 
 def copy_of(network: nn.Module) -> nn.Module:
-    """A frozen copy in evaluation mode; exported programs' modules keep the mode they were exported in."""
-    duplicate = copy.deepcopy(network)
+    """A frozen copy in evaluation mode, weights as plain tensors; exported programs keep the mode they were exported in.
+
+    Raises:
+        NetworkError: the network cannot be copied.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's own, from copying a program's tree of outputs
+            duplicate = copy.deepcopy(network)
+    except Exception as error:
+        raise NetworkError(
+            f"{type(network).__name__} cannot be copied: {error}. Remove what ties its weights to a training graph "
+            "(such as the older torch.nn.utils.weight_norm: call remove_weight_norm), or export it."
+        ) from error
     try:
         duplicate.eval()
-    except NotImplementedError:  # modules of exported programs have no mode to switch
-        pass
+    except NotImplementedError:  # modules of exported programs have no mode to switch, and stop those after them
+        for module in duplicate.modules():
+            module.training = False
+    for module in duplicate.modules():
+        for name in list(getattr(module, "parametrizations", ())) if parametrize.is_parametrized(module) else ():
+            parametrize.remove_parametrizations(module, name)
     return duplicate.requires_grad_(False)
