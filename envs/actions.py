@@ -28,10 +28,10 @@ class ActionScheme:
     """The discrete actions of one agent.
 
     Attributes:
-        kind: "frame_bits" (a level per layer group), "region_bits" (a level per region) or "region_thresholds" (a threshold
-            index per region, from which levels follow per pixel).
-        agents: "frame", one agent decides for the whole frame and for the keyframe; or "region", every region is an agent
-            that decides for itself, and keyframes follow a fixed interval.
+        kind: "frame_bits" (a level per layer group), "region_bits" (a level per region) or "region_thresholds" (a
+            threshold index per region, from which levels follow per pixel).
+        agents: "frame", one agent decides for the whole frame and for the keyframe; or "region", every region is an
+            agent that decides for itself, and keyframes follow a fixed interval.
         groups, grid, levels: layer groups, regions (rows, columns) and number of levels of the model.
         by_group: whether a region's choice is made for each layer group on its own.
         thresholds, kappa: values behind threshold indices, and the multipliers of the rule.
@@ -140,13 +140,21 @@ class ActionScheme:
                 f"Actions must have shape (agents, {len(nvec)}) with {self.agents_per_clip} agents per clip, "
                 f"got {tuple(actions.shape)}."
             )
-        if bool((actions < 0).any()) or bool((actions >= nvec).any()):
-            raise PolicyError(f"Actions must lie in 0..nvec-1 with nvec {list(self.nvec)}.")
+        if actions.is_floating_point() or actions.is_complex():
+            raise PolicyError(f"Actions must be integers (indices of choices), got {actions.dtype}.")
+        wrong = torch.nonzero((actions < 0) | (actions >= nvec))
+        if len(wrong):
+            agent, column = wrong[0].tolist()
+            raise PolicyError(
+                f"Actions must lie in 0..nvec-1 with nvec {list(self.nvec)}; agent {agent} gave "
+                f"{int(actions[agent, column])} in column {column}, where 0 to {self.nvec[column] - 1} are known."
+            )
 
     def uniform_action(self, choice: int | Sequence[int]) -> Int[np.ndarray, " k"]:
-        """The action of one agent that makes the same choice (or one per layer group) everywhere, without a keyframe."""
-        single = isinstance(choice, int)
-        per_group = [int(choice)] * self.groups if single else [int(c) for c in choice]  # type: ignore[arg-type, union-attr]
+        """The action of one agent that makes one choice (or one per layer group) everywhere, without a keyframe."""
+        per_group = [int(c) for c in choice] if isinstance(choice, Sequence) else [int(choice)] * self.groups
+        if len(per_group) != self.groups:
+            raise PolicyError(f"One choice, or one for each of {self.groups} layer groups, is needed, got {per_group}.")
         if self.agents == "region":
             values = per_group if self.by_group else per_group[:1]
         elif self.kind == "frame_bits":

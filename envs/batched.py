@@ -12,7 +12,7 @@ from torch import Tensor
 
 from resq_rl.envs.actions import ActionScheme
 from resq_rl.envs.simulator import FrameResult, Simulator
-from resq_rl.errors import SettingsError
+from resq_rl.errors import SettingsError, VideoError
 
 __all__ = ["BatchedEnvironment", "EpisodeSettings", "Transition"]
 
@@ -23,12 +23,12 @@ class EpisodeSettings:
 
     Attributes:
         trade_off: lambda, or a range from which one is drawn log-uniformly for every clip.
-        intervals: keyframe intervals, one of which is drawn for every clip; used by region agents only (0: no keyframe but
-            the first).
+        intervals: keyframe intervals, one of which is drawn for every clip; used by region agents only (0: no keyframe
+            but the first).
         reward_scale: factor on the rewards.
-        relative: rewards for learning: the float network's error is taken off the error, and the result is divided by the
-            square root of lambda. Neither changes which action is best, but what no action can mend is no longer noise, and
-            episodes of all lambdas weigh alike.
+        relative: rewards for learning: the float network's error is taken off the error, and the result is divided by
+            the square root of lambda. Neither changes which action is best, but what no action can mend is no longer
+            noise, and episodes of all lambdas weigh alike.
         frame_share: share of the frame's reward in a region agent's; the rest is its own region's.
         shuffle: whether clips come in random order; otherwise in turn.
     """
@@ -68,6 +68,7 @@ class Transition:
         final_observations: observations after the last frame, where any clip ended.
         result: the frame's simulation.
         frame_rewards: unscaled reward of each clip's frame.
+        trade_off: lambda under which each clip's frame was rewarded.
     """
 
     observations: Float[np.ndarray, "agents n"]
@@ -76,18 +77,24 @@ class Transition:
     final_observations: Float[np.ndarray, "agents n"] | None
     result: FrameResult
     frame_rewards: Float[np.ndarray, " b"]
+    trade_off: Float[np.ndarray, " b"]
 
 
 class BatchedEnvironment:
     """Clips stream through the simulator's slots; a clip that ends is followed at once by the next.
 
-    Every slot draws from a generator of its own, so slot i of a batch seeded s behaves like a batch of one seeded s + i.
+    Every slot draws from a generator of its own, so slot i of a batch seeded s behaves like a batch of one seeded s +
+    i.
 
     Args:
         simulator: the simulator; its `trade_off_range` must be the episodes'.
         scheme: actions and observations of the agents.
         episodes: what is drawn for each episode.
         autoreset: whether a clip that ends is followed by the next in the same step.
+
+    Raises:
+        SettingsError: the parts do not fit each other.
+        VideoError: a clip has a single frame, which leaves nothing to decide.
     """
 
     def __init__(
@@ -97,6 +104,18 @@ class BatchedEnvironment:
             raise SettingsError(
                 f"The actions are for {scheme.groups} groups and grid {scheme.grid}, the simulator has "
                 f"{simulator.groups} and {simulator.grid}."
+            )
+        if simulator.trade_off_range != episodes.trade_off_range:
+            raise SettingsError(
+                f"Episodes draw lambda from {episodes.trade_off_range}, but the simulator's observations place it in "
+                f"{simulator.trade_off_range}: give both one range."
+            )
+        short = [clip.name for clip in simulator.store.clips if len(clip) < 2]
+        if short:
+            raise VideoError(
+                f"An episode needs clips of 2 frames or more (the first is a forced keyframe), got one frame in "
+                f"{', '.join(short[:3])} ({len(short)} of {len(simulator.store)} clips). Leave them out or read longer "
+                "ones."
             )
         self.simulator, self.scheme, self.episodes, self.autoreset = simulator, scheme, episodes, autoreset
         self.interval = torch.zeros(simulator.slots, dtype=torch.int64)
@@ -117,6 +136,8 @@ class BatchedEnvironment:
         """Start a clip in every slot; with a seed for each slot, all that follows depends on them alone."""
         if seeds is not None or not self._generators:
             sources: Sequence[int | None] = seeds if seeds is not None else [None] * self.clips
+            if len(sources) != self.clips:
+                raise SettingsError(f"One seed for each of {self.clips} clips is needed, got {len(sources)}.")
             self._generators = [np.random.default_rng(s) for s in sources]
             self._queues = [[] for _ in range(self.clips)]
         self._start(list(range(self.clips)))
@@ -130,7 +151,8 @@ class BatchedEnvironment:
         """
         due = (self.interval > 0) & (self.simulator.age + 1 >= self.interval)
         result = self.simulator.step(self.scheme.decide(actions, due))
-        frame = result.reward(self.simulator.trade_off)
+        trade_off = self.simulator.trade_off.clone()  # clips that start below get another
+        frame = result.reward(trade_off)
         rewards = self._rewards(result, frame)
         truncated = result.last.repeat_interleave(self.scheme.agents_per_clip)
         observations = self._observe()
@@ -147,6 +169,7 @@ class BatchedEnvironment:
             final,
             result,
             frame.numpy(),
+            trade_off.numpy(),
         )
 
     def _rewards(self, result: FrameResult, frame: Tensor) -> Float[Tensor, " agents"]:

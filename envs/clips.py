@@ -25,7 +25,8 @@ class ClipStore:
 
     Attributes:
         clips: the clips.
-        targets: per clip (t, h, w) class indices: the labels, or the float network's own predictions (teacher agreement).
+        targets: per clip (t, h, w) class indices: the labels, or the float network's own predictions (teacher
+            agreement).
         teacher: per clip (t, h, w) the float network's predictions.
         float_confusion: per clip confusion of the float network against the targets, (clips, k, k).
         error_table: cost of predicting class b where the target is a, (k, k), zero on the diagonal.
@@ -79,8 +80,9 @@ class ClipStore:
         Args:
             model: its float network gives the teacher's predictions.
             source: "labels", or "teacher" for agreement with the float network.
-            weighting: "pixel" costs every wrong pixel the same; "iou" costs it 1/f(target) + 1/f(prediction) with f the
-                classes' frequencies, the first-order change of mean IoU, scaled so that the commonest class costs as in "pixel".
+            weighting: "pixel" costs every wrong pixel 1; "iou" costs it max(f) / k * (1/f(target) + 1/f(prediction)),
+                with f the frequencies of the k classes among the targets (at least 0.5%): to first order max(f) times
+                what the pixel takes from mean IoU.
             progress: called with the number of frames done.
 
         Raises:

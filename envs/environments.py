@@ -81,6 +81,7 @@ def _frame_info(step: Transition, slot: int) -> dict[str, Any]:
         "bops": float(result.share[slot].mean()),
         "keyframe": bool(result.cost.keyframe[slot]),
         "clip": int(result.clip[slot]),
+        "trade_off": float(step.trade_off[slot]),
     }
 
 
@@ -88,15 +89,16 @@ class ResQEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     """One clip at a time through a frozen, ResQ-quantized network.
 
     Observation:
-        `Box(0, 1)`, float32; the names by index are in `feature_names`. Per region: square root of the mean and the maximum
-        of the absolute pixel residual against the reference frame, the same mean against the last keyframe, the mean residual
-        of the neighbourhood, uncertainty, boundary density (own and of the neighbourhood) and foreground share of the last
-        output, texture, and the share of W8A8 spent there last by layer group. Per frame: age of the keyframe / 64, place of
-        lambda in its range (log scale), share of the budget left, mean residual, foreground share. Never the labels, the
-        float output or the current output.
+        `Box(0, 1)`, float32; the names by index are in `feature_names`. Per region: square root of the mean and the
+        maximum of the absolute pixel residual against the reference frame, the same mean against the last keyframe, the
+        mean residual of the neighbourhood, uncertainty, boundary density (own and of the neighbourhood) and foreground
+        share of the last output, texture, and the share of W8A8 spent there last by layer group. Per frame: age of the
+        keyframe / 64, place of lambda in its range (log scale), share of the budget left, mean residual, foreground
+        share. Never the labels, the float output or the current output.
 
     Reward:
-        accuracy_t - lambda * BOPs_t / BOPs_W8A8, accuracy being 1 minus the mean error cost of the pixels (`ClipStore`).
+        accuracy_t - lambda * BOPs_t / BOPs_W8A8, accuracy being 1 minus the mean error cost of the pixels
+        (`ClipStore`).
 
     Start:
         Frame 0 of the next clip has run as a forced keyframe; the observation is for frame 1.
@@ -105,7 +107,8 @@ class ResQEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         The last frame of the clip truncates the episode; nothing terminates it.
 
     Info:
-        `error` mean error cost, `bops` share of W8A8, `keyframe`, `clip` index in the store.
+        `error` mean error cost, `bops` share of W8A8, `keyframe` and `clip` (its index in the store) of the frame that
+        ran, and the `trade_off` (lambda) that it was rewarded under; after `reset` only the last two.
 
     Arguments:
         model, task, store: a calibrated model, its task and clips; the embedded default without them.
@@ -120,7 +123,7 @@ class ResQEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         v0: first.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 15}
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 15}  # type: ignore[misc]
     kind: ClassVar[ActionKind] = "frame_bits"
 
     def __init__(self, render_mode: str | None = None, **settings: Any) -> None:
@@ -140,23 +143,24 @@ class ResQEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         """Start the next clip."""
         super().reset(seed=seed)
         self._last = None
-        return self.core.reset(None if seed is None else [seed])[0], {"clip": int(self.core.simulator.clip[0])}
+        first = self.core.reset(None if seed is None else [seed])[0]
+        simulator = self.core.simulator
+        return first, {"clip": int(simulator.clip[0]), "trade_off": float(simulator.trade_off[0])}
 
-    def step(
-        self, action: Int[np.ndarray, " k"]
-    ) -> tuple[Float[np.ndarray, " n"], float, bool, bool, dict[str, Any]]:
+    def step(self, action: Int[np.ndarray, " k"]) -> tuple[Float[np.ndarray, " n"], float, bool, bool, dict[str, Any]]:
         """Run the next frame."""
         step = self.core.step(np.asarray(action)[None])
         self._last = step
         return step.observations[0], float(step.rewards[0]), False, bool(step.truncated[0]), _frame_info(step, 0)
 
-    def render(self) -> UInt8[np.ndarray, "h w 3"] | None:  # type: ignore[override]
+    def render(self) -> UInt8[np.ndarray, "h w 3"] | None:
         """The last frame beside the share of W8A8 spent in each region (white: all)."""
         if self.render_mode is None:
             return None
         simulator = self.core.simulator
         frame = simulator.last_frame(0).permute(1, 2, 0).numpy()
-        share = torch.zeros(simulator.grid) if self._last is None else self._last.result.share[0].clamp(0, 1)
+        keyframe = simulator.spent[0].float().expand(simulator.grid)  # all that was spent so far, before the first step
+        share = (keyframe if self._last is None else self._last.result.share[0]).clamp(0, 1)
         spread = torch.nn.functional.interpolate(share[None, None], frame.shape[:2], mode="nearest")[0, 0]
         grey = (spread * 255).byte().numpy()[..., None].repeat(3, 2)
         return np.concatenate([frame, grey], 1)
@@ -166,10 +170,11 @@ class FrameBits(ResQEnv):
     """One level per layer group for the whole frame, and whether to refresh.
 
     Action:
-        `MultiDiscrete([levels] * groups + [2])`: an index into the bit-widths (0, 2, 4, 8 by default) for each layer group,
-        then 1 to run the frame as a keyframe.
+        `MultiDiscrete([levels] * groups + [2])`: an index into the bit-widths (0, 2, 4, 8 by default) for each layer
+        group, then 1 to run the frame as a keyframe.
 
-    The observation has the mean and the maximum of each region feature over the regions. Everything else as in `ResQEnv`.
+    The observation has the mean and the maximum of each region feature over the regions. Everything else as in
+    `ResQEnv`.
     """
 
     kind = "frame_bits"
@@ -179,8 +184,8 @@ class RegionBits(ResQEnv):
     """One level per region (and layer group), and whether to refresh.
 
     Action:
-        `MultiDiscrete([levels] * regions + [2])`, regions row by row; with `by_group` the groups of a region follow each
-        other.
+        `MultiDiscrete([levels] * regions + [2])`, regions row by row; with `by_group` the groups of a region follow
+        each other.
 
     Everything else as in `ResQEnv`.
     """
@@ -192,8 +197,8 @@ class RegionThresholds(ResQEnv):
     """One threshold per region (and layer group), from which levels follow per pixel and layer; and whether to refresh.
 
     Action:
-        `MultiDiscrete([thresholds] * regions + [2])`: an index into `thresholds`, ascending, so that a larger index spends
-        less. The same index everywhere is Dynamic ResQ with that threshold.
+        `MultiDiscrete([thresholds] * regions + [2])`: an index into `thresholds`, ascending, so that a larger index
+        spends less. The same index everywhere is Dynamic ResQ with that threshold.
 
     Everything else as in `ResQEnv`.
     """
@@ -204,17 +209,21 @@ class RegionThresholds(ResQEnv):
 class ResQVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     """Several clips in one forward pass; sub-environment i with seed s equals the single environment with seed s + i.
 
-    A clip that ends is followed by the next in the same step; `infos["final_obs"]` then holds the last observations, where
-    `infos["_final_obs"]`. Arguments as `ResQEnv`.
+    A clip that ends is followed by the next in the same step; `infos["final_obs"]` then holds the last observations,
+    where `infos["_final_obs"]`. All other infos are of the frame that ran, never of the next clip's keyframe. Arguments
+    as `ResQEnv`.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
+    metadata: ClassVar[dict[str, Any]] = {  # type: ignore[misc]
+        "autoreset_mode": AutoresetMode.SAME_STEP,
+        "render_modes": [],
+    }
 
     def __init__(self, kind: ActionKind, num_envs: int = 1, render_mode: str | None = None, **settings: Any) -> None:
         if num_envs < 1:
             raise SettingsError(f"num_envs must be at least 1, got {num_envs}.")
         self.num_envs, self.render_mode = num_envs, render_mode
-        self.core = _core(kind, num_envs, **settings)
+        self.core = _core(kind, num_envs, autoreset=True, **settings)
         scheme = self.core.scheme
         self.feature_names = scheme.feature_names
         self.single_observation_space = spaces.Box(0.0, 1.0, (scheme.observation_size,), np.float32)
@@ -225,20 +234,30 @@ class ResQVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Float[np.ndarray, "b n"], dict[str, Any]]:
-        """Start a clip in every sub-environment."""
+        """Start a clip in every sub-environment.
+
+        Raises:
+            SettingsError: another number of seeds than of sub-environments, or a `reset_mask`.
+        """
+        if options is not None and "reset_mask" in options:
+            raise SettingsError(
+                "options['reset_mask'] is not supported: a clip that ends is followed by the next by itself."
+            )
         seeds: list[int] | None = None
-        if isinstance(seed, int):
-            seeds = [seed + i for i in range(self.num_envs)]
+        if isinstance(seed, int | np.integer):
+            super().reset(seed=int(seed))
+            seeds = [int(seed) + i for i in range(self.num_envs)]
         elif seed is not None:
+            if len(seed) != self.num_envs:
+                raise SettingsError(f"{self.num_envs} sub-environments need as many seeds, got {len(seed)}.")
             drawn = np.random.SeedSequence().generate_state(self.num_envs)
             seeds = [int(d) if s is None else s for s, d in zip(seed, drawn, strict=True)]
-        return self.core.reset(seeds), {"clip": self.core.simulator.clip.numpy().copy()}
+        observations, simulator = self.core.reset(seeds), self.core.simulator
+        return observations, {"clip": simulator.clip.numpy().copy(), "trade_off": simulator.trade_off.numpy().copy()}
 
     def step(
         self, actions: Int[np.ndarray, "b k"]
-    ) -> tuple[
-        Float[np.ndarray, "b n"], Float[np.ndarray, " b"], np.ndarray, np.ndarray, dict[str, Any]
-    ]:
+    ) -> tuple[Float[np.ndarray, "b n"], Float[np.ndarray, " b"], np.ndarray, np.ndarray, dict[str, Any]]:
         """Run the next frame of every clip."""
         step = self.core.step(actions)
         result = step.result
@@ -247,9 +266,13 @@ class ResQVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             "bops": result.share.mean((1, 2)).numpy(),
             "keyframe": result.cost.keyframe.numpy(),
             "clip": result.clip.numpy(),
+            "trade_off": step.trade_off,
         }
         if step.final_observations is not None:
-            infos |= {"final_obs": step.final_observations, "_final_obs": step.truncated}
+            final = np.full(self.num_envs, None, dtype=object)  # as Gymnasium's own vector environments give it
+            for i in np.nonzero(step.truncated)[0]:
+                final[i] = step.final_observations[i]
+            infos |= {"final_obs": final, "_final_obs": step.truncated.copy()}
         return step.observations, step.rewards, np.zeros(self.num_envs, dtype=bool), step.truncated, infos
 
 
@@ -271,6 +294,4 @@ def register() -> None:
     """Register the environments with Gymnasium; importing `resq_rl.envs` does it."""
     for name, environment in _IDS.items():
         if name not in gymnasium.registry:
-            gymnasium.register(
-                name, entry_point=environment, vector_entry_point=_vector_entry_point(environment.kind)
-            )
+            gymnasium.register(name, entry_point=environment, vector_entry_point=_vector_entry_point(environment.kind))

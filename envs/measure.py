@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float64, Int64
@@ -11,6 +11,7 @@ from torch import Tensor
 from resq_rl.envs.clips import ClipStore
 from resq_rl.envs.observation import Observation
 from resq_rl.envs.simulator import Decision, FrameResult, Simulator
+from resq_rl.errors import SettingsError
 from resq_rl.perception import Segmentation, mean_iou
 from resq_rl.quantization import Reference, ResQModel
 
@@ -25,6 +26,8 @@ class FrameView:
         self.clips = simulator.slots
         self.groups = simulator.groups
         self.grid = simulator.grid
+        self.network: tuple[str, ...] = simulator.model.groups
+        self.trade_off_range = simulator.trade_off_range
         self.age: Int64[Tensor, " b"] = simulator.age
 
     @property
@@ -33,26 +36,32 @@ class FrameView:
         return self._simulator.observe()
 
 
+@runtime_checkable
 class Policy(Protocol):
-    """Chooses how the next frame of every clip runs.
-
-    Attributes:
-        reference: the reference mode it decides for.
-        trade_off: lambda shown in the observation; policies that ignore it may leave it 1.
-        macs: multiply-accumulates it spends per frame.
-        bits: bits of its weights and activations.
-        settings: what identifies it in tables and files.
-    """
-
-    reference: Reference
-    trade_off: float
-    macs: int
-    bits: int
+    """Chooses how the next frame of every clip runs."""
 
     @property
-    def settings(self) -> dict[str, object]: ...
+    def reference(self) -> Reference:
+        """The reference mode it decides for."""
 
-    def decide(self, view: FrameView) -> Decision: ...
+    @property
+    def trade_off(self) -> float:
+        """Lambda shown in the observation; policies that ignore it may leave it 1."""
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates it spends per frame."""
+
+    @property
+    def bits(self) -> int:
+        """Bits of its weights and activations."""
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What identifies it in tables and files."""
+
+    def decide(self, view: FrameView) -> Decision:
+        """How the next frame of every clip runs."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +131,12 @@ def measure(
         slots: clips that step together; does not change the result beyond rounding.
         trade_off_range: as the policy was trained with; scales lambda in the observation.
         progress: called with the number of frames done after each step.
+
+    Raises:
+        SettingsError: no slots. PolicyError: the policy does not fit the network or grid.
     """
+    if slots < 1:
+        raise SettingsError(f"At least one clip must step at a time, got {slots}.")
     clips = len(store)
     sums = {k: torch.zeros(clips, dtype=torch.float64) for k in ("keyframe", "residual", "elementwise", "peak")}
     frames, keyframes = torch.zeros(clips, dtype=torch.int64), torch.zeros(clips, dtype=torch.int64)

@@ -66,7 +66,8 @@ def pool_mean(x: Float[Tensor, "b h w"], grid: tuple[int, int]) -> Float[Tensor,
     """Mean over each region of the grid."""
     (h, w), (gh, gw) = (x.shape[1], x.shape[2]), grid
     if h % gh == 0 and w % gw == 0:
-        return x.unflatten(2, (gw, -1)).mean(3).unflatten(1, (gh, -1)).mean(2)
+        mean: Tensor = x.unflatten(2, (gw, -1)).mean(3).unflatten(1, (gh, -1)).mean(2)
+        return mean
     rows, columns = cells_of(h, gh)[1].to(x.device), cells_of(w, gw)[1].to(x.device)
     return (rows / rows.sum(1, keepdim=True)) @ x @ (columns / columns.sum(1, keepdim=True)).T
 
@@ -75,7 +76,8 @@ def pool_max(x: Float[Tensor, "b h w"], grid: tuple[int, int]) -> Float[Tensor, 
     """Maximum over each region of the grid (adaptive windows where the grid does not divide the size)."""
     (h, w), (gh, gw) = (x.shape[1], x.shape[2]), grid
     if h % gh == 0 and w % gw == 0:
-        return x.unflatten(2, (gw, -1)).amax(3).unflatten(1, (gh, -1)).amax(2)
+        largest: Tensor = x.unflatten(2, (gw, -1)).amax(3).unflatten(1, (gh, -1)).amax(2)
+        return largest
     return torch.nn.functional.adaptive_max_pool2d(x[:, None], grid)[:, 0]
 
 

@@ -8,6 +8,7 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
 from resq_rl.envs.batched import BatchedEnvironment, Transition
+from resq_rl.errors import SettingsError
 
 __all__ = ["AgentsVecEnv"]
 
@@ -15,15 +16,21 @@ __all__ = ["AgentsVecEnv"]
 class AgentsVecEnv(VecEnv):
     """A `VecEnv` whose sub-environments are agents: one per clip, or one per clip and region.
 
-    Ends of clips are truncations: `infos[i]` then holds `terminal_observation` and `TimeLimit.truncated`, and for the first
-    agent of each clip `episode` with the frame rewards' sum `r` and the length `l`.
+    Ends of clips are truncations: `infos[i]` then holds `terminal_observation` and `TimeLimit.truncated`, and for the
+    first agent of each clip `episode` with the frame rewards' sum `r` and the length `l`.
 
     Attributes:
         frames: frames simulated so far, forced keyframes included.
         last: the last step's transition, for callbacks.
+
+    Raises:
+        SettingsError: `core` does not follow a clip that ends by the next (autoreset), as stable-baselines3 needs it
+            to.
     """
 
     def __init__(self, core: BatchedEnvironment) -> None:
+        if not core.autoreset:
+            raise SettingsError("Agents of stable-baselines3 need a BatchedEnvironment with autoreset=True.")
         self.core = core
         scheme = core.scheme
         observation = spaces.Box(0.0, 1.0, (scheme.observation_size,), np.float32)

@@ -20,7 +20,17 @@ from resq_rl.envs.observation import (
 )
 from resq_rl.errors import PolicyError, SettingsError
 from resq_rl.perception import Segmentation
-from resq_rl.quantization import Field, FrameCost, LevelField, Reference, ResQModel, StreamState, to_float
+from resq_rl.quantization import (
+    Field,
+    FrameCost,
+    LevelField,
+    Reference,
+    ResQModel,
+    StreamState,
+    ThresholdField,
+    to_float,
+)
+from resq_rl.quantization.fields import cells_of
 
 __all__ = ["Decision", "FrameResult", "Simulator"]
 
@@ -41,7 +51,8 @@ class FrameResult:
 
     Attributes:
         prediction: predicted classes.
-        error: mean cost of the errors by region, weighted by the clip store's error table; 0 is perfect.
+        error: cost of the errors by region, from the clip store's error table, over the frame's pixels / regions, so
+            that its mean is the frame's mean cost per pixel; 0 is perfect.
         cost: exact BOPs; `share` is them by region as a share of the region's W8A8 BOPs.
         share: BOPs by region / (W8A8 BOPs of the frame / regions), so that its mean is the frame's share of W8A8.
         clip: index of each slot's clip in the store.
@@ -80,7 +91,7 @@ class Simulator:
         budget: BOPs a clip may spend per frame, as a share of W8A8, or None; only observed, never enforced.
 
     Raises:
-        SettingsError: a grid finer than the frame, no slots, or an impossible range.
+        SettingsError: a grid finer than the frame, no slots, an impossible range or budget.
     """
 
     def __init__(
@@ -106,9 +117,11 @@ class Simulator:
             raise SettingsError(f"At least one clip must step at a time, got {slots}.")
         if not 0 < trade_off_range[0] <= trade_off_range[1]:
             raise SettingsError(f"The range of lambda must be positive and ascending, got {trade_off_range}.")
+        if budget is not None and not budget > 0:
+            raise SettingsError(f"budget must be a positive share of W8A8, or None for no budget, got {budget}.")
         self.model, self.task, self.store = model, task, store
         self.slots, self.grid, self.budget = slots, grid, budget
-        self.trade_off_range = trade_off_range
+        self.trade_off_range = (float(trade_off_range[0]), float(trade_off_range[1]))
         self.reference_bops = model.reference_bops()
         self.state: StreamState = model.new_state(slots, reference)
         self.clip = torch.zeros(slots, dtype=torch.int64)
@@ -121,6 +134,7 @@ class Simulator:
         self._output = torch.zeros(slots, *grid, 3)
         self._spent_there = torch.zeros(slots, *grid, self.groups)
         self._group_bops = self._reference_bops_by_group()
+        self._area = _relative_area((height, width), grid)
 
     @property
     def groups(self) -> int:
@@ -140,7 +154,7 @@ class Simulator:
     def _reference_bops_by_group(self) -> Float64[Tensor, " g"]:
         macs = torch.tensor([float(site.macs) for site in self.model.sites], dtype=torch.float64)
         total = torch.zeros(self.groups, dtype=torch.float64).index_add_(0, self.model.group_of_site, macs)
-        return total / macs.sum() * self.reference_bops
+        return (total / macs.sum() * self.reference_bops).clamp_min(1)  # a group may have no layers
 
     def last_frame(self, slot: int) -> UInt8[Tensor, "3 h w"]:
         """The frame that ran last in a slot."""
@@ -155,7 +169,12 @@ class Simulator:
 
         Returns:
             The keyframes' results, one row per slot started.
+
+        Raises:
+            PolicyError: a lambda is not positive.
         """
+        if trade_off is not None and not all(value > 0 for value in trade_off):
+            raise PolicyError(f"lambda must be positive for every clip, got {list(trade_off)}.")
         rows = torch.tensor(list(slots), dtype=torch.int64)
         self.clip[rows] = torch.tensor(list(clips), dtype=torch.int64)
         self.time[rows] = 0
@@ -182,10 +201,21 @@ class Simulator:
             over = torch.nonzero(self.time >= self.length)[:, 0].tolist()
             raise PolicyError(f"The clips of slots {over} are over: call start() for them (reset the environment).")
         rows = torch.arange(self.slots)
-        self._frame = self._frames(rows)
-        frames = to_float(self._frame.to(self.model.device))
-        raw, cost = self.model.step(frames, self.state, decision.refresh, decision.field)
+        frames = self._frames(rows)
+        field = self._on_grid(decision.field)
+        raw, cost = self.model.step(to_float(frames.to(self.model.device)), self.state, decision.refresh, field)
+        self._frame = frames
         return self._finish(rows, raw, cost)
+
+    def _on_grid(self, field: Field) -> Field:
+        """A constant field spread over the grid, so that its cost is known by region."""
+        if field.grid == self.grid:
+            return field
+        if field.grid != (1, 1):
+            raise PolicyError(f"The decision is for a grid of {field.grid} regions, the simulator has {self.grid}.")
+        if isinstance(field, LevelField):
+            return LevelField(field.levels.expand(-1, -1, *self.grid))
+        return ThresholdField(field.thresholds.expand(-1, -1, *self.grid), field.kappa)
 
     def _frames(self, rows: Tensor) -> UInt8[Tensor, "n 3 h w"]:
         return torch.stack(
@@ -200,7 +230,7 @@ class Simulator:
         output = self.task.output(raw, self.model.frame_size)
         prediction = self.task.predict(output).cpu()
         target = torch.stack([self.store.targets[c][t] for c, t in zip(clips.tolist(), times.tolist(), strict=True)])
-        error = pool_mean(self._error_map(prediction, target), self.grid)
+        error = self._error(prediction, target)
         regions = self.grid[0] * self.grid[1]
         share = (cost.per_region * (regions / self.reference_bops)).float()
         by_group = cost.per_group(self.model.group_of_site, self.groups)
@@ -216,6 +246,9 @@ class Simulator:
         last = self.time[rows] >= self.length[rows]
         return FrameResult(prediction, error, cost, share, clips.clone(), times.clone(), last)
 
+    def _error(self, prediction: UInt8[Tensor, "b h w"], target: UInt8[Tensor, "b h w"]) -> Float[Tensor, "b gh gw"]:
+        return pool_mean(self._error_map(prediction, target), self.grid) * self._area
+
     def _error_map(self, prediction: UInt8[Tensor, "b h w"], target: UInt8[Tensor, "b h w"]) -> Float[Tensor, "b h w"]:
         classes = self.task.classes
         table = torch.zeros(256, classes)  # rows beyond the classes are ignored pixels and cost nothing
@@ -227,7 +260,7 @@ class Simulator:
         clips, times = result.clip.tolist(), result.time.tolist()
         teacher = torch.stack([self.store.teacher[c][t] for c, t in zip(clips, times, strict=True)])
         target = torch.stack([self.store.targets[c][t] for c, t in zip(clips, times, strict=True)])
-        return pool_mean(self._error_map(teacher, target), self.grid)
+        return self._error(teacher, target)
 
     # Observation -----------------------------------------------------------------------------------------------------
 
@@ -274,3 +307,9 @@ class Simulator:
             self._output[..., 2].mean((1, 2)),
         ]
         return torch.stack(parts, 1).clamp_(0, 1)
+
+
+def _relative_area(size: tuple[int, int], grid: tuple[int, int]) -> Float[Tensor, "gh gw"]:
+    """Pixels of each region over their mean: 1 everywhere where the grid divides the frame."""
+    rows, columns = (cells_of(length, cells)[1].sum(1) for length, cells in zip(size, grid, strict=True))
+    return rows[:, None] * columns[None, :] * (grid[0] * grid[1]) / (size[0] * size[1])

@@ -130,7 +130,13 @@ class RandomLevels(_Free):
     def __init__(self, levels: int, seed: int = 0, interval: int = 8, reference: Reference = "previous") -> None:
         super().__init__(reference, interval)
         object.__setattr__(self, "levels", levels)
+        object.__setattr__(self, "seed", seed)
         object.__setattr__(self, "_generator", torch.Generator().manual_seed(seed))
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """Fields that identify the policy."""
+        return super().settings | {"seed": self.seed}  # type: ignore[attr-defined]
 
     def decide(self, view: FrameView) -> Decision:
         """Uniform over the levels."""

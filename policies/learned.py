@@ -1,8 +1,9 @@
-"""A trained policy as it is deployed: a small quantized network, its action scheme and the setting it was trained for."""
+"""A trained policy as it is deployed: a small quantized network, its actions and the setting it was trained for."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from resq_rl.envs import ActionScheme, Decision, FrameView
-from resq_rl.errors import PolicyError
+from resq_rl.errors import PolicyError, ResqError
 from resq_rl.files import write_atomic
 from resq_rl.policies.fixed import periodic
 from resq_rl.quantization import Reference, symmetric_limit
@@ -24,7 +25,7 @@ __all__ = ["LearnedPolicy"]
 FORMAT = "resq_rl policy 1"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LearnedPolicy:
     """A multi-layer perceptron with tanh between its layers, that picks the likeliest action of every agent.
 
@@ -32,7 +33,7 @@ class LearnedPolicy:
     values (in [-1, 1]) uniform, all at `bits` bits.
 
     Attributes:
-        weights, biases: one per layer.
+        weights, biases: one per layer, (out, in) and (out,).
         scheme: actions and observations.
         trade_off: lambda to decide for; one network may serve a whole range.
         trade_off_range: range of lambda it was trained over.
@@ -43,8 +44,8 @@ class LearnedPolicy:
         network: layer groups of the network it was trained with, to catch a mismatch.
     """
 
-    weights: tuple[Float[Tensor, "out in"], ...]
-    biases: tuple[Float[Tensor, " out"], ...]
+    weights: tuple[Float[Tensor, "_ _"], ...]
+    biases: tuple[Float[Tensor, " _"], ...]
     scheme: ActionScheme
     trade_off: float
     trade_off_range: tuple[float, float]
@@ -55,12 +56,35 @@ class LearnedPolicy:
     network: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        self._check_layers()
+        if self.bits != 32 and not 2 <= self.bits <= 16:
+            raise PolicyError(f"A policy runs at 2 to 16 bits, or at 32 in float, got {self.bits}.")
+        low, high = self.trade_off_range
+        if not (self.trade_off > 0 and 0 < low <= high and self.interval >= 0):
+            raise PolicyError(
+                "A policy needs a positive lambda and range of lambda and an interval of 0 or more, got "
+                f"{self.trade_off}, {self.trade_off_range} and {self.interval}."
+            )
         inputs, outputs = self.weights[0].shape[1], self.weights[-1].shape[0]
         if inputs != self.scheme.observation_size or outputs != sum(self.scheme.nvec):
             raise PolicyError(
                 f"The policy's network maps {inputs} numbers to {outputs}; its actions need "
                 f"{self.scheme.observation_size} to {sum(self.scheme.nvec)}."
             )
+
+    def _check_layers(self) -> None:
+        shapes = [tuple(w.shape) for w in self.weights]
+        fit = len(shapes) > 0 and [tuple(b.shape) for b in self.biases] == [shape[:1] for shape in shapes]
+        if not fit or any(len(s) != 2 for s in shapes) or any(a[0] != b[1] for a, b in pairwise(shapes)):
+            raise PolicyError(
+                f"The policy's layers do not fit each other: weights of shape {shapes}, biases of shape "
+                f"{[tuple(b.shape) for b in self.biases]}."
+            )
+        for tensor in (*self.weights, *self.biases):
+            if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
+                raise PolicyError(
+                    "The policy's weights must be finite float32 numbers. Train it anew or copy it again."
+                )
 
     @property
     def macs(self) -> int:
@@ -110,14 +134,27 @@ class LearnedPolicy:
 
     def decide(self, view: FrameView) -> Decision:
         """The likeliest action of every agent."""
-        if (view.groups, view.grid) != (self.scheme.groups, self.scheme.grid):
-            raise PolicyError(
-                f"The policy decides for {self.scheme.groups} layer groups and grid {self.scheme.grid}; the network and "
-                f"environment have {view.groups} and {view.grid}. Use the network and grid it was trained with."
-            )
+        self._check_view(view)
         scores = self.logits(torch.from_numpy(self.scheme.observe(view.observation)))
         chosen = torch.stack([part.argmax(1) for part in scores.split(list(self.scheme.nvec), 1)], 1)
         return self.scheme.decide(chosen.numpy(), periodic(view, self.interval))
+
+    def _check_view(self, view: FrameView) -> None:
+        if (view.groups, view.grid) != (self.scheme.groups, self.scheme.grid):
+            raise PolicyError(
+                f"The policy decides for {self.scheme.groups} layer groups and grid {self.scheme.grid}; the network "
+                f"and environment have {view.groups} and {view.grid}. Use the network and grid it was trained with."
+            )
+        if self.network and self.network != view.network:
+            raise PolicyError(
+                f"The policy was trained with a network of layer groups {list(self.network)}, this one has "
+                f"{list(view.network)}. Use the network it was trained with."
+            )
+        if self.trade_off_range != view.trade_off_range:
+            raise PolicyError(
+                f"The policy knows lambda by its place in {self.trade_off_range}, the environment shows it in "
+                f"{view.trade_off_range}. Give both one range (trade_off_range, environment.trade_off)."
+            )
 
     # Files -----------------------------------------------------------------------------------------------------------
 
@@ -144,25 +181,29 @@ class LearnedPolicy:
             tensors = load_tensors((folder / "policy.safetensors").read_bytes())
         except OSError as error:
             raise PolicyError(
-                f"No policy in {folder}: {error.strerror} ({error.filename}). Give the folder that `resq-rl train` wrote "
-                "(it holds policy.safetensors and policy.json)."
+                f"No policy in {folder}: {error.strerror} ({error.filename}). Give the folder that `resq-rl train` "
+                "wrote (it holds policy.safetensors and policy.json)."
             ) from error
-        except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (SafetensorError, ValueError) as error:  # of which JSON and text decoding errors are kinds
             raise PolicyError(f"The policy in {folder} is damaged: {error}. Train it anew or copy it again.") from error
         if not isinstance(about, dict) or about.get("format") != FORMAT:
             raise PolicyError(f"{folder / 'policy.json'} is not of format {FORMAT!r}.")
         try:
             layers = range(int(about["layers"]))
             scheme = ActionScheme(**{k: _tuples(v) for k, v in about["scheme"].items()})
+            if about["features"] != list(scheme.feature_names):
+                raise PolicyError("its observations are not those of this version")
             return LearnedPolicy(
                 tuple(tensors[f"weight{i}"] for i in layers),
                 tuple(tensors[f"bias{i}"] for i in layers),
                 scheme,
                 **{name: _tuples(about[name]) for name in _PLAIN},
             )
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except KeyError as error:
+            raise PolicyError(f"The policy in {folder} lacks {error}. Train it anew or copy it again.") from error
+        except (AttributeError, TypeError, ValueError, ResqError) as error:
             raise PolicyError(
-                f"The policy in {folder} is incomplete ({error}). Train it anew or copy it again."
+                f"The policy in {folder} cannot be used: {error} Train it anew or copy it again."
             ) from error
 
 

@@ -2,23 +2,27 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from stable_baselines3 import PPO
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor, nn
 
 from resq_rl.envs import ActionScheme
 from resq_rl.envs.sb3 import AgentsVecEnv
-from resq_rl.errors import PolicyError, SettingsError
+from resq_rl.errors import PolicyError, ResultsError, SettingsError
 from resq_rl.files import write_atomic
 from resq_rl.policies.learned import LearnedPolicy
 
 __all__ = ["PPOSettings", "Progress", "TrainingReport", "train_ppo"]
+
+# Of a policy that begins as a constant field and decides on keyframes itself.
+KEYFRAME_PROBABILITY = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,11 @@ class PPOSettings:
     """Settings of PPO, with the names of stable-baselines3 where it has them.
 
     Attributes:
-        frames: frames to simulate, forced keyframes included.
+        frames: frames to simulate, forced keyframes included; rounded up to whole rollouts.
         n_steps: frames of each clip per rollout; a rollout holds n_steps x agents samples.
-        batch_size, n_epochs, gamma, gae_lambda, ent_coef, clip_range, learning_rate: as in stable-baselines3; the learning
-            rate falls linearly to a tenth.
+        batch_size: most samples of a minibatch; the largest number up to it that divides the rollout is used.
+        n_epochs, gamma, gae_lambda, ent_coef, clip_range, learning_rate: as in stable-baselines3; the
+            learning rate falls linearly to a tenth.
         hidden: widths of the policy's hidden layers; the value function's are `value_hidden`.
         bits: bits at which the trained policy runs and is charged.
         checkpoint_every: rollouts between checkpoints.
@@ -52,8 +57,23 @@ class PPOSettings:
     def __post_init__(self) -> None:
         if self.frames < 1 or self.n_steps < 2:
             raise SettingsError(f"training needs frames >= 1 and n_steps >= 2, got {self.frames} and {self.n_steps}.")
-        if not self.hidden or not 2 <= self.bits <= 32:
-            raise SettingsError(f"The policy needs a hidden layer and 2 to 32 bits, got {self.hidden}, {self.bits}.")
+        if not self.hidden or min((*self.hidden, *self.value_hidden)) < 1:
+            raise SettingsError(
+                f"Hidden layers need a unit or more, and the policy a hidden layer, got {self.hidden} (policy) and "
+                f"{self.value_hidden} (value)."
+            )
+        if self.bits != 32 and not 2 <= self.bits <= 16:
+            raise SettingsError(f"The policy runs at 2 to 16 bits, or at 32 in float, got {self.bits}.")
+        limits = {"batch_size": 2, "n_epochs": 1, "ent_coef": 0, "checkpoint_every": 1}
+        for name, least in limits.items():
+            if not getattr(self, name) >= least:
+                raise SettingsError(f"{name} must be {least} or more, got {getattr(self, name)}.")
+        for name in ("learning_rate", "clip_range"):
+            if not getattr(self, name) > 0:
+                raise SettingsError(f"{name} must be positive, got {getattr(self, name)}.")
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SettingsError(f"{name} must lie in 0..1, got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)
@@ -88,7 +108,8 @@ def train_ppo(
 
     Args:
         environment: agents of one scheme; its episodes draw lambda, so that one network serves the whole range.
-        warm_start: best uniform choice (threshold index or level) for a lambda; the policy then begins as that constant field.
+        warm_start: best uniform choice (threshold index or level) for a lambda; the policy then begins as that constant
+            field.
         on_rollout: called after every rollout.
         checkpoints: folder for checkpoints; written every `checkpoint_every` rollouts and at the end.
         resume: go on from the newest checkpoint in `checkpoints`, if there is one.
@@ -97,37 +118,41 @@ def train_ppo(
         The deployed policy (at the geometric middle of the range of lambda) and the report.
 
     Raises:
-        PolicyError: a checkpoint is of other settings.
+        PolicyError: a checkpoint is damaged or of other settings, or training diverged.
+        ResultsError: a checkpoint cannot be written.
     """
     torch.manual_seed(seed)
     environment.seed(seed)
-    agents = environment.num_envs
-    total = max(1, settings.frames // environment.core.clips) * agents
+    store = environment.core.simulator.store
+    decided = int(settings.frames * (1 - len(store) / store.frames))  # the first frame of every clip is not
+    total = max(1, decided // environment.core.clips) * environment.num_envs
     report = TrainingReport()
+    about = _about(environment, settings, seed)
     model, done = None, False
     if resume and checkpoints is not None and (checkpoints / "state.json").exists():
-        model, done = _load_checkpoint(checkpoints, environment, settings, report)
+        model, done = _load_checkpoint(checkpoints, environment, about, report)
     if model is None:
         model = _new_model(environment, settings, seed)
         if warm_start is not None:
             _clone_constant(model, environment, warm_start, seed)
     if not done:
-        callback = _Rollouts(environment, settings, report, on_rollout, checkpoints)
+        callback = _Rollouts(environment, about, report, on_rollout, checkpoints)
         remaining = max(0, total - model.num_timesteps)
         model.learn(remaining, callback=callback, reset_num_timesteps=False)
         if checkpoints is not None:
-            _save_checkpoint(checkpoints, model, environment, settings, report, done=True)
+            _save_checkpoint(checkpoints, model, environment, about, report, done=True)
     return deployed(model, environment, settings), report
 
 
 def _new_model(environment: AgentsVecEnv, settings: PPOSettings, seed: int) -> PPO:
     rollout = settings.n_steps * environment.num_envs
+    batch_size = next(n for n in range(min(settings.batch_size, rollout), 0, -1) if rollout % n == 0)
     return PPO(
         "MlpPolicy",
         environment,
         learning_rate=_Falling(settings.learning_rate),
         n_steps=settings.n_steps,
-        batch_size=min(settings.batch_size, rollout),
+        batch_size=max(2, batch_size),
         n_epochs=settings.n_epochs,
         gamma=settings.gamma,
         gae_lambda=settings.gae_lambda,
@@ -174,11 +199,13 @@ def _clone_constant(
         rows[:, column] = position if high > low else 0.0
         trade_off = low * (high / low) ** position
         actions = np.stack([scheme.uniform_action(warm_start(float(t))) for t in trade_off])
-        distribution = model.policy.get_distribution(torch.as_tensor(rows)).distribution
+        heads: Any = model.policy.get_distribution(torch.as_tensor(rows)).distribution
         loss = torch.zeros(())
-        for head, column_actions, size in zip(distribution, actions.T, scheme.nvec, strict=True):
-            distance = torch.arange(size)[None] - torch.as_tensor(column_actions)[:, None]
+        for column_index, (head, chosen) in enumerate(zip(heads, actions.T, strict=True)):
+            distance = torch.arange(scheme.nvec[column_index])[None] - torch.as_tensor(chosen)[:, None]
             target = torch.softmax(-0.5 * (distance / width) ** 2, 1)
+            if scheme.agents == "frame" and column_index == len(scheme.nvec) - 1:
+                target = torch.tensor([[1 - KEYFRAME_PROBABILITY, KEYFRAME_PROBABILITY]]).expand(len(rows), -1)
             loss = loss - (target * head.logits).sum(1).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -191,14 +218,15 @@ class _Rollouts(BaseCallback):
     def __init__(
         self,
         environment: AgentsVecEnv,
-        settings: PPOSettings,
+        about: dict[str, Any],
         report: TrainingReport,
         on_rollout: Callable[[Progress], None] | None,
         checkpoints: Path | None,
     ) -> None:
         super().__init__()
-        self.environment, self.settings, self.report = environment, settings, report
+        self.environment, self.about, self.report = environment, about, report
         self.on_rollout, self.checkpoints = on_rollout, checkpoints
+        self._saved = report.rollouts
         self._sums: dict[str, list[float]] = {}
         self._actions: list[np.ndarray] = []
 
@@ -218,13 +246,15 @@ class _Rollouts(BaseCallback):
     def _on_rollout_end(self) -> None:
         metrics = {name: float(np.mean(values)) for name, values in self._sums.items()}
         actions = np.concatenate(self._actions)
-        counts = np.bincount(actions[:, : len(self.environment.core.scheme.nvec)].ravel().astype(int))
-        metrics["mean_choice"] = float((counts * np.arange(len(counts))).sum() / counts.sum())
+        choices = actions[:, :-1] if self.environment.core.scheme.agents == "frame" else actions  # not the keyframe's
+        metrics["mean_choice"] = float(choices.mean())
         metrics |= {
             name.replace("train/", ""): float(value)
             for name, value in self.logger.name_to_value.items()
             if name in ("train/entropy_loss", "train/approx_kl", "train/explained_variance", "train/loss")
         }
+        if not np.isfinite(metrics.get("explained_variance", 0.0)):
+            del metrics["explained_variance"]  # undefined where all returns are equal
         self._sums, self._actions = {}, []
         report = self.report
         report.rollouts += 1
@@ -232,16 +262,19 @@ class _Rollouts(BaseCallback):
         report.curve.append({"frames": float(report.frames), **metrics})
         if not np.isfinite(list(metrics.values())).all():
             raise PolicyError(
-                f"Training met a value that is not finite at frame {report.frames}: {metrics}. Lower training.learning_rate."
+                f"Training met a value that is not finite at frame {report.frames}: {metrics}. "
+                "Lower training.learning_rate."
             )
         if self.on_rollout is not None:
             self.on_rollout(Progress(report.frames, report.rollouts, metrics))
 
     def _on_rollout_start(self) -> None:
         # Checkpoints are written between rollouts, when the update that follows a rollout is in the weights.
-        due = self.report.rollouts and self.report.rollouts % self.settings.checkpoint_every == 0
+        rollouts = self.report.rollouts
+        due = rollouts > self._saved and rollouts % self.about["settings"]["checkpoint_every"] == 0
         if due and self.checkpoints is not None:
-            _save_checkpoint(self.checkpoints, self.model, self.environment, self.settings, self.report, done=False)
+            _save_checkpoint(self.checkpoints, self.model, self.environment, self.about, self.report, done=False)
+            self._saved = rollouts
 
 
 def deployed(model: PPO, environment: AgentsVecEnv, settings: PPOSettings) -> LearnedPolicy:
@@ -272,61 +305,106 @@ def _plain(parameter: Tensor) -> Tensor:
 # Checkpoints: a stable-baselines3 zip of the user's own run beside what it leaves out ------------------------------
 
 
+# Settings that may change when training goes on.
+_FREE_SETTINGS = ("frames", "checkpoint_every")
+
+
+def _about(environment: AgentsVecEnv, settings: PPOSettings, seed: int) -> dict[str, Any]:
+    """What a checkpoint must have in common with the run that goes on from it, as JSON gives it back."""
+    core = environment.core
+    about = {
+        "settings": asdict(settings),
+        "actions": asdict(core.scheme),
+        "episodes": asdict(core.episodes),
+        "clips": core.clips,
+        "seed": seed,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(about))
+    return plain
+
+
 def _save_checkpoint(
     folder: Path,
-    model: PPO,
+    model: BaseAlgorithm,
     environment: AgentsVecEnv,
-    settings: PPOSettings,
+    about: dict[str, Any],
     report: TrainingReport,
     *,
     done: bool,
 ) -> None:
     name = f"ppo_{report.rollouts:06d}.zip"
     temporary = folder / f".{name}"
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save(temporary)
-    temporary.replace(folder / name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        model.save(temporary)
+        temporary.replace(folder / name)
+    except OSError as error:
+        raise ResultsError(
+            f"Cannot write the checkpoint {folder / name}: {error.strerror or error}. Free some space or choose a "
+            "writable folder, then resume: the checkpoint before it, if any, is whole."
+        ) from error
     state = {
         "model": name,
         "done": done,
         "frames": environment.frames,
         "rollouts": report.rollouts,
         "curve": report.curve,
-        "nvec": list(environment.core.scheme.nvec),
+        "about": about,
         "environment": environment.core.snapshot(),
         "torch": torch.get_rng_state().tolist(),
         "numpy": _numpy_state(),
     }
-    before = sorted(folder.glob("ppo_*.zip"))[:-2]
     write_atomic(folder / "state.json", json.dumps(state))
-    for old in before:
-        old.unlink()
+    for old in folder.glob("ppo_*.zip"):  # state.json names the only one needed
+        if old.name != name:
+            old.unlink()
 
 
 def _load_checkpoint(
-    folder: Path, environment: AgentsVecEnv, settings: PPOSettings, report: TrainingReport
+    folder: Path, environment: AgentsVecEnv, about: dict[str, Any], report: TrainingReport
 ) -> tuple[PPO, bool]:
     try:
         state = json.loads((folder / "state.json").read_text())
-        if state["nvec"] != list(environment.core.scheme.nvec):
-            raise PolicyError(
-                f"The checkpoint in {folder} has actions {state['nvec']}, the environment "
-                f"{list(environment.core.scheme.nvec)}: resume with the settings it was started with."
-            )
+        _check_same(folder, state["about"], about)
         model = PPO.load(folder / state["model"], environment, device="cpu")
-    except (OSError, KeyError, ValueError, json.JSONDecodeError) as error:
+        environment.core.restore(state["environment"])
+        environment.frames = state["frames"]
+        report.frames, report.rollouts, report.curve = state["frames"], state["rollouts"], state["curve"]
+        torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+        name, keys, position, has_gauss, cached = state["numpy"]
+        restored = (name, np.array(keys, dtype=np.uint32), position, has_gauss, cached)
+        np.random.set_state(restored)  # noqa: NPY002 - stable-baselines3 draws from it
+    except PolicyError:
+        raise
+    except Exception as error:  # a damaged zip or pickle can raise anything
         raise PolicyError(
-            f"The checkpoint in {folder} cannot be read ({error}). Remove the folder to start anew."
+            f"The checkpoint in {folder} cannot be read ({type(error).__name__}: {error}). Remove the folder to start "
+            "anew."
         ) from error
-    environment.core.restore(state["environment"])
-    environment.frames = state["frames"]
-    report.frames, report.rollouts, report.curve = state["frames"], state["rollouts"], state["curve"]
-    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    return model, bool(state["done"])
+    environment._reset_seeds()  # the restored generators go on, where a seed would start them anew
+    return model, bool(state["done"]) and state["about"]["settings"]["frames"] >= about["settings"]["frames"]
+
+
+def _check_same(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to go on under other settings than the checkpoint's."""
+    before, after = _flat(then), _flat(now)
+    free = {f"settings.{name}" for name in _FREE_SETTINGS}
+    names = sorted(n for n in (before.keys() | after.keys()) - free if before.get(n) != after.get(n))
+    if names:
+        changes = "; ".join(f"{n} was {before.get(n)!r} and is {after.get(n)!r}" for n in names[:5])
+        raise PolicyError(
+            f"The checkpoint in {folder} is of other settings: {changes}. Resume with the settings it was started "
+            "with, or remove the folder to start anew."
+        )
+
+
+def _flat(about: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in about.items():
+        flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def _numpy_state() -> list[Any]:
-    name, keys, position, has_gauss, cached = np.random.get_state()  # stable-baselines3 draws from it
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - stable-baselines3 draws from it
     return [name, np.asarray(keys).tolist(), position, has_gauss, cached]

@@ -42,9 +42,7 @@ def dynamic_resq_settings(
     return [DynamicResQ(r, i, tau=t, kappa=kappa) for r, i, t in product(references, intervals, taus)]
 
 
-def static_resq_settings(
-    intervals: Sequence[int], references: Sequence[Reference], levels: int
-) -> list[StaticResQ]:
+def static_resq_settings(intervals: Sequence[int], references: Sequence[Reference], levels: int) -> list[StaticResQ]:
     """Static ResQ at every combination of interval, reference and level."""
     return [StaticResQ(r, i, level=n) for r, i, n in product(references, intervals, range(levels))]
 

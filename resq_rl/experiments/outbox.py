@@ -228,11 +228,9 @@ class Outbox:
 
 def reason(error: BaseException) -> str:
     """Why a store failed, in at most 300 characters of one line, without a full stop."""
-    import requests
-
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, requests.ConnectionError | requests.Timeout):
+        if _lost_connection(cause):
             return "no answer in time" if "timed out" in str(cause) else "no connection"
         cause = cause.__cause__ or cause.__context__
     lines = str(error).strip().splitlines()
@@ -240,11 +238,21 @@ def reason(error: BaseException) -> str:
 
 
 def _is_transient(error: Exception) -> bool:
-    import requests
     from mlflow.exceptions import MlflowException
 
     if isinstance(error, MlflowException):
         return error.error_code in TRANSIENT
-    if isinstance(error, requests.HTTPError):
-        return error.response is None or error.response.status_code >= 500
-    return isinstance(error, requests.RequestException)
+    status = _http_status(error)
+    return _lost_connection(error) if status is None else status >= 500
+
+
+def _lost_connection(error: BaseException) -> bool:
+    """Whether a connection failed: Python's own errors, or those of `requests`, which are OSErrors without a number."""
+    if isinstance(error, ConnectionError | TimeoutError):
+        return True
+    return isinstance(error, OSError) and error.errno is None and _http_status(error) is None
+
+
+def _http_status(error: BaseException) -> int | None:
+    """The status of a server's answer that MLflow raised as an error."""
+    return getattr(getattr(error, "response", None), "status_code", None)

@@ -153,7 +153,7 @@ class TrainingSettings(_Group):
         hidden: units of the policy network's hidden layers.
         policy_bits: width at which the policy network is charged.
         reward_scale: factor of every reward.
-        warm_start: start at the best searched thresholds instead of at random.
+        warm_start: start as the best constant choice for each lambda instead of at random.
         checkpoint_every: rollouts between checkpoints.
         trade_offs: how many values of lambda, spread over its range, make the front.
         resume: folder of the run to go on from, or None.

@@ -107,6 +107,7 @@ class World:
             trade_off=environment.trade_off,
             intervals=environment.keyframe_intervals,
             reward_scale=self.settings.training.reward_scale,
+            relative=True,
         )
         simulator = Simulator(
             self.model,

@@ -15,7 +15,7 @@ from resq_rl.quantization.operators import ResidualOperator
 from resq_rl.quantization.quantizer import AffineQuantizer, symmetric_limit
 from resq_rl.quantization.ranges import RangeEstimator, affine_quantizer, symmetric_step
 
-__all__ = ["Reference", "ResidualTable", "SiteRanges", "SiteRecorder"]
+__all__ = ["Reference", "ResidualTable", "SiteRanges", "SiteRecorder", "largest_code", "threshold_row"]
 
 Reference = Literal["keyframe", "previous"]
 REFERENCES: tuple[Reference, ...] = ("keyframe", "previous")
@@ -113,8 +113,14 @@ class SiteRecorder:
     def record(self, operator: ResidualOperator, x: Tensor, age: int, generator: torch.Generator) -> None:
         """Take in the input `x` of one frame, `age` frames after its keyframe (0 at the keyframe itself)."""
         x = x.detach()
-        self.values.append(_pixels(x, operator, generator).flatten())
-        self.low, self.high = min(self.low, float(x.min())), max(self.high, float(x.max()))
+        self.values.append(_pixels(x, operator, generator))
+        low, high = float(x.min()), float(x.max())
+        if not math.isfinite(low + high):
+            raise CalibrationError(
+                f"Layer {operator.name!r} meets NaN or infinity on the calibration clips: look at the network's weights and "
+                "at divisions, roots and logarithms in it."
+            )
+        self.low, self.high = min(self.low, low), max(self.high, high)
         if age > 0:
             for reference in REFERENCES:
                 residual = x - self.reference[reference]
@@ -136,7 +142,7 @@ class SiteRecorder:
         """Quantizers for what was recorded."""
         if not all(self.count.values()):
             raise CalibrationError("Calibration saw no residual frame: give at least one clip with two frames or more.")
-        values = torch.cat([*self.values, torch.tensor([self.low, self.high])])
+        values = torch.cat([_thinned(torch.cat(self.values)), torch.tensor([self.low, self.high])])
         tables = {
             r: _residual_table(
                 torch.cat(self.rows[r]),
@@ -168,23 +174,37 @@ def _residual_table(
     limits = [symmetric_limit(bits) for bits in level_bits]
 
     def best_step(chosen: Tensor, bits: int) -> float:
-        values = (chosen if len(chosen) >= FEWEST_ROWS else rows).flatten()
-        stride = max(1, len(values) // MOST_VALUES)
-        return float(symmetric_step(values[None, ::stride], bits, estimator))
+        return math.inf if bits == 0 else float(symmetric_step(_thinned(chosen)[None], bits, estimator))
 
-    step = best_step(rows, level_bits[-1])
-    steps = [[math.inf if b == 0 else best_step(rows, b) for b in level_bits]]
+    steps = [[best_step(rows, b) for b in level_bits]]
+    step = steps[0][-1]
     for octave in range(LOWEST_OCTAVE, HIGHEST_OCTAVE + 1):
         bounds = [2.0**octave * k for k in kappa] + [math.inf]
         own = [(magnitude > low) & (magnitude <= high) for low, high in pairwise(bounds)]
         # The lowest level takes what no threshold passes, so its own range ends at the first bound.
         own.insert(0, magnitude <= bounds[0])
-        steps.append([math.inf if b == 0 else best_step(rows[o], b) for b, o in zip(level_bits, own, strict=True)])
+        few = [int(o.sum()) < FEWEST_ROWS for o in own]
+        steps.append(
+            [s if f else best_step(rows[o], b) for b, o, f, s in zip(level_bits, own, few, steps[0], strict=True)]
+        )
     unit = torch.tensor(
         [[float(_power_of_two(s / step, n)) if n else 0.0 for s, n in zip(row, limits, strict=True)] for row in steps]
     )
     inverse = torch.where(unit > 0, 1.0 / (step * unit), 0.0)
     return ResidualTable(sigma, step, inverse, torch.tensor(limits).float().expand(len(steps), -1).contiguous(), unit)
+
+
+def largest_code(level_bits: Sequence[int]) -> int:
+    """Largest magnitude that a residual code can take, in units of the finest step."""
+    return max(LARGEST_CODE, symmetric_limit(level_bits[-1]))
+
+
+def _thinned(rows: Float[Tensor, "n c"]) -> Float[Tensor, " m"]:
+    """About MOST_VALUES of the values; the stride shares no factor with the channels, so that all of them are met."""
+    stride = max(1, rows.numel() // MOST_VALUES)
+    while math.gcd(stride, rows.shape[1]) > 1:
+        stride += 1
+    return rows.flatten()[::stride]
 
 
 def _power_of_two(ratio: float, limit: int) -> int:

@@ -1,5 +1,6 @@
 """A frozen network under residual quantization, stepped frame by frame over a batch of clips."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -9,14 +10,21 @@ import torch
 from jaxtyping import Bool, Float, Float64, UInt8
 from torch import Tensor, nn
 
-from resq_rl.errors import CalibrationError, NetworkError, PolicyError, SettingsError
-from resq_rl.quantization.calibration import Reference, ResidualTable, SiteRanges, SiteRecorder, threshold_row
+from resq_rl.errors import CalibrationError, NetworkError, PolicyError, SettingsError, VideoError
+from resq_rl.quantization.calibration import (
+    Reference,
+    ResidualTable,
+    SiteRanges,
+    SiteRecorder,
+    largest_code,
+    threshold_row,
+)
 from resq_rl.quantization.fields import DEFAULT_KAPPA, Field, LevelField, carry, cells_of
 from resq_rl.quantization.ledger import BopsConvention, FrameCost, bit_cost, check_convention
 from resq_rl.quantization.operators import LayerKind, ResidualOperator, Switch
 from resq_rl.quantization.quantizer import symmetric_limit
 from resq_rl.quantization.ranges import RangeEstimator, check_estimator, symmetric_step
-from resq_rl.quantization.tracing import Site, trace
+from resq_rl.quantization.tracing import Site, check_agreement, float_outputs, trace
 from resq_rl.quantization.wrapping import copy_of, fold_batch_norm, insert_operators
 
 __all__ = ["QuantizationConfig", "ResQModel", "StreamState", "to_float"]
@@ -59,12 +67,22 @@ class QuantizationConfig:
             raise SettingsError(
                 f"kappa needs {len(self.levels) - 1} values for {len(self.levels)} levels, got {len(self.kappa)}."
             )
-        if isinstance(self.residual_weight_bits, Mapping):
-            unknown = sorted(set(self.residual_weight_bits) - set(LAYER_KINDS))
-            if unknown:
-                raise SettingsError(
-                    f"residual_weight_bits names unknown layer kinds {unknown}; kinds are {list(LAYER_KINDS)}."
-                )
+        if list(self.kappa) != sorted(self.kappa) or not all(k > 0 for k in self.kappa):
+            raise SettingsError(f"kappa must be positive and ascending, got {list(self.kappa)}.")
+        if not 1 <= self.key_activation_bits <= 16 or not 2 <= self.key_weight_bits <= 16:
+            raise SettingsError(
+                "key_activation_bits must be 1 to 16 and key_weight_bits 2 to 16, got "
+                f"{self.key_activation_bits} and {self.key_weight_bits}."
+            )
+        given = self.residual_weight_bits
+        widths = given if isinstance(given, Mapping) else {"all": given}
+        unknown = sorted(set(given) - set(LAYER_KINDS)) if isinstance(given, Mapping) else []
+        if unknown:
+            raise SettingsError(
+                f"residual_weight_bits names unknown layer kinds {unknown}; kinds are {list(LAYER_KINDS)}."
+            )
+        if not all(2 <= b <= 16 for b in widths.values()):
+            raise SettingsError(f"residual_weight_bits must be 2 to 16, got {given}.")
 
     def weight_bits(self, kind: LayerKind) -> int:
         """Residual weight bits of a layer kind."""
@@ -91,7 +109,7 @@ class StreamState:
     versions: list[int] = field(default_factory=list)
 
     def put(self, rows: Tensor, other: "StreamState") -> None:
-        """Replace the clips in `rows` by those of `other`, in order."""
+        """Replace the clips in `rows` by those of `other`, in order; `other` may share memory and must not run on."""
         self.age[rows] = other.age
         if len(rows) == len(self.age) and bool((rows == torch.arange(len(rows))).all()):
             self.inputs, self.outputs = other.inputs, other.outputs
@@ -115,7 +133,7 @@ class _Weights:
 
 def to_float(frames: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Frames of 0..255 as float in 0..1."""
-    return frames.to(torch.float32).div_(255.0)
+    return frames.to(torch.float32, copy=True).div_(255.0)
 
 
 class ResQModel:
@@ -127,6 +145,7 @@ class ResQModel:
 
     holds for every operator call ("site"); everything else in the network runs on the sums. Codes and weights are
     integers held in float32, so that accumulations are exact (`exact_sites` tells where the bound of 2^24 guarantees it).
+    Scaling rounds once: y = fma(total, scale, bias) at a keyframe and fma(total, scale, y_ref) at a residual.
 
     Args:
         network: any `nn.Module` or the module of an exported program; it is copied and frozen, never changed.
@@ -137,17 +156,26 @@ class ResQModel:
         UnsupportedOperatorError, NetworkError: the network cannot be wrapped; the message names the layer.
     """
 
+    @torch.inference_mode(False)  # stored references are versioned, which inference tensors are not
     def __init__(
         self, network: nn.Module, example: Float[Tensor, "b c h w"], config: QuantizationConfig | None = None
     ) -> None:
         self.config = config or QuantizationConfig()
         self._switch = Switch()
+        if example.dim() != 4 or not len(example) or not example.is_floating_point():
+            raise NetworkError(
+                f"The example must be frames as float, (1 or more, C, H, W), got {example.dtype} {tuple(example.shape)}."
+            )
         copied = copy_of(network)
+        noise = torch.rand(2, *example.shape[1:], generator=torch.Generator().manual_seed(0)).to(example)
+        expected = float_outputs(copied, noise[:1].clone())
         self.unfolded = fold_batch_norm(copied)
         self.network = insert_operators(copied, self._switch)
         self.device = example.device
         self.frame_size = (example.shape[-2], example.shape[-1])
+        self._frame_shape = tuple(example.shape[1:])
         self.sites: list[Site] = trace(self.network, self._switch, example)
+        check_agreement(type(network).__name__, expected, float_outputs(self.network, noise))
         self.groups, self.group_of_site = _layer_groups(self.sites, self.config.groups)
         self._key_weights = {id(o): self._quantized_weight(o, self.config.key_weight_bits) for o in self.operators}
         self._residual_weights: dict[int, _Weights] = {}
@@ -170,8 +198,8 @@ class ResQModel:
 
     def _quantized_weight(self, operator: ResidualOperator, bits: int) -> _Weights:
         rows = operator.weight_rows()
-        if not bool(torch.isfinite(rows).all()):
-            raise NetworkError(f"Layer {operator.name!r} has weights that are not finite.")
+        if not all(bool(torch.isfinite(v).all()) for v in (rows, operator.bias) if v is not None):
+            raise NetworkError(f"Layer {operator.name!r} has weights that are not finite: load other weights.")
         step = symmetric_step(rows, bits, self.config.range_estimator)
         limit = symmetric_limit(bits)
         codes = torch.round(rows / step[:, None]).clamp_(-limit, limit)
@@ -184,20 +212,26 @@ class ResQModel:
 
     @property
     def exact_sites(self) -> list[bool]:
-        """Where no keyframe accumulation can reach 2^24, so float32 equals int32 arithmetic whatever the input."""
-        largest = 2**self.config.key_activation_bits - 1
+        """Where no accumulation can reach 2^24, so float32 equals int32 arithmetic whatever the input."""
+        key, residual = 2**self.config.key_activation_bits - 1, largest_code(self.config.levels)
         return [
-            float(s.operator.weight_rows().shape[1] and self._row_sums(s.operator)) * largest < 2**24
+            max(
+                self._row_sum(s.operator, self._key_weights) * key,
+                self._row_sum(s.operator, self._residual_weights) * residual,
+            )
+            < 2**24
             for s in self.sites
         ]
 
-    def _row_sums(self, operator: ResidualOperator) -> float:
-        codes = self._key_weights[id(operator)].codes
+    def _row_sum(self, operator: ResidualOperator, weights: dict[int, _Weights]) -> float:
+        """The largest sum of code magnitudes over the weights of one output channel."""
+        codes = weights[id(operator)].codes
         probe = ResidualOperator(operator.name, operator.geometry, codes, None, self._switch)
         return float(probe.weight_rows().abs().sum(1).max())
 
     # Calibration -----------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def calibrate(
         self, clips: Sequence[UInt8[Tensor, "t c h w"]], *, interval: int = 8, frames: int = 24, seed: int = 0
@@ -205,15 +239,20 @@ class ResQModel:
         """Fit all ranges on clips run through the float network, with keyframes every `interval` frames.
 
         Raises:
-            CalibrationError: there are no clips, none has two frames, or a value is not finite.
+            CalibrationError: there are no clips, none has two frames, they do not fit the network or do not move, or a value
+                is not finite.
+            SettingsError: `interval` or `frames` leaves no residual frame.
         """
-        if not clips:
-            raise CalibrationError("No calibration clips: give at least one clip with two frames.")
+        if interval < 2 or frames < 2:
+            raise SettingsError(f"Calibration needs an interval and frames of 2 or more, got {interval} and {frames}.")
+        self._check_clips(clips)
         generator = torch.Generator().manual_seed(seed)
         recorders = [SiteRecorder() for _ in self.sites]
         for clip in clips:
             for t, frame in enumerate(clip[:frames]):
                 self._record(to_float(frame[None].to(self.device)), recorders, t % interval, generator)
+        if not any(sum(recorder.square_sum.values()) for recorder in recorders):
+            raise CalibrationError("The calibration clips do not move, so residuals have no range: give other clips.")
         self.ranges = [
             recorder.ranges(
                 self.config.key_activation_bits,
@@ -225,6 +264,19 @@ class ResQModel:
             for recorder in recorders
         ]
         return self
+
+    def _check_clips(self, clips: Sequence[Tensor]) -> None:
+        if not any(len(clip) > 1 for clip in clips):
+            raise CalibrationError(
+                f"Calibration needs at least one clip with two frames, got {len(clips)} clips of "
+                f"{sorted({len(clip) for clip in clips})} frames."
+            )
+        for i, clip in enumerate(clips):
+            if clip.dtype != torch.uint8 or tuple(clip.shape[1:]) != self._frame_shape:
+                raise CalibrationError(
+                    f"Calibration clip {i} holds {clip.dtype} frames of shape {tuple(clip.shape[1:])}; the model was wrapped "
+                    f"for uint8 frames of {self._frame_shape}."
+                )
 
     def _record(self, x: Tensor, recorders: list[SiteRecorder], age: int, generator: torch.Generator) -> None:
         position = 0
@@ -265,6 +317,7 @@ class ResQModel:
             raise SettingsError(f"reference is 'keyframe' or 'previous', got {reference!r}.")
         return StreamState(reference, torch.full((clips,), -1, dtype=torch.int64))
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def step(
         self,
@@ -285,7 +338,9 @@ class ResQModel:
             The network's output and the exact cost by clip, site and region of the decision's grid.
 
         Raises:
-            PolicyError: the decision does not fit; CalibrationError: `calibrate` was not called.
+            CalibrationError: `calibrate` was not called.
+            VideoError: the frames do not fit the network, or hold NaN or infinity.
+            PolicyError: the decision does not fit.
         """
         self._check_step(frames, state, refresh, decision)
         execution = _Execution(self, state, refresh, decision)
@@ -297,12 +352,14 @@ class ResQModel:
     def _check_step(self, frames: Tensor, state: StreamState, refresh: Tensor, decision: Field) -> None:
         if not self.ranges:
             raise CalibrationError("The model is not calibrated: call calibrate(clips) first.")
+        self._check_frames(frames)
         clips = len(frames)
         values = decision.levels if isinstance(decision, LevelField) else decision.thresholds
-        if values.shape[:2] != (clips, len(self.groups)) or refresh.shape != (clips,):
+        fits = values.dim() == 4 and values.numel() and values.shape[:2] == (clips, len(self.groups))
+        if not fits or refresh.shape != (clips,) or refresh.dtype != torch.bool:
             raise PolicyError(
-                f"A decision for {clips} clips and {len(self.groups)} layer groups is needed, got a field of shape "
-                f"{tuple(values.shape)} and refresh of shape {tuple(refresh.shape)}."
+                f"A field of shape ({clips} clips, {len(self.groups)} layer groups, rows, columns) and {clips} booleans are "
+                f"needed, got a field of shape {tuple(values.shape)} and {refresh.dtype} of shape {tuple(refresh.shape)}."
             )
         if isinstance(decision, LevelField):
             if int(values.min()) < 0 or int(values.max()) >= len(self.config.levels):
@@ -315,6 +372,16 @@ class ResQModel:
             raise PolicyError(f"The state holds {len(state.age)} clips, the batch {clips}.")
         if bool(((state.age < 0) & ~refresh).any()):
             raise PolicyError("A clip without a keyframe cannot run a residual frame: refresh it first.")
+
+    def _check_frames(self, frames: Tensor) -> None:
+        if not frames.is_floating_point() or tuple(frames.shape[1:]) != self._frame_shape:
+            raise VideoError(
+                f"Frames must be float of shape (clips, {', '.join(map(str, self._frame_shape))}), as the example was, got "
+                f"{frames.dtype} of shape {tuple(frames.shape)}. Use to_float for uint8 frames."
+            )
+        if not math.isfinite(float(frames.sum())):  # a sum shows NaN and infinity at a tenth of isfinite's cost
+            bad = torch.nonzero(~torch.isfinite(frames).flatten(1).all(1))[:, 0].tolist()
+            raise VideoError(f"The frames of clips {bad} hold NaN or infinity. Repair or drop these frames.")
 
     # Cost ------------------------------------------------------------------------------------------------------------
 
@@ -331,10 +398,10 @@ class ResQModel:
     def state_bytes(self, reference: Reference) -> int:
         """Bytes of reference state per clip on a device.
 
-        Input references take 1 byte per element against the keyframe and 2 in the closed loop, where they accumulate;
-        output references are int32 accumulators.
+        Input references take 1 byte per element against the keyframe (2 for codes beyond 8 bits) and 2 in the closed loop,
+        where they accumulate; output references are int32 accumulators.
         """
-        width = 1 if reference == "keyframe" else 2
+        width = 1 if reference == "keyframe" and self.config.key_activation_bits <= 8 else 2
         return sum(width * s.input_elements + 4 * s.output_elements for s in self.sites)
 
 
@@ -361,6 +428,8 @@ class _Execution:
             state.inputs.append(torch.empty_like(x))
             state.outputs.append(torch.empty(0))
             state.versions.append(0)
+        elif len(self.rest):
+            self._check_untouched(site, self.position)
         grid = self.decision.grid
         bops = torch.zeros(len(x), *grid, dtype=torch.float64)
         if not len(self.rest):
@@ -397,10 +466,8 @@ class _Execution:
         reference = self.state.inputs[self.position]
         residual = x - reference[rows]
         levels, row = self._levels(site, residual, table)
-        spread = (
-            (lambda m: m.unsqueeze(1)) if operator.channel_axis == 1 else (lambda m: m.view(-1, *[1] * (x.dim() - 1)))
-        )
-        codes = table.codes(residual, spread(levels), None if row is None else spread(row))
+        shape = (-1, 1, *levels.shape[1:]) if operator.channel_axis == 1 else (-1, *[1] * (x.dim() - 1))
+        codes = table.codes(residual, levels.reshape(shape), None if row is None else row.reshape(shape))
         weights = self.model._residual_weights[id(operator)]
         total = operator.geometry.apply(codes, weights.codes)
         output = torch.addcmul(self.state.outputs[self.position][rows], total, weights.scale * table.step)
@@ -426,7 +493,7 @@ class _Execution:
             magnitude = residual.flatten(1).abs().amax(1)[:, None, None]
         tau = carried * table.sigma
         levels = torch.zeros(magnitude.shape, dtype=torch.int64, device=residual.device)
-        for kappa in decision.kappa:
+        for kappa in getattr(decision, "kappa", ()):
             levels += magnitude > tau * kappa
         return levels, row
 
@@ -441,8 +508,8 @@ class _Execution:
         config = self.model.config
         width = config.weight_bits(site.operator.layer_kind)
         costs = torch.tensor([float(bit_cost(width, b, config.bops_convention)) for b in config.levels])
-        coverage = site.coverage(tuple(levels.shape[1:]))
         size, grid = (levels.shape[1], levels.shape[2]), self.decision.grid
+        coverage = site.coverage(size)
         whole = size[0] >= grid[0] and size[1] >= grid[1]  # no pixel is shared between regions
         small = coverage.numel() * float(coverage.max() * costs.max()) < 2**24
         exact = torch.float32 if whole and small else torch.float64
@@ -472,12 +539,15 @@ class _Execution:
                 f"The network made {self.position} operator calls instead of the {len(self.model.sites)} seen when it was "
                 "wrapped. Control flow that depends on the data is not supported."
             )
-        for site, y, version in zip(self.model.sites, self.state.outputs, self.state.versions, strict=True):
-            if y._version != version:
-                raise NetworkError(
-                    f"The output of layer {site.operator.name!r} was overwritten in place by a path not seen when the "
-                    "network was wrapped. Use out-of-place operations there."
-                )
+        for position, site in enumerate(self.model.sites):
+            self._check_untouched(site, position)
+
+    def _check_untouched(self, site: Site, position: int) -> None:
+        if self.state.outputs[position]._version != self.state.versions[position]:
+            raise NetworkError(
+                f"The output of layer {site.operator.name!r} was overwritten in place by a path not seen when the "
+                "network was wrapped. Use out-of-place operations there."
+            )
 
     def cost(self) -> FrameCost:
         """The cost of the pass."""
@@ -515,16 +585,20 @@ def _layer_groups(sites: list[Site], setting: str | Mapping[str, Sequence[str]])
 
 
 def _given_groups(sites: list[Site], setting: Mapping[str, Sequence[str]]) -> tuple[tuple[str, ...], Tensor]:
+    patterns = [[p] if isinstance(p, str) else list(p) for p in setting.values()]
     index = []
     for site in sites:
         name = site.operator.name
-        own = [i for i, ps in enumerate(setting.values()) if any(fnmatchcase(name, p) for p in ps)]
+        own = [i for i, ps in enumerate(patterns) if any(fnmatchcase(name, p) for p in ps)]
         if len(own) != 1:
             raise SettingsError(
                 f"Layer {name!r} matches {len(own)} of the groups {list(setting)}; it must match exactly one. "
                 f"Layers are {[s.operator.name for s in sites]}."
             )
         index.append(own[0])
+    empty = [name for i, name in enumerate(setting) if i not in index]
+    if empty:
+        raise SettingsError(f"The groups {empty} match no layer. Layers are {[s.operator.name for s in sites]}.")
     return tuple(setting), torch.tensor(index)
 
 

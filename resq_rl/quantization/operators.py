@@ -135,7 +135,8 @@ class ResidualOperator(nn.Module):
             return self.weight.flatten(1)
         groups = self.geometry.groups
         grouped = self.weight.unflatten(0, (groups, -1))  # (g, in/g, out/g, kh, kw)
-        return grouped.transpose(1, 2).flatten(0, 1).flatten(1)
+        rows: Tensor = grouped.transpose(1, 2).flatten(0, 1).flatten(1)
+        return rows
 
     def rows_to_weight(self, rows: Float[Tensor, "out n"]) -> Tensor:
         """Inverse of `weight_rows`."""

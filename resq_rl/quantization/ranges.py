@@ -7,6 +7,7 @@ Three estimators choose the range [low, high] that a quantizer covers, separatel
     least_squares   the range with the least squared error after quantization, by search over shrunken extremes
 """
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -24,6 +25,7 @@ _PERCENTILE = 0.9999
 # Geometric from the extremes down to 1/64 of them: ternary steps of heavy-tailed residuals lie far below the maximum.
 _SHRINK = torch.logspace(0, -6, 73, base=2.0)
 _SMALLEST_RANGE = 1e-8
+_AT_ONCE = 1_000_000
 
 
 def check_estimator(name: str) -> None:
@@ -43,15 +45,41 @@ def symmetric_step(samples: Float[Tensor, "rows n"], bits: int, estimator: Range
     extreme = _extremes(samples.abs(), estimator).clamp_min(_SMALLEST_RANGE)
     if estimator != "least_squares":
         return extreme / limit
-    best = torch.full_like(extreme, torch.inf)
-    step = extreme / limit
-    for shrink in _SHRINK:
-        candidate = (extreme * shrink / limit)[:, None]
-        codes = torch.round(samples / candidate).clamp_(-limit, limit)
-        error = (codes * candidate - samples).square_().sum(1)
-        step = torch.where(error < best, candidate[:, 0], step)
-        best = torch.minimum(best, error)
-    return step
+    candidates = extreme[:, None] * _SHRINK.to(extreme) / limit
+    best = _squared_errors(samples, candidates, limit).argmin(1, keepdim=True)
+    return candidates.gather(1, best)[:, 0]
+
+
+def _squared_errors(
+    samples: Float[Tensor, "rows n"], steps: Float[Tensor, "rows candidates"], limit: int
+) -> Float[Tensor, "rows candidates"]:
+    """Squared error of each row after symmetric quantization with each step."""
+    if samples.shape[1] < 2 * limit:
+        each = steps.T[:, :, None]
+        errors = [((samples / s).round_().clamp_(-limit, limit) * s - samples).square_().sum(1) for s in each]
+        return torch.stack(errors, 1)
+    at_once = max(1, _AT_ONCE // (steps.shape[1] * limit))
+    parts = zip(samples.split(at_once), steps.split(at_once), strict=True)
+    return torch.cat([_errors_of_many(*part, limit) for part in parts])
+
+
+def _errors_of_many(
+    samples: Float[Tensor, "rows n"], steps: Float[Tensor, "rows candidates"], limit: int
+) -> Float[Tensor, "rows candidates"]:
+    """The same from sorted magnitudes and their running sums.
+
+    A magnitude's code is the number of k in 1..limit whose bound (k - 1/2) step it reaches, so the sums of code * magnitude
+    and of code^2, and with them the error, follow from where the bounds fall among the sorted magnitudes.
+    """
+    ordered = samples.abs().sort(1).values.double()
+    sums = torch.nn.functional.pad(ordered.cumsum(1), (1, 0))
+    k = torch.arange(1, limit + 1, device=samples.device, dtype=torch.float64)
+    wide = steps.double()
+    below = torch.searchsorted(ordered, (wide[:, :, None] * (k - 0.5)).flatten(1))
+    products = (sums[:, -1:] - sums.gather(1, below)).unflatten(1, (-1, limit)).sum(2)
+    squares = (ordered.shape[1] - below).double().unflatten(1, (-1, limit)) @ (2 * k - 1)
+    errors = wide.square() * squares - 2 * wide * products + ordered.square().sum(1, keepdim=True)
+    return errors.to(samples.dtype)
 
 
 def affine_quantizer(samples: Float[Tensor, " n"], bits: int, estimator: RangeEstimator) -> AffineQuantizer:
@@ -91,7 +119,7 @@ def _shrink_affine(samples: Float[Tensor, " n"], low: float, high: float, bits: 
 def _extremes(samples: Float[Tensor, "rows n"], estimator: RangeEstimator) -> Float[Tensor, " rows"]:
     if estimator != "percentile":
         return samples.amax(1)
-    rank = max(1, int(_PERCENTILE * samples.shape[1]))
+    rank = math.ceil(_PERCENTILE * samples.shape[1])  # of few samples, the largest
     return torch.kthvalue(samples, rank, dim=1).values
 
 

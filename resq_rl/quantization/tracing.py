@@ -1,5 +1,6 @@
 """One trial pass through a wrapped network: which operators are called in which order, and is every call sound?"""
 
+import re
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -8,15 +9,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils._pytree import tree_leaves
 
 from resq_rl.errors import NetworkError, UnsupportedOperatorError
 from resq_rl.quantization.ledger import coverage_total
 from resq_rl.quantization.operators import ResidualOperator, Switch
 
-__all__ = ["Site", "trace"]
+__all__ = ["Site", "check_agreement", "float_outputs", "trace"]
 
-_RECURRENT = ("mkldnn_rnn_layer", "lstm", "gru", "rnn_tanh", "rnn_relu", "_embedding_bag")
+# Names of torch's operators that multiply and accumulate: products of matrices and vectors, convolutions, attention (the
+# fused ones of nn.MultiheadAttention and nn.TransformerEncoderLayer too), recurrent layers, distances, transforms.
+_MULTIPLIES = re.compile(
+    r"conv|mm(_|$)|mv$|dot|matmul|(?<!bi)(?<!upsample_)(?<!upsample_tri)linear|attention|transformer|rnn|lstm|gru|cdist|_fft"
+    r"|embedding_bag"
+)
+# Operators of other libraries may do anything, so they are refused; these are torch's own.
+_NAMESPACES = ("aten", "prim", "prims", "profiler")
+# Two orders of summation differ by about 1e-6 of the largest value; a lost layer or hook by far more.
+_AGREEMENT = 1e-3
 
 
 @dataclass
@@ -26,7 +36,8 @@ class Site:
     Attributes:
         operator: the operator called.
         input_shape, output_shape: shapes of one clip's input and output, without the clip dimension.
-        overwritten: whether later code overwrites the output in place, so that the stored reference needs a copy.
+        overwritten: whether later code overwrites the output in place, or the caller gets it and might, so that the stored
+            reference needs a copy.
     """
 
     operator: ResidualOperator
@@ -81,12 +92,13 @@ class _Watch(TorchDispatchMode):
     """Refuses multiply-accumulates that happen outside the operators."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.inside = False
         self.stack: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self.inside and (func._overloadpacket in flop_registry or func._overloadpacket.__name__ in _RECURRENT):
+        namespace, _, name = str(func.name()).split(".")[0].partition("::")
+        if not self.inside and (namespace not in _NAMESPACES or _MULTIPLIES.search(name)):
             where = f"layer {self.stack[-1]!r}" if self.stack and self.stack[-1] else "the network's forward"
             raise UnsupportedOperatorError(
                 f"{func.name()} in {where} cannot be quantized as a residual. Supported: 2-D convolution and transposed "
@@ -127,20 +139,62 @@ def trace(network: nn.Module, switch: Switch, example: Float[Tensor, "b c h w"])
             for name, module in network.named_modules():
                 _follow(stack, watch, name, module)
             stack.enter_context(watch)
-            network(frames)
-    except (UnsupportedOperatorError, NetworkError):
+            returned = network(frames)
+    except NetworkError:
         raise
     except Exception as error:
         raise NetworkError(
-            f"{type(network).__name__} cannot run on frames of shape {tuple(frames.shape)}: {error}"
+            f"{type(network).__name__} cannot run on frames of shape {tuple(frames.shape)}: {error} "
+            "It must take any number of clips (export programs with a dynamic batch dimension)."
         ) from error
     finally:
         switch.execute = ResidualOperator.float_output
     if not sites:
         raise NetworkError(f"{type(network).__name__} calls none of its layers in its forward.")
+    handed_out = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(returned) if isinstance(leaf, Tensor)}
     for site, (y, version) in zip(sites, outputs, strict=True):
-        site.overwritten = y._version != version
+        site.overwritten = y._version != version or y.untyped_storage().data_ptr() in handed_out
     return sites
+
+
+@torch.no_grad()
+def float_outputs(network: nn.Module, frames: Float[Tensor, "b c h w"]) -> list[Tensor]:
+    """The floating-point tensors among a network's outputs, one row per clip or more.
+
+    Raises:
+        NetworkError: the network does not accept the frames.
+    """
+    try:
+        leaves = tree_leaves(network(frames))
+    except Exception as error:
+        raise NetworkError(
+            f"{type(network).__name__} cannot run on frames of shape {tuple(frames.shape)}: {error}"
+        ) from error
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 0]
+
+
+def check_agreement(name: str, alone: list[Tensor], batch: list[Tensor]) -> None:
+    """Check that a wrapped network gives for the first clips of a batch what the original gives for them alone.
+
+    Args:
+        name: of the network, for the message.
+        alone: `float_outputs` of the original.
+        batch: `float_outputs` of the wrapped network on the same clips followed by others.
+
+    Raises:
+        NetworkError: wrapping lost something (a hook on a layer), or clips influence each other, or outputs are random.
+    """
+    for expected, found in zip(alone, batch, strict=True):
+        difference = (
+            (found[: len(expected)] - expected).abs().nan_to_num(0.0).amax().item() if expected.numel() else 0.0
+        )
+        largest = expected.abs().nan_to_num(0.0).amax().item() if expected.numel() else 0.0
+        if difference > _AGREEMENT * largest + 1e-6:
+            raise NetworkError(
+                f"{name} gives another output once wrapped (they differ by {difference:.3g}, values reach {largest:.3g}). "
+                "Something in it does not survive: hooks on layers, statistics over the clips of a batch, memory between "
+                "frames, or random numbers. Remove it, or export the network."
+            )
 
 
 def _follow(stack: ExitStack, watch: _Watch, name: str, module: nn.Module) -> None:

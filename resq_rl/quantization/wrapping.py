@@ -227,9 +227,7 @@ def _from_node(name: str, network: fx.GraphModule, node: fx.Node, switch: Switch
     if kind == "convolution":
         kind = "conv_transpose2d" if settings.pop("transposed") else "conv2d"
     if found.dim() != 4:
-        raise UnsupportedOperatorError(
-            f"Node {name!r} is a {found.dim() - 2}-D convolution. Supported: {SUPPORTED}."
-        )
+        raise UnsupportedOperatorError(f"Node {name!r} is a {found.dim() - 2}-D convolution. Supported: {SUPPORTED}.")
     return ResidualOperator(name, _geometry(kind, found, **settings), found, bias, switch)
 
 

@@ -15,6 +15,8 @@ import pytest
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.entities import ViewType
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 from omegaconf import OmegaConf
 
 from resq_rl.errors import TrackingError
@@ -406,11 +408,9 @@ def test_metrics_are_sent_in_full_batches(tmp_path: Path) -> None:
 
 
 def test_retries_wait_longer_and_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import requests
-
     clock = [0.0]
     monkeypatch.setattr("resq_rl.experiments.outbox.time.monotonic", lambda: clock[0])
-    recorder = Recorder(*[requests.ConnectionError("gone")] * 4)
+    recorder = Recorder(*[ConnectionError("gone")] * 4)
     outbox = Outbox(recorder, "1", "here", tmp_path, retry_after=5.0)  # type: ignore[arg-type]
     tries = []
     for second in range(60):
@@ -427,3 +427,32 @@ def test_retries_wait_longer_and_longer(tmp_path: Path, monkeypatch: pytest.Monk
     assert outbox.send(force=True)
     assert sum(recorder.sizes) == 60
     assert not (tmp_path / "tracking-pending.jsonl").exists()
+
+
+def http_error(status: int) -> Exception:
+    import requests
+
+    response = requests.Response()
+    response.status_code = status
+    return requests.HTTPError("refused", response=response)
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"),
+    [
+        (ConnectionRefusedError(111, "refused"), True),
+        (TimeoutError("timed out"), True),
+        (MlflowException("down"), True),
+        (http_error(503), True),
+        (http_error(403), False),
+        (MlflowException("no such run", error_code=RESOURCE_DOES_NOT_EXIST), False),
+        (FileNotFoundError(2, "no such file"), False),
+        (ValueError("odd"), False),
+    ],
+)
+def test_what_is_tried_again_and_what_is_put_aside(error: Exception, kept: bool, tmp_path: Path) -> None:
+    outbox = Outbox(Recorder(error), "1", "here", tmp_path)  # type: ignore[arg-type]
+    outbox.add(metric(0))
+    outbox.send()
+    assert (tmp_path / "tracking-pending.jsonl").exists() == kept == bool(outbox.pending)
+    assert (tmp_path / "tracking-refused.jsonl").exists() != kept

@@ -159,7 +159,9 @@ class Oracle:
         codes = np.clip(np.rint(r * inverse), -limit, limit).astype(np.int64) * units.astype(np.int64)
         total = self._sum(codes, self.residual_codes)
         step = np.float32(self.table.step)
-        y = multiply_add(self.y_ref, total, np.broadcast_to((self.residual_scale * step).astype(np.float32), total.shape))
+        y = multiply_add(
+            self.y_ref, total, np.broadcast_to((self.residual_scale * step).astype(np.float32), total.shape)
+        )
         if self.reference == "previous":
             self.x_ref = multiply_add(self.x_ref, codes.astype(np.float32), np.full(codes.shape, step))
             self.y_ref = y

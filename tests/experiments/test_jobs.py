@@ -1,0 +1,155 @@
+"""The four commands on a world so small that they end in seconds, through the command line as a user would."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from resq_rl.experiments.app import main
+from resq_rl.experiments.results import Comparison
+from resq_rl.perception import load_weights
+from resq_rl.perception.ddrnet import CompactDDRNet
+from resq_rl.policies import LearnedPolicy
+
+TINY = [
+    "tracking=disabled",
+    "threads=1",
+    "video.size=[32,48]",
+    "video.frames=6",
+    "video.train=3",
+    "video.validation=2",
+    "video.test=3",
+    "environment.grid=[2,3]",
+    "environment.clips_per_batch=3",
+    "environment.keyframe_intervals=[4,0]",
+    "training.frames=120",
+    "training.seeds=[0,1]",
+    "training.n_steps=5",
+    "training.trade_offs=3",
+    "training.checkpoint_every=2",
+    "heuristic.intervals=[4]",
+    "heuristic.references=[previous,keyframe]",
+    "heuristic.taus=[0.3,1.0]",
+    "quantization.calibration_clips=2",
+]
+
+
+def run(tmp_path: Path, command: str, *overrides: str) -> Path:
+    """Run a command in a results folder of its own; returns the newest run folder."""
+    code = main([command, *TINY, f"results={tmp_path}", *overrides])
+    assert code == 0
+    return max((tmp_path / command).iterdir(), key=lambda p: p.stat().st_mtime)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(tmp_path_factory.mktemp("results"), "compare")
+
+
+def test_compare_writes_every_promised_name(compared: Path) -> None:
+    values = json.loads((compared / "comparison.json").read_text())
+    assert {
+        "task", "video", "split", "clips", "frames", "accuracy_metric", "float_accuracy", "bops_convention",
+        "reference_bops_per_frame", "env_frames_used_for_training", "wall_seconds", "fronts", "bd_bops",
+    } == set(values)  # fmt: skip
+    assert values["clips"] == 3 and values["frames"] == 18
+    for method in ("per_frame", "static_resq", "dynamic_resq", "ppo"):
+        assert values["fronts"][method], method
+    for points in values["fronts"].values():
+        for point in points:
+            assert {
+                "accuracy", "accuracy_ci95", "bops", "bops_ci95", "peak_bops", "policy_bops", "state_bytes", "settings"
+            } == set(point)  # fmt: skip
+    assert {"ppo_vs_dynamic_resq"} <= set(values["bd_bops"])
+    assert (compared / "fronts.png").stat().st_size > 1000
+    assert (compared / "training.svg").exists()
+
+
+def test_per_frame_is_the_unit_of_all_bops(compared: Path) -> None:
+    comparison = Comparison.read(compared / "comparison.json")
+    w8a8, w4a4 = comparison.fronts["per_frame"]
+    assert (w8a8.bops, w8a8.peak_bops) == (pytest.approx(1.0), pytest.approx(1.0))
+    assert w4a4.bops == pytest.approx(0.25)
+
+
+def test_ppo_is_charged_for_its_network_and_its_first_keyframe(compared: Path) -> None:
+    comparison = Comparison.read(compared / "comparison.json")
+    policy = LearnedPolicy.load(compared / "seed0")
+    share = policy.macs * policy.bits**2 / comparison.reference_bops_per_frame
+    for point in comparison.fronts["ppo"]:
+        assert point.policy_bops == pytest.approx(share * 5 / 6)  # it decides five of six frames
+        assert point.bops > 1 / 6 + point.policy_bops
+        assert point.peak_bops >= 1.0
+    assert {point.settings["seed"] for point in comparison.fronts["ppo"]} == {0, 1}
+
+
+def test_evaluate_agrees_with_compare(compared: Path, tmp_path: Path) -> None:
+    folder = run(tmp_path, "evaluate", f"policy={compared / 'seed1'}")
+    evaluated = json.loads((folder / "summary.json").read_text())["points"]
+    comparison = Comparison.read(compared / "comparison.json")
+    for point in comparison.fronts["ppo"]:
+        if point.settings["seed"] != 1:
+            continue
+        key = (point.settings["trade_off"], point.settings["interval"])
+        twin = next(p for p in evaluated if (p["settings"]["trade_off"], p["settings"]["interval"]) == key)
+        assert (twin["accuracy"], twin["bops"]) == (point.accuracy, point.bops)
+
+
+def test_evaluate_without_a_policy_says_what_to_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", *TINY, f"results={tmp_path}"]) == 2
+    assert "policy=FOLDER" in capsys.readouterr().err
+    assert main(["evaluate", *TINY, f"results={tmp_path}", f"policy={tmp_path}/none"]) == 2
+    assert "policy.json" in capsys.readouterr().err
+
+
+def test_training_resumes_from_its_checkpoints(tmp_path: Path) -> None:
+    first = run(tmp_path, "train", "training.seeds=[0]", "training.frames=60")
+    state = json.loads((first / "seed0" / "checkpoints" / "state.json").read_text())
+    assert state["done"] and state["frames"] >= 60
+    again = run(tmp_path, "train", "training.seeds=[0]", "training.frames=60", f"training.resume={first}")
+    before, after = (json.loads((f / "summary.json").read_text()) for f in (first, again))
+    assert before["policies"][0]["validation_front"] == after["policies"][0]["validation_front"]
+    assert before["policies"][0]["frames"] == after["policies"][0]["frames"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "agents"),
+    [("frame_bits", "frame"), ("region_bits", "region"), ("region_bits", "frame"), ("region_thresholds", "frame")],
+)
+def test_ppo_trains_on_every_environment(tmp_path: Path, environment: str, agents: str) -> None:
+    folder = run(
+        tmp_path,
+        "train",
+        f"environment={environment}",
+        f"environment.agents={agents}",
+        "training.seeds=[0]",
+        "training.frames=40",
+    )
+    assert json.loads((folder / "summary.json").read_text())["policies"][0]["validation_front"]
+
+
+def test_pretrain_writes_weights_that_load(tmp_path: Path) -> None:
+    folder = run(
+        tmp_path,
+        "pretrain",
+        "model.pretrained=false",
+        "pretraining.steps=4",
+        "pretraining.batch=2",
+        "pretraining.validate_every=2",
+    )
+    network = CompactDDRNet()
+    load_weights(network, folder / "weights.safetensors")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert 0 <= summary["test_miou"] <= 1
+    assert summary["best_step"] in (2, 4)
+    with torch.no_grad():
+        assert network.eval()(torch.zeros(1, 3, 32, 48)).shape == (1, 6, 32, 48)
+
+
+def test_no_labels_is_said_before_anything_is_computed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["video=carphone", "task=foreground", "environment.accuracy=labels"]
+    tiny = [o for o in TINY if not o.startswith("video.")]
+    code = main(["compare", *tiny, f"results={tmp_path}", *overrides])
+    assert code == 2
+    assert capsys.readouterr().err.count("\n") <= 8
