@@ -20,7 +20,7 @@ ActionKind = Literal["frame_bits", "region_bits", "region_thresholds"]
 Agents = Literal["frame", "region"]
 
 # From "quantize nearly everything finely" to "skip"; neighbours differ by a factor of about 1.5.
-DEFAULT_THRESHOLDS = (0.1, 0.2, 0.3, 0.45, 0.7, 1.0, 1.5, 2.2, 3.3, 5.0, 10.0, 100.0)
+DEFAULT_THRESHOLDS = (0.1, 0.2, 0.3, 0.45, 0.7, 1.0, 1.4, 1.9, 2.8, 4.0, 8.0, 100.0)
 
 
 @dataclass(frozen=True)

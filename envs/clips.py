@@ -34,8 +34,8 @@ class ClipStore:
     """
 
     clips: tuple[Clip, ...]
-    targets: tuple[UInt8[Tensor, "t h w"], ...]
-    teacher: tuple[UInt8[Tensor, "t h w"], ...]
+    targets: tuple[UInt8[Tensor, "_ h w"], ...]
+    teacher: tuple[UInt8[Tensor, "_ h w"], ...]
     float_confusion: Int64[Tensor, "n k k"]
     error_table: Float[Tensor, "k k"]
     source: AccuracySource

@@ -82,9 +82,7 @@ class LearnedPolicy:
             )
         for tensor in (*self.weights, *self.biases):
             if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
-                raise PolicyError(
-                    "The policy's weights must be finite float32 numbers. Train it anew or copy it again."
-                )
+                raise PolicyError("The policy's weights must be finite float32 numbers.")
 
     @property
     def macs(self) -> int:

@@ -44,9 +44,9 @@ class PretrainSettings:
         SettingsError: a value is out of range.
     """
 
-    steps: int = 4000
-    batch: int = 32
-    learning_rate: float = 4e-3
+    steps: int = 7000
+    batch: int = 16
+    learning_rate: float = 3e-3
     weight_decay: float = 1e-4
     dice: float = 0.5
     class_balance: float = 0.25

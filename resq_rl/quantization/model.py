@@ -177,8 +177,8 @@ class ResQModel:
         self.sites: list[Site] = trace(self.network, self._switch, example)
         check_agreement(type(network).__name__, expected, float_outputs(self.network, noise))
         self.groups, self.group_of_site = _layer_groups(self.sites, self.config.groups)
-        self._key_weights = {id(o): self._quantized_weight(o, self.config.key_weight_bits) for o in self.operators}
-        self._residual_weights: dict[int, _Weights] = {}
+        self._key_weights = {o: self._quantized_weight(o, self.config.key_weight_bits) for o in self.operators}
+        self._residual_weights: dict[ResidualOperator, _Weights] = {}
         self.set_residual_weight_bits(self.config.residual_weight_bits)
         self.ranges: list[SiteRanges] = []
 
@@ -193,7 +193,7 @@ class ResQModel:
         """Quantize the residual weights anew, to one width or to one per layer kind."""
         self.config = replace(self.config, residual_weight_bits=bits)
         self._residual_weights = {
-            id(o): self._quantized_weight(o, self.config.weight_bits(o.layer_kind)) for o in self.operators
+            o: self._quantized_weight(o, self.config.weight_bits(o.layer_kind)) for o in self.operators
         }
 
     def _quantized_weight(self, operator: ResidualOperator, bits: int) -> _Weights:
@@ -207,7 +207,7 @@ class ResQModel:
 
     def integer_weights(self, operator: ResidualOperator, *, residual: bool) -> tuple[Tensor, Tensor]:
         """Integer codes (float32) and per-channel steps of an operator's keyframe or residual weights."""
-        weights = (self._residual_weights if residual else self._key_weights)[id(operator)]
+        weights = (self._residual_weights if residual else self._key_weights)[operator]
         return weights.codes, weights.scale
 
     @property
@@ -223,9 +223,9 @@ class ResQModel:
             for s in self.sites
         ]
 
-    def _row_sum(self, operator: ResidualOperator, weights: dict[int, _Weights]) -> float:
+    def _row_sum(self, operator: ResidualOperator, weights: dict[ResidualOperator, _Weights]) -> float:
         """The largest sum of code magnitudes over the weights of one output channel."""
-        codes = weights[id(operator)].codes
+        codes = weights[operator].codes
         probe = ResidualOperator(operator.name, operator.geometry, codes, None, self._switch)
         return float(probe.weight_rows().abs().sum(1).max())
 
@@ -453,7 +453,7 @@ class _Execution:
     def _keyframe(self, site: Site, ranges: SiteRanges, x: Tensor, rows: Any) -> Tensor:
         operator = site.operator
         codes = ranges.keyframe.integers(x)
-        weights = self.model._key_weights[id(operator)]
+        weights = self.model._key_weights[operator]
         scale = weights.scale * ranges.keyframe.step
         total = operator.geometry.apply(codes, weights.codes)
         self.state.inputs[self.position][rows] = codes.mul_(ranges.keyframe.step)
@@ -468,7 +468,7 @@ class _Execution:
         levels, row = self._levels(site, residual, table)
         shape = (-1, 1, *levels.shape[1:]) if operator.channel_axis == 1 else (-1, *[1] * (x.dim() - 1))
         codes = table.codes(residual, levels.reshape(shape), None if row is None else row.reshape(shape))
-        weights = self.model._residual_weights[id(operator)]
+        weights = self.model._residual_weights[operator]
         total = operator.geometry.apply(codes, weights.codes)
         output = torch.addcmul(self.state.outputs[self.position][rows], total, weights.scale * table.step)
         if self.state.reference == "previous":

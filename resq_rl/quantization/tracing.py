@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -15,7 +16,7 @@ from resq_rl.errors import NetworkError, UnsupportedOperatorError
 from resq_rl.quantization.ledger import coverage_total
 from resq_rl.quantization.operators import ResidualOperator, Switch
 
-__all__ = ["Site", "check_agreement", "float_outputs", "trace"]
+__all__ = ["Site", "check_agreement", "float_outputs", "multiplies", "trace"]
 
 # Names of torch's operators that multiply and accumulate: products of matrices and vectors, convolutions, attention (the
 # fused ones of nn.MultiheadAttention and nn.TransformerEncoderLayer too), recurrent layers, distances, transforms.
@@ -88,6 +89,12 @@ class Site:
         return coverage_total(self.coverage((size[0], size[1]))) * self.macs_per_pixel
 
 
+def multiplies(operator: OpOverload) -> bool:
+    """Whether one of torch's operators multiplies and accumulates, or is another library's, which might."""
+    namespace, _, name = operator.name().split(".")[0].partition("::")
+    return namespace not in _NAMESPACES or _MULTIPLIES.search(name) is not None
+
+
 class _Watch(TorchDispatchMode):
     """Refuses multiply-accumulates that happen outside the operators."""
 
@@ -96,9 +103,8 @@ class _Watch(TorchDispatchMode):
         self.inside = False
         self.stack: list[str] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        namespace, _, name = str(func.name()).split(".")[0].partition("::")
-        if not self.inside and (namespace not in _NAMESPACES or _MULTIPLIES.search(name)):
+    def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.inside and multiplies(func):
             where = f"layer {self.stack[-1]!r}" if self.stack and self.stack[-1] else "the network's forward"
             raise UnsupportedOperatorError(
                 f"{func.name()} in {where} cannot be quantized as a residual. Supported: 2-D convolution and transposed "

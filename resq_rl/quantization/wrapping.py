@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from resq_rl.errors import NetworkError, UnsupportedOperatorError
 from resq_rl.quantization.operators import Geometry, ResidualOperator, Switch
+from resq_rl.quantization.tracing import multiplies
 
 __all__ = ["fold_batch_norm", "insert_operators"]
 
@@ -181,7 +183,7 @@ def _program_graphs(network: nn.Module) -> list[tuple[str, fx.GraphModule]]:
         (f"{name}." if name else "", module)
         for name, module in network.named_modules()
         if isinstance(module, fx.GraphModule)
-        and any(node.target in _OPERATORS for node in module.graph.nodes if node.op == "call_function")
+        and any(isinstance(node.target, OpOverload | HigherOrderOperator) for node in module.graph.nodes)
     ]
 
 
@@ -189,6 +191,7 @@ def _replace_nodes(prefix: str, network: fx.GraphModule, switch: Switch) -> int:
     count = 0
     for node in list(network.graph.nodes):
         if node.op != "call_function" or node.target not in _OPERATORS:
+            _check_node(prefix + node.name, node.target)
             continue
         operator = _from_node(prefix + node.name, network, node, switch)
         name = f"resq_{node.name}"
@@ -203,6 +206,14 @@ def _replace_nodes(prefix: str, network: fx.GraphModule, switch: Switch) -> int:
         network.graph.eliminate_dead_code()
         network.recompile()
     return count
+
+
+def _check_node(name: str, target: Any) -> None:
+    """Refuse control flow, and multiply-accumulates that are no operator of this package."""
+    if isinstance(target, HigherOrderOperator) or (isinstance(target, OpOverload) and multiplies(target)):
+        raise UnsupportedOperatorError(
+            f"Node {name!r} ({target}) cannot be quantized as a residual. Supported: {SUPPORTED}."
+        )
 
 
 def _from_node(name: str, network: fx.GraphModule, node: fx.Node, switch: Switch) -> ResidualOperator:
@@ -301,7 +312,18 @@ def copy_of(network: nn.Module) -> nn.Module:
     except NotImplementedError:  # modules of exported programs have no mode to switch, and stop those after them
         for module in duplicate.modules():
             module.training = False
-    for module in duplicate.modules():
-        for name in list(getattr(module, "parametrizations", ())) if parametrize.is_parametrized(module) else ():
-            parametrize.remove_parametrizations(module, name)
+    for module in list(duplicate.modules()):
+        if parametrize.is_parametrized(module):
+            _settle(module)
     return duplicate.requires_grad_(False)
+
+
+def _settle(module: nn.Module) -> None:
+    """Turn a module's parametrized weights into plain ones, leaving its class alone, which copies of it share."""
+    parametrizations = module.parametrizations
+    assert isinstance(parametrizations, nn.ModuleDict)
+    values = {name: getattr(module, name).detach().clone() for name in parametrizations}
+    module.__class__ = parametrize.type_before_parametrizations(module)
+    del module.parametrizations
+    for name, value in values.items():
+        setattr(module, name, nn.Parameter(value, requires_grad=False))

@@ -61,13 +61,14 @@ def moving_frames(frames: int, size: tuple[int, int] = SIZE, seed: int = 0, spee
     height, width = size
     coarse = torch.rand(1, 3, height // 4 + 2, (width + frames * speed) // 4 + 2, generator=generator)
     texture = nn.functional.interpolate(coarse, scale_factor=4, mode="bilinear", align_corners=False)[0]
-    noise = torch.rand(frames, 1, height, width, generator=generator) * 0.01
+    amplitude = torch.linspace(0.01, 0.03, frames)[torch.randperm(frames, generator=generator)]
+    noise = torch.rand(frames, 1, height, width, generator=generator) * amplitude[:, None, None, None]
     out = []
     for t in range(frames):
         frame = texture[:, :height, :width].clone()
         frame[:, height // 2 :] = texture[:, height // 2 : height, t * speed : t * speed + width]
         out.append(frame)
-    return ((torch.stack(out) * 0.99 + noise) * 255).to(torch.uint8)
+    return ((torch.stack(out) * 0.97 + noise) * 255).to(torch.uint8)
 
 
 def random_labels(frames: int, size: tuple[int, int], seed: int) -> Tensor:

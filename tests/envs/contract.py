@@ -1,0 +1,341 @@
+"""What every face of the environments must keep: the test class that their tests inherit."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+from resq_rl.envs import ActionKind, BatchedEnvironment, ClipStore, FrameResult, ResQEnv, ResQVectorEnv
+from resq_rl.envs.sb3 import AgentsVecEnv
+from resq_rl.errors import PolicyError
+from resq_rl.video import Clip
+from tests.envs.worlds import World, first_difference
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of any face, agents along the first axis; `error`, `bops` and `trade_off` are what infos say."""
+
+    observations: Array
+    rewards: Array
+    truncated: Array
+    error: Array
+    bops: Array
+    trade_off: Array
+    clip: Array
+
+
+class Face(Protocol):
+    """An environment with agents along the first axis, whatever its own interface is."""
+
+    core: BatchedEnvironment
+    observation_space: spaces.Box
+    action_space: spaces.MultiDiscrete
+
+    def reset(self, seed: int | None = None) -> Array: ...
+
+    def step(self, actions: Array) -> Step: ...
+
+
+class SingleFace:
+    """A Gymnasium environment as a face of one agent; a clip that ended is reset by hand."""
+
+    def __init__(self, environment: ResQEnv) -> None:
+        self.environment, self.core = environment, environment.core
+        assert isinstance(environment.observation_space, spaces.Box)
+        assert isinstance(environment.action_space, spaces.MultiDiscrete)
+        self.observation_space, self.action_space = environment.observation_space, environment.action_space
+        self.next: Array | None = None
+
+    def reset(self, seed: int | None = None) -> Array:
+        self.next = None
+        return self.environment.reset(seed=seed)[0][None]
+
+    def step(self, actions: Array) -> Step:
+        observation, reward, terminated, truncated, info = self.environment.step(actions[0])
+        assert terminated is False
+        assert isinstance(truncated, bool)
+        assert isinstance(reward, float)
+        assert observation.shape == self.observation_space.shape
+        if truncated:
+            observation = self.environment.reset()[0]
+        values = {name: np.array([info[name]]) for name in ("error", "bops", "trade_off", "clip")}
+        return Step(observation[None], np.array([reward], np.float32), np.array([truncated]), **values)
+
+
+class VectorFace:
+    """A Gymnasium vector environment as a face of one agent per clip."""
+
+    def __init__(self, environment: ResQVectorEnv) -> None:
+        self.environment, self.core = environment, environment.core
+        assert isinstance(environment.single_observation_space, spaces.Box)
+        assert isinstance(environment.single_action_space, spaces.MultiDiscrete)
+        self.observation_space, self.action_space = (
+            environment.single_observation_space,
+            environment.single_action_space,
+        )
+
+    def reset(self, seed: int | None = None) -> Array:
+        observations, _ = self.environment.reset(seed=seed)
+        assert observations in self.environment.observation_space
+        return observations
+
+    def step(self, actions: Array) -> Step:
+        observations, rewards, terminated, truncated, infos = self.environment.step(actions)
+        assert observations in self.environment.observation_space
+        assert not terminated.any()
+        assert terminated.dtype == truncated.dtype == np.bool_
+        return Step(observations, rewards, truncated, **{n: infos[n] for n in ("error", "bops", "trade_off", "clip")})
+
+
+class AgentsFace:
+    """A stable-baselines3 environment as a face; errors and BOPs of region agents are their own region's."""
+
+    def __init__(self, environment: AgentsVecEnv) -> None:
+        self.environment, self.core = environment, environment.core
+        assert isinstance(environment.observation_space, spaces.Box)
+        assert isinstance(environment.action_space, spaces.MultiDiscrete)
+        self.observation_space, self.action_space = environment.observation_space, environment.action_space
+
+    def reset(self, seed: int | None = None) -> Array:
+        if seed is not None:
+            self.environment.seed(seed)
+        observations: Array = self.environment.reset()
+        return observations
+
+    def step(self, actions: Array) -> Step:
+        observations, rewards, dones, infos = self.environment.step(actions)
+        assert len(infos) == self.environment.num_envs
+        last = self.environment.last
+        assert last is not None
+        per_clip = self.core.scheme.agents_per_clip
+        error, bops = (self._by_agent(v) for v in (last.result.error, last.result.share))
+        return Step(
+            observations,
+            rewards,
+            dones,
+            error,
+            bops,
+            last.trade_off.repeat(per_clip),
+            last.result.clip.numpy().repeat(per_clip),
+        )
+
+    def _by_agent(self, values: torch.Tensor) -> Array:
+        array: Array = (values.flatten() if self.core.scheme.agents == "region" else values.mean((1, 2))).numpy()
+        return array
+
+
+class EnvContract:
+    """Inherit, set `kind`, and override `make`: everything below must hold."""
+
+    kind: ClassVar[ActionKind]
+
+    def make(self, world: World, **settings: Any) -> Face:
+        """An environment of `kind` in `world`, of lambda 0.3 unless `settings` say otherwise."""
+        raise NotImplementedError
+
+    @staticmethod
+    def actions(face: Face, seed: int) -> Callable[[], Array]:
+        """Random actions that do not depend on the face's own generators."""
+        generator = np.random.default_rng(seed)
+        nvec, agents = face.action_space.nvec, face.core.agents
+        return lambda: generator.integers(nvec, size=(agents, len(nvec)))
+
+    def rollout(self, face: Face, steps: int, seed: int | None = 0, action_seed: int = 0) -> tuple[list[Array], list[Step]]:
+        """Observations (one more than steps) and steps under random actions."""
+        act = self.actions(face, action_seed)
+        observations = [face.reset(seed)]
+        taken = []
+        for _ in range(steps):
+            taken.append(face.step(act()))
+            observations.append(taken[-1].observations)
+        return observations, taken
+
+    def test_spaces_shapes_and_types(self, world: World) -> None:
+        face = self.make(world)
+        agents = face.core.agents
+        size = len(face.core.scheme.feature_names)
+        assert face.observation_space.shape == (size,)
+        assert face.observation_space.dtype == np.float32
+        observations, steps = self.rollout(face, 6)
+        for t, observation in enumerate(observations):
+            assert observation.shape == (agents, size), f"step {t}"
+            assert observation.dtype == np.float32, f"step {t}"
+            assert all(row in face.observation_space for row in observation), f"step {t}"
+        for t, step in enumerate(steps):
+            assert step.rewards.shape == step.truncated.shape == (agents,), f"step {t}"
+            assert step.rewards.dtype == np.float32, f"step {t}"
+            assert step.truncated.dtype == np.bool_, f"step {t}"
+
+    def test_sampled_actions_are_accepted(self, world: World) -> None:
+        face = self.make(world)
+        face.reset(0)
+        face.action_space.seed(0)
+        for _ in range(3):
+            face.step(np.stack([face.action_space.sample() for _ in range(face.core.agents)]))
+
+    def test_observations_lie_between_zero_and_one_and_vary(self, world: World) -> None:
+        observations, _ = self.rollout(self.make(world, budget=0.4, trade_off=(0.1, 1.0)), 10)
+        values = np.concatenate(observations)
+        assert np.isfinite(values).all()
+        assert values.min() >= 0
+        assert values.max() <= 1
+        constant = np.flatnonzero(np.ptp(values, 0) == 0)
+        names = self.make(world).core.scheme.feature_names
+        assert not len(constant), f"features that never vary: {[names[i] for i in constant]}"
+
+    @pytest.mark.parametrize("trade_off", [0.3, (0.1, 1.0)])
+    def test_reward_is_accuracy_minus_lambda_bops_of_the_infos(self, world: World, trade_off: Any) -> None:
+        _, steps = self.rollout(self.make(world, trade_off=trade_off), 12)
+        for t, step in enumerate(steps):
+            assert np.isfinite(step.rewards).all(), f"step {t}"
+            expected = 1 - step.error - step.trade_off * step.bops
+            np.testing.assert_allclose(step.rewards, expected, rtol=0, atol=1e-6, err_msg=f"step {t}")
+        seen = np.concatenate([s.trade_off for s in steps])
+        low, high = trade_off if isinstance(trade_off, tuple) else (trade_off, trade_off)
+        assert np.all((seen >= np.float32(low)) & (seen <= np.float32(high)))
+        assert (len(np.unique(seen)) > 1) == (low < high)
+
+    def test_reward_scale_multiplies_rewards(self, world: World) -> None:
+        plain, scaled = (self.rollout(self.make(world, reward_scale=s), 6)[1] for s in (1.0, 20.0))
+        for a, b in zip(plain, scaled, strict=True):
+            np.testing.assert_allclose(20 * a.rewards, b.rewards, rtol=1e-5, atol=1e-6)
+
+    def test_clips_end_by_truncation_after_their_last_frame_only(self, world: World) -> None:
+        face = self.make(world)
+        _, steps = self.rollout(face, 20)
+        done = np.zeros(face.core.agents, dtype=int)  # frames since the forced keyframe
+        for t, step in enumerate(steps):
+            done += 1
+            lengths = np.array([len(world.store.clips[c]) for c in step.clip])
+            expected = done == lengths - 1
+            assert (step.truncated == expected).all(), (
+                f"step {t}: truncated {step.truncated.tolist()} at frames {done.tolist()} of clips of {lengths.tolist()}"
+            )
+            done[step.truncated] = 0
+
+    def test_every_clip_comes_once_before_any_comes_again(self, world: World) -> None:
+        face = self.make(world)
+        _, steps = self.rollout(face, 40)
+        ended: list[list[int]] = [[] for _ in range(face.core.agents)]
+        for step in steps:
+            for agent in np.flatnonzero(step.truncated):
+                ended[agent].append(int(step.clip[agent]))
+        for clips in ended:
+            assert sorted(clips[: len(world.store)]) == list(range(len(world.store)))
+
+    def test_a_seed_fixes_everything(self, world: World) -> None:
+        first = self.rollout(self.make(world, trade_off=(0.1, 1.0)), 14, seed=7)
+        again = self.rollout(self.make(world, trade_off=(0.1, 1.0)), 14, seed=7)
+        self.assert_same(first, again)
+
+    def test_a_seed_fixes_everything_whatever_ran_before(self, world: World) -> None:
+        face = self.make(world, trade_off=(0.1, 1.0))
+        first = self.rollout(face, 14, seed=7)
+        self.rollout(face, 5, seed=3, action_seed=1)
+        self.assert_same(first, self.rollout(face, 14, seed=7))
+
+    def test_other_seeds_and_later_resets_give_other_episodes(self, world: World) -> None:
+        face = self.make(world, trade_off=(0.1, 1.0))
+        first, other, later = face.reset(1).copy(), face.reset(2).copy(), face.reset().copy()
+        assert (first != other).any()
+        assert (other != later).any()
+
+    @staticmethod
+    def assert_same(a: tuple[list[Array], list[Step]], b: tuple[list[Array], list[Step]]) -> None:
+        for t, (x, y) in enumerate(zip(a[0], b[0], strict=True)):
+            difference = first_difference(x, y)
+            assert difference is None, f"observation {t}: {difference}"
+        for t, (s, u) in enumerate(zip(a[1], b[1], strict=True)):
+            for name in ("rewards", "truncated", "error", "bops", "clip", "trade_off"):
+                difference = first_difference(getattr(s, name), getattr(u, name))
+                assert difference is None, f"step {t}, {name}: {difference}"
+
+    def test_what_was_returned_is_not_changed_later(self, world: World) -> None:
+        face = self.make(world)
+        act = self.actions(face, 0)
+        kept = [face.reset(0)]
+        copies = [kept[0].copy()]
+        for _ in range(8):
+            step = face.step(act())
+            for value in (step.observations, step.rewards, step.error, step.bops, step.clip, step.trade_off):
+                kept.append(value)
+                copies.append(np.array(value))
+        for i, (value, copy) in enumerate(zip(kept, copies, strict=True)):
+            assert first_difference(value, copy) is None, f"value {i} was changed after it was returned"
+
+    def test_labels_are_not_observed(self, world: World) -> None:
+        """Neither the current frame's labels nor any other's reach an observation."""
+        shuffled = tuple((2 - t.clamp_max(2)).to(torch.uint8) for t in world.store.targets)
+        other = replace(world, store=replace(world.store, targets=shuffled))
+        mine, theirs = self.rollout(self.make(world), 9), self.rollout(self.make(other), 9)
+        for t, (a, b) in enumerate(zip(mine[0], theirs[0], strict=True)):
+            assert first_difference(a, b) is None, f"observation {t} depends on labels"
+        assert any((a.rewards != b.rewards).any() for a, b in zip(mine[1], theirs[1], strict=True))
+
+    def test_the_future_is_not_observed(self, world: World) -> None:
+        """Observation t, of the choice for frame t + 1, depends on frames up to t + 1 only."""
+        changed_from = 3
+        other = replace(world, store=_with_changed_future(world.store, changed_from))
+        mine, theirs = self.rollout(self.make(world), 4), self.rollout(self.make(other), 4)
+        for t in range(changed_from - 1):
+            difference = first_difference(mine[0][t], theirs[0][t])
+            assert difference is None, f"observation {t} depends on later frames: {difference}"
+        assert first_difference(mine[0][changed_from - 1], theirs[0][changed_from - 1]) is not None
+
+    def test_the_current_output_is_not_observed(self, world: World) -> None:
+        """An observation comes before its frame runs: a float network of other predictions changes none of them."""
+        silent = tuple(torch.zeros_like(t) for t in world.store.teacher)
+        other = replace(world, store=replace(world.store, teacher=silent))
+        mine, theirs = self.rollout(self.make(world), 6), self.rollout(self.make(other), 6)
+        for t, (a, b) in enumerate(zip(mine[0], theirs[0], strict=True)):
+            assert first_difference(a, b) is None, f"observation {t} depends on the float output"
+
+    def test_a_step_before_reset_is_refused(self, world: World) -> None:
+        face = self.make(world)
+        with pytest.raises(PolicyError, match=r"over|reset"):
+            face.step(self.actions(face, 0)())
+
+    @pytest.mark.parametrize("wrong", ["above", "below", "float", "long", "short", "missing agent"])
+    def test_wrong_actions_are_refused_and_change_nothing(
+        self, world: World, wrong: str, unchecked_types: None
+    ) -> None:
+        face, twin = self.make(world), self.make(world)
+        act = self.actions(face, 0)
+        face.reset(0)
+        twin.reset(0)
+        good = act()
+        bad = {
+            "above": np.where(np.arange(good.shape[1]) == 0, face.action_space.nvec[0], good),
+            "below": np.where(np.arange(good.shape[1]) == 1, -1, good),
+            "float": good + 0.5,
+            "long": np.concatenate([good, good[:, :1]], 1),
+            "short": good[:, :-1],
+            "missing agent": good[:-1] if len(good) > 1 else good[:, :0],
+        }[wrong]
+        with pytest.raises(PolicyError):
+            face.step(bad)
+        difference = first_difference(face.step(good).observations, twin.step(good).observations)
+        assert difference is None, difference
+
+
+def _with_changed_future(store: ClipStore, start: int) -> ClipStore:
+    """The same clips with other pixels from frame `start` on."""
+
+    def changed(clip: Clip) -> Clip:
+        frames = clip.frames.clone()
+        frames[start:] = 255 - frames[start:]
+        return replace(clip, frames=frames)
+
+    return replace(store, clips=tuple(changed(c) for c in store.clips))
+
+
+def share_of(result: FrameResult) -> float:
+    """Mean share of W8A8 of a frame."""
+    return float(result.share.mean())
