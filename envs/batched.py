@@ -207,7 +207,10 @@ class BatchedEnvironment:
 
     def snapshot(self) -> dict[str, Any]:
         """Clip order and random states; clips in progress start anew when restored."""
-        return {"generators": [g.bit_generator.state for g in self._generators], "queues": self._queues}
+        return {
+            "generators": [g.bit_generator.state for g in self._generators],
+            "queues": [list(queue) for queue in self._queues],
+        }
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Go on from a snapshot."""

@@ -168,7 +168,7 @@ def measure(
             confusion[rows] += task.confusion(result.prediction, targets)
             if progress is not None:
                 progress(len(rows))
-    policy_sum = (frames - 1) * policy_share
+    policy_sum = (frames - 1).double() * policy_share
     return Measurement(
         confusion,
         frames,

@@ -14,7 +14,7 @@ FRAME_FEATURES = (
     "keyframe_age",  # frames since the keyframe / 64, at most 1
     "trade_off",  # position of lambda in its range, on a log scale
     "budget_left",  # share of the clip's budget of BOPs that is left; 1 without a budget
-    "residual_mean",  # square root of the mean pixel residual of the frame
+    "frame_residual_mean",  # square root of the mean pixel residual of the frame
     "foreground_share",  # share of the last output's pixels that are not class 0
 )
 _REGION_FEATURES = (

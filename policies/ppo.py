@@ -194,7 +194,10 @@ def _clone_constant(
     column = scheme.feature_names.index("trade_off")
     optimizer = torch.optim.Adam(model.policy.parameters(), lr=3e-3)
     for _ in range(steps):
-        rows = observations[generator.integers(len(observations), size=256)].copy()
+        rows = observations[generator.integers(len(observations), size=256)]
+        # After a reset some features never vary; the constant must hold for all values of them.
+        anything = generator.uniform(size=rows.shape).astype(np.float32)
+        rows = np.where(generator.uniform(size=rows.shape) < 0.5, anything, rows)
         position = generator.uniform(size=256).astype(np.float32)
         rows[:, column] = position if high > low else 0.0
         trade_off = low * (high / low) ** position

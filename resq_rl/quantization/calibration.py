@@ -33,12 +33,12 @@ LARGEST_CODE = 512
 class ResidualTable:
     """The residual quantizers of one operator call: symmetric, one step per level.
 
-    The step of level l is `step * unit[l]` with `unit[l]` a power of two, so that the codes of all levels are integers in
-    the same unit and one int32 accumulator serves pixels of mixed levels: hardware needs a shift, no rescaling.
+    The step of level l is `step * unit[l]` with `unit[l]` a power of two, so that the codes of all levels are integers
+    in the same unit and one int32 accumulator serves pixels of mixed levels: hardware needs a shift, no rescaling.
 
     A bit field gives a level to pixels of any magnitude, a threshold field to pixels between tau * kappa_l and
-    tau * kappa_(l+1) only, so the best step differs. Row 0 of the tables is for bit fields; rows 1 and up are for threshold
-    fields, one per octave of tau.
+    tau * kappa_(l+1) only, so the best step differs. Row 0 of the tables is for bit fields; rows 1 and up are for
+    threshold fields, one per octave of tau.
 
     Attributes:
         sigma: standard deviation of the residual, by which magnitudes are normalised.
@@ -81,7 +81,8 @@ class ResidualTable:
 def threshold_row(tau: Float[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
     """Row of a `ResidualTable` whose steps suit threshold tau: the octave at or below it.
 
-    Rounding up instead costs more bits in the closed loop: the error that coarser steps leave exceeds the threshold anew.
+    Rounding up instead costs more bits in the closed loop: the error that coarser steps leave exceeds the threshold
+    anew.
     """
     octave = torch.log2(tau.clamp(2.0**LOWEST_OCTAVE, 2.0**HIGHEST_OCTAVE)).floor_()
     return octave.long() - LOWEST_OCTAVE + 1
@@ -117,8 +118,8 @@ class SiteRecorder:
         low, high = float(x.min()), float(x.max())
         if not math.isfinite(low + high):
             raise CalibrationError(
-                f"Layer {operator.name!r} meets NaN or infinity on the calibration clips: look at the network's weights and "
-                "at divisions, roots and logarithms in it."
+                f"Layer {operator.name!r} meets NaN or infinity on the calibration clips: look at the network's "
+                "weights and at divisions, roots and logarithms in it."
             )
         self.low, self.high = min(self.low, low), max(self.high, high)
         if age > 0:

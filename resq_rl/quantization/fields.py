@@ -17,7 +17,7 @@ DEFAULT_KAPPA = (1.0, 2.0, 8.0)
 
 @dataclass(frozen=True)
 class LevelField:
-    """The level (an index into the bit-widths) of every layer group and region; shape (clips, groups, rows, columns)."""
+    """The level (an index into the bit-widths) of every layer group and region: (clips, groups, rows, columns)."""
 
     levels: Int64[Tensor, "b g gh gw"]
 
@@ -40,9 +40,9 @@ class LevelField:
 class ThresholdField:
     """The threshold tau of every layer group and region, from which levels follow pixel by pixel.
 
-    Pixel p of a layer takes level #{j : m(p) > tau * kappa_j} with m(p) = max over channels |r(c, p)| / sigma, where r is
-    the layer's residual and sigma its calibrated standard deviation (Dynamic ResQ, arXiv 2308.09511). A constant field is
-    exactly the heuristic with one tau. An infinite tau skips.
+    Pixel p of a layer takes level #{j : m(p) > tau * kappa_j} with m(p) = max over channels |r(c, p)| / sigma, where r
+    is the layer's residual and sigma its calibrated standard deviation (Dynamic ResQ, arXiv 2308.09511). A constant
+    field is exactly the heuristic with one tau. An infinite tau skips.
     """
 
     thresholds: Float[Tensor, "b g gh gw"]
@@ -84,7 +84,8 @@ def cells_of(length: int, cells: int) -> tuple[Tensor, Tensor]:
     cells: those whose centres lie in it.
 
     Returns:
-        cover: (length, k) indices of the cells of each position, padded by repetition; k = 1 unless the layer is coarser.
+        cover: (length, k) indices of the cells of each position, padded by repetition; k = 1 unless the layer is
+            coarser.
         share: (cells, length) share of each position's cost that each cell bears; columns sum to 1.
     """
     if length >= cells:

@@ -5,7 +5,7 @@ For an operator with weight bits w and the activation bits a(p) of its input pix
     BOPs = sum over output positions and kernel taps of cost(w, a(tap)) * (C_in / groups) * C_out
          = sum over input pixels p of cost(w, a(p)) * n(p) * (C_in / groups) * C_out
 
-where n(p), the coverage, counts the (output position, tap) pairs that read pixel p. Padding is read by no pixel and costs
+where n(p), the coverage, counts the (output position, tap) pairs that read pixel p. Padding is no pixel and costs
 nothing. cost is the convention: w * a, max(w, a)^2, or the product with both widths clipped below.
 """
 

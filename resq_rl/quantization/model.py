@@ -1,16 +1,14 @@
 """A frozen network under residual quantization, stepped frame by frame over a batch of clips."""
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Float64, UInt8
 from torch import Tensor, nn
 
-from resq_rl.errors import CalibrationError, NetworkError, PolicyError, SettingsError, VideoError
+from resq_rl.errors import CalibrationError, NetworkError, SettingsError
 from resq_rl.quantization.calibration import (
     Reference,
     ResidualTable,
@@ -19,108 +17,19 @@ from resq_rl.quantization.calibration import (
     largest_code,
     threshold_row,
 )
-from resq_rl.quantization.fields import DEFAULT_KAPPA, Field, LevelField, carry, cells_of
-from resq_rl.quantization.ledger import BopsConvention, FrameCost, bit_cost, check_convention
+from resq_rl.quantization.checks import check_clips, check_decision, check_frames
+from resq_rl.quantization.config import QuantizationConfig
+from resq_rl.quantization.fields import Field, LevelField, carry, cells_of
+from resq_rl.quantization.groups import layer_groups
+from resq_rl.quantization.ledger import FrameCost, bit_cost
 from resq_rl.quantization.operators import LayerKind, ResidualOperator, Switch
 from resq_rl.quantization.quantizer import symmetric_limit
-from resq_rl.quantization.ranges import RangeEstimator, check_estimator, symmetric_step
+from resq_rl.quantization.ranges import symmetric_step
+from resq_rl.quantization.state import StreamState
 from resq_rl.quantization.tracing import Site, check_agreement, float_outputs, trace
 from resq_rl.quantization.wrapping import copy_of, fold_batch_norm, insert_operators
 
-__all__ = ["QuantizationConfig", "ResQModel", "StreamState", "to_float"]
-
-LAYER_KINDS: tuple[LayerKind, ...] = ("conv", "depthwise", "grouped", "linear", "pointwise", "transposed")
-MOST_GROUPS = 8
-
-
-@dataclass(frozen=True)
-class QuantizationConfig:
-    """How a network is quantized.
-
-    Attributes:
-        key_weight_bits, key_activation_bits: bits of keyframes.
-        levels: bit-widths a residual may take, ascending; 0 skips.
-        residual_weight_bits: bits of residual weights, one number or one per layer kind (missing kinds take 4).
-        range_estimator: how ranges are chosen from calibration samples.
-        kappa: multipliers of the threshold at which a pixel takes the next level, one less than the levels.
-        bops_convention: cost of a multiply-accumulate.
-        groups: "auto", or layer groups as name -> patterns of layer names.
-    """
-
-    key_weight_bits: int = 8
-    key_activation_bits: int = 8
-    levels: tuple[int, ...] = (0, 2, 4, 8)
-    residual_weight_bits: int | Mapping[LayerKind, int] = 4
-    range_estimator: RangeEstimator = "least_squares"
-    kappa: tuple[float, ...] = DEFAULT_KAPPA
-    bops_convention: BopsConvention = "product"
-    groups: str | Mapping[str, Sequence[str]] = "auto"
-
-    def __post_init__(self) -> None:
-        check_estimator(self.range_estimator)
-        check_convention(self.bops_convention)
-        if list(self.levels) != sorted(set(self.levels)) or len(self.levels) < 2:
-            raise SettingsError(f"levels must be two or more ascending bit-widths, got {list(self.levels)}.")
-        if not all(b == 0 or 2 <= b <= 16 for b in self.levels):
-            raise SettingsError(f"levels must be 0 or 2 to 16 bits each, got {list(self.levels)}.")
-        if len(self.kappa) != len(self.levels) - 1:
-            raise SettingsError(
-                f"kappa needs {len(self.levels) - 1} values for {len(self.levels)} levels, got {len(self.kappa)}."
-            )
-        if list(self.kappa) != sorted(self.kappa) or not all(k > 0 for k in self.kappa):
-            raise SettingsError(f"kappa must be positive and ascending, got {list(self.kappa)}.")
-        if not 1 <= self.key_activation_bits <= 16 or not 2 <= self.key_weight_bits <= 16:
-            raise SettingsError(
-                "key_activation_bits must be 1 to 16 and key_weight_bits 2 to 16, got "
-                f"{self.key_activation_bits} and {self.key_weight_bits}."
-            )
-        given = self.residual_weight_bits
-        widths = given if isinstance(given, Mapping) else {"all": given}
-        unknown = sorted(set(given) - set(LAYER_KINDS)) if isinstance(given, Mapping) else []
-        if unknown:
-            raise SettingsError(
-                f"residual_weight_bits names unknown layer kinds {unknown}; kinds are {list(LAYER_KINDS)}."
-            )
-        if not all(2 <= b <= 16 for b in widths.values()):
-            raise SettingsError(f"residual_weight_bits must be 2 to 16, got {given}.")
-
-    def weight_bits(self, kind: LayerKind) -> int:
-        """Residual weight bits of a layer kind."""
-        if isinstance(self.residual_weight_bits, Mapping):
-            return self.residual_weight_bits.get(kind, 4)
-        return self.residual_weight_bits
-
-
-@dataclass
-class StreamState:
-    """What a device keeps between frames, for a batch of clips: per operator call the input and output reference.
-
-    Attributes:
-        reference: what residuals are taken against.
-        inputs: x^_ref of each site, (clips, ...).
-        outputs: y_ref of each site, (clips, ...).
-        age: frames since each clip's keyframe; -1 before the first.
-    """
-
-    reference: Reference
-    age: Tensor
-    inputs: list[Tensor] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-
-    def put(self, rows: Tensor, other: "StreamState") -> None:
-        """Replace the clips in `rows` by those of `other`, in order; `other` may share memory and must not run on."""
-        self.age[rows] = other.age
-        if len(rows) == len(self.age) and bool((rows == torch.arange(len(rows))).all()):
-            self.inputs, self.outputs = other.inputs, other.outputs
-            self.versions = other.versions
-            return
-        if not self.inputs:
-            self.inputs = [x.new_zeros(len(self.age), *x.shape[1:]) for x in other.inputs]
-            self.outputs = [y.new_zeros(len(self.age), *y.shape[1:]) for y in other.outputs]
-        for mine, new in zip(self.inputs + self.outputs, other.inputs + other.outputs, strict=True):
-            mine[rows] = new
-        self.versions = [y._version for y in self.outputs]
+__all__ = ["ResQModel", "to_float"]
 
 
 @dataclass
@@ -144,12 +53,12 @@ class ResQModel:
         previous   x^_ref <- x^_ref + r^    y_ref <- y                  (closed loop only)
 
     holds for every operator call ("site"); everything else in the network runs on the sums. Codes and weights are
-    integers held in float32, so that accumulations are exact (`exact_sites` tells where the bound of 2^24 guarantees it).
-    Scaling rounds once: y = fma(total, scale, bias) at a keyframe and fma(total, scale, y_ref) at a residual.
+    integers held in float32, so that accumulations are exact (`exact_sites` tells where the bound of 2^24 guarantees
+    it). Scaling rounds once: y = fma(total, scale, bias) at a keyframe and fma(total, scale, y_ref) at a residual.
 
     Args:
         network: any `nn.Module` or the module of an exported program; it is copied and frozen, never changed.
-        example: frames the network accepts, (1 or more, C, H, W), float in 0..1; sets the resolution for `reference_bops`.
+        example: frames the network accepts, (1 or more, C, H, W), float in 0..1; sets the resolution of all frames.
         config: bit-widths, ranges, cost convention and layer groups.
 
     Raises:
@@ -164,7 +73,8 @@ class ResQModel:
         self._switch = Switch()
         if example.dim() != 4 or not len(example) or not example.is_floating_point():
             raise NetworkError(
-                f"The example must be frames as float, (1 or more, C, H, W), got {example.dtype} {tuple(example.shape)}."
+                "The example must be frames as float, (1 or more, C, H, W), got "
+                f"{example.dtype} {tuple(example.shape)}."
             )
         copied = copy_of(network)
         noise = torch.rand(2, *example.shape[1:], generator=torch.Generator().manual_seed(0)).to(example)
@@ -173,10 +83,10 @@ class ResQModel:
         self.network = insert_operators(copied, self._switch)
         self.device = example.device
         self.frame_size = (example.shape[-2], example.shape[-1])
-        self._frame_shape = tuple(example.shape[1:])
+        self.frame_shape = tuple(example.shape[1:])
         self.sites: list[Site] = trace(self.network, self._switch, example)
         check_agreement(type(network).__name__, expected, float_outputs(self.network, noise))
-        self.groups, self.group_of_site = _layer_groups(self.sites, self.config.groups)
+        self.groups, self.group_of_site = layer_groups(self.sites, self.config.groups)
         self._key_weights = {o: self._quantized_weight(o, self.config.key_weight_bits) for o in self.operators}
         self._residual_weights: dict[ResidualOperator, _Weights] = {}
         self.set_residual_weight_bits(self.config.residual_weight_bits)
@@ -234,18 +144,18 @@ class ResQModel:
     @torch.inference_mode(False)
     @torch.no_grad()
     def calibrate(
-        self, clips: Sequence[UInt8[Tensor, "t c h w"]], *, interval: int = 8, frames: int = 24, seed: int = 0
+        self, clips: Sequence[UInt8[Tensor, "_ c h w"]], *, interval: int = 8, frames: int = 24, seed: int = 0
     ) -> "ResQModel":
         """Fit all ranges on clips run through the float network, with keyframes every `interval` frames.
 
         Raises:
-            CalibrationError: there are no clips, none has two frames, they do not fit the network or do not move, or a value
-                is not finite.
+            CalibrationError: there are no clips, none has two frames, they do not fit the network or do not move, or a
+                value is not finite.
             SettingsError: `interval` or `frames` leaves no residual frame.
         """
         if interval < 2 or frames < 2:
             raise SettingsError(f"Calibration needs an interval and frames of 2 or more, got {interval} and {frames}.")
-        self._check_clips(clips)
+        check_clips(clips, self.frame_shape)
         generator = torch.Generator().manual_seed(seed)
         recorders = [SiteRecorder() for _ in self.sites]
         for clip in clips:
@@ -264,19 +174,6 @@ class ResQModel:
             for recorder in recorders
         ]
         return self
-
-    def _check_clips(self, clips: Sequence[Tensor]) -> None:
-        if not any(len(clip) > 1 for clip in clips):
-            raise CalibrationError(
-                f"Calibration needs at least one clip with two frames, got {len(clips)} clips of "
-                f"{sorted({len(clip) for clip in clips})} frames."
-            )
-        for i, clip in enumerate(clips):
-            if clip.dtype != torch.uint8 or tuple(clip.shape[1:]) != self._frame_shape:
-                raise CalibrationError(
-                    f"Calibration clip {i} holds {clip.dtype} frames of shape {tuple(clip.shape[1:])}; the model was wrapped "
-                    f"for uint8 frames of {self._frame_shape}."
-                )
 
     def _record(self, x: Tensor, recorders: list[SiteRecorder], age: int, generator: torch.Generator) -> None:
         position = 0
@@ -302,8 +199,8 @@ class ResQModel:
     def _expect(self, position: int, operator: ResidualOperator) -> None:
         if position >= len(self.sites) or self.sites[position].operator is not operator:
             raise NetworkError(
-                f"The network called layer {operator.name!r} out of the order seen when it was wrapped. Control flow that "
-                "depends on the data is not supported: export the network, or wrap the part without it."
+                f"The network called layer {operator.name!r} out of the order seen when it was wrapped. Control flow "
+                "that depends on the data is not supported: export the network, or wrap the part without it."
             )
 
     @torch.no_grad()
@@ -342,46 +239,15 @@ class ResQModel:
             VideoError: the frames do not fit the network, or hold NaN or infinity.
             PolicyError: the decision does not fit.
         """
-        self._check_step(frames, state, refresh, decision)
+        if not self.ranges:
+            raise CalibrationError("The model is not calibrated: call calibrate(clips) first.")
+        check_frames(frames, self.frame_shape)
+        check_decision(decision, refresh, state, len(frames), len(self.groups), len(self.config.levels))
         execution = _Execution(self, state, refresh, decision)
         output = self._run(frames, execution)
         execution.finish()
         state.age = torch.where(refresh, 0, state.age + 1)
         return output, execution.cost()
-
-    def _check_step(self, frames: Tensor, state: StreamState, refresh: Tensor, decision: Field) -> None:
-        if not self.ranges:
-            raise CalibrationError("The model is not calibrated: call calibrate(clips) first.")
-        self._check_frames(frames)
-        clips = len(frames)
-        values = decision.levels if isinstance(decision, LevelField) else decision.thresholds
-        fits = values.dim() == 4 and values.numel() and values.shape[:2] == (clips, len(self.groups))
-        if not fits or refresh.shape != (clips,) or refresh.dtype != torch.bool:
-            raise PolicyError(
-                f"A field of shape ({clips} clips, {len(self.groups)} layer groups, rows, columns) and {clips} booleans are "
-                f"needed, got a field of shape {tuple(values.shape)} and {refresh.dtype} of shape {tuple(refresh.shape)}."
-            )
-        if isinstance(decision, LevelField):
-            if int(values.min()) < 0 or int(values.max()) >= len(self.config.levels):
-                raise PolicyError(
-                    f"Levels must be 0 to {len(self.config.levels) - 1}, got {int(values.min())} to {int(values.max())}."
-                )
-        elif len(decision.kappa) != len(self.config.levels) - 1 or bool((~(values >= 0)).any()):
-            raise PolicyError("Thresholds must be 0 or more, with one kappa for each level above the first.")
-        if len(state.age) != clips:
-            raise PolicyError(f"The state holds {len(state.age)} clips, the batch {clips}.")
-        if bool(((state.age < 0) & ~refresh).any()):
-            raise PolicyError("A clip without a keyframe cannot run a residual frame: refresh it first.")
-
-    def _check_frames(self, frames: Tensor) -> None:
-        if not frames.is_floating_point() or tuple(frames.shape[1:]) != self._frame_shape:
-            raise VideoError(
-                f"Frames must be float of shape (clips, {', '.join(map(str, self._frame_shape))}), as the example was, got "
-                f"{frames.dtype} of shape {tuple(frames.shape)}. Use to_float for uint8 frames."
-            )
-        if not math.isfinite(float(frames.sum())):  # a sum shows NaN and infinity at a tenth of isfinite's cost
-            bad = torch.nonzero(~torch.isfinite(frames).flatten(1).all(1))[:, 0].tolist()
-            raise VideoError(f"The frames of clips {bad} hold NaN or infinity. Repair or drop these frames.")
 
     # Cost ------------------------------------------------------------------------------------------------------------
 
@@ -398,8 +264,8 @@ class ResQModel:
     def state_bytes(self, reference: Reference) -> int:
         """Bytes of reference state per clip on a device.
 
-        Input references take 1 byte per element against the keyframe (2 for codes beyond 8 bits) and 2 in the closed loop,
-        where they accumulate; output references are int32 accumulators.
+        Input references take 1 byte per element against the keyframe (2 for codes beyond 8 bits) and 2 in the closed
+        loop, where they accumulate; output references are int32 accumulators.
         """
         width = 1 if reference == "keyframe" and self.config.key_activation_bits <= 8 else 2
         return sum(width * s.input_elements + 4 * s.output_elements for s in self.sites)
@@ -479,7 +345,7 @@ class _Execution:
         return output, self._residual_bops(site, levels)
 
     def _levels(self, site: Site, residual: Tensor, table: ResidualTable) -> tuple[Tensor, Tensor | None]:
-        """Level of each pixel and, for thresholds, its row in the table, both (b, h, w); a linear layer has one pixel."""
+        """Level of each pixel and, for thresholds, its row in the table: (b, h, w), or (b, 1, 1) for a linear layer."""
         size = site.map_size(residual)
         decision, group = self.rest_decision, int(self.model.group_of_site[self.position])
         if (group, size) not in self._carried:
@@ -536,8 +402,8 @@ class _Execution:
         """Check that the pass was whole and left the stored references alone."""
         if self.position != len(self.model.sites):
             raise NetworkError(
-                f"The network made {self.position} operator calls instead of the {len(self.model.sites)} seen when it was "
-                "wrapped. Control flow that depends on the data is not supported."
+                f"The network made {self.position} operator calls instead of the {len(self.model.sites)} seen when it "
+                "was wrapped. Control flow that depends on the data is not supported."
             )
         for position, site in enumerate(self.model.sites):
             self._check_untouched(site, position)
@@ -566,55 +432,3 @@ def _carried(decision: Field, group: int, size: tuple[int, int]) -> tuple[Tensor
         return carry(decision.levels[:, group], size, "max"), None
     tau = carry(decision.thresholds[:, group], size, "min")
     return tau, threshold_row(tau)
-
-
-# Layer groups --------------------------------------------------------------------------------------------------------
-
-
-def _layer_groups(sites: list[Site], setting: str | Mapping[str, Sequence[str]]) -> tuple[tuple[str, ...], Tensor]:
-    """Names of the layer groups, and the group index of each site."""
-    if isinstance(setting, Mapping):
-        return _given_groups(sites, setting)
-    if setting != "auto":
-        raise SettingsError(f"groups is 'auto' or a mapping of names to layer patterns, got {setting!r}.")
-    tops = [s.operator.name.split(".")[0] for s in sites]
-    names = list(dict.fromkeys(tops))
-    if 2 <= len(names) <= MOST_GROUPS:
-        return tuple(names), torch.tensor([names.index(t) for t in tops])
-    return _groups_by_resolution(sites)
-
-
-def _given_groups(sites: list[Site], setting: Mapping[str, Sequence[str]]) -> tuple[tuple[str, ...], Tensor]:
-    patterns = [[p] if isinstance(p, str) else list(p) for p in setting.values()]
-    index = []
-    for site in sites:
-        name = site.operator.name
-        own = [i for i, ps in enumerate(patterns) if any(fnmatchcase(name, p) for p in ps)]
-        if len(own) != 1:
-            raise SettingsError(
-                f"Layer {name!r} matches {len(own)} of the groups {list(setting)}; it must match exactly one. "
-                f"Layers are {[s.operator.name for s in sites]}."
-            )
-        index.append(own[0])
-    empty = [name for i, name in enumerate(setting) if i not in index]
-    if empty:
-        raise SettingsError(f"The groups {empty} match no layer. Layers are {[s.operator.name for s in sites]}.")
-    return tuple(setting), torch.tensor(index)
-
-
-def _groups_by_resolution(sites: list[Site], most: int = 5) -> tuple[tuple[str, ...], Tensor]:
-    """Runs of consecutive sites with one output resolution, the cheapest merged into a neighbour until `most` are left."""
-    runs: list[list[int]] = []
-    for i, site in enumerate(sites):
-        if runs and sites[runs[-1][0]].output_size == site.output_size:
-            runs[-1].append(i)
-        else:
-            runs.append([i])
-    while len(runs) > most:
-        macs = [sum(sites[i].macs for i in run) for run in runs]
-        pair = min(range(len(runs) - 1), key=lambda r: macs[r] + macs[r + 1])
-        runs[pair : pair + 2] = [runs[pair] + runs[pair + 1]]
-    index = torch.zeros(len(sites), dtype=torch.int64)
-    for group, run in enumerate(runs):
-        index[run] = group
-    return tuple(f"group{g}" for g in range(len(runs))), index

@@ -1,6 +1,7 @@
 """The three linear operators that residual quantization knows, and what each costs.
 
-Supported: 2-D convolution (any stride, dilation, groups, depthwise; zero padding), 2-D transposed convolution and linear.
+Supported: 2-D convolution (any stride, dilation, groups, depthwise; zero padding), 2-D transposed convolution and
+linear.
 """
 
 from collections.abc import Callable

@@ -5,8 +5,9 @@ Every quantizer maps a real x to an integer and back with one step per tensor or
     symmetric   q = clamp(round(x / step), -n, n),              n = 2^(bits-1) - 1
     affine      q = clamp(round(x / step) + z, 0, 2^bits - 1) - z
 
-Both represent 0 exactly, so zero padding costs no error. Integers are kept as float32 tensors with integer values: products
-and sums of them are exact as long as they stay below 2^24, which is what makes the simulation equal integer arithmetic.
+Both represent 0 exactly, so zero padding costs no error. Integers are kept as float32 tensors with integer values:
+products and sums of them are exact as long as they stay below 2^24, which is what makes the simulation equal integer
+arithmetic.
 """
 
 from dataclasses import dataclass

@@ -26,6 +26,8 @@ _PERCENTILE = 0.9999
 _SHRINK = torch.logspace(0, -6, 73, base=2.0)
 _SMALLEST_RANGE = 1e-8
 _AT_ONCE = 1_000_000
+# From so many samples for each code on, sorting them is faster than quantizing them with every candidate.
+_MANY = 2
 
 
 def check_estimator(name: str) -> None:
@@ -54,7 +56,7 @@ def _squared_errors(
     samples: Float[Tensor, "rows n"], steps: Float[Tensor, "rows candidates"], limit: int
 ) -> Float[Tensor, "rows candidates"]:
     """Squared error of each row after symmetric quantization with each step."""
-    if samples.shape[1] < 2 * limit:
+    if samples.shape[1] < _MANY * limit:
         each = steps.T[:, :, None]
         errors = [((samples / s).round_().clamp_(-limit, limit) * s - samples).square_().sum(1) for s in each]
         return torch.stack(errors, 1)
@@ -68,8 +70,9 @@ def _errors_of_many(
 ) -> Float[Tensor, "rows candidates"]:
     """The same from sorted magnitudes and their running sums.
 
-    A magnitude's code is the number of k in 1..limit whose bound (k - 1/2) step it reaches, so the sums of code * magnitude
-    and of code^2, and with them the error, follow from where the bounds fall among the sorted magnitudes.
+    A magnitude's code is the number of k in 1..limit whose bound (k - 1/2) step it reaches, so the sums of
+    code * magnitude and of code^2, and with them the error, follow from where the bounds fall among the sorted
+    magnitudes.
     """
     ordered = samples.abs().sort(1).values.double()
     sums = torch.nn.functional.pad(ordered.cumsum(1), (1, 0))
@@ -78,7 +81,7 @@ def _errors_of_many(
     below = torch.searchsorted(ordered, (wide[:, :, None] * (k - 0.5)).flatten(1))
     products = (sums[:, -1:] - sums.gather(1, below)).unflatten(1, (-1, limit)).sum(2)
     squares = (ordered.shape[1] - below).double().unflatten(1, (-1, limit)) @ (2 * k - 1)
-    errors = wide.square() * squares - 2 * wide * products + ordered.square().sum(1, keepdim=True)
+    errors: Tensor = wide.square() * squares - 2 * wide * products + ordered.square().sum(1, keepdim=True)
     return errors.to(samples.dtype)
 
 

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from resq_rl.quantization.checks import check_clips
 from resq_rl.quantization.fields import LevelField
 from resq_rl.quantization.model import ResQModel, to_float
 from resq_rl.quantization.operators import LayerKind
@@ -19,21 +20,25 @@ TOLERANCE = 1.5
 
 
 def choose_residual_weight_bits(
-    model: ResQModel, clips: Sequence[UInt8[Tensor, "t c h w"]], *, frames: int = 8, tolerance: float = TOLERANCE
+    model: ResQModel, clips: Sequence[UInt8[Tensor, "_ c h w"]], *, frames: int = 8, tolerance: float = TOLERANCE
 ) -> dict[LayerKind, int]:
     """The fewest residual weight bits per layer kind that leave the output nearly as good as 8 bits everywhere.
 
-    Runs the clips in the closed loop at the finest level, so that only weights can err, with one keyframe each. Starting
-    from 8 bits, the kinds are lowered to 4 or else 6 bits, the one with the most multiply-accumulates first, as long as the
-    squared error of the output against the float network stays below `tolerance` times that of 8 bits. The model is left
-    with the chosen bits.
+    Runs the clips in the closed loop at the finest level, so that only weights can err, with one keyframe each.
+    Starting from 8 bits, the kinds are lowered to 4 or else 6 bits, the one with the most multiply-accumulates first,
+    as long as the squared error of the output against the float network stays below `tolerance` times that of 8 bits.
+    The model is left with the chosen bits.
 
     Args:
         model: a calibrated model.
         clips: calibration clips.
         frames: frames used of each clip.
         tolerance: largest growth of the squared error.
+
+    Raises:
+        CalibrationError: no clip has two frames, or they do not fit the network.
     """
+    check_clips([clip[:frames] for clip in clips], model.frame_shape)
     macs: dict[LayerKind, int] = {}
     for site in model.sites:
         kind = site.operator.layer_kind

@@ -1,9 +1,9 @@
 """Putting residual operators into a network: any `nn.Module` and any exported program (`.pt2`).
 
-A module's convolutions, transposed convolutions and linear layers are replaced where they stand, after BatchNorm has been
-folded into them; in the graph of an exported program the same operators are replaced node by node. Whatever else does
-multiply-accumulates (matrix products between activations, recurrent cells, 1-D and 3-D convolutions, functional calls with
-weights that are no module's) cannot be expressed as a residual and is refused by name.
+A module's convolutions, transposed convolutions and linear layers are replaced where they stand, after BatchNorm has
+been folded into them; in the graph of an exported program the same operators are replaced node by node. Whatever else
+does multiply-accumulates (matrix products between activations, recurrent cells, 1-D and 3-D convolutions, functional
+calls with weights that are no module's) cannot be expressed as a residual and is refused by name.
 """
 
 import copy
@@ -264,7 +264,7 @@ def _transposed_constant(network: fx.GraphModule, node: fx.Node, source: Any) ->
 
 
 def _fold_graph(prefix: str, network: fx.GraphModule) -> list[str]:
-    """Fold `aten.batch_norm` nodes that are the only user of a convolution node; the names of the others are returned."""
+    """Fold `aten.batch_norm` nodes that are the only user of a convolution node, and return the names of the others."""
     unfolded = []
     for node in list(network.graph.nodes):
         if node.op != "call_function" or node.target is not _ATEN.batch_norm.default:
@@ -273,7 +273,8 @@ def _fold_graph(prefix: str, network: fx.GraphModule) -> list[str]:
         if training or None in node.args[3:5] or _OPERATORS.get(source.target) != "conv2d" or len(source.users) > 1:
             unfolded.append(prefix + node.name)
             continue
-        gamma, beta, mean, variance = (None if a is None else _constant(network, node, a) for a in node.args[1:5])
+        gamma, beta = (None if a is None else _constant(network, node, a) for a in node.args[1:3])
+        mean, variance = (_constant(network, node, a) for a in node.args[3:5])
         scale = (variance + node.args[7]).rsqrt() * (1 if gamma is None else gamma)
         weight = _constant(network, source, source.args[1])
         bias_node = source.args[2] if len(source.args) > 2 else None
@@ -293,7 +294,7 @@ def _fold_graph(prefix: str, network: fx.GraphModule) -> list[str]:
 
 
 def copy_of(network: nn.Module) -> nn.Module:
-    """A frozen copy in evaluation mode, weights as plain tensors; exported programs keep the mode they were exported in.
+    """A frozen copy in evaluation mode, weights as plain tensors; programs keep the mode they were exported in.
 
     Raises:
         NetworkError: the network cannot be copied.
@@ -320,8 +321,7 @@ def copy_of(network: nn.Module) -> nn.Module:
 
 def _settle(module: nn.Module) -> None:
     """Turn a module's parametrized weights into plain ones, leaving its class alone, which copies of it share."""
-    parametrizations = module.parametrizations
-    assert isinstance(parametrizations, nn.ModuleDict)
+    parametrizations: Any = module.parametrizations
     values = {name: getattr(module, name).detach().clone() for name in parametrizations}
     module.__class__ = parametrize.type_before_parametrizations(module)
     del module.parametrizations

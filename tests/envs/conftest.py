@@ -1,8 +1,20 @@
 """Worlds that the tests of the environments share."""
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 
 from tests.envs.worlds import World, make_world
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Frames are so small here that a second thread only makes them slower, tenfold on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from resq_rl.envs import ActionKind, BatchedEnvironment, ClipStore, FrameResult, ResQEnv, ResQVectorEnv
+from resq_rl.envs import ActionKind, BatchedEnvironment, ClipStore, ResQEnv, ResQVectorEnv
 from resq_rl.envs.sb3 import AgentsVecEnv
 from resq_rl.errors import PolicyError
 from resq_rl.video import Clip
@@ -110,7 +110,8 @@ class AgentsFace:
         return observations
 
     def step(self, actions: Array) -> Step:
-        observations, rewards, dones, infos = self.environment.step(actions)
+        result: Any = self.environment.step(actions)
+        observations, rewards, dones, infos = result
         assert len(infos) == self.environment.num_envs
         last = self.environment.last
         assert last is not None
@@ -147,7 +148,9 @@ class EnvContract:
         nvec, agents = face.action_space.nvec, face.core.agents
         return lambda: generator.integers(nvec, size=(agents, len(nvec)))
 
-    def rollout(self, face: Face, steps: int, seed: int | None = 0, action_seed: int = 0) -> tuple[list[Array], list[Step]]:
+    def rollout(
+        self, face: Face, steps: int, seed: int | None = 0, action_seed: int = 0
+    ) -> tuple[list[Array], list[Step]]:
         """Observations (one more than steps) and steps under random actions."""
         act = self.actions(face, action_seed)
         observations = [face.reset(seed)]
@@ -216,7 +219,7 @@ class EnvContract:
             lengths = np.array([len(world.store.clips[c]) for c in step.clip])
             expected = done == lengths - 1
             assert (step.truncated == expected).all(), (
-                f"step {t}: truncated {step.truncated.tolist()} at frames {done.tolist()} of clips of {lengths.tolist()}"
+                f"step {t}: truncated {step.truncated.tolist()} at frames {done.tolist()} of {lengths.tolist()}"
             )
             done[step.truncated] = 0
 
@@ -334,8 +337,3 @@ def _with_changed_future(store: ClipStore, start: int) -> ClipStore:
         return replace(clip, frames=frames)
 
     return replace(store, clips=tuple(changed(c) for c in store.clips))
-
-
-def share_of(result: FrameResult) -> float:
-    """Mean share of W8A8 of a frame."""
-    return float(result.share.mean())

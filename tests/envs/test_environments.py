@@ -1,5 +1,7 @@
 """The registered environments, single and vector, keep the contract, and agree with each other."""
 
+from typing import Any
+
 import gymnasium
 import numpy as np
 import pytest
@@ -110,9 +112,17 @@ def test_rollouts_of_two_instances_are_equal(name: str, world: World) -> None:
 @pytest.mark.parametrize("reference", ["previous", "keyframe"])
 @pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_vector_equals_single_bit_for_bit_across_ends_of_clips(name: str, reference: str, world: World) -> None:
+    check_vector_equals_single(name, {"reference": reference, **world.parts})
+
+
+def test_vector_equals_single_where_the_grid_does_not_divide_the_frame(uneven_world: World) -> None:
+    check_vector_equals_single("resq_rl/RegionThresholds-v0", uneven_world.parts)
+
+
+def check_vector_equals_single(name: str, parts: dict[str, Any]) -> None:
     """Sub-environment i seeded s is the single environment seeded s + i: observations, rewards and infos."""
     seed, steps, count = 5, 16, 3
-    settings = {"trade_off": (0.1, 1.0), "reference": reference, "budget": 0.5, **world.parts}
+    settings = {"trade_off": (0.1, 1.0), "budget": 0.5, **parts}
     vector = gymnasium.make_vec(name, num_envs=count, **settings)
     singles = [gymnasium.make(name, **settings) for _ in range(count)]
     observations, _ = vector.reset(seed=seed)
@@ -159,7 +169,7 @@ def test_make_vec_uses_the_batched_environment_and_can_use_gymnasiums_own(name: 
         actions = batched.action_space.sample()
         a, b = batched.step(actions), sync.step(actions)
         for x, y in zip(a[:4], b[:4], strict=True):
-            difference = first_difference(np.float32(x), np.float32(y))
+            difference = first_difference(np.asarray(x, np.float32), np.asarray(y, np.float32))
             assert difference is None, f"step {t}: {difference}"
         assert ("final_obs" in a[4]) == ("final_obs" in b[4])
         if "final_obs" in a[4]:
@@ -238,9 +248,11 @@ def test_infos_of_reset_tell_the_clip_and_lambda(world: World) -> None:
 
 def test_a_keyframe_by_action_costs_a_whole_frame(world: World) -> None:
     for kind in ("frame_bits", "region_bits", "region_thresholds"):
-        environment = single(kind, world)  # type: ignore[arg-type]
+        environment = single(kind, world)
         environment.reset(seed=0)
-        skip = environment.core.scheme.uniform_action(0 if kind != "region_thresholds" else environment.core.scheme.choices - 1)
+        skip = environment.core.scheme.uniform_action(
+            0 if kind != "region_thresholds" else environment.core.scheme.choices - 1
+        )
         _, _, _, _, info = environment.step(skip)
         assert info["keyframe"] is False
         assert info["bops"] < 0.02

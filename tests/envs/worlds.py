@@ -124,10 +124,12 @@ class World:
         """A simulator of this world."""
         return Simulator(self.model, self.task, self.store, slots=slots, **({"grid": self.grid} | settings))
 
-    def scheme(self, kind: ActionKind = "region_thresholds", agents: Agents = "region", **settings: Any) -> ActionScheme:
+    def scheme(
+        self, kind: ActionKind = "region_thresholds", agents: Agents = "region", **settings: Any
+    ) -> ActionScheme:
         """Actions for this world."""
         config = self.model.config
-        defaults = {"levels": len(config.levels), "kappa": config.kappa}
+        defaults: dict[str, Any] = {"levels": len(config.levels), "kappa": config.kappa}
         return ActionScheme(kind, agents, len(self.model.groups), self.grid, **(defaults | settings))
 
     def core(
@@ -144,7 +146,9 @@ class World:
         """Agents in this world."""
         episodes = episodes or EpisodeSettings(trade_off=0.3)
         simulator = self.simulator(slots, trade_off_range=episodes.trade_off_range, **settings)
-        return BatchedEnvironment(simulator, self.scheme(kind, agents, by_group=by_group), episodes, autoreset=autoreset)
+        return BatchedEnvironment(
+            simulator, self.scheme(kind, agents, by_group=by_group), episodes, autoreset=autoreset
+        )
 
     def view(self, slots: int = 2, **settings: Any) -> FrameView:
         """What a policy sees after the forced keyframes of the first clips."""
@@ -170,7 +174,7 @@ def make_world(
     return World(model, task, store, grid)
 
 
-def first_difference(a: np.ndarray, b: np.ndarray) -> str | None:
+def first_difference(a: Any, b: Any) -> str | None:
     """Where two arrays first differ, with both values; None where they are equal bit for bit."""
     a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape:

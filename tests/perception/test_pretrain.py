@@ -93,7 +93,7 @@ def test_training_lowers_the_loss_on_generated_video(tmp_path: Path) -> None:
         CompactDDRNet(width=8),
         video.clips("train"),
         video.clips("validation"),
-        PretrainSettings(steps=24, batch=4, validate_every=24),
+        PretrainSettings(steps=24, batch=4, learning_rate=1e-2, validate_every=24),
         progress=lambda p: seen.append(p.loss),
         weights=tmp_path / "w.safetensors",
     )

@@ -146,7 +146,7 @@ def everywhere(clips: int, value: bool) -> Tensor:
 
 
 class SmallNet(nn.Module):
-    """Stem, a depthwise-separable block with squeeze-and-excite and in-place ops, a transposed convolution, two outputs."""
+    """Stem, depthwise-separable block with squeeze-and-excite and in-place ops, transposed convolution, two outputs."""
 
     def __init__(self) -> None:
         super().__init__()

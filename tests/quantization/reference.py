@@ -1,4 +1,4 @@
-"""Independent truth for the quantization tests: NumPy integers, explicit loops, nothing of `resq_rl.quantization` but its numbers.
+"""Independent truth for the quantization tests: NumPy integers and explicit loops.
 
 `Oracle` replays one wrapped operator: it reads the calibrated steps and integer weights from the model, and does all
 arithmetic itself, with int64 accumulators and one float32 rounding per documented operation.
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from resq_rl.quantization import LevelField, Reference, ResQModel, ThresholdFiel
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Pair = tuple[int, int]
+Number = TypeVar("Number", np.int64, np.float32)
 
 
 @dataclass(frozen=True)
@@ -182,9 +184,10 @@ class Oracle:
         flat = np.abs(r).reshape(clips, -1, 1, 1) if size == (1, 1) else np.abs(r)
         magnitude = flat.max(1)
         bound = (tau * np.float32(self.table.sigma)).astype(np.float32)
-        self.levels = sum((magnitude > bound * np.float32(k)).astype(np.int64) for k in decision.kappa)
+        bounds = np.stack([bound * np.float32(k) for k in decision.kappa])
+        self.levels = (magnitude > bounds).sum(0)
         # Row of the tables: 1 for tau below 2^-2, one more for each octave up to 2^3.
-        return 1 + sum((tau >= 2.0**o).astype(np.int64) for o in range(-2, 4))
+        return np.asarray(1 + (tau >= 2.0 ** np.arange(-2.0, 4.0)[:, None, None, None]).sum(0))
 
     def _broadcast(self, values: NDArray[np.float32], x: Floats) -> Floats:
         if self.setting.kind == "linear":
@@ -200,7 +203,7 @@ def cells(length: int, count: int) -> list[list[int]]:
     return [[c for c in range(count) if own[c] == p] for p in range(length)]
 
 
-def spread(values: NDArray[np.generic], size: Pair, finest: Callable[[list[float]], float]) -> NDArray[np.generic]:
+def spread(values: NDArray[Number], size: Pair, finest: Callable[[list[Number]], Number]) -> NDArray[Number]:
     """A grid of decisions (b, gh, gw) at a layer's resolution (b, h, w), position by position."""
     rows, columns = cells(size[0], values.shape[1]), cells(size[1], values.shape[2])
     out = np.empty((len(values), *size), values.dtype)

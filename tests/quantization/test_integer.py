@@ -16,11 +16,11 @@ from resq_rl.quantization import (
 from tests.quantization.networks import CASES, Case, everywhere, video, wrapped
 from tests.quantization.reference import Oracle, Setting
 
-LEVELS = (0, 2, 4, 8)
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch's own, once
 
 
 def check(model: ResQModel, oracle: Oracle, frames: Tensor, decisions: list[Field], reference: Reference) -> None:
-    """Step (t, b, c, h, w) frames, the first as a keyframe, and compare output and state with the oracle bit for bit."""
+    """Step (t, b, c, h, w) frames, the first as a keyframe, and compare output and state with the oracle's bits."""
     clips = frames.shape[1]
     state = model.new_state(clips, reference)
     for t, (frame, decision) in enumerate(zip(frames, decisions, strict=True)):
@@ -161,7 +161,7 @@ def test_a_chain_of_operators(reference: Reference) -> None:
 
 
 def test_realistic_sizes_accumulate_exactly() -> None:
-    # Larger layers reach other convolution kernels of torch; its int64 matrix product over unfolded patches is the truth.
+    # Larger layers reach other convolution kernels of torch; its int64 product over unfolded patches is the truth.
     layer = nn.Conv2d(48, 32, 3, padding=1)
     model = wrapped(layer, 48, (24, 40))
     codes, _ = model.integer_weights(model.operators[0], residual=False)

@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -196,9 +196,8 @@ def test_in_place_operations_of_a_program() -> None:
             y = self.a(x)
             y += 0.5
             F.relu_(y)
-            z = self.b(y)
-            z.mul_(y)
-            return z
+            z: Tensor = self.b(y)
+            return z.mul_(y)
 
     network = Net()
     frames = torch.rand(2, 3, *SIZE)
@@ -349,7 +348,9 @@ def test_parametrized_weights_are_taken_as_they_are(parametrize: Callable[[nn.Mo
     network = nn.Sequential(layer, *([nn.BatchNorm2d(4)] if norm else []))
     before = copy.deepcopy(network.state_dict())
     folded(network)
-    assert all(torch.equal(before[k], v) for k, v in network.state_dict().items() if "running" not in k and "1." not in k)
+    assert all(
+        torch.equal(before[k], v) for k, v in network.state_dict().items() if "running" not in k and "1." not in k
+    )
 
 
 def test_tied_weights() -> None:
@@ -512,7 +513,7 @@ def test_resizing_and_pooling_run_in_float(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
-def test_other_padding_is_refused_by_name(mode: str) -> None:
+def test_other_padding_is_refused_by_name(mode: Literal["reflect", "replicate", "circular"]) -> None:
     with pytest.raises(UnsupportedOperatorError, match=f"'middle.1' pads with '{mode}'"):
         ResQModel(Around(nn.Conv2d(4, 4, 3, padding=1, padding_mode=mode)), torch.rand(1, 3, *SIZE))
 
@@ -528,25 +529,26 @@ class OwnConvolution(nn.Conv2d):
     """Overrides the part that convolves."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return super()._conv_forward(input, weight - weight.mean(), bias)
+        y: Tensor = super()._conv_forward(input, weight - weight.mean(), bias)
+        return y
 
 
 def patched() -> nn.Conv2d:
     layer = conv(4, 4)
-    layer.forward = lambda x: x  # type: ignore[method-assign]
+    layer.__dict__["forward"] = lambda x: x
     return layer
 
 
 @pytest.mark.parametrize("layer", [OwnForward(4, 4, 3), OwnConvolution(4, 4, 3), patched()], ids=["a", "b", "c"])
 def test_a_layer_with_a_forward_of_its_own_is_refused_by_name(layer: nn.Module) -> None:
-    with pytest.raises(UnsupportedOperatorError, match="'middle.1' .* has a forward of its own"):
+    with pytest.raises(UnsupportedOperatorError, match=r"'middle.1' .* has a forward of its own"):
         ResQModel(Around(layer), torch.rand(1, 3, *SIZE))
 
 
 def test_a_weight_computed_in_a_program_is_refused_by_name() -> None:
     network = Custom(lambda m, x: F.conv2d(x, m.a.weight * 2, m.a.bias), a=conv()).eval()
     program = exported(network, torch.rand(2, 3, *SIZE))
-    with pytest.raises(UnsupportedOperatorError, match="'conv2d' .* computed in the graph, by mul"):
+    with pytest.raises(UnsupportedOperatorError, match=r"'conv2d' .* computed in the graph, by mul"):
         ResQModel(program, torch.rand(1, 3, *SIZE))
 
 
@@ -631,7 +633,7 @@ def test_the_clip_dimension_must_lead() -> None:
         lambda m, x: m.a(x[0]),
         lambda m, x: m.a(x[:1]),
     ):
-        with pytest.raises(NetworkError, match="Layer 'a' is called on a tensor of shape .* must lead in every layer"):
+        with pytest.raises(NetworkError, match=r"Layer 'a' is called on a tensor of shape .* must lead in every layer"):
             ResQModel(Custom(call, a=conv()), torch.rand(1, 3, *SIZE))
 
 
@@ -646,6 +648,13 @@ def test_a_hook_that_changes_an_output_is_not_lost_in_silence() -> None:
     network[0].register_forward_hook(lambda module, args, output: output * 2)
     with pytest.raises(NetworkError, match="hooks on layers"):
         ResQModel(network, torch.rand(1, 3, *SIZE))
+
+
+def test_a_mask_that_flips_in_a_pixel_is_no_loss() -> None:
+    network = perturb_statistics(nn.Sequential(conv(3, 64), nn.BatchNorm2d(64)))
+    frames = torch.rand(1, 3, *SIZE)
+    model = ResQModel(nn.Sequential(network, Function(lambda x, w: (x > 0).float(), 1)), frames)
+    assert len(model.sites) == 1
 
 
 def test_random_outputs_are_refused() -> None:

@@ -1,0 +1,42 @@
+"""What a device keeps between the frames of a batch of clips."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from resq_rl.quantization.calibration import Reference
+
+__all__ = ["StreamState"]
+
+
+@dataclass
+class StreamState:
+    """What a device keeps between frames, for a batch of clips: per operator call the input and output reference.
+
+    Attributes:
+        reference: what residuals are taken against.
+        inputs: x^_ref of each site, (clips, ...).
+        outputs: y_ref of each site, (clips, ...).
+        age: frames since each clip's keyframe; -1 before the first.
+    """
+
+    reference: Reference
+    age: Tensor
+    inputs: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+
+    def put(self, rows: Tensor, other: "StreamState") -> None:
+        """Replace the clips in `rows` by those of `other`, in order; `other` may share memory and must not run on."""
+        self.age[rows] = other.age
+        if len(rows) == len(self.age) and bool((rows == torch.arange(len(rows))).all()):
+            self.inputs, self.outputs = other.inputs, other.outputs
+            self.versions = other.versions
+            return
+        if not self.inputs:
+            self.inputs = [x.new_zeros(len(self.age), *x.shape[1:]) for x in other.inputs]
+            self.outputs = [y.new_zeros(len(self.age), *y.shape[1:]) for y in other.outputs]
+        for mine, new in zip(self.inputs + self.outputs, other.inputs + other.outputs, strict=True):
+            mine[rows] = new
+        self.versions = [y._version for y in self.outputs]

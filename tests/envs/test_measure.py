@@ -1,0 +1,191 @@
+"""Measuring a policy against a plain loop over clips."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from resq_rl.envs import Decision, FrameView, Measurement, Policy, measure
+from resq_rl.errors import PolicyError, SettingsError
+from resq_rl.perception import mean_iou
+from resq_rl.policies import DynamicResQ, PerFrame, SkipGate, StaticResQ
+from resq_rl.quantization import LevelField, Reference, ThresholdField, to_float
+from tests.envs.worlds import CLASSES, World
+
+
+@dataclass(frozen=True)
+class Charged(DynamicResQ):
+    """A heuristic that pretends to cost something."""
+
+    macs: int = 1000
+    bits: int = 5
+
+
+@dataclass(frozen=True)
+class Watching(DynamicResQ):
+    """Decides from the observation: coarser where the residual is small."""
+
+    def decide(self, view: FrameView) -> Decision:
+        coarse = view.observation.regions[..., 0] < 0.25
+        taus = torch.where(coarse, 3.0, 0.5)[:, None].expand(-1, view.groups, -1, -1)
+        return Decision(view.age + 1 >= self.interval, ThresholdField(taus, self.kappa))
+
+
+def run(world: World, policy: Policy, **settings: Any) -> Measurement:
+    return measure(world.model, world.task, world.store, policy, **({"grid": world.grid} | settings))
+
+
+def by_hand(world: World, policy: Any, decide: Any) -> dict[str, list[Any]]:
+    """Each clip on its own, frame by frame."""
+    out: dict[str, list[Any]] = {
+        k: [] for k in ("confusion", "keyframe", "residual", "peak", "keyframes", "elementwise")
+    }
+    reference = world.model.reference_bops()
+    own = policy.macs * policy.bits**2 / reference
+    for clip, targets in zip(world.store.clips, world.store.targets, strict=True):
+        state = world.model.new_state(1, policy.reference)
+        confusion = torch.zeros(CLASSES, CLASSES, dtype=torch.int64)
+        sums = {"keyframe": 0.0, "residual": 0.0, "peak": 0.0, "elementwise": 0.0}
+        keyframes = 0
+        for t, frame in enumerate(clip.frames):
+            refresh = torch.tensor([t == 0 or (policy.interval > 0 and t % policy.interval == 0)])
+            raw, cost = world.model.step(to_float(frame[None]), state, refresh, decide())
+            prediction = world.task.predict(world.task.output(raw, world.model.frame_size))
+            confusion += world.task.confusion(prediction, targets[t : t + 1])[0]
+            total = float(cost.total[0]) / reference
+            sums["keyframe" if refresh else "residual"] += total
+            sums["elementwise"] += float(cost.elementwise[0])
+            sums["peak"] = max(sums["peak"], total + (own if t else 0.0))
+            keyframes += int(refresh)
+        for name, value in {**sums, "confusion": confusion, "keyframes": keyframes}.items():
+            out[name].append(value)
+    return out
+
+
+POLICIES: list[tuple[Any, Any]] = [
+    (DynamicResQ("previous", 3, tau=0.5), lambda: ThresholdField.constant(0.5, 1, 3)),
+    (DynamicResQ("keyframe", 0, tau=1.0), lambda: ThresholdField.constant(1.0, 1, 3)),
+    (StaticResQ("previous", 4, level=2), lambda: LevelField.constant(2, 1, 3)),
+    (SkipGate("keyframe", 2, tau=0.7), lambda: ThresholdField.constant(0.7, 1, 3, kappa=(1.0, 1.0, 1.0))),
+    (PerFrame(), lambda: LevelField.constant(0, 1, 3)),
+    (Charged("previous", 3, tau=0.5), lambda: ThresholdField.constant(0.5, 1, 3)),
+]
+
+
+@pytest.mark.parametrize(("policy", "decide"), POLICIES, ids=[repr(p) for p, _ in POLICIES])
+def test_counts_equal_a_loop_over_clips(policy: Any, decide: Any, world: World) -> None:
+    result, expected = run(world, policy), by_hand(world, policy, decide)
+    assert (result.confusion == torch.stack(expected["confusion"])).all()
+    assert result.keyframes.tolist() == expected["keyframes"]
+    assert result.frames.tolist() == [len(c) for c in world.store.clips]
+    for name in ("keyframe", "residual", "peak", "elementwise"):
+        assert getattr(result, name).tolist() == pytest.approx(expected[name], rel=1e-12), name
+    assert result.accuracy == float(mean_iou(torch.stack(expected["confusion"]).sum(0)))
+    assert result.settings == policy.settings
+    assert result.state_bytes == world.model.state_bytes(policy.reference)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 100])
+def test_the_number_of_slots_does_not_matter(slots: int, world: World) -> None:
+    policy = Watching("previous", 4)
+    expected, result = run(world, policy, slots=32), run(world, policy, slots=slots)
+    assert (result.confusion == expected.confusion).all()
+    for name in ("keyframe", "residual", "peak", "elementwise", "policy"):
+        torch.testing.assert_close(getattr(result, name), getattr(expected, name), rtol=1e-12, atol=0)
+    assert expected.residual.std() > 0
+
+
+def test_parts_add_up_and_the_policy_is_charged_for_every_decision(world: World) -> None:
+    free, charged = run(world, DynamicResQ("previous", 3, tau=0.5)), run(world, Charged("previous", 3, tau=0.5))
+    share = 1000 * 5**2 / world.model.reference_bops()
+    assert charged.policy.tolist() == pytest.approx([(len(c) - 1) * share for c in world.store.clips])
+    assert not free.policy.any()
+    assert (charged.keyframe == free.keyframe).all()
+    assert (charged.residual == free.residual).all()
+    for result in (free, charged):
+        total = result.keyframe + result.residual + result.policy
+        assert (result.clip_bops == total).all()
+        assert result.bops == pytest.approx(float(total.sum()) / world.store.frames)
+    # The dearest frame is a periodic keyframe, before which the policy ran too.
+    torch.testing.assert_close(charged.peak, free.peak + share)
+
+
+def test_per_frame_quantization_is_the_unit(world: World) -> None:
+    result = run(world, PerFrame())
+    assert result.bops == pytest.approx(1.0, rel=1e-12)
+    assert result.peak.tolist() == pytest.approx([1.0] * 4)
+    assert (result.keyframes == result.frames).all()
+    assert not result.residual.any()
+
+
+def test_without_keyframes_only_the_first_frame_is_one(world: World) -> None:
+    result = run(world, StaticResQ("previous", 0, level=0))
+    assert result.keyframes.tolist() == [1, 1, 1, 1]
+    assert result.bops == pytest.approx(4 / world.store.frames)
+
+
+def test_clips_of_one_frame_are_their_keyframe(world: World) -> None:
+    own = world.with_clips([1, 4, 1])
+    result = run(own, Charged("previous", 3, tau=0.5))
+    assert result.frames.tolist() == [1, 4, 1]
+    assert result.policy[[0, 2]].tolist() == [0, 0]
+    assert result.clip_bops[[0, 2]].tolist() == pytest.approx([1.0, 1.0])
+    assert result.peak[[0, 2]].tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_resamples_weigh_clips_by_their_frames(world: World) -> None:
+    result = run(world, DynamicResQ("previous", 0, tau=0.5))
+    everything = torch.arange(4)
+    assert result.resampled(everything) == (result.accuracy, result.bops)
+    accuracy, bops = result.resampled(torch.tensor([1, 1, 3]))
+    total = 2 * result.clip_bops[1] + result.clip_bops[3]
+    assert bops == pytest.approx(float(total) / (7 + 7 + 6))
+    assert accuracy == pytest.approx(float(mean_iou(2 * result.confusion[1] + result.confusion[3])))
+
+
+def test_progress_counts_every_frame(world: World) -> None:
+    seen: list[int] = []
+    run(world, PerFrame(), slots=2, progress=seen.append)
+    assert sum(seen) == world.store.frames
+
+
+def test_the_policy_is_shown_its_lambda(world: World) -> None:
+    shown: list[Tensor] = []
+
+    @dataclass(frozen=True)
+    class Shown(Watching):
+        trade_off: float = 0.1
+
+        def decide(self, view: FrameView) -> Decision:
+            shown.append(view.observation.frame[:, 1])
+            return super().decide(view)
+
+    run(world, Shown(), trade_off_range=(0.01, 1.0))
+    assert torch.cat(shown).tolist() == pytest.approx([0.5] * (world.store.frames - 4), abs=1e-6)
+
+
+def test_a_view_is_what_the_simulator_shows(world: World) -> None:
+    view = world.view(2, trade_off_range=(0.1, 0.4))
+    assert (view.clips, view.groups, view.grid) == (2, 3, world.grid)
+    assert view.network == ("stem", "body", "head")
+    assert view.trade_off_range == (0.1, 0.4)
+    assert view.age.tolist() == [0, 0]
+    assert view.observation.regions.shape == (2, *world.grid, 12)
+
+
+def test_fixed_policies_are_policies() -> None:
+    assert isinstance(DynamicResQ(), Policy)
+    assert not isinstance(object(), Policy)
+
+
+def test_at_least_one_clip_must_step(world: World) -> None:
+    with pytest.raises(SettingsError, match="At least one clip must step at a time, got 0"):
+        run(world, PerFrame(), slots=0)
+
+
+def test_levels_that_the_model_lacks_are_refused(world: World) -> None:
+    reference: Reference = "previous"
+    with pytest.raises(PolicyError, match="Levels must be 0 to 3"):
+        run(world, StaticResQ(reference, 8, level=7))

@@ -1,0 +1,292 @@
+"""The stable-baselines3 face: region agents and frame agents keep the contract and fit the library."""
+
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.vec_env import VecMonitor, VecNormalize
+
+from resq_rl.envs import Agents, EpisodeSettings, FrameBits
+from resq_rl.envs.batched import BatchedEnvironment
+from resq_rl.envs.sb3 import AgentsVecEnv
+from resq_rl.errors import PolicyError, SettingsError
+from tests.envs.contract import AgentsFace, EnvContract, Face
+from tests.envs.worlds import World, first_difference
+
+EPISODE = ("trade_off", "reward_scale", "intervals", "frame_share", "relative")
+
+
+class AgentsContract(EnvContract):
+    agents: ClassVar[Agents] = "region"
+
+    def make(self, world: World, **settings: Any) -> Face:
+        episodes = EpisodeSettings(**({"trade_off": 0.3} | {k: settings.pop(k) for k in EPISODE if k in settings}))
+        return AgentsFace(AgentsVecEnv(world.core(2, self.kind, self.agents, episodes=episodes, **settings)))
+
+
+class TestRegionAgentsOfThresholds(AgentsContract):
+    kind = "region_thresholds"
+
+
+class TestRegionAgentsOfBits(AgentsContract):
+    kind = "region_bits"
+
+
+class TestFrameAgentsOfBits(AgentsContract):
+    kind = "frame_bits"
+    agents = "frame"
+
+
+class TestFrameAgentsOfThresholds(AgentsContract):
+    kind = "region_thresholds"
+    agents = "frame"
+
+
+def environment(world: World, slots: int = 2, **episodes: Any) -> AgentsVecEnv:
+    return AgentsVecEnv(world.core(slots, episodes=EpisodeSettings(**({"trade_off": 0.3} | episodes))))
+
+
+def random_actions(env: AgentsVecEnv, seed: int) -> np.ndarray:
+    scheme = env.core.scheme
+    return np.random.default_rng(seed).integers(scheme.nvec, size=(env.num_envs, len(scheme.nvec)))
+
+
+def stepped(env: Any, actions: np.ndarray) -> Any:
+    """The four results of a step; the library's types say that observations may be dictionaries."""
+    return env.step(actions)
+
+
+@pytest.mark.parametrize("kind", ["region_bits", "region_thresholds"])
+def test_region_agents_are_the_frame_agent_that_takes_the_same_actions(kind: Any, world: World) -> None:
+    """One row of choices per region, or the same rows side by side in one action: the same frames come out."""
+    episodes = EpisodeSettings(trade_off=(0.1, 1.0), intervals=(0,))
+    regions = world.core(2, kind, "region", episodes=episodes)
+    frame = world.core(2, kind, "frame", episodes=episodes)
+    a, b = regions.reset([3, 4]), frame.reset([3, 4])
+    count, features = regions.scheme.regions, 12  # of a region; the frame's follow
+    generator = np.random.default_rng(0)
+    for t in range(10):
+        whole = np.concatenate([a.reshape(2, count, -1)[..., :features].reshape(2, -1), a[::count, features:]], 1)
+        assert first_difference(whole, b) is None, f"step {t}"
+        actions = generator.integers(regions.scheme.nvec, size=(2 * count, len(regions.scheme.nvec)))
+        joined = np.concatenate([actions.reshape(2, -1), np.zeros((2, 1), dtype=np.int64)], 1)
+        mine, theirs = regions.step(actions), frame.step(joined)
+        for name in ("prediction", "error", "share", "clip", "last"):
+            difference = first_difference(getattr(mine.result, name).numpy(), getattr(theirs.result, name).numpy())
+            assert difference is None, f"step {t}, {name}: {difference}"
+        np.testing.assert_allclose(mine.rewards.reshape(2, -1).mean(1), theirs.rewards, atol=1e-6)
+        a, b = mine.observations, theirs.observations
+
+
+def test_an_agent_sees_and_decides_its_own_region_row_by_row(world: World) -> None:
+    env = environment(world, 1, intervals=(0,))
+    env.reset()
+    scheme = env.core.scheme
+    rows, columns = world.grid
+    for agent in range(env.num_envs):
+        env.reset()
+        actions = np.tile(scheme.uniform_action(scheme.choices - 1), (env.num_envs, 1))
+        actions[agent] = 0
+        observations, _, _, _ = stepped(env, actions)
+        assert env.last is not None
+        share = env.last.result.share[0]
+        assert share.argmax() == agent
+        spent = observations[:, [scheme.feature_names.index(f"spent_group{g}") for g in range(3)]].sum(1)
+        assert spent.argmax() == agent
+        assert divmod(agent, columns) == tuple(int(i) for i in np.argwhere(share.numpy() == share.max().item())[0])
+    assert env.num_envs == rows * columns
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_frames_reward_can_be_mixed_in(share: float, world: World) -> None:
+    env = environment(world, frame_share=share)
+    env.seed(0)
+    env.reset()
+    _, rewards, _, _ = stepped(env, random_actions(env, 0))
+    assert env.last is not None
+    result = env.last.result
+    local = (1 - result.error - 0.3 * result.share).numpy()
+    frame = local.mean((1, 2), keepdims=True)
+    np.testing.assert_allclose(rewards, ((1 - share) * local + share * frame).ravel(), atol=1e-6)
+
+
+@pytest.mark.parametrize("agents", ["region", "frame"])
+def test_relative_rewards_leave_out_what_the_float_network_gets_wrong(agents: Any, world: World) -> None:
+    episodes = EpisodeSettings(trade_off=(0.1, 1.0), relative=True, reward_scale=3.0)
+    env = AgentsVecEnv(world.core(2, agents=agents, episodes=episodes))
+    env.seed(1)
+    env.reset()
+    _, rewards, _, _ = stepped(env, random_actions(env, 0))
+    assert env.last is not None
+    result, trade_off = env.last.result, env.last.trade_off
+    float_error = env.core.simulator.float_error(result).numpy()
+    scale = 3 / np.sqrt(trade_off)[:, None, None]
+    local = scale * (float_error - result.error.numpy() - trade_off[:, None, None] * result.share.numpy())
+    expected = local.ravel() if agents == "region" else local.mean((1, 2))
+    np.testing.assert_allclose(rewards, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(env.last.frame_rewards, result.reward(torch.tensor(trade_off)).numpy())
+
+
+def test_ends_of_clips_are_reported_as_the_library_wants_them(world: World) -> None:
+    env = environment(world, 2)
+    env.seed(0)
+    env.reset()
+    per_clip = env.core.scheme.agents_per_clip
+    returns, lengths, ends = np.zeros(2), np.zeros(2, dtype=int), 0
+    for t in range(15):
+        observations, _, dones, infos = stepped(env, random_actions(env, t))
+        assert env.last is not None
+        returns += env.last.frame_rewards
+        lengths += 1
+        for clip in range(2):
+            own = slice(clip * per_clip, (clip + 1) * per_clip)
+            assert dones[own].all() or not dones[own].any()
+            for agent in range(own.start, own.stop):
+                assert ("terminal_observation" in infos[agent]) == dones[agent]
+                assert infos[agent].get("TimeLimit.truncated", False) == dones[agent]
+                if dones[agent]:
+                    last, first = infos[agent]["terminal_observation"], observations[agent]
+                    age = env.core.scheme.feature_names.index("keyframe_age")
+                    assert last[0] == 0, "the last frame does not differ from itself"
+                    assert last[age] > first[age] == 0
+            if dones[own.start]:
+                episode = infos[own.start]["episode"]
+                assert episode["r"] == pytest.approx(returns[clip], abs=1e-5)
+                assert episode["l"] == lengths[clip]
+                returns[clip], lengths[clip] = 0, 0
+                ends += 1
+    assert ends >= 4
+
+
+def test_frames_are_counted_with_forced_keyframes(world: World) -> None:
+    env = environment(world, 2)
+    ran = 0
+    model, start = env.core.simulator, env.core.simulator.start
+
+    def counting(slots: Any, *rest: Any) -> Any:
+        nonlocal ran
+        ran += len(list(slots))
+        return start(slots, *rest)
+
+    model.start = counting  # type: ignore[method-assign, assignment]
+    env.reset()
+    for t in range(13):
+        env.step(random_actions(env, t))
+        ran += 2
+        assert env.frames == ran
+
+
+def test_seeding_is_for_the_next_reset_only(world: World) -> None:
+    env = environment(world, 2, trade_off=(0.1, 1.0))
+    env.seed(5)
+    first = env.reset().copy()
+    second = env.reset().copy()
+    env.seed(5)
+    assert first_difference(env.reset(), first) is None
+    assert first_difference(env.reset(), second) is None
+    assert first_difference(first, second) is not None
+
+
+def test_a_snapshot_brings_back_the_order_of_clips_and_lambdas(world: World) -> None:
+    def following(core: BatchedEnvironment) -> list[tuple[list[int], list[float]]]:
+        out = []
+        for _ in range(6):
+            core.reset()
+            out.append((core.simulator.clip.tolist(), core.simulator.trade_off.tolist()))
+        return out
+
+    episodes = EpisodeSettings(trade_off=(0.1, 1.0))
+    core = world.core(2, episodes=episodes)
+    core.reset([1, 2])
+    snapshot = core.snapshot()
+    expected = following(core)
+    other = world.core(2, episodes=episodes)
+    other.restore(snapshot)
+    assert following(other) == expected
+
+
+@pytest.mark.parametrize("wrapper", [VecMonitor, VecNormalize])
+def test_wrappers_of_the_library_fit(wrapper: Any, world: World) -> None:
+    env = environment(world, 2)
+    wrapped = wrapper(env)
+    wrapped.seed(0)
+    observations = wrapped.reset()
+    for t in range(8):
+        observations, rewards, dones, infos = stepped(wrapped, random_actions(env, t))
+        assert np.isfinite(observations).all()
+        assert np.isfinite(rewards).all()
+        if wrapper is VecMonitor:
+            assert all("episode" in infos[i] for i in np.flatnonzero(dones))
+
+
+def test_ppo_predicts_for_all_agents_at_once(world: World) -> None:
+    env = environment(world, 2)
+    model = PPO("MlpPolicy", env, n_steps=4, batch_size=48, n_epochs=1, seed=0, device="cpu")
+    observations = env.reset()
+    actions, _ = model.predict(observations, deterministic=True)
+    assert actions.shape == (env.num_envs, 3)
+    env.step(actions)
+    model.learn(96)
+
+
+def test_methods_for_sub_environments_reach_the_whole(world: World) -> None:
+    env = environment(world, 2)
+    assert env.get_attr("frames") == [0] * env.num_envs
+    assert env.get_attr("frames", indices=[0, 3]) == [0, 0]
+    env.set_attr("frames", 7)
+    assert env.frames == 7
+    assert env.env_is_wrapped(VecMonitor, indices=0) == [False]
+    assert len(env.env_method("close")) == env.num_envs
+    with pytest.raises(RuntimeError, match="step_async"):
+        env.step_wait()
+
+
+def test_impossible_combinations_are_refused(world: World) -> None:
+    with pytest.raises(SettingsError, match="autoreset"):
+        AgentsVecEnv(world.core(2, autoreset=False))
+    with pytest.raises(SettingsError, match="lambda"):
+        BatchedEnvironment(world.simulator(1), world.scheme(), EpisodeSettings(trade_off=0.3))
+    simulator = world.simulator(1, grid=(1, 1), trade_off_range=(0.3, 0.3))
+    with pytest.raises(SettingsError, match="groups and grid"):
+        BatchedEnvironment(simulator, world.scheme(), EpisodeSettings(trade_off=0.3))
+    core = world.core(2)
+    with pytest.raises(SettingsError, match="One seed for each of 2 clips"):
+        core.reset([1])
+    core.reset([1, 2])
+    with pytest.raises(PolicyError):
+        core.step(np.zeros((6, 3), dtype=np.int64))  # the agents of one clip only
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"trade_off": 0.0},
+        {"trade_off": (0.2, 0.1)},
+        {"trade_off": float("nan")},
+        {"intervals": ()},
+        {"intervals": (8, -1)},
+        {"frame_share": 1.5},
+    ],
+)
+def test_impossible_episodes_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match=next(iter(settings))):
+        EpisodeSettings(**settings)
+
+
+def test_the_single_environment_and_a_frame_agent_agree(world: World) -> None:
+    env = AgentsVecEnv(world.core(1, "frame_bits", "frame"))
+    single = FrameBits(**world.parts)
+    env.seed(9)
+    assert first_difference(env.reset()[0], single.reset(seed=9)[0]) is None
+    for t in range(10):
+        actions = random_actions(env, t)
+        observations, rewards, dones, infos = stepped(env, actions)
+        observation, reward, _, truncated, _ = single.step(actions[0])
+        assert rewards[0] == reward
+        assert dones[0] == truncated
+        if truncated:
+            assert first_difference(infos[0]["terminal_observation"], observation) is None
+            observation = single.reset()[0]
+        assert first_difference(observations[0], observation) is None, f"step {t}"

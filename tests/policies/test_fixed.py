@@ -1,0 +1,171 @@
+"""What each fixed policy decides, and which of them are the same thing."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from resq_rl.envs import Decision, FrameView, Measurement, Policy, frames_of, measure
+from resq_rl.errors import PolicyError
+from resq_rl.policies import DynamicResQ, GroupThresholds, PerFrame, RandomLevels, SkipGate, StaticResQ, periodic
+from resq_rl.quantization import DEFAULT_KAPPA, LevelField, Reference, ThresholdField
+from tests.envs.worlds import World, first_difference
+
+
+def run(world: World, policy: Policy) -> Measurement:
+    return measure(world.model, world.task, world.store, policy, grid=world.grid)
+
+
+def assert_same(a: Measurement, b: Measurement) -> None:
+    for name in ("confusion", "keyframe", "residual", "peak", "keyframes"):
+        difference = first_difference(getattr(a, name), getattr(b, name))
+        assert difference is None, f"{name}: {difference}"
+
+
+def levels_of(decision: Decision) -> torch.Tensor:
+    assert isinstance(decision.field, LevelField)
+    return decision.field.levels
+
+
+def thresholds_of(decision: Decision) -> torch.Tensor:
+    assert isinstance(decision.field, ThresholdField)
+    return decision.field.thresholds
+
+
+@pytest.mark.parametrize("interval", [1, 2, 5])
+def test_periodic_keyframes_fall_on_multiples_of_the_interval(interval: int, world: World) -> None:
+    view = world.view(3)
+    view.age = torch.tensor([0, interval - 2, interval - 1])
+    assert periodic(view, interval).tolist() == [a + 1 >= interval for a in view.age.tolist()]
+    assert not periodic(view, 0).any()
+
+
+def test_per_frame_refreshes_always(world: World) -> None:
+    assert PerFrame().decide(world.view(3)).refresh.tolist() == [True, True, True]
+
+
+def test_static_resq_decides_one_level(world: World) -> None:
+    decision = StaticResQ("keyframe", 4, level=1).decide(world.view(2))
+    assert decision.refresh.tolist() == [False, False]
+    assert (levels_of(decision) == 1).all()
+
+
+def test_dynamic_resq_decides_one_threshold(world: World) -> None:
+    decision = DynamicResQ(tau=0.7, kappa=(1.0, 3.0, 9.0)).decide(world.view(2))
+    assert (thresholds_of(decision) == torch.tensor(0.7)).all()
+    assert isinstance(decision.field, ThresholdField)
+    assert tuple(decision.field.kappa) == (1.0, 3.0, 9.0)
+    assert DynamicResQ().kappa == DEFAULT_KAPPA
+
+
+def test_group_thresholds_differ_by_layer_group_only(world: World) -> None:
+    decision = GroupThresholds(taus=(0.5, 1.0, 2.0)).decide(world.view(2))
+    assert thresholds_of(decision).flatten(2).mean(2).tolist() == [[0.5, 1.0, 2.0], [0.5, 1.0, 2.0]]
+    with pytest.raises(PolicyError, match="3 layer groups need as many thresholds, got 2"):
+        GroupThresholds(taus=(0.5, 1.0)).decide(world.view(2))
+
+
+@pytest.mark.parametrize("reference", ["previous", "keyframe"])
+def test_dynamic_resq_is_group_thresholds_all_equal(reference: Reference, world: World) -> None:
+    dynamic = DynamicResQ(reference, 3, tau=0.6)
+    assert_same(run(world, dynamic), run(world, GroupThresholds(reference, 3, taus=(0.6, 0.6, 0.6))))
+
+
+def test_raising_one_groups_threshold_saves_in_that_group(world: World) -> None:
+    equal = run(world, GroupThresholds("previous", 0, taus=(0.5, 0.5, 0.5)))
+    for group in range(3):
+        taus = [0.5, 0.5, 0.5]
+        taus[group] = 1000.0
+        assert run(world, GroupThresholds("previous", 0, taus=tuple(taus))).bops < equal.bops
+
+
+@pytest.mark.parametrize("by_group", [True, False])
+def test_dynamic_resq_is_the_constant_action_of_region_thresholds(by_group: bool, world: World) -> None:
+    scheme = world.scheme("region_thresholds", "frame", by_group=by_group)
+    index = 4
+    core = world.core(2, "region_thresholds", "frame", by_group=by_group)
+    core.reset([0, 1])
+    action = scheme.uniform_action(index)
+    clips = core.simulator.clip.tolist()
+    heuristic = frames_of(_restarted(world, clips), DynamicResQ("previous", 0, tau=scheme.thresholds[index]))
+    next(heuristic)
+    for t, expected in enumerate(heuristic):
+        step = core.step(torch.tensor(action).expand(2, -1).numpy())
+        for name in ("prediction", "share", "error"):
+            difference = first_difference(getattr(step.result, name), getattr(expected, name))
+            assert difference is None, f"frame {t + 1}, {name}: {difference}"
+
+
+def _restarted(world: World, clips: list[int]) -> Any:
+    return replace(world, store=world.store.subset(clips)).simulator(len(clips), trade_off_range=(0.3, 1.0))
+
+
+def test_a_higher_threshold_spends_less(world: World) -> None:
+    bops = [run(world, DynamicResQ("previous", 0, tau=tau)).bops for tau in (0.1, 0.5, 1.0, 3.0, 1000.0)]
+    assert bops == sorted(bops, reverse=True)
+    assert bops[-1] == pytest.approx(4 / world.store.frames)
+
+
+def bits_of_head_pixels(world: World, policy: Policy) -> set[float]:
+    """Activation bits of every pixel of the 1x1 head, from its cost: one region per pixel of the head."""
+    own = replace(world, grid=(16, 24))
+    frames = frames_of(own.simulator(1), policy)
+    next(frames)
+    seen: set[float] = set()
+    for result in frames:
+        seen |= {round(v, 9) for v in (result.cost.bops[0, -1] / (4 * 8 * 3)).flatten().tolist()}
+    return seen
+
+
+def test_skip_gate_uses_the_first_and_the_last_level_only(world: World) -> None:
+    assert bits_of_head_pixels(world, SkipGate("previous", 0, tau=0.5)) == {0.0, 8.0}
+    assert bits_of_head_pixels(world, DynamicResQ("previous", 0, tau=0.2)) == {0.0, 2.0, 4.0, 8.0}
+
+
+def test_random_levels_are_reproducible_and_uniform(world: World) -> None:
+    view = world.view(4)
+    drawn = [levels_of(RandomLevels(4, seed=s).decide(view)) for s in (0, 0, 1)]
+    assert (drawn[0] == drawn[1]).all()
+    assert (drawn[0] != drawn[2]).any()
+    assert drawn[0].shape == (4, 3, *world.grid)
+    policy = RandomLevels(4, seed=3)
+    many = torch.cat([levels_of(policy.decide(view)).flatten() for _ in range(50)])
+    assert torch.bincount(many).tolist() == pytest.approx([len(many) / 4] * 4, rel=0.1)
+    assert first_difference(run(world, RandomLevels(4)).residual, run(world, RandomLevels(4)).residual) is None
+
+
+@pytest.mark.parametrize(
+    ("policy", "settings"),
+    [
+        (PerFrame(), {"reference": "previous", "interval": 1}),
+        (StaticResQ("keyframe", 4, level=1), {"reference": "keyframe", "interval": 4, "level": 1}),
+        (DynamicResQ(tau=0.7), {"reference": "previous", "interval": 8, "tau": 0.7, "kappa": [1.0, 2.0, 8.0]}),
+        (SkipGate(tau=0.7), {"reference": "previous", "interval": 8, "tau": 0.7}),
+        (
+            GroupThresholds(interval=0, taus=(1.0,)),
+            {"reference": "previous", "interval": 0, "taus": [1.0], "kappa": [1.0, 2.0, 8.0]},
+        ),
+        (RandomLevels(4, seed=2, interval=16), {"reference": "previous", "interval": 16, "seed": 2}),
+    ],
+)
+def test_settings_identify_a_policy_that_costs_nothing(policy: Policy, settings: dict[str, Any]) -> None:
+    assert policy.settings == settings
+    assert policy.macs == 0
+    assert isinstance(policy, Policy)
+
+
+def test_an_interval_below_zero_is_refused() -> None:
+    with pytest.raises(PolicyError, match=r"interval must be 0 .* or more, got -1"):
+        StaticResQ("previous", -1)
+
+
+def test_the_observation_is_not_computed_for_policies_that_do_not_look(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def looked(view: FrameView) -> None:
+        raise AssertionError("a fixed policy looked at the observation")
+
+    monkeypatch.setattr(FrameView, "observation", property(looked))
+    for policy in (PerFrame(), StaticResQ(), DynamicResQ(), SkipGate(), RandomLevels(4)):
+        run(world, policy)

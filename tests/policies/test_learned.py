@@ -1,0 +1,309 @@
+"""The deployed policy: its arithmetic, its cost, its choices and its files."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from resq_rl.envs import ActionKind, ActionScheme, Agents, Decision, measure
+from resq_rl.errors import PolicyError
+from resq_rl.policies import LearnedPolicy
+from resq_rl.quantization import LevelField, ThresholdField
+from tests.envs.worlds import World
+
+HIDDEN = (8, 5)
+RANGE = (0.05, 1.0)
+
+
+def made(scheme: ActionScheme, bits: int = 8, seed: int = 0, **more: Any) -> LearnedPolicy:
+    """A random policy for a scheme."""
+    generator = torch.Generator().manual_seed(seed)
+    widths = [scheme.observation_size, *HIDDEN, sum(scheme.nvec)]
+    weights = tuple(torch.randn(o, i, generator=generator) for i, o in pairwise(widths))
+    biases = tuple(torch.randn(o, generator=generator) for o in widths[1:])
+    return LearnedPolicy(weights, biases, scheme, 0.2, RANGE, bits=bits, **more)
+
+
+@pytest.fixture
+def policy(world: World) -> LearnedPolicy:
+    """A policy of region agents over thresholds."""
+    return made(world.scheme(), frame_size=(32, 48), network=("stem", "body", "head"))
+
+
+def observations(policy: LearnedPolicy, count: int = 50, seed: int = 1) -> torch.Tensor:
+    return torch.rand(count, policy.scheme.observation_size, generator=torch.Generator().manual_seed(seed))
+
+
+# Arithmetic and cost -----------------------------------------------------------------------------------------------
+
+
+def test_in_float_it_is_the_multi_layer_perceptron(world: World) -> None:
+    policy = made(world.scheme(), bits=32)
+    layers: list[nn.Module] = []
+    for weight, bias in zip(policy.weights, policy.biases, strict=True):
+        layer = nn.Linear(weight.shape[1], weight.shape[0])
+        layer.weight.data, layer.bias.data = weight, bias
+        layers += [layer, nn.Tanh()]
+    network = nn.Sequential(*layers[:-1])
+    x = observations(policy)
+    torch.testing.assert_close(policy.logits(x), network(x), rtol=1e-5, atol=1e-5)
+
+
+def integer_logits(policy: LearnedPolicy, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The same network on integers: int64 sums of products of codes, rescaled once per layer."""
+    bits = policy.bits
+    top, limit = 2**bits - 1, 2 ** (bits - 1) - 1
+    codes, step = np.rint(x.astype(np.float64) * top).astype(np.int64), 1 / top
+    for layer, (weight, bias) in enumerate(zip(policy.weights, policy.biases, strict=True)):
+        w = weight.double().numpy()
+        scale = np.abs(w).max(1) / limit
+        weight_codes = np.rint(w / scale[:, None]).astype(np.int64)
+        assert np.abs(weight_codes).max() <= limit
+        total = codes @ weight_codes.T
+        assert total.dtype == np.int64
+        y: np.ndarray[Any, Any] = total * (scale * step) + bias.double().numpy()
+        if layer == len(policy.weights) - 1:
+            return y
+        codes, step = np.rint(np.tanh(y) * limit).astype(np.int64), 1 / limit
+    raise AssertionError
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_quantized_it_equals_integer_arithmetic(bits: int, world: World) -> None:
+    policy = made(world.scheme(), bits=bits)
+    x = observations(policy)
+    expected = integer_logits(policy, x.numpy())
+    np.testing.assert_allclose(policy.logits(x).numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_more_bits_come_closer_to_float(world: World) -> None:
+    exact = made(world.scheme(), bits=32)
+    x = observations(exact)
+    errors = [float((replace(exact, bits=b).logits(x) - exact.logits(x)).abs().mean()) for b in (2, 4, 8, 16)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kind", "agents", "macs"),
+    [
+        # 12 features of a region and 5 of the frame; 12 thresholds or 4 levels for each of 3 groups; 6 regions.
+        ("region_thresholds", "region", 6 * (17 * 8 + 8 * 5 + 5 * 36)),
+        ("region_bits", "region", 6 * (17 * 8 + 8 * 5 + 5 * 12)),
+        ("frame_bits", "frame", 29 * 8 + 8 * 5 + 5 * 14),
+        ("region_thresholds", "frame", 77 * 8 + 8 * 5 + 5 * (6 * 36 + 2)),
+    ],
+)
+def test_multiply_accumulates_of_all_agents_count(kind: ActionKind, agents: Agents, macs: int, world: World) -> None:
+    assert made(world.scheme(kind, agents)).macs == macs
+
+
+@pytest.mark.parametrize("bits", [4, 8, 32])
+def test_the_policy_is_charged_its_macs_times_its_bits_squared(bits: int, world: World) -> None:
+    policy = made(world.scheme(), bits=bits)
+    result = measure(world.model, world.task, world.store, policy, grid=world.grid)
+    per_frame = policy.macs * bits * bits / world.model.reference_bops()
+    assert result.policy.tolist() == pytest.approx([(len(c) - 1) * per_frame for c in world.store.clips], rel=1e-12)
+
+
+# Choices -----------------------------------------------------------------------------------------------------------
+
+
+def field_values(decision: Decision) -> torch.Tensor:
+    field = decision.field
+    return field.levels if isinstance(field, LevelField) else field.thresholds
+
+
+def test_every_agent_takes_its_likeliest_choice(policy: LearnedPolicy, world: World) -> None:
+    view = world.view(2)
+    values = field_values(policy.decide(view))
+    seen = view.observation.per_region()
+    for clip in range(2):
+        for r in range(world.grid[0]):
+            for c in range(world.grid[1]):
+                scores = policy.logits(seen[clip, r, c][None])[0].view(3, -1)
+                for group in range(3):
+                    best = policy.scheme.thresholds[int(scores[group].argmax())]
+                    assert values[clip, group, r, c].item() == pytest.approx(best)
+
+
+def test_a_frame_agent_decides_on_keyframes_itself(world: World) -> None:
+    policy = made(world.scheme("frame_bits", "frame"), interval=1)
+    *weights, last = policy.weights
+    for wanted in (False, True):
+        bias = policy.biases[-1].clone()
+        bias[-2:] = torch.tensor([-100.0, 100.0]) if wanted else torch.tensor([100.0, -100.0])
+        own = replace(policy, biases=(*policy.biases[:-1], bias))
+        assert own.decide(world.view(2)).refresh.tolist() == [wanted, wanted]
+    assert len(weights) == 2
+    assert last.shape[0] == 3 * 4 + 2
+
+
+def test_region_agents_follow_the_interval(policy: LearnedPolicy, world: World) -> None:
+    own = world.with_clips([8])
+    for interval in (0, 3):
+        result = measure(own.model, own.task, own.store, policy.at(0.1, interval), grid=own.grid)
+        assert result.keyframes.tolist() == [1 if interval == 0 else 3]
+
+
+def test_lambda_and_interval_can_be_set_anew(policy: LearnedPolicy, world: World) -> None:
+    other = policy.at(0.5, 0)
+    assert (other.trade_off, other.interval) == (0.5, 0)
+    assert policy.at(0.5).interval == policy.interval
+    assert other.settings == policy.settings | {"trade_off": 0.5, "interval": 0}
+    shown = {measure(world.model, world.task, world.store, policy.at(t), grid=world.grid).bops for t in (0.05, 1.0)}
+    assert len(shown) == 2, "lambda reaches the network"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grid": (3, 2)}, r"grid \(2, 3\).*\(3, 2\)"),
+        ({"trade_off_range": (0.1, 0.2)}, r"\(0.05, 1.0\).*\(0.1, 0.2\)"),
+    ],
+)
+def test_another_environment_is_refused(
+    change: dict[str, Any], message: str, policy: LearnedPolicy, world: World
+) -> None:
+    with pytest.raises(PolicyError, match=message):
+        measure(world.model, world.task, world.store, policy, **({"grid": world.grid} | change))
+
+
+def test_another_network_is_refused(policy: LearnedPolicy, world: World) -> None:
+    with pytest.raises(PolicyError, match=r"layer groups \['a', 'b', 'c'\].*\['stem', 'body', 'head'\]"):
+        replace(policy, network=("a", "b", "c")).decide(world.view(2))
+    four = made(ActionScheme("region_thresholds", "region", 4, world.grid))
+    with pytest.raises(PolicyError, match="4 layer groups"):
+        four.decide(world.view(2))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: {"bits": 1}, "2 to 16 bits, or at 32"),
+        (lambda p: {"bits": 20}, "2 to 16 bits, or at 32"),
+        (lambda p: {"trade_off": 0.0}, "positive lambda"),
+        (lambda p: {"trade_off": float("nan")}, "positive lambda"),
+        (lambda p: {"interval": -1}, "interval of 0 or more"),
+        (lambda p: {"trade_off_range": (1.0, 0.5)}, "range of lambda"),
+        (lambda p: {"weights": ()}, "do not fit each other"),
+        (lambda p: {"weights": p.weights[:-1]}, "do not fit each other"),
+        (lambda p: {"biases": p.biases[::-1]}, "do not fit each other"),
+        (lambda p: {"weights": p.weights[:1], "biases": p.biases[:1]}, "maps 17 numbers to 8; .* 17 to 36"),
+        (lambda p: {"biases": (p.biases[0] * float("nan"), *p.biases[1:])}, "finite"),
+        (lambda p: {"biases": (p.biases[0].double(), *p.biases[1:])}, "float32"),
+    ],
+)
+def test_impossible_policies_are_refused(
+    change: Callable[[LearnedPolicy], dict[str, Any]], message: str, policy: LearnedPolicy, unchecked_types: None
+) -> None:
+    with pytest.raises(PolicyError, match=message):
+        replace(policy, **change(policy))
+
+
+# Files -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "agents"), [("region_thresholds", "region"), ("frame_bits", "frame")])
+def test_a_saved_policy_comes_back_the_same(kind: ActionKind, agents: Agents, world: World, tmp_path: Path) -> None:
+    scheme = world.scheme(kind, agents, thresholds=(0.1, 1 / 3, 7.0), kappa=(1.0, 2.5, 8.0))
+    policy = made(scheme, bits=4, interval=5, reference="keyframe", frame_size=(32, 48), network=("a", "b", "c"))
+    policy.save(tmp_path / "new" / "folder")
+    loaded = LearnedPolicy.load(tmp_path / "new" / "folder")
+    for mine, theirs in zip((*policy.weights, *policy.biases), (*loaded.weights, *loaded.biases), strict=True):
+        assert (mine == theirs).all()
+    for name in ("scheme", "trade_off", "trade_off_range", "interval", "reference", "bits", "frame_size", "network"):
+        assert getattr(loaded, name) == getattr(policy, name), name
+    assert hash(loaded.scheme) == hash(policy.scheme)
+    assert loaded.settings == policy.settings
+    assert (loaded.logits(observations(policy)) == policy.logits(observations(policy))).all()
+
+
+def test_a_loaded_policy_decides_the_same(policy: LearnedPolicy, world: World, tmp_path: Path) -> None:
+    policy.save(tmp_path)
+    view = world.view(2)
+    mine, theirs = policy.decide(view), LearnedPolicy.load(tmp_path).decide(view)
+    assert isinstance(mine.field, ThresholdField)
+    assert (field_values(mine) == field_values(theirs)).all()
+    assert (mine.refresh == theirs.refresh).all()
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the JSON of a saved policy."""
+    about = json.loads((folder / "policy.json").read_text())
+    change(about)
+    (folder / "policy.json").write_text(json.dumps(about))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the tensors of a saved policy."""
+    tensors = load_file(folder / "policy.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "policy.safetensors")
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no json": (lambda f: (f / "policy.json").unlink(), "No policy in"),
+    "no tensors": (lambda f: (f / "policy.safetensors").unlink(), "No policy in"),
+    "empty json": (lambda f: (f / "policy.json").write_text(""), "damaged"),
+    "half of the json": (lambda f: (f / "policy.json").write_text((f / "policy.json").read_text()[:99]), "damaged"),
+    "bytes for json": (lambda f: (f / "policy.json").write_bytes(b"\xff\xfe\x00\x80"), "damaged"),
+    "a list": (lambda f: (f / "policy.json").write_text("[]"), "not of format"),
+    "another format": (lambda f: edit(f, lambda a: a.update(format="resq_rl policy 99")), "not of format"),
+    "empty tensors": (lambda f: (f / "policy.safetensors").write_bytes(b""), "damaged"),
+    "half of the tensors": (
+        lambda f: (f / "policy.safetensors").write_bytes((f / "policy.safetensors").read_bytes()[:-40]),
+        "damaged",
+    ),
+    "a tensor missing": (lambda f: edit_tensors(f, lambda t: t.pop("weight1")), "lacks 'weight1'"),
+    "a tensor of another shape": (
+        lambda f: edit_tensors(f, lambda t: t.update(bias0=torch.zeros(3))),
+        "do not fit each other",
+    ),
+    "not a number": (
+        lambda f: edit_tensors(f, lambda t: t["weight0"].fill_(float("nan"))),
+        "finite",
+    ),
+    "no scheme": (lambda f: edit(f, lambda a: a.pop("scheme")), "lacks 'scheme'"),
+    "a scheme that is none": (lambda f: edit(f, lambda a: a.update(scheme="x")), "cannot be used"),
+    "an unknown key": (lambda f: edit(f, lambda a: a["scheme"].update(colour=1)), "cannot be used.*colour"),
+    "an unknown kind": (lambda f: edit(f, lambda a: a["scheme"].update(kind="x")), "cannot be used.*'x'"),
+    "other actions": (lambda f: edit(f, lambda a: a["scheme"].update(thresholds=[1.0])), "cannot be used.*17 to 3"),
+    "other features": (
+        lambda f: edit(f, lambda a: a["features"].reverse()),
+        "observations are not those of this version",
+    ),
+    "no lambda": (lambda f: edit(f, lambda a: a.pop("trade_off")), "lacks 'trade_off'"),
+    "lambda in words": (lambda f: edit(f, lambda a: a.update(trade_off="much")), "cannot be used"),
+    "layers in words": (lambda f: edit(f, lambda a: a.update(layers="three")), "cannot be used.*three"),
+    "no layers": (lambda f: edit(f, lambda a: a.update(layers=0)), "cannot be used"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_files_are_refused_by_the_folders_name(
+    damage: str, policy: LearnedPolicy, tmp_path: Path, unchecked_types: None
+) -> None:
+    policy.save(tmp_path)
+    harm, message = DAMAGES[damage]
+    harm(tmp_path)
+    with pytest.raises(PolicyError, match=f"(?s){message}") as caught:
+        LearnedPolicy.load(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_missing_folder_says_what_to_give(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match="resq-rl train"):
+        LearnedPolicy.load(tmp_path / "nowhere")
+    file = tmp_path / "file"
+    file.write_text("x")
+    with pytest.raises(PolicyError, match="No policy in"):
+        LearnedPolicy.load(file)

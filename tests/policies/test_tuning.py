@@ -1,0 +1,72 @@
+"""Choosing the policies that no other beats."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resq_rl.envs import Measurement
+from resq_rl.policies import (
+    DynamicResQ,
+    SkipGate,
+    StaticResQ,
+    best_policies,
+    dynamic_resq_settings,
+    skip_gate_settings,
+    static_resq_settings,
+)
+
+PIXELS = 10
+
+
+def measurement(right: int, bops: int) -> Measurement:
+    """A measurement of one frame of which `right` of ten pixels of one class are right."""
+    confusion = torch.tensor([[[right, PIXELS - right], [0, PIXELS]]])
+    one, zero = torch.ones(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
+    spent = torch.tensor([float(bops)], dtype=torch.float64)
+    return Measurement(confusion, one, spent, zero, zero, spent, one, zero, 0, {})
+
+
+@given(st.lists(st.tuples(st.integers(0, PIXELS), st.integers(1, 6)), max_size=12))
+def test_the_envelope_equals_brute_force(points: list[tuple[int, int]]) -> None:
+    """A point is kept if none is at least as accurate for no more BOPs, except its equals, of which one is kept."""
+    policies = [StaticResQ(level=i) for i in range(len(points))]
+    results = [measurement(*point) for point in points]
+    front = best_policies(policies, lambda p: results[p.level])
+    accuracy = [r.accuracy for r in results]
+    best = {
+        (accuracy[i], points[i][1])
+        for i in range(len(points))
+        if not any(
+            accuracy[j] >= accuracy[i]
+            and points[j][1] <= points[i][1]
+            and (accuracy[j], points[j][1]) != (accuracy[i], points[i][1])
+            for j in range(len(points))
+        )
+    }
+    found = [(m.accuracy, m.bops) for _, m in front]
+    assert found == sorted(best, key=lambda pair: pair[1])
+    assert len(found) == len(best)
+    for policy, result in front:
+        assert result is results[policy.level]
+
+
+def test_every_policy_is_evaluated_once() -> None:
+    calls: list[int] = []
+
+    def evaluate(policy: StaticResQ) -> Measurement:
+        calls.append(policy.level)
+        return measurement(5, 1 + policy.level)
+
+    best_policies([StaticResQ(level=i) for i in range(4)], evaluate)
+    assert sorted(calls) == [0, 1, 2, 3]
+
+
+def test_settings_are_all_combinations() -> None:
+    dynamic = dynamic_resq_settings([8, 0], ["previous", "keyframe"], [0.5, 1.0, 2.0], (1.0, 3.0, 9.0))
+    assert len(set(dynamic)) == 12
+    assert DynamicResQ("keyframe", 0, tau=2.0, kappa=(1.0, 3.0, 9.0)) in dynamic
+    static = static_resq_settings([8, 16], ["previous"], 4)
+    assert len(set(static)) == 8
+    assert StaticResQ("previous", 16, level=3) in static
+    gates = skip_gate_settings([8], [0.5, 1.0], 3)
+    assert gates == [SkipGate("previous", 8, tau=0.5, levels=3), SkipGate("previous", 8, tau=1.0, levels=3)]

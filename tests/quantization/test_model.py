@@ -1,0 +1,287 @@
+"""Settings, checks at the boundary, and what a model reports about itself."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from resq_rl.errors import CalibrationError, PolicyError, SettingsError, VideoError
+from resq_rl.quantization import Field, LevelField, QuantizationConfig, ResQModel, ThresholdField, to_float
+from tests.quantization.networks import SmallNet, everywhere, video, wrapped
+
+SIZE = (8, 10)
+
+
+def small() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+
+
+@pytest.fixture(scope="module")
+def model() -> ResQModel:
+    torch.manual_seed(0)
+    return wrapped(small(), 3, SIZE)
+
+
+# Settings ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"levels": (0,), "kappa": ()}, r"two or more ascending bit-widths, got \[0\]"),
+        ({"levels": (0, 4, 2), "kappa": (1, 2)}, r"ascending bit-widths, got \[0, 4, 2\]"),
+        ({"levels": (0, 4, 4), "kappa": (1, 2)}, "ascending bit-widths"),
+        ({"levels": (0, 1, 4), "kappa": (1, 2)}, r"0 or 2 to 16 bits each, got \[0, 1, 4\]"),
+        ({"levels": (-2, 4), "kappa": (1,)}, "0 or 2 to 16 bits"),
+        ({"levels": (0, 17), "kappa": (1,)}, "0 or 2 to 16 bits"),
+        ({"kappa": (1, 2)}, "kappa needs 3 values for 4 levels, got 2"),
+        ({"kappa": (2, 1, 8)}, r"positive and ascending, got \[2, 1, 8\]"),
+        ({"kappa": (0, 1, 8)}, "positive and ascending"),
+        ({"kappa": (float("nan"), 1, 8)}, "positive and ascending"),
+        ({"key_weight_bits": 0}, "key_weight_bits 2 to 16, got 8 and 0"),
+        ({"key_weight_bits": 1}, "key_weight_bits 2 to 16"),
+        ({"key_activation_bits": 0}, "key_activation_bits must be 1 to 16"),
+        ({"key_activation_bits": 17}, "key_activation_bits must be 1 to 16"),
+        ({"residual_weight_bits": 1}, "residual_weight_bits must be 2 to 16, got 1"),
+        ({"residual_weight_bits": {"conv": 4, "linear": 0}}, "residual_weight_bits must be 2 to 16"),
+        (
+            {"residual_weight_bits": {"conv": 4, "deepwise": 8}},
+            r"unknown layer kinds \['deepwise'\]; kinds are \['conv'",
+        ),
+        ({"range_estimator": "mse"}, "range_estimator is one of .* got 'mse'"),
+        ({"bops_convention": "sum"}, "bops_convention is one of .* got 'sum'"),
+    ],
+)
+def test_impossible_settings(settings: dict[str, Any], message: str, unchecked_types: None) -> None:
+    with pytest.raises(SettingsError, match=message):
+        QuantizationConfig(**settings)
+
+
+def test_residual_weight_bits_can_be_set_later(unchecked_types: None) -> None:
+    model = wrapped(small(), 3, SIZE)
+    assert [int(model.integer_weights(o, residual=True)[0].abs().max()) for o in model.operators] == [7, 7]
+    model.set_residual_weight_bits({"conv": 8})
+    assert [int(model.integer_weights(o, residual=True)[0].abs().max()) for o in model.operators] == [127, 7]
+    with pytest.raises(SettingsError, match="unknown layer kinds"):
+        model.set_residual_weight_bits({"convolution": 8})  # type: ignore[dict-item]
+    assert model.config.weight_bits("conv") == 8
+
+
+# Layer groups --------------------------------------------------------------------------------------------------------
+
+
+def grouped(groups: str | Mapping[str, Sequence[str]]) -> ResQModel:
+    return ResQModel(SmallNet().eval(), torch.rand(1, 3, *SIZE), QuantizationConfig(groups=groups))
+
+
+def test_groups_follow_the_top_level_modules() -> None:
+    model = grouped("auto")
+    assert model.groups == ("stem", "block", "squeeze", "up", "head", "score")
+    assert model.group_of_site.tolist() == [0, 1, 1, 2, 2, 3, 4, 5]
+
+
+def test_groups_of_a_flat_network_follow_the_resolution() -> None:
+    layers: list[nn.Module] = [nn.Conv2d(3, 4, 3, 1, 1)]
+    for stride in (1, 2, 1, 2, 2, 1, 2, 1, 1):
+        layers.append(nn.Conv2d(4, 4, 3, stride, 1))
+    model = ResQModel(nn.Sequential(*layers), torch.rand(1, 3, 32, 32))
+    assert model.groups == ("group0", "group1", "group2", "group3", "group4")
+    assert model.group_of_site.tolist() == [0, 0, 1, 1, 2, 3, 3, 4, 4, 4]
+
+
+def test_given_groups() -> None:
+    model = grouped({"early": ["stem*", "block.*"], "late": ["squeeze.?", "up", "head", "score"]})
+    assert model.groups == ("early", "late")
+    assert model.group_of_site.tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
+    one = grouped({"early": "stem*", "late": ["[!s]*", "squeeze*", "score"]})
+    assert one.group_of_site.tolist() == [0, 1, 1, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ({"a": ["stem*"]}, r"Layer 'block.0' matches 0 of the groups \['a'\]"),
+        ({"a": ["*"], "b": ["head"]}, "Layer 'head' matches 2 of the groups"),
+        ({"a": ["*"], "b": ["tail*"]}, r"groups \['b'\] match no layer. Layers are \['stem.0'"),
+        ({"a": "stem"}, "Layer 'stem.0' matches 0"),
+        ("stages", "groups is 'auto' or a mapping .* got 'stages'"),
+    ],
+)
+def test_impossible_groups(groups: Any, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        grouped(groups)
+
+
+# Steps ---------------------------------------------------------------------------------------------------------------
+
+
+def constant(model: ResQModel, clips: int = 2, level: int = 3) -> LevelField:
+    return LevelField.constant(level, clips, len(model.groups))
+
+
+def test_a_step_before_calibration() -> None:
+    model = ResQModel(small(), torch.rand(1, 3, *SIZE))
+    with pytest.raises(CalibrationError, match=r"call calibrate\(clips\) first"):
+        model.step(torch.rand(2, 3, *SIZE), model.new_state(2), everywhere(2, True), constant(model))
+
+
+def test_an_unknown_reference(model: ResQModel, unchecked_types: None) -> None:
+    with pytest.raises(SettingsError, match="'keyframe' or 'previous', got 'next'"):
+        model.new_state(2, "next")  # type: ignore[arg-type]
+
+
+def test_the_first_step_must_refresh_every_clip(model: ResQModel) -> None:
+    for refresh in ([False, False], [True, False]):
+        with pytest.raises(PolicyError, match="refresh it first"):
+            model.step(torch.rand(2, 3, *SIZE), model.new_state(2), torch.tensor(refresh), constant(model))
+
+
+def levels(shape: tuple[int, ...], fill: int = 0) -> LevelField:
+    return LevelField(torch.full(shape, fill))
+
+
+def taus(shape: tuple[int, ...], fill: float = 1.0, kappa: tuple[float, ...] = (1, 2, 8)) -> ThresholdField:
+    return ThresholdField(torch.full(shape, fill), kappa)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: levels((3, 2, 1, 1)), r"field of shape \(3, 2, 1, 1\)"),
+        (lambda: levels((2, 3, 1, 1)), "2 clips, 2 layer groups, rows, columns"),
+        (lambda: levels((2, 2, 1)), r"field of shape \(2, 2, 1\)"),
+        (lambda: levels((2, 2, 0, 1)), r"field of shape \(2, 2, 0, 1\)"),
+        (lambda: levels((2, 2, 1, 1), -1), "Levels must be 0 to 3, got -1 to -1"),
+        (lambda: levels((2, 2, 1, 1), 4), "Levels must be 0 to 3, got 4 to 4"),
+        (lambda: taus((1, 2, 1, 1)), r"field of shape \(1, 2, 1, 1\)"),
+        (lambda: taus((2, 2, 1, 1), float("nan")), "Thresholds must be 0 or more"),
+        (lambda: taus((2, 2, 1, 1), -0.5), "Thresholds must be 0 or more"),
+        (lambda: taus((2, 2, 1, 1), kappa=(1, 2)), "one kappa for each level above the first"),
+    ],
+)
+def test_decisions_that_do_not_fit(
+    model: ResQModel, make: Callable[[], Field], message: str, unchecked_types: None
+) -> None:
+    with pytest.raises(PolicyError, match=message):
+        model.step(torch.rand(2, 3, *SIZE), model.new_state(2), everywhere(2, True), make())
+
+
+def test_a_refresh_that_does_not_fit(model: ResQModel, unchecked_types: None) -> None:
+    for refresh in (everywhere(3, True), torch.ones(2, 1, dtype=torch.bool), torch.ones(2, dtype=torch.int64)):
+        with pytest.raises(PolicyError, match=r"one boolean for each clip, .* refresh of shape"):
+            model.step(torch.rand(2, 3, *SIZE), model.new_state(2), refresh, constant(model))
+
+
+def test_a_state_of_another_batch(model: ResQModel) -> None:
+    with pytest.raises(PolicyError, match="state holds 3 clips, the batch 2"):
+        model.step(torch.rand(2, 3, *SIZE), model.new_state(3), everywhere(2, True), constant(model))
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        torch.rand(2, 3, 8, 12),
+        torch.rand(2, 1, *SIZE),
+        torch.rand(3, *SIZE),
+        torch.zeros(2, 3, *SIZE, dtype=torch.uint8),
+    ],
+    ids=["size", "channels", "one", "bytes"],
+)
+def test_frames_that_do_not_fit(model: ResQModel, frames: Tensor, unchecked_types: None) -> None:
+    with pytest.raises(VideoError, match=r"Frames must be float of shape \(clips, 3, 8, 10\).*to_float"):
+        model.step(frames, model.new_state(len(frames)), everywhere(len(frames), True), constant(model))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_frames_that_are_not_finite_leave_the_state_as_it_was(model: ResQModel, bad: float) -> None:
+    frames = torch.stack([video(2, 3, SIZE, s) for s in range(2)], 1)
+    state = model.new_state(2)
+    model.step(frames[0], state, everywhere(2, True), constant(model))
+    broken = frames[1].clone()
+    broken[1, 2, 3, 4] = bad
+    with pytest.raises(VideoError, match=r"frames of clips \[1\] hold NaN or infinity"):
+        model.step(broken, state, everywhere(2, False), constant(model))
+    out, _ = model.step(frames[1], state, everywhere(2, False), constant(model))
+    untouched = model.new_state(2)
+    model.step(frames[0], untouched, everywhere(2, True), constant(model))
+    expected, _ = model.step(frames[1], untouched, everywhere(2, False), constant(model))
+    assert torch.equal(out, expected)
+    assert state.age.tolist() == [1, 1]
+
+
+def test_ages_count_from_the_keyframe(model: ResQModel) -> None:
+    state = model.new_state(2)
+    assert state.age.tolist() == [-1, -1]
+    ages = []
+    for refresh in ([True, True], [False, False], [True, False], [False, False]):
+        model.step(torch.rand(2, 3, *SIZE), state, torch.tensor(refresh), constant(model))
+        ages.append(state.age.tolist())
+    assert ages == [[0, 0], [1, 1], [0, 2], [1, 3]]
+
+
+# What a model says of itself -----------------------------------------------------------------------------------------
+
+
+def test_state_bytes_by_hand() -> None:
+    model = ResQModel(SmallNet().eval(), torch.rand(1, 3, 8, 12))
+    # Inputs and outputs: stem, depthwise, pointwise, two squeezed layers, transposed, head, score.
+    ins = [3 * 96, 8 * 24, 8 * 24, 8, 4, 8 * 24, 6 * 96, 8]
+    outs = [8 * 24, 8 * 24, 8 * 24, 4, 8, 6 * 96, 2 * 96, 3]
+    assert model.state_bytes("keyframe") == sum(ins) + 4 * sum(outs)
+    assert model.state_bytes("previous") == 2 * sum(ins) + 4 * sum(outs)
+    wide = ResQModel(SmallNet().eval(), torch.rand(1, 3, 8, 12), QuantizationConfig(key_activation_bits=9))
+    assert wide.state_bytes("keyframe") == 2 * sum(ins) + 4 * sum(outs)
+
+
+def test_exact_sites_by_hand() -> None:
+    ones = nn.Sequential(*(nn.Conv2d(c, 1, 1, bias=False) for c in (517, 1)), nn.Conv2d(1, 1, 1))
+    for layer in ones:
+        assert isinstance(layer, nn.Conv2d)
+        layer.weight.data.fill_(1.0)  # code 127 in 8 bits
+    bound = [127 * 255 * 517, 127 * 255, 127 * 255]
+    assert bound[0] < 2**24 < 127 * 255 * 519
+    config = QuantizationConfig(range_estimator="min_max")
+    model = ResQModel(ones, torch.rand(1, 517, 4, 4), config)
+    assert model.exact_sites == [True, True, True]
+    # Residual codes reach 512 steps, so 8-bit residual weights halve the number of channels that is safe.
+    model.set_residual_weight_bits(8)
+    assert model.exact_sites == [127 * 512 * 517 < 2**24, True, True] == [False, True, True]
+    wider = nn.Conv2d(519, 1, 1)
+    wider.weight.data.fill_(-1.0)
+    assert ResQModel(wider, torch.rand(1, 519, 4, 4), config).exact_sites == [False]
+    assert all(ResQModel(SmallNet().eval(), torch.rand(1, 3, 8, 12)).exact_sites)
+
+
+def test_residual_codes_stay_within_their_bound(model: ResQModel) -> None:
+    frames = torch.stack([video(4, 3, SIZE, s, change=2.0) for s in range(2)], 1)
+    for ranges in model.ranges:
+        for table in ranges.residual.values():
+            wild = torch.randn(64, 3) * 1e3 * table.sigma
+            for level in range(4):
+                for row in range(len(table.unit)):
+                    index = torch.full((64, 1), level)
+                    codes = table.codes(wild, index, torch.full((64, 1), row))
+                    assert float(codes.abs().max()) <= 512
+                    assert torch.equal(codes, codes.round())
+    assert frames.isfinite().all()
+
+
+def test_frames_as_float_are_a_copy(unchecked_types: None) -> None:
+    frames = torch.tensor([0, 51, 255], dtype=torch.uint8)
+    assert torch.allclose(to_float(frames), torch.tensor([0, 0.2, 1.0]))
+    already = torch.tensor([0.0, 51.0, 255.0])
+    assert torch.allclose(to_float(already), torch.tensor([0, 0.2, 1.0]))
+    assert already.tolist() == [0, 51, 255]
+
+
+def test_an_operators_weight_as_rows_and_back() -> None:
+    for layer in (nn.ConvTranspose2d(4, 6, (3, 2), groups=2), nn.Conv2d(4, 6, (3, 2), groups=2), nn.Linear(4, 6)):
+        size = (5, 4) if isinstance(layer, nn.Linear) else (5, 6)
+        operator = ResQModel(layer, torch.rand(1, 4, *size)).operators[0]
+        rows = operator.weight_rows()
+        assert rows.shape[0] == operator.out_channels == 6
+        assert torch.equal(operator.rows_to_weight(rows), operator.weight)
+        if isinstance(layer, nn.ConvTranspose2d):  # output channel 4 is channel 1 of the second group
+            assert torch.equal(rows[4], layer.weight[2:, 1].flatten())
