@@ -1,6 +1,7 @@
 """From measurements to the points, intervals and Bjontegaard deltas of a comparison."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -17,9 +18,7 @@ __all__ = ["compare_fronts", "points_of"]
 REPLICATES = 1000
 
 
-def _resampled(
-    measurements: Sequence[Measurement], clips: Int[np.ndarray, "r n"]
-) -> Float64[np.ndarray, "r points 2"]:
+def _resampled(measurements: Sequence[Measurement], clips: Int[np.ndarray, "r n"]) -> Float64[np.ndarray, "r points 2"]:
     """(accuracy, BOPs) of every measurement under every resample of the clips."""
     count = measurements[0].frames.shape[0]
     draws = torch.zeros(len(clips), count, dtype=torch.float64)
@@ -73,7 +72,7 @@ def compare_fronts(
     float_accuracy: float,
     seed: int,
 ) -> BdEntry:
-    """Bjontegaard delta of a method, averaged over its training seeds, against an anchor; interval over clips and seeds.
+    """Bjontegaard delta of a method against an anchor, averaged over training seeds; interval over clips and seeds.
 
     Args:
         fronts: the method's measurements by training seed.
@@ -87,15 +86,14 @@ def compare_fronts(
     def deltas(table: Float64[np.ndarray, "points 2"]) -> list[float]:
         base = table[: bounds[1]]
         values = []
-        for start, stop in zip(bounds[1:-1], bounds[2:], strict=True):
+        for start, stop in pairwise(bounds[1:]):
             result = bd_bops(table[start:stop], base, float_accuracy=float_accuracy)
             values.append(np.nan if result.value is None else result.value)
         return values
 
     everyone = np.array([[m.accuracy, m.bops] for m in every])
     own = [
-        bd_bops(everyone[a:b], everyone[: bounds[1]], float_accuracy=float_accuracy)
-        for a, b in zip(bounds[1:-1], bounds[2:], strict=True)
+        bd_bops(everyone[a:b], everyone[: bounds[1]], float_accuracy=float_accuracy) for a, b in pairwise(bounds[1:])
     ]
     refused = [r for r in own if r.value is None]
     if refused:

@@ -11,7 +11,7 @@ from resq_rl.experiments.progress import stage
 from resq_rl.experiments.results import write_summary
 from resq_rl.experiments.settings import Settings
 from resq_rl.experiments.tracking import Tracker
-from resq_rl.perception import PretrainProgress, Segmentation, measure_confusion, mean_iou, pretrain
+from resq_rl.perception import PretrainProgress, Segmentation, mean_iou, measure_confusion, pretrain
 
 __all__ = ["run"]
 

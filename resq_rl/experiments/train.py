@@ -25,9 +25,7 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
     for seed in settings.training.seeds:
         folder = base / f"seed{seed}"
         with tracker.child(f"ppo seed {seed}", {"seed": seed, "method": "ppo"}) as child:
-            policy, report = train_policy(
-                world, seed, folder, child, warm_start=warm_start, resume=resume is not None
-            )
+            policy, report = train_policy(world, seed, folder, child, warm_start=warm_start, resume=resume is not None)
             front = best_policies(front_candidates(world, policy), lambda p: world.measure(p, "validation"))
             points = [{"accuracy": m.accuracy, "bops": m.bops, "settings": p.settings} for p, m in front]
         frames = report.frames + searched
@@ -36,4 +34,5 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
         for point in points:
             log.info("seed %d: %.4f of W8A8 BOPs, accuracy %.4f", seed, point["bops"], point["accuracy"])
     tracker.log_artifact(run_dir / "summary.json")
-    log.info("Measure a policy on the test clips: resq-rl evaluate policy=%s", base / f"seed{settings.training.seeds[0]}")
+    first = base / f"seed{settings.training.seeds[0]}"
+    log.info("Measure a policy on the test clips: resq-rl evaluate policy=%s", first)

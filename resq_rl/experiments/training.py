@@ -62,7 +62,9 @@ def train_policy(
             done = progress.frames
             tracker.log_metrics({f"train/{k}": v for k, v in progress.metrics.items()}, step=progress.frames)
             if progress.rollout % 20 == 0:
-                shown = ", ".join(f"{k} {v:.3f}" for k, v in progress.metrics.items() if k in ("reward", "bops", "error"))
+                shown = ", ".join(
+                    f"{k} {v:.3f}" for k, v in progress.metrics.items() if k in ("reward", "bops", "error")
+                )
                 log.debug("seed %d, %d frames: %s", seed, progress.frames, shown)
 
         policy, report = train_ppo(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from resq_rl.envs import (
+    ActionKind,
     ActionScheme,
     BatchedEnvironment,
     ClipStore,
@@ -29,7 +30,7 @@ __all__ = ["World", "build_world"]
 
 log = logging.getLogger(__name__)
 
-AGENTS = {
+AGENTS: dict[str, ActionKind] = {
     "resq_rl/FrameBits-v0": "frame_bits",
     "resq_rl/RegionBits-v0": "region_bits",
     "resq_rl/RegionThresholds-v0": "region_thresholds",
@@ -90,7 +91,7 @@ class World:
         """The actions that the settings ask for."""
         environment = self.settings.environment
         return ActionScheme(
-            AGENTS[environment.id],  # type: ignore[arg-type]
+            AGENTS[environment.id],
             environment.agents,
             len(self.model.groups),
             environment.grid,
