@@ -236,6 +236,11 @@ class _Rollouts(BaseCallback):
     def _on_step(self) -> bool:
         step = self.environment.last
         if step is not None:
+            if not np.isfinite(step.rewards).all():
+                raise PolicyError(
+                    f"A reward is not finite after {self.environment.frames} frames: look at the network's output and at "
+                    "training.reward_scale."
+                )
             self._add("reward", float(step.frame_rewards.mean()))
             self._add("bops", float(step.result.share.mean()))
             self._add("error", float(step.result.error.mean()))

@@ -136,7 +136,7 @@ def build_world(settings: Settings, splits: Sequence[Split]) -> World:
     if not isinstance(task, Segmentation):
         raise SettingsError(f"Setting 'task' must make a Segmentation, got {type(task).__name__}.")
     clips: dict[Split, list[Clip]] = {}
-    names: list[Split] = list(dict.fromkeys(["train", *splits]))  # type: ignore[list-item]
+    names: list[Split] = list(dict.fromkeys(["train", *splits]))
     with stage("reading video", len(names)) as advance:
         for name in names:
             clips[name] = video.clips(name)

@@ -80,7 +80,7 @@ def test_ppo_is_charged_for_its_network_and_its_first_keyframe(compared: Path) -
     share = policy.macs * policy.bits**2 / comparison.reference_bops_per_frame
     for point in comparison.fronts["ppo"]:
         assert point.policy_bops == pytest.approx(share * 5 / 6)  # it decides five of six frames
-        assert point.bops > 1 / 6 + point.policy_bops
+        assert point.bops >= 1 / 6 + point.policy_bops - 1e-9  # equal where it learned to skip everything
         assert point.peak_bops >= 1.0
     assert {point.settings["seed"] for point in comparison.fronts["ppo"]} == {0, 1}
 

@@ -262,9 +262,10 @@ def test_videos_of_installed_distributions_are_found(distribution: Path) -> None
 
 
 def test_what_a_distribution_lacks_is_named(distribution: Path) -> None:
-    with pytest.raises(VideoError, match=r"holds no file 'eel\.mp4': its videos are film/data/lost\.mp4, film/data/r"):
+    # Where the backport `importlib_metadata` was imported (MLflow does), files that are not there are not listed.
+    with pytest.raises(VideoError, match=r"holds no file 'eel\.mp4': its videos are .*film/data/reel\.mp4"):
         package_video("film-reels", "eel.mp4")
-    with pytest.raises(VideoError, match=r"lists film/data/lost\.mp4, but .* is missing. Install it again"):
+    with pytest.raises(VideoError, match=r"lost\.mp4, but .* is missing. Install it again|holds no file 'lost\.mp4'"):
         package_video("film-reels", "lost.mp4")
     with pytest.raises(VideoError, match=r"'film-stock', which holds a\.mp4, is not installed\. Run: pip install film"):
         package_video("film-stock", "a.mp4")

@@ -1,0 +1,444 @@
+"""Training: obvious optima are found, warm starts hold, and a killed run goes on where it stopped."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stable_baselines3 import PPO
+
+from resq_rl.envs import ActionKind, Agents, Decision, EpisodeSettings, FrameView, measure
+from resq_rl.envs.sb3 import AgentsVecEnv
+from resq_rl.errors import PolicyError, ResultsError, SettingsError
+from resq_rl.policies import DynamicResQ, LearnedPolicy
+from resq_rl.policies.ppo import PPOSettings, Progress, TrainingReport, train_ppo
+from resq_rl.quantization import LevelField
+from tests.envs.worlds import World, first_difference
+
+FAST = PPOSettings(
+    frames=2500, n_steps=14, batch_size=224, learning_rate=3e-3, gamma=0.5, ent_coef=0.0, checkpoint_every=1000
+)
+TINY = replace(FAST, frames=200, n_steps=7, batch_size=84, n_epochs=2, checkpoint_every=2)
+
+
+@pytest.fixture(scope="module")
+def moving(world: World) -> World:
+    """Four clips of 8 frames, compared with the float network."""
+    return world.with_clips([8] * 4, source="teacher", weighting="pixel")
+
+
+def agents_of(
+    world: World,
+    trade_off: float | tuple[float, float] = 0.3,
+    *,
+    kind: ActionKind = "region_thresholds",
+    agents: Agents = "region",
+    slots: int = 4,
+    **episodes: Any,
+) -> AgentsVecEnv:
+    settings = EpisodeSettings(**({"trade_off": trade_off, "intervals": (0,)} | episodes))
+    return AgentsVecEnv(world.core(slots, kind, agents, episodes=settings))
+
+
+def bops_without_policy(world: World, policy: LearnedPolicy) -> float:
+    result = measure(
+        world.model, world.task, world.store, policy, grid=world.grid, trade_off_range=policy.trade_off_range
+    )
+    return float((result.keyframe + result.residual).sum() / result.frames.sum())
+
+
+def same_policy(a: LearnedPolicy, b: LearnedPolicy) -> bool:
+    return all((x == y).all() for x, y in zip((*a.weights, *a.biases), (*b.weights, *b.biases), strict=True))
+
+
+# Obvious optima ----------------------------------------------------------------------------------------------------
+
+CASES: list[tuple[ActionKind, Agents]] = [
+    ("region_thresholds", "region"),
+    ("region_bits", "region"),
+    ("frame_bits", "frame"),
+]
+
+
+@pytest.mark.parametrize(("kind", "agents"), CASES)
+def test_where_bits_are_dear_ppo_learns_to_skip(kind: ActionKind, agents: Agents, moving: World) -> None:
+    env = agents_of(moving, 30.0, kind=kind, agents=agents, slots=8, reward_scale=0.1)
+    policy, report = train_ppo(env, FAST, seed=0)
+    first, last = report.curve[0], report.curve[-1]
+    assert last["bops"] < 0.1 * first["bops"]
+    if kind == "region_thresholds":
+        assert last["mean_choice"] > first["mean_choice"] + 2, "thresholds rise"
+    else:
+        assert last["mean_choice"] < first["mean_choice"] - 1, "levels fall"
+    assert bops_without_policy(moving, policy) == pytest.approx(1 / 8, rel=0.02), "the forced keyframes alone"
+
+
+@pytest.mark.parametrize(("kind", "agents"), CASES)
+def test_where_errors_are_dear_ppo_learns_to_spend(kind: ActionKind, agents: Agents, moving: World) -> None:
+    env = agents_of(moving, 0.001, kind=kind, agents=agents, slots=8, reward_scale=20.0)
+    policy, report = train_ppo(env, FAST, seed=0)
+    first, last = report.curve[0], report.curve[-1]
+    assert last["error"] < 0.5 * first["error"]
+    assert last["bops"] > 1.3 * first["bops"]
+    result = measure(moving.model, moving.task, moving.store, policy, grid=moving.grid, trade_off_range=(0.001, 0.001))
+    skipping = measure(moving.model, moving.task, moving.store, DynamicResQ("previous", 0, tau=100.0), grid=moving.grid)
+    assert result.accuracy > 0.9 > 0.7 > skipping.accuracy
+
+
+def test_one_policy_serves_a_range_of_lambda(moving: World) -> None:
+    env = agents_of(moving, (0.003, 30.0), kind="region_bits", slots=8, relative=True)
+    policy, _ = train_ppo(env, replace(FAST, frames=4000), seed=0)
+    assert policy.trade_off == pytest.approx(0.3)
+    assert policy.trade_off_range == (0.003, 30.0)
+    cheap, dear = (bops_without_policy(moving, policy.at(t)) for t in (0.003, 30.0))
+    assert cheap > dear + 0.1
+
+
+# Warm start --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "agents"), CASES)
+def test_a_warm_start_begins_as_the_constant_field_for_every_lambda(
+    kind: ActionKind, agents: Agents, moving: World
+) -> None:
+    def best(trade_off: float) -> int:
+        return 1 if trade_off < 0.3 else 3
+
+    class Recorded:
+        """The policy, remembering what it chose."""
+
+        def __init__(self, policy: LearnedPolicy) -> None:
+            self.policy, self.chosen = policy, set[float]()
+            self.reference, self.trade_off, self.macs = policy.reference, policy.trade_off, policy.macs
+            self.bits, self.settings = policy.bits, policy.settings
+
+        def decide(self, view: FrameView) -> Decision:
+            decision = self.policy.decide(view)
+            field = decision.field
+            values = field.levels if isinstance(field, LevelField) else field.thresholds
+            self.chosen |= set(values.flatten().tolist())
+            assert not decision.refresh.any()
+            return decision
+
+    env = agents_of(moving, (0.03, 3.0), kind=kind, agents=agents)
+    settings = replace(TINY, frames=1, n_steps=2, learning_rate=1e-9)
+    policy, report = train_ppo(env, settings, seed=0, warm_start=best)
+    scheme = policy.scheme
+    for trade_off in (0.03, 0.1, 1.0, 3.0):
+        recorded = Recorded(policy.at(trade_off))
+        measure(moving.model, moving.task, moving.store, recorded, grid=moving.grid, trade_off_range=(0.03, 3.0))
+        choice = best(trade_off)
+        expected = float(np.float32(scheme.thresholds[choice])) if kind == "region_thresholds" else choice
+        assert recorded.chosen == {expected}, f"lambda {trade_off}"
+    assert report.curve[0]["keyframes"] < 0.3, "few keyframes to begin with"
+
+
+# The run itself ----------------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_trains_the_same_policy(moving: World) -> None:
+    runs = [train_ppo(agents_of(moving, (0.1, 1.0)), TINY, seed=s, warm_start=lambda _: 4) for s in (3, 3, 4)]
+    assert same_policy(runs[0][0], runs[1][0])
+    assert runs[0][1].curve == runs[1][1].curve
+    assert not same_policy(runs[0][0], runs[2][0])
+
+
+@pytest.mark.parametrize("lengths", [[8] * 4, [2] * 6, [2, 9]])
+@pytest.mark.parametrize("frames", [1, 200, 400])
+def test_as_many_frames_are_simulated_as_were_asked_for(lengths: list[int], frames: int, world: World) -> None:
+    """Forced keyframes included, and up to a rollout more."""
+    own = world.with_clips(lengths, source="teacher")
+    env = agents_of(own)
+    _, report = train_ppo(env, replace(TINY, frames=frames), seed=0)
+    per_rollout = 4 * (TINY.n_steps * 2 + 1)  # each frame decided may bring a keyframe
+    assert report.frames == env.frames
+    assert 0.75 * frames - per_rollout <= report.frames <= 1.25 * frames + per_rollout
+    assert report.rollouts == len(report.curve)
+
+
+def test_progress_comes_after_every_rollout(moving: World) -> None:
+    seen: list[Progress] = []
+    env = agents_of(moving)
+    _, report = train_ppo(env, TINY, seed=0, on_rollout=seen.append)
+    assert [p.rollout for p in seen] == list(range(1, report.rollouts + 1))
+    assert seen[-1].frames == report.frames
+    for progress, row in zip(seen, report.curve, strict=True):
+        assert row == {"frames": progress.frames, **progress.metrics}
+        assert {"reward", "bops", "error", "keyframes", "mean_choice"} <= set(progress.metrics)
+    assert {"loss", "approx_kl", "entropy_loss"} <= set(seen[-1].metrics)
+
+
+def test_figures_of_a_rollout_are_of_its_frames(moving: World) -> None:
+    """Mean reward, BOPs and error of every frame simulated, and the mean choice without the keyframe's column."""
+    env = agents_of(moving, 0.3, kind="frame_bits", agents="frame")
+    steps, actions = [], []
+    plain = env.step_wait
+
+    def recorded() -> Any:
+        out = plain()
+        assert env.last is not None
+        steps.append(env.last)
+        assert env._actions is not None
+        actions.append(env._actions.copy())
+        return out
+
+    env.step_wait = recorded  # type: ignore[method-assign]
+    _, report = train_ppo(env, replace(TINY, frames=1), seed=0)
+    row = report.curve[0]
+    assert row["reward"] == pytest.approx(float(np.mean([s.frame_rewards for s in steps])), rel=1e-5)
+    assert row["bops"] == pytest.approx(float(np.mean([s.result.share.mean() for s in steps])), rel=1e-5)
+    assert row["error"] == pytest.approx(float(np.mean([s.result.error.mean() for s in steps])), rel=1e-5)
+    assert row["keyframes"] == pytest.approx(float(np.mean([s.result.cost.keyframe.float().mean() for s in steps])))
+    assert row["mean_choice"] == pytest.approx(np.concatenate(actions)[:, :-1].mean())
+
+
+def test_the_deployed_policy_knows_what_it_was_trained_for(moving: World) -> None:
+    env = agents_of(moving, (0.1, 0.4), intervals=(5, 0))
+    policy, _ = train_ppo(env, replace(TINY, frames=1, hidden=(6, 7, 4), bits=4), seed=0)
+    assert policy.scheme == env.core.scheme
+    assert policy.trade_off == pytest.approx(0.2)
+    assert policy.trade_off_range == (0.1, 0.4)
+    assert (policy.interval, policy.reference, policy.bits) == (5, "previous", 4)
+    assert policy.frame_size == (32, 48)
+    assert policy.network == ("stem", "body", "head")
+    assert [tuple(w.shape) for w in policy.weights] == [(6, 17), (7, 6), (4, 7), (36, 4)]
+
+
+@pytest.mark.parametrize("batch_size", [5, 84, 100, 10_000])
+def test_any_batch_size_will_do(batch_size: int, moving: World) -> None:
+    """Warnings are errors: the library warns of minibatches that do not divide a rollout."""
+    _, report = train_ppo(agents_of(moving), replace(TINY, frames=1, batch_size=batch_size), seed=0)
+    assert report.rollouts == 1
+
+
+def test_training_that_diverges_is_reported(moving: World) -> None:
+    env = agents_of(moving, reward_scale=float("inf"))
+    with pytest.raises((PolicyError, ValueError), match=r"not finite|nan"):
+        train_ppo(env, replace(TINY, frames=400), seed=0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"frames": 0},
+        {"n_steps": 1},
+        {"hidden": ()},
+        {"hidden": (8, 0)},
+        {"value_hidden": (0,)},
+        {"bits": 1},
+        {"bits": 17},
+        {"bits": 33},
+        {"batch_size": 1},
+        {"n_epochs": 0},
+        {"ent_coef": -0.1},
+        {"checkpoint_every": 0},
+        {"learning_rate": 0.0},
+        {"learning_rate": float("nan")},
+        {"clip_range": 0.0},
+        {"gamma": 1.1},
+        {"gae_lambda": -0.1},
+    ],
+)
+def test_impossible_settings_are_refused(settings: dict[str, Any]) -> None:
+    value = next(iter(settings.values()))
+    with pytest.raises(SettingsError) as caught:
+        PPOSettings(**settings)
+    assert str(value) in str(caught.value)
+
+
+# Checkpoints -------------------------------------------------------------------------------------------------------
+
+
+class KilledError(Exception):
+    """Stands for whatever ends a run."""
+
+
+def killed_after(rollouts: int) -> Callable[[Progress], None]:
+    def on_rollout(progress: Progress) -> None:
+        if progress.rollout > rollouts:
+            raise KilledError
+
+    return on_rollout
+
+
+@pytest.fixture
+def interrupted(moving: World, tmp_path: Path) -> Path:
+    """Checkpoints of a run of 8 rollouts that was killed after its 5th; the newest is of the 4th."""
+    with pytest.raises(KilledError):
+        train_ppo(agents_of(moving, (0.1, 1.0)), TINY, seed=1, checkpoints=tmp_path / "run", on_rollout=killed_after(5))
+    return tmp_path / "run"
+
+
+def resumed(
+    world: World, folder: Path, settings: PPOSettings = TINY, seed: int = 1, **episodes: Any
+) -> tuple[LearnedPolicy, TrainingReport, list[Progress], AgentsVecEnv]:
+    env = agents_of(world, **({"trade_off": (0.1, 1.0)} | episodes))
+    seen: list[Progress] = []
+    policy, report = train_ppo(env, settings, seed=seed, checkpoints=folder, resume=True, on_rollout=seen.append)
+    return policy, report, seen, env
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint_and_finishes(interrupted: Path, moving: World) -> None:
+    state = json.loads((interrupted / "state.json").read_text())
+    assert state["rollouts"] == 4
+    assert [p.name for p in interrupted.glob("ppo_*.zip")] == [state["model"]]
+    _, whole = train_ppo(agents_of(moving, (0.1, 1.0)), TINY, seed=1)
+    _, report, seen, _ = resumed(moving, interrupted)
+    assert [p.rollout for p in seen] == list(range(5, whole.rollouts + 1))
+    assert report.rollouts == whole.rollouts
+    assert report.curve[:4] == whole.curve[:4] == state["curve"]
+    assert state["frames"] < seen[0].frames <= state["frames"] + 2 * 4 * TINY.n_steps
+    # Clips in progress began anew, which costs a forced keyframe for each slot.
+    assert whole.frames <= report.frames <= whole.frames + 2 * 4
+    assert json.loads((interrupted / "state.json").read_text())["done"] is True
+
+
+def test_a_resumed_run_sees_the_clips_and_lambdas_that_come_next(interrupted: Path, moving: World) -> None:
+    expected = agents_of(moving, (0.1, 1.0)).core
+    expected.restore(json.loads((interrupted / "state.json").read_text())["environment"])
+    expected.reset()
+    at_start = agents_of(moving, (0.1, 1.0))
+    at_start.seed(1)
+    at_start.reset()
+    drawn: list[tuple[list[int], list[float]]] = []
+
+    env = agents_of(moving, (0.1, 1.0))
+    plain = env.core.reset
+
+    def recorded(seeds: Any = None) -> Any:
+        out = plain(seeds)
+        drawn.append((env.core.simulator.clip.tolist(), env.core.simulator.trade_off.tolist()))
+        return out
+
+    env.core.reset = recorded  # type: ignore[method-assign]
+    train_ppo(env, TINY, seed=1, checkpoints=interrupted, resume=True)
+    assert drawn == [(expected.simulator.clip.tolist(), expected.simulator.trade_off.tolist())]
+    assert drawn[0][1] != at_start.core.simulator.trade_off.tolist()
+
+
+def test_resuming_is_deterministic(interrupted: Path, moving: World, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in interrupted.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    first, second = resumed(moving, interrupted), resumed(moving, copy)
+    assert same_policy(first[0], second[0])
+    assert first[1].curve == second[1].curve
+
+
+def test_a_finished_run_comes_back_without_training(moving: World, tmp_path: Path) -> None:
+    policy, report = train_ppo(agents_of(moving, (0.1, 1.0)), TINY, seed=1, checkpoints=tmp_path)
+    again, same, seen, env = resumed(moving, tmp_path)
+    assert same_policy(policy, again)
+    assert seen == []
+    assert (same.frames, same.rollouts, same.curve) == (report.frames, report.rollouts, report.curve)
+    assert env.frames == report.frames
+
+
+def test_a_finished_run_goes_on_where_more_frames_are_asked_for(moving: World, tmp_path: Path) -> None:
+    policy, report = train_ppo(agents_of(moving, (0.1, 1.0)), TINY, seed=1, checkpoints=tmp_path)
+    more, longer, seen, _ = resumed(moving, tmp_path, replace(TINY, frames=400))
+    assert seen[0].rollout == report.rollouts + 1
+    assert longer.frames >= 2 * report.frames * 0.8
+    assert not same_policy(policy, more)
+
+
+def test_without_a_checkpoint_resuming_starts(moving: World, tmp_path: Path) -> None:
+    policy, _, seen, _ = resumed(moving, tmp_path / "new")
+    expected, _ = train_ppo(agents_of(moving, (0.1, 1.0)), TINY, seed=1)
+    assert seen[0].rollout == 1
+    assert same_policy(policy, expected)
+
+
+def test_a_new_run_in_an_old_folder_can_be_resumed(moving: World, tmp_path: Path) -> None:
+    """Checkpoints of an earlier, longer run must not crowd out those of the new one."""
+    train_ppo(agents_of(moving, (0.1, 1.0)), replace(TINY, frames=400), seed=9, checkpoints=tmp_path)
+    with pytest.raises(KilledError):
+        train_ppo(agents_of(moving, (0.1, 1.0)), TINY, seed=1, checkpoints=tmp_path, on_rollout=killed_after(3))
+    _, _, seen, _ = resumed(moving, tmp_path)
+    assert seen[0].rollout == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"settings": replace(TINY, learning_rate=1e-5)}, r"settings.learning_rate was 0.003 and is 1e-05"),
+        ({"settings": replace(TINY, hidden=(8,))}, r"settings.hidden was \[32, 32\] and is \[8\]"),
+        ({"seed": 2}, "seed was 1 and is 2"),
+        ({"trade_off": 0.3}, "episodes.trade_off was"),
+        ({"slots": 2}, "clips was 4 and is 2"),
+        ({"kind": "region_bits"}, "actions.kind was 'region_thresholds' and is 'region_bits'"),
+    ],
+)
+def test_checkpoints_of_other_settings_are_refused(
+    change: dict[str, Any], message: str, interrupted: Path, moving: World
+) -> None:
+    with pytest.raises(PolicyError, match=f"other settings.*{message}.*started"):
+        resumed(moving, interrupted, **change)
+
+
+@pytest.mark.parametrize("damage", ["text", "list", "key", "no model", "empty model", "half of the model"])
+def test_damaged_checkpoints_are_refused(damage: str, interrupted: Path, moving: World) -> None:
+    state = interrupted / "state.json"
+    model = interrupted / json.loads(state.read_text())["model"]
+    if damage == "text":
+        state.write_text(state.read_text()[:100])
+    elif damage == "list":
+        state.write_text("[]")
+    elif damage == "key":
+        state.write_text(json.dumps({k: v for k, v in json.loads(state.read_text()).items() if k != "environment"}))
+    elif damage == "no model":
+        model.unlink()
+    elif damage == "empty model":
+        model.write_bytes(b"")
+    else:
+        model.write_bytes(model.read_bytes()[: model.stat().st_size // 2])
+    with pytest.raises(PolicyError, match="cannot be read") as caught:
+        resumed(moving, interrupted)
+    assert str(interrupted) in str(caught.value)
+
+
+def test_a_folder_that_cannot_be_written_is_reported(moving: World, tmp_path: Path) -> None:
+    taken = tmp_path / "file"
+    taken.write_text("not a folder")
+    with pytest.raises(ResultsError, match="Cannot write the checkpoint"):
+        train_ppo(agents_of(moving), TINY, seed=0, checkpoints=taken)
+
+
+def test_checkpoints_change_nothing_in_the_training(moving: World, tmp_path: Path) -> None:
+    plain, _ = train_ppo(agents_of(moving), TINY, seed=0)
+    saved, _ = train_ppo(agents_of(moving), TINY, seed=0, checkpoints=tmp_path)
+    assert same_policy(plain, saved)
+
+
+def test_a_trained_policy_survives_its_files(moving: World, tmp_path: Path) -> None:
+    policy, _ = train_ppo(agents_of(moving), replace(TINY, frames=1), seed=0)
+    policy.save(tmp_path)
+    loaded = LearnedPolicy.load(tmp_path)
+    assert same_policy(policy, loaded)
+    x = torch.rand(5, policy.scheme.observation_size)
+    assert first_difference(policy.logits(x), loaded.logits(x)) is None
+
+
+def test_the_deployed_network_is_the_trained_one(moving: World) -> None:
+    """In float its likeliest choices are those that the library's own model predicts."""
+    kept: list[PPO] = []
+    env = agents_of(moving)
+    original = PPO.learn
+
+    def learn(self: PPO, *args: Any, **kwargs: Any) -> PPO:
+        kept.append(self)
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PPO, "learn", learn)
+        policy, _ = train_ppo(env, replace(TINY, bits=32), seed=0)
+    observations = env.reset()
+    expected, _ = kept[0].predict(observations, deterministic=True)
+    scores = policy.logits(torch.from_numpy(observations)).split(list(policy.scheme.nvec), 1)
+    chosen = torch.stack([s.argmax(1) for s in scores], 1).numpy()
+    assert first_difference(chosen, expected) is None
