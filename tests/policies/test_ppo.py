@@ -215,9 +215,9 @@ def test_any_batch_size_will_do(batch_size: int, moving: World) -> None:
     assert report.rollouts == 1
 
 
-def test_training_that_diverges_is_reported(moving: World) -> None:
+def test_rewards_that_are_not_finite_end_the_training(moving: World) -> None:
     env = agents_of(moving, reward_scale=float("inf"))
-    with pytest.raises((PolicyError, ValueError), match=r"not finite|nan"):
+    with pytest.raises(PolicyError, match="not finite"):
         train_ppo(env, replace(TINY, frames=400), seed=0)
 
 
