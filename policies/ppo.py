@@ -238,8 +238,8 @@ class _Rollouts(BaseCallback):
         if step is not None:
             if not np.isfinite(step.rewards).all():
                 raise PolicyError(
-                    f"A reward is not finite after {self.environment.frames} frames: look at the network's output and at "
-                    "training.reward_scale."
+                    f"A reward is not finite after {self.environment.frames} frames: look at the network's output and "
+                    "at training.reward_scale."
                 )
             self._add("reward", float(step.frame_rewards.mean()))
             self._add("bops", float(step.result.share.mean()))
