@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resq_rl.envs import Measurement
 from resq_rl.experiments.results import BdEntry, Point
-from resq_rl.experiments.statistics import bd_bops, bootstrap_interval, bootstrap_intervals
+from resq_rl.experiments.statistics import BdResult, bd_bops, bootstrap_interval, bootstrap_intervals
 from resq_rl.perception import mean_iou
 
 __all__ = ["compare_fronts", "points_of"]
@@ -83,24 +83,21 @@ def compare_fronts(
     every = [*anchor, *(m for run in runs for m in run)]
     bounds = np.cumsum([0, len(anchor), *(len(run) for run in runs)])
 
-    def deltas(table: Float64[np.ndarray, "points 2"]) -> list[float]:
+    def deltas(table: Float64[np.ndarray, "points 2"]) -> list[BdResult]:
         base = table[: bounds[1]]
-        values = []
-        for start, stop in pairwise(bounds[1:]):
-            result = bd_bops(table[start:stop], base, float_accuracy=float_accuracy)
-            values.append(np.nan if result.value is None else result.value)
-        return values
+        return [bd_bops(table[a:b], base, float_accuracy=float_accuracy) for a, b in pairwise(bounds[1:])]
 
-    everyone = np.array([[m.accuracy, m.bops] for m in every])
-    own = [
-        bd_bops(everyone[a:b], everyone[: bounds[1]], float_accuracy=float_accuracy) for a, b in pairwise(bounds[1:])
-    ]
+    def drawn(clips: Int[np.ndarray, " n"], seeds: Int[np.ndarray, " m"]) -> float:
+        values = [np.nan if r.value is None else r.value for r in deltas(_resampled(every, clips[None])[0])]
+        return float(np.mean(np.array(values)[seeds]))
+
+    own = deltas(np.array([[m.accuracy, m.bops] for m in every]))
     refused = [r for r in own if r.value is None]
     if refused:
         return BdEntry(None, None, refused[0].accuracy_range, refused[0].reason)
     ranges = [r.accuracy_range for r in own if r.accuracy_range is not None]
     interval = bootstrap_interval(
-        lambda clips, seeds: float(np.mean(np.array(deltas(_resampled(every, clips[None])[0]))[seeds])),
+        drawn,
         clips=len(anchor[0].frames),
         seeds=len(runs),
         generator=np.random.default_rng(seed),

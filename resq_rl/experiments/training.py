@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from resq_rl.experiments.world import World
 from resq_rl.policies import DynamicResQ, LearnedPolicy, StaticResQ
 from resq_rl.policies.ppo import PPOSettings, Progress, TrainingReport, train_ppo
 
-__all__ = ["front_candidates", "ppo_settings", "train_policy"]
+__all__ = ["front_candidates", "ppo_settings", "train_policy", "warm_start_choice"]
 
 log = logging.getLogger(__name__)
 
@@ -95,15 +95,7 @@ def warm_start_choice(world: World) -> tuple[Callable[[float], int], int]:
     scheme, settings = world.scheme(), world.settings
     interval, reference = settings.environment.keyframe_intervals[0], settings.environment.reference
     store = world.stores["train"]
-    few = World(
-        settings,
-        world.network,
-        world.model,
-        world.task,
-        {"train": store.subset(range(min(WARM_START_CLIPS, len(store))))},
-        world.calibration,
-        world.video,
-    )
+    few = replace(world, stores={"train": store.subset(range(min(WARM_START_CLIPS, len(store))))})
     scores = []
     frames = few.stores["train"].frames
     with stage("warm start", scheme.choices * frames) as advance:

@@ -66,9 +66,10 @@ class World:
     def measure_per_frame(self, policy: Policy, bits: int, split: Split) -> Measurement:
         """Run a policy on the network quantized to `bits`-bit weights and activations; BOPs still in units of W8A8."""
         config = _config(self.settings, key_weight_bits=bits, key_activation_bits=bits)
-        model = ResQModel(self.network, self._example(), config).calibrate([c.frames for c in self.calibration])
-        result = self._measure(model, policy, split, None)
-        return result
+        model = ResQModel(self.network, _example(self.calibration), config).calibrate(
+            [c.frames for c in self.calibration]
+        )
+        return self._measure(model, policy, split, None)
 
     def _measure(self, model: ResQModel, policy: Policy, split: Split, advance: Advance | None) -> Measurement:
         environment = self.settings.environment
@@ -82,10 +83,6 @@ class World:
             trade_off_range=environment.trade_off_range,
             progress=advance,
         )
-
-    def _example(self) -> torch.Tensor:
-        height, width = self.calibration[0].size
-        return torch.zeros(1, 3, height, width)
 
     def scheme(self) -> ActionScheme:
         """The actions that the settings ask for."""
@@ -146,7 +143,7 @@ def build_world(settings: Settings, splits: Sequence[Split]) -> World:
     calibration = tuple(clips["train"][: settings.quantization.calibration_clips])
     model = _calibrated(settings, network, calibration)
     stores = _stores(settings, model, task, {name: clips[name] for name in splits})
-    return World(settings, network, model, task, stores, calibration, _name(video))
+    return World(settings, network, model, task, stores, calibration, type(video).__name__)
 
 
 def _stores(
@@ -167,9 +164,8 @@ def _stores(
 
 
 def _calibrated(settings: Settings, network: nn.Module, clips: Sequence[Clip]) -> ResQModel:
-    height, width = clips[0].size
     with stage("calibration", 1):
-        model = ResQModel(network, torch.zeros(1, 3, height, width), _config(settings))
+        model = ResQModel(network, _example(clips), _config(settings))
         model.calibrate([clip.frames for clip in clips])
         if settings.quantization.residual_weight_bits == "auto":
             bits = choose_residual_weight_bits(model, [clip.frames for clip in clips[:4]])
@@ -193,5 +189,6 @@ def _config(settings: Settings, **changes: Any) -> QuantizationConfig:
     return QuantizationConfig(**(values | changes))
 
 
-def _name(video: object) -> str:
-    return type(video).__name__
+def _example(clips: Sequence[Clip]) -> torch.Tensor:
+    """A frame of the clips' size, for wrapping a network."""
+    return torch.zeros(1, 3, *clips[0].size)
