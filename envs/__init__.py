@@ -15,6 +15,7 @@ from resq_rl.envs.environments import (
 from resq_rl.envs.measure import FrameView, Measurement, Policy, frames_of, measure
 from resq_rl.envs.observation import FRAME_FEATURES, Observation, region_features
 from resq_rl.envs.simulator import Decision, FrameResult, Simulator
+from resq_rl.envs.table import ResponseTable, TableSimulator, respond
 
 __all__ = [
     "DEFAULT_THRESHOLDS",
@@ -38,13 +39,16 @@ __all__ = [
     "RegionThresholds",
     "ResQEnv",
     "ResQVectorEnv",
+    "ResponseTable",
     "Simulator",
+    "TableSimulator",
     "Transition",
     "default_world",
     "frames_of",
     "measure",
     "region_features",
     "register",
+    "respond",
 ]
 
 register()

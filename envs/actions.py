@@ -16,7 +16,7 @@ from resq_rl.quantization import DEFAULT_KAPPA, LevelField, ThresholdField
 
 __all__ = ["DEFAULT_THRESHOLDS", "ActionKind", "ActionScheme", "Agents"]
 
-ActionKind = Literal["frame_bits", "region_bits", "region_thresholds"]
+ActionKind = Literal["frame_bits", "frame_level", "region_bits", "region_thresholds"]
 Agents = Literal["frame", "region"]
 
 # From "quantize nearly everything finely" to "skip"; neighbours differ by a factor of about 1.5.
@@ -28,8 +28,8 @@ class ActionScheme:
     """The discrete actions of one agent.
 
     Attributes:
-        kind: "frame_bits" (a level per layer group), "region_bits" (a level per region) or "region_thresholds" (a
-            threshold index per region, from which levels follow per pixel).
+        kind: "frame_bits" (a level per layer group), "frame_level" (one level for all of them), "region_bits" (a level
+            per region) or "region_thresholds" (a threshold index per region, from which levels follow per pixel).
         agents: "frame", one agent decides for the whole frame and for the keyframe; or "region", every region is an
             agent that decides for itself, and keyframes follow a fixed interval.
         groups, grid, levels: layer groups, regions (rows, columns) and number of levels of the model.
@@ -52,10 +52,14 @@ class ActionScheme:
                 f"Unknown action kind {self.kind!r} or agents {self.agents!r}: kinds are {get_args(ActionKind)}, "
                 f"agents {get_args(Agents)}."
             )
-        if self.kind == "frame_bits" and self.agents == "region":
-            raise SettingsError("frame_bits decides for the whole frame: use agents='frame', or a region action.")
+        if self._whole_frame and self.agents == "region":
+            raise SettingsError(f"{self.kind} decides for the whole frame: use agents='frame', or a region action.")
         if list(self.thresholds) != sorted(self.thresholds) or min(self.thresholds, default=-1) <= 0:
             raise SettingsError(f"thresholds must be positive and ascending, got {list(self.thresholds)}.")
+
+    @property
+    def _whole_frame(self) -> bool:
+        return self.kind in ("frame_bits", "frame_level")
 
     @property
     def regions(self) -> int:
@@ -78,7 +82,7 @@ class ActionScheme:
         per_region = self.groups if self.by_group else 1
         if self.agents == "region":
             return (self.choices,) * per_region
-        count = self.groups if self.kind == "frame_bits" else self.regions * per_region
+        count = {"frame_bits": self.groups, "frame_level": 1}.get(self.kind, self.regions * per_region)
         return (*(self.choices,) * count, 2)
 
     @property
@@ -92,7 +96,7 @@ class ActionScheme:
         region = region_features(self.groups)
         if self.agents == "region":
             return region + FRAME_FEATURES
-        if self.kind == "frame_bits":
+        if self._whole_frame:
             return (*(f"mean_{n}" for n in region), *(f"max_{n}" for n in region), *FRAME_FEATURES)
         cells = [(r, c) for r in range(self.grid[0]) for c in range(self.grid[1])]
         return (*(f"{n}[{r},{c}]" for r, c in cells for n in region), *FRAME_FEATURES)
@@ -102,7 +106,7 @@ class ActionScheme:
         if self.agents == "region":
             view = observation.per_region().flatten(0, 2)
         else:
-            view = observation.per_frame() if self.kind == "frame_bits" else observation.whole()
+            view = observation.per_frame() if self._whole_frame else observation.whole()
         array: np.ndarray = view.numpy()
         return array
 
@@ -124,7 +128,7 @@ class ActionScheme:
             refresh = torch.zeros(clips, dtype=torch.bool) if due is None else due
         else:
             clips, refresh, table = len(chosen), chosen[:, -1] == 1, chosen[:, :-1]
-            if self.kind == "frame_bits":
+            if self._whole_frame:
                 table = table[:, :, None, None]
             else:
                 table = table.view(clips, *self.grid, -1).permute(0, 3, 1, 2)
@@ -157,8 +161,8 @@ class ActionScheme:
             raise PolicyError(f"One choice, or one for each of {self.groups} layer groups, is needed, got {per_group}.")
         if self.agents == "region":
             values = per_group if self.by_group else per_group[:1]
-        elif self.kind == "frame_bits":
-            values = [*per_group, 0]
+        elif self._whole_frame:
+            values = [*(per_group if self.kind == "frame_bits" else per_group[:1]), 0]
         else:
             values = [*(per_group if self.by_group else per_group[:1]) * self.regions, 0]
         return np.array(values, dtype=np.int64)

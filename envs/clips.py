@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -13,7 +14,7 @@ from resq_rl.perception import Segmentation, mean_iou
 from resq_rl.quantization import ResQModel, to_float
 from resq_rl.video import IGNORE, Clip
 
-__all__ = ["AccuracySource", "ClipStore", "ErrorWeighting"]
+__all__ = ["AccuracySource", "ClipStore", "ErrorWeighting", "gather"]
 
 AccuracySource = Literal["labels", "teacher"]
 ErrorWeighting = Literal["iou", "pixel"]
@@ -47,6 +48,19 @@ class ClipStore:
     def frames(self) -> int:
         """Frames of all clips."""
         return sum(len(c) for c in self.clips)
+
+    @cached_property
+    def frame_tensors(self) -> tuple[UInt8[Tensor, "_ 3 h w"], ...]:
+        """The frames of each clip."""
+        return tuple(clip.frames for clip in self.clips)
+
+    @cached_property
+    def error_by_pair(self) -> Float[Tensor, " pairs"]:
+        """Cost of a pixel at index target * k + prediction; targets beyond the classes are ignored and cost nothing."""
+        classes = len(self.error_table)
+        table = torch.zeros(256, classes)
+        table[:classes] = self.error_table
+        return table.flatten()
 
     @property
     def float_accuracy(self) -> float:
@@ -105,6 +119,13 @@ class ClipStore:
         confusion = torch.stack(confusions)
         table = _error_table(confusion.sum((0, 2)), task.classes, weighting)
         return ClipStore(tuple(clips), tuple(targets), tuple(teachers), confusion, table, source)
+
+
+def gather(
+    per_clip: Sequence[UInt8[Tensor, "_ *shape"]], clips: Int64[Tensor, " b"], times: Int64[Tensor, " b"]
+) -> UInt8[Tensor, "b *shape"]:
+    """The frame `times[i]` of clip `clips[i]` for every i, of frames, targets or the like."""
+    return torch.stack([per_clip[c][t] for c, t in zip(clips.tolist(), times.tolist(), strict=True)])
 
 
 def _check(clips: Sequence[Clip], source: str) -> None:

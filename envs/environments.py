@@ -16,7 +16,7 @@ from resq_rl.envs.clips import ClipStore
 from resq_rl.envs.simulator import Simulator
 from resq_rl.errors import SettingsError
 from resq_rl.perception import Segmentation, compact_ddrnet
-from resq_rl.quantization import Reference, ResQModel
+from resq_rl.quantization import DEFAULT_KAPPA, Reference, ResQModel
 from resq_rl.video import GeneratedVideo
 
 __all__ = ["FrameBits", "RegionBits", "RegionThresholds", "ResQEnv", "ResQVectorEnv", "default_world", "register"]
@@ -48,6 +48,7 @@ def _core(
     budget: float | None = None,
     by_group: bool = False,
     thresholds: tuple[float, ...] = DEFAULT_THRESHOLDS,
+    kappa: tuple[float, ...] = DEFAULT_KAPPA,
     reward_scale: float = 1.0,
     shuffle: bool = True,
     autoreset: bool = True,
@@ -58,9 +59,7 @@ def _core(
     if model is None or task is None or store is None:
         model, task, store = default_world()
     episodes = EpisodeSettings(trade_off=trade_off, reward_scale=reward_scale, shuffle=shuffle)
-    scheme = ActionScheme(
-        kind, "frame", len(model.groups), grid, len(model.config.levels), by_group, thresholds, model.config.kappa
-    )
+    scheme = ActionScheme(kind, "frame", len(model.groups), grid, len(model.config.levels), by_group, thresholds, kappa)
     simulator = Simulator(
         model,
         task,
@@ -116,7 +115,8 @@ class ResQEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         trade_off: lambda, or a range it is drawn from log-uniformly for each clip.
         budget: BOPs per frame as a share of W8A8, shown in the observation.
         by_group: one choice per region and layer group instead of one per region.
-        thresholds: values of threshold indices. reward_scale: factor on rewards. shuffle: random order of clips.
+        thresholds: values of threshold indices. kappa: multipliers of the threshold rule.
+        reward_scale: factor on rewards. shuffle: random order of clips.
         render_mode: "rgb_array" shows the frame beside the bit-operations spent by region.
 
     Versions:

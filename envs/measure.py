@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from resq_rl.envs.clips import ClipStore
+from resq_rl.envs.clips import ClipStore, gather
 from resq_rl.envs.observation import Observation
 from resq_rl.envs.simulator import Decision, FrameResult, Simulator
 from resq_rl.errors import SettingsError
@@ -47,6 +47,10 @@ class Policy(Protocol):
     @property
     def trade_off(self) -> float:
         """Lambda shown in the observation; policies that ignore it may leave it 1."""
+
+    @property
+    def trade_off_range(self) -> tuple[float, float]:
+        """Range of lambda it was trained for, by which lambda is scaled in the observation."""
 
     @property
     def macs(self) -> int:
@@ -122,14 +126,12 @@ def measure(
     *,
     grid: tuple[int, int] = (6, 10),
     slots: int = 32,
-    trade_off_range: tuple[float, float] = (0.05, 1.0),
     progress: Callable[[int], None] | None = None,
 ) -> Measurement:
     """Run every clip of the store once under `policy`.
 
     Args:
         slots: clips that step together; does not change the result beyond rounding.
-        trade_off_range: as the policy was trained with; scales lambda in the observation.
         progress: called with the number of frames done after each step.
 
     Raises:
@@ -151,7 +153,7 @@ def measure(
             slots=len(batch),
             grid=grid,
             reference=policy.reference,
-            trade_off_range=trade_off_range,
+            trade_off_range=policy.trade_off_range,
         )
         index = torch.tensor(batch)
         for time, result in enumerate(frames_of(simulator, policy)):
@@ -164,7 +166,7 @@ def measure(
             sums["peak"][rows] = torch.maximum(sums["peak"][rows], total + (policy_share if time else 0.0))
             frames[rows] += 1
             keyframes[rows] += key.long()
-            targets = torch.stack([simulator.store.targets[c][time] for c in result.clip.tolist()])
+            targets = gather(simulator.store.targets, result.clip, result.time)
             confusion[rows] += task.confusion(result.prediction, targets)
             if progress is not None:
                 progress(len(rows))

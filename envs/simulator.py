@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64, UInt8
 from torch import Tensor
 
-from resq_rl.envs.clips import ClipStore
+from resq_rl.envs.clips import ClipStore, gather
 from resq_rl.envs.observation import (
     Observation,
     around,
@@ -183,13 +183,11 @@ class Simulator:
         if trade_off is not None:
             self.trade_off[rows] = torch.tensor(list(trade_off), dtype=torch.float32)
         fresh = self.model.new_state(len(rows), self.reference)
-        frames = self._frames(rows)
         refresh = torch.ones(len(rows), dtype=torch.bool)
         field = LevelField.constant(0, len(rows), self.groups, self.grid)
-        raw, cost = self.model.step(to_float(frames.to(self.model.device)), fresh, refresh, field)
+        result = self._run(rows, fresh, Decision(refresh, field))
         self.state.put(rows, fresh)
-        self._frame[rows] = frames
-        return self._finish(rows, raw, cost)
+        return result
 
     def step(self, decision: Decision) -> FrameResult:
         """Run the next frame of every slot.
@@ -200,12 +198,17 @@ class Simulator:
         if bool((self.time >= self.length).any()):
             over = torch.nonzero(self.time >= self.length)[:, 0].tolist()
             raise PolicyError(f"The clips of slots {over} are over: call start() for them (reset the environment).")
-        rows = torch.arange(self.slots)
-        frames = self._frames(rows)
-        field = self._on_grid(decision.field)
-        raw, cost = self.model.step(to_float(frames.to(self.model.device)), self.state, decision.refresh, field)
-        self._frame = frames
-        return self._finish(rows, raw, cost)
+        return self._run(torch.arange(self.slots), self.state, decision)
+
+    def _run(self, rows: Tensor, state: StreamState, decision: Decision) -> FrameResult:
+        """Run the next frame of the slots in `rows`, whose state is `state`."""
+        frames, field = self._frames(rows), self._on_grid(decision.field)
+        raw, cost = self.model.step(to_float(frames.to(self.model.device)), state, decision.refresh, field)
+        output = self.task.output(raw, self.model.frame_size)
+        prediction = self.task.predict(output).cpu()
+        error = self._error(prediction, gather(self.store.targets, self.clip[rows], self.time[rows]))
+        features = output_features(prediction, self.task.uncertainty(output).cpu(), self.grid)
+        return self._finish(rows, prediction, error, features, cost)
 
     def _on_grid(self, field: Field) -> Field:
         """A constant field spread over the grid, so that its cost is known by region."""
@@ -218,25 +221,20 @@ class Simulator:
         return ThresholdField(field.thresholds.expand(-1, -1, *self.grid), field.kappa)
 
     def _frames(self, rows: Tensor) -> UInt8[Tensor, "n 3 h w"]:
-        return torch.stack(
-            [
-                self.store.clips[c].frames[t]
-                for c, t in zip(self.clip[rows].tolist(), self.time[rows].tolist(), strict=True)
-            ]
-        )
+        return gather(self.store.frame_tensors, self.clip[rows], self.time[rows])
 
-    def _finish(self, rows: Tensor, raw: object, cost: FrameCost) -> FrameResult:
+    def _finish(
+        self, rows: Tensor, prediction: Tensor, error: Tensor, features: Tensor, cost: FrameCost
+    ) -> FrameResult:
+        """Remember what the next observations need of the frames that ran."""
         clips, times = self.clip[rows], self.time[rows]
-        output = self.task.output(raw, self.model.frame_size)
-        prediction = self.task.predict(output).cpu()
-        target = torch.stack([self.store.targets[c][t] for c, t in zip(clips.tolist(), times.tolist(), strict=True)])
-        error = self._error(prediction, target)
         regions = self.grid[0] * self.grid[1]
         share = (cost.per_region * (regions / self.reference_bops)).float()
         by_group = cost.per_group(self.model.group_of_site, self.groups)
         spent = (by_group / self._group_bops[:, None, None] * regions).float()
         self._spent_there[rows] = spent.permute(0, 2, 3, 1).clamp_(0, 1)
-        self._output[rows] = output_features(prediction, self.task.uncertainty(output).cpu(), self.grid)
+        self._output[rows] = features
+        self._frame[rows] = self._frames(rows)
         self.spent[rows] += cost.total / self.reference_bops
         key = rows[cost.keyframe]
         self._key_frame[key] = self._frame[key]
@@ -247,20 +245,13 @@ class Simulator:
         return FrameResult(prediction, error, cost, share, clips.clone(), times.clone(), last)
 
     def _error(self, prediction: UInt8[Tensor, "b h w"], target: UInt8[Tensor, "b h w"]) -> Float[Tensor, "b gh gw"]:
-        return pool_mean(self._error_map(prediction, target), self.grid) * self._area
-
-    def _error_map(self, prediction: UInt8[Tensor, "b h w"], target: UInt8[Tensor, "b h w"]) -> Float[Tensor, "b h w"]:
-        classes = self.task.classes
-        table = torch.zeros(256, classes)  # rows beyond the classes are ignored pixels and cost nothing
-        table[:classes] = self.store.error_table
-        return table.flatten()[target.int() * classes + prediction.int()]
+        cost = self.store.error_by_pair[target.int() * self.task.classes + prediction.int()]
+        return pool_mean(cost, self.grid) * self._area
 
     def float_error(self, result: FrameResult) -> Float[Tensor, "b gh gw"]:
         """The error that the float network makes on the frames of `result`, which just ran in every slot."""
-        clips, times = result.clip.tolist(), result.time.tolist()
-        teacher = torch.stack([self.store.teacher[c][t] for c, t in zip(clips, times, strict=True)])
-        target = torch.stack([self.store.targets[c][t] for c, t in zip(clips, times, strict=True)])
-        return self._error(teacher, target)
+        store, (clips, times) = self.store, (result.clip, result.time)
+        return self._error(gather(store.teacher, clips, times), gather(store.targets, clips, times))
 
     # Observation -----------------------------------------------------------------------------------------------------
 
@@ -268,9 +259,7 @@ class Simulator:
         """The observation before each slot's next frame; after a clip's end, of its last frame once more."""
         rows = torch.arange(self.slots)
         time = torch.minimum(self.time, self.length - 1)
-        frame = torch.stack(
-            [self.store.clips[c].frames[t] for c, t in zip(self.clip.tolist(), time.tolist(), strict=True)]
-        )
+        frame = gather(self.store.frame_tensors, self.clip, time)
         residual = difference(frame, self._reference_frame)
         residual_mean = pool_mean(residual, self.grid).sqrt_()
         drift = (

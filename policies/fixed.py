@@ -1,5 +1,6 @@
-"""Policies that decide without looking at the observation."""
+"""Policies that are set, not learned: fixed, random, and the heuristics."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -7,6 +8,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from resq_rl.envs import Decision, FrameView
+from resq_rl.envs.observation import FRAME_FEATURES
 from resq_rl.errors import PolicyError
 from resq_rl.quantization import DEFAULT_KAPPA, LevelField, Reference, ThresholdField
 
@@ -27,6 +29,7 @@ class _Free:
     reference: Reference = "previous"
     interval: int = 8
     trade_off: float = field(default=1.0, init=False, repr=False)
+    trade_off_range: tuple[float, float] = field(default=(1.0, 1.0), init=False, repr=False)
     macs: int = field(default=0, init=False, repr=False)
     bits: int = field(default=8, init=False, repr=False)
 
@@ -70,20 +73,30 @@ class StaticResQ(_Free):
 
 @dataclass(frozen=True)
 class DynamicResQ(_Free):
-    """Dynamic ResQ (arXiv 2308.09511): levels per pixel and layer from the residual's magnitude, one tau for all."""
+    """Dynamic ResQ (arXiv 2308.09511): levels per pixel and layer from the residual's magnitude, one tau for all.
+
+    A frame also runs as a keyframe where its `frame_residual_mean` (see `resq_rl.envs.observation`) exceeds
+    `scene_change`, as it does after a cut.
+    """
 
     tau: float = 1.0
     kappa: tuple[float, ...] = DEFAULT_KAPPA
+    scene_change: float = math.inf
 
     @property
     def settings(self) -> dict[str, object]:
         """Fields that identify the policy."""
-        return super().settings | {"tau": self.tau, "kappa": list(self.kappa)}
+        own: dict[str, object] = {"tau": self.tau, "kappa": list(self.kappa)}
+        return super().settings | own | ({"scene_change": self.scene_change} if self.scene_change < math.inf else {})
 
     def decide(self, view: FrameView) -> Decision:
         """One threshold everywhere."""
         thresholds = ThresholdField.constant(self.tau, view.clips, view.groups, kappa=self.kappa)
-        return Decision(periodic(view, self.interval), thresholds)
+        refresh = periodic(view, self.interval)
+        if self.scene_change < math.inf:
+            residual = view.observation.frame[:, FRAME_FEATURES.index("frame_residual_mean")]
+            refresh = refresh | (residual > self.scene_change)
+        return Decision(refresh, thresholds)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from resq_rl.envs import Measurement, Policy
 from resq_rl.policies.fixed import DynamicResQ, SkipGate, StaticResQ
 from resq_rl.quantization import DEFAULT_KAPPA, Reference
 
-__all__ = ["best_policies", "dynamic_resq_settings", "skip_gate_settings", "static_resq_settings"]
+__all__ = ["best_of", "best_policies", "dynamic_resq_settings", "skip_gate_settings", "static_resq_settings"]
 
 P = TypeVar("P", bound=Policy)
 
@@ -23,10 +23,13 @@ def best_policies(policies: Iterable[P], evaluate: Callable[[P], Measurement]) -
     Returns:
         The envelope from few BOPs to many, each with its measurement.
     """
-    measured = [(policy, evaluate(policy)) for policy in policies]
-    measured.sort(key=lambda pair: (pair[1].bops, -pair[1].accuracy))
+    return best_of([(policy, evaluate(policy)) for policy in policies])
+
+
+def best_of(measured: Iterable[tuple[P, Measurement]]) -> list[tuple[P, Measurement]]:
+    """The same for policies measured already."""
     front: list[tuple[P, Measurement]] = []
-    for policy, result in measured:
+    for policy, result in sorted(measured, key=lambda pair: (pair[1].bops, -pair[1].accuracy)):
         if not front or result.accuracy > front[-1][1].accuracy:
             front.append((policy, result))
     return front

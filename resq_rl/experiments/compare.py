@@ -21,10 +21,18 @@ from resq_rl.experiments.progress import stage
 from resq_rl.experiments.results import BdEntry, Comparison, Point, print_comparison
 from resq_rl.experiments.settings import Settings
 from resq_rl.experiments.tracking import Tracker
-from resq_rl.experiments.training import front_candidates, train_policy, warm_start_choice
+from resq_rl.experiments.training import (
+    ConstantFields,
+    front_candidates,
+    prepare_training,
+    searched_thresholds,
+    train_policy,
+)
 from resq_rl.experiments.world import World, build_world
 from resq_rl.policies import PerFrame, RandomLevels
+from resq_rl.policies.search import Strategy
 from resq_rl.policies.tuning import (
+    best_of,
     best_policies,
     dynamic_resq_settings,
     skip_gate_settings,
@@ -42,9 +50,11 @@ METHODS = (
     "random",
     "dynamic_resq",
     "searched_thresholds",
+    "random_search",
     "ppo",
     "oracle",
 )
+SEARCHES: dict[Strategy, str] = {"greedy": "searched_thresholds", "random": "random_search"}
 HALF_BITS = 4
 
 
@@ -109,14 +119,17 @@ class _Bench:
 def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
     """Run the comparison; writes `comparison.json`, plots, and a trained policy for each seed."""
     started = time.monotonic()
-    world = build_world(settings, ["train", "validation", settings.split])
+    world, fields = prepare_training(build_world(settings, ["train", "validation", settings.split]))
     bench = _Bench(world, run_dir, tracker, started)
     log.info("float network: %.4f on the %s clips", world.stores[settings.split].float_accuracy, settings.split)
     _measure_fixed(bench)
     _measure_heuristics(bench)
-    by_seed, curves = _measure_ppo(bench)
+    _measure_searches(bench)
+    by_seed, curves = _measure_ppo(bench, fields)
     float_accuracy = world.stores[settings.split].float_accuracy
-    for anchor in ("dynamic_resq", "static_resq"):
+    for anchor in ("dynamic_resq", "searched_thresholds", "random_search", "static_resq"):
+        if anchor not in bench.measured:
+            continue
         bench.deltas[f"ppo_vs_{anchor}"] = compare_fronts(
             by_seed, bench.measured[anchor], float_accuracy=float_accuracy, seed=settings.seed
         )
@@ -151,23 +164,43 @@ def _measure_heuristics(bench: _Bench) -> None:
         "skip_gate": skip_gate_settings(intervals[:1], heuristic.taus[1::2], levels),
         "dynamic_resq": dynamic_resq_settings(intervals, references, heuristic.taus, heuristic.kappa),
     }
-    frames = bench.world.stores["validation"].frames
     for method, policies in candidates.items():
-        with stage(f"tuning {method.replace('_', ' ')}", len(policies) * frames) as advance:
-            chosen = best_policies(policies, lambda p: bench.world.measure(p, "validation", advance))
+        chosen = _tuned(bench, method, policies)
+        if method == "dynamic_resq":
+            others = [replace(policy, kappa=kappa) for policy, _ in chosen for kappa in heuristic.other_kappas]
+            chosen = best_of([*chosen, *_tuned(bench, "kappa", others)])
+            others = [replace(policy, scene_change=s) for policy, _ in chosen for s in heuristic.scene_changes]
+            chosen = best_of([*chosen, *_tuned(bench, "scene change", others)])
         bench.add(method, bench.measure(method, [policy for policy, _ in chosen]))
 
 
-def _measure_ppo(bench: _Bench) -> tuple[dict[int, list[Measurement]], dict[str, list[dict[str, float]]]]:
+def _tuned(bench: _Bench, name: str, policies: Sequence[Any]) -> list[tuple[Any, Measurement]]:
+    if not policies:
+        return []
+    frames = bench.world.stores["validation"].frames
+    with stage(f"tuning {name.replace('_', ' ')}", len(policies) * frames) as advance:
+        return best_policies(policies, lambda p: bench.world.measure(p, "validation", advance))
+
+
+def _measure_searches(bench: _Bench) -> None:
+    for strategy in bench.world.settings.heuristic.searches:
+        method = SEARCHES[strategy]
+        policies, _ = searched_thresholds(bench.world, strategy)
+        chosen = _tuned(bench, method, policies)
+        bench.add(method, bench.measure(method, [policy for policy, _ in chosen]))
+
+
+def _measure_ppo(
+    bench: _Bench, fields: ConstantFields | None
+) -> tuple[dict[int, list[Measurement]], dict[str, list[dict[str, float]]]]:
     world, settings = bench.world, bench.world.settings
-    warm_start, searched = warm_start_choice(world) if settings.training.warm_start else (None, 0)
     by_seed: dict[int, list[Measurement]] = {}
     curves: dict[str, list[dict[str, float]]] = {}
     for seed in settings.training.seeds:
         folder = bench.run_dir / f"seed{seed}"
         with bench.tracker.child(f"ppo seed {seed}", {"seed": seed, "method": "ppo"}) as child:
-            policy, report = train_policy(world, seed, folder, child, warm_start=warm_start, resume=False)
-            bench.training_frames = report.frames + searched
+            policy, report = train_policy(world, seed, folder, child, fields=fields, resume=False)
+            bench.training_frames = report.frames + (fields.frames if fields else 0)
             candidates = front_candidates(world, policy)
             with stage("choosing on validation", len(candidates) * world.stores["validation"].frames) as advance:
                 chosen = best_policies(candidates, lambda p: world.measure(p, "validation", advance))

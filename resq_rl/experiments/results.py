@@ -45,6 +45,7 @@ TITLES = {
     "random": "random",
     "dynamic_resq": "Dynamic ResQ",
     "searched_thresholds": "searched thresholds",
+    "random_search": "random search",
     "ppo": "PPO",
     "oracle": "oracle",
 }

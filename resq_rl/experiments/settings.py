@@ -71,6 +71,7 @@ class QuantizationSettings(_Group):
         key_weight_bits, key_activation_bits: bits of a keyframe.
         levels: activation bits that a residual may take, increasing; 0 skips.
         residual_weight_bits: "auto" (from calibration), one width, or one per kind of layer.
+        weight_rounding: "nearest", or "second_order": the weights of a channel together, from calibration clips.
         range_estimator: how ranges come from calibration clips.
         groups: "auto", or patterns of layer names by name of the group.
         bops_convention: what one multiplication of w by a bits costs.
@@ -83,6 +84,7 @@ class QuantizationSettings(_Group):
     key_activation_bits: Bits
     levels: Annotated[tuple[int, ...], Bounds(at_least=0, at_most=16)]
     residual_weight_bits: Annotated[Literal["auto"] | int | Mapping[LayerKind, int], Bounds(at_least=2, at_most=16)]
+    weight_rounding: Literal["nearest", "second_order"]
     range_estimator: Literal["least_squares", "min_max", "percentile"]
     groups: Literal["auto"] | Mapping[str, tuple[str, ...]]
     bops_convention: Literal["product", "max", "clipped"]
@@ -108,7 +110,8 @@ class EnvironmentSettings(_Group):
             training and the best for each trade-off is chosen on validation; 0 for none but the first.
         accuracy: against labels, or agreement with the float network.
         weighting: what a wrong pixel costs: "iou" by the rarity of the classes it confuses, "pixel" the same for all.
-        trade_off: lambda of the reward: one number, or a range to draw from log-uniformly per episode.
+        trade_off: lambda of the reward: one number, a range to draw from log-uniformly per episode, or "auto" for a
+            range chosen on training clips.
         thresholds: what a threshold action may choose, increasing.
     """
 
@@ -122,22 +125,27 @@ class EnvironmentSettings(_Group):
     keyframe_intervals: Annotated[tuple[int, ...], Bounds(at_least=0)]
     accuracy: Literal["labels", "teacher"]
     weighting: Literal["iou", "pixel"]
-    trade_off: Annotated[float | tuple[float, float], Bounds(above=0)]
+    trade_off: Annotated[Literal["auto"] | float | tuple[float, float], Bounds(above=0)]
     thresholds: Annotated[tuple[float, ...], Bounds(above=0)]
 
     def _check(self) -> None:
         self._check_increasing("thresholds")
         if not self.keyframe_intervals:
             raise self._refuse("keyframe_intervals", "a list of at least one value")
-        low, high = self.trade_off_range
-        if low > high:
+        if isinstance(self.trade_off, tuple) and self.trade_off[0] > self.trade_off[1]:
             raise self._refuse("trade_off", "a number or an increasing range [low,high]")
         if self.agents == "region" and self.id == "resq_rl/FrameBits-v0":
             raise self._refuse("agents", "'frame' with resq_rl/FrameBits-v0, which has no regions")
 
     @property
     def trade_off_range(self) -> tuple[float, float]:
-        """`trade_off` as (low, high), both ends equal for a single number."""
+        """`trade_off` as (low, high), both ends equal for a single number.
+
+        Raises:
+            SettingsError: it is still "auto".
+        """
+        if self.trade_off == "auto":
+            raise SettingsError("environment.trade_off is 'auto' and was not chosen yet: give a number or a range.")
         return self.trade_off if isinstance(self.trade_off, tuple) else (self.trade_off, self.trade_off)
 
 
@@ -192,7 +200,10 @@ class HeuristicSettings(_Group):
         intervals: frames from one keyframe to the next; 0 for none but the first.
         references: what residuals are taken against.
         taus: thresholds, in calibrated standard deviations of a layer's residual.
-        kappa: factor of tau for each level above the lowest, increasing.
+        kappa: factor of tau for each level above the lowest, increasing; also of threshold actions.
+        other_kappas: tried beside `kappa` with the settings that were best with it.
+        scene_changes: mean residuals of a frame (square root, 0..1) above which it runs as a keyframe, tried likewise.
+        searches: how static thresholds per layer group are searched, with as many frames as PPO is trained on.
     """
 
     _prefix: ClassVar[str] = "heuristic."
@@ -201,12 +212,18 @@ class HeuristicSettings(_Group):
     references: tuple[Reference, ...]
     taus: Annotated[tuple[float, ...], Bounds(above=0)]
     kappa: Annotated[tuple[float, ...], Bounds(above=0)]
+    other_kappas: Annotated[tuple[tuple[float, ...], ...], Bounds(above=0)]
+    scene_changes: Annotated[tuple[float, ...], Bounds(above=0)]
+    searches: tuple[Literal["greedy", "random"], ...]
 
     def _check(self) -> None:
         for field in ("intervals", "references", "taus"):
             if not getattr(self, field):
                 raise self._refuse(field, "a list of at least one value")
         self._check_increasing("kappa")
+        for other in self.other_kappas:
+            if len(other) != len(self.kappa) or list(other) != sorted(other):
+                raise self._refuse("other_kappas", "lists of increasing values, each as long as heuristic.kappa")
 
 
 @dataclass(frozen=True)

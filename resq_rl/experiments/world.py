@@ -80,7 +80,6 @@ class World:
             policy,
             grid=environment.grid,
             slots=environment.clips_per_batch,
-            trade_off_range=environment.trade_off_range,
             progress=advance,
         )
 
@@ -102,7 +101,7 @@ class World:
         """Agents on the clips of a split, for training."""
         environment, store = self.settings.environment, self.stores[split]
         episodes = EpisodeSettings(
-            trade_off=environment.trade_off,
+            trade_off=environment.trade_off_range,
             intervals=environment.keyframe_intervals,
             reward_scale=self.settings.training.reward_scale,
             relative=True,
@@ -181,8 +180,8 @@ def _config(settings: Settings, **changes: Any) -> QuantizationConfig:
         "key_activation_bits": quantization.key_activation_bits,
         "levels": quantization.levels,
         "residual_weight_bits": 8 if bits == "auto" else bits,
+        "weight_rounding": quantization.weight_rounding,
         "range_estimator": quantization.range_estimator,
-        "kappa": settings.heuristic.kappa,
         "bops_convention": quantization.bops_convention,
         "groups": quantization.groups,
     }

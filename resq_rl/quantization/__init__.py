@@ -1,6 +1,6 @@
 """Residual quantization of frozen networks, and the exact cost of running them."""
 
-from resq_rl.quantization.calibration import Reference, ResidualTable, SiteRanges
+from resq_rl.quantization.calibration import Reference, SiteRanges
 from resq_rl.quantization.config import QuantizationConfig
 from resq_rl.quantization.fields import DEFAULT_KAPPA, Field, LevelField, ThresholdField
 from resq_rl.quantization.ledger import BopsConvention, FrameCost, bit_cost
@@ -8,6 +8,7 @@ from resq_rl.quantization.model import ResQModel, to_float
 from resq_rl.quantization.operators import LayerKind, ResidualOperator
 from resq_rl.quantization.quantizer import AffineQuantizer, SymmetricQuantizer, symmetric_limit
 from resq_rl.quantization.ranges import RangeEstimator
+from resq_rl.quantization.residual import ResidualTable
 from resq_rl.quantization.state import StreamState
 from resq_rl.quantization.weight_bits import choose_residual_weight_bits
 

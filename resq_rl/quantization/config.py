@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from resq_rl.errors import SettingsError
-from resq_rl.quantization.fields import DEFAULT_KAPPA
 from resq_rl.quantization.ledger import BopsConvention, check_convention
 from resq_rl.quantization.operators import LayerKind
 from resq_rl.quantization.ranges import RangeEstimator, check_estimator
+from resq_rl.quantization.rounding import WeightRounding, check_rounding
 
 __all__ = ["QuantizationConfig"]
 
@@ -22,8 +22,9 @@ class QuantizationConfig:
         key_weight_bits, key_activation_bits: bits of keyframes.
         levels: bit-widths a residual may take, ascending; 0 skips.
         residual_weight_bits: bits of residual weights, one number or one per layer kind (missing kinds take 4).
+        weight_rounding: "nearest", or "second_order" to round the weights of a channel together once calibration clips
+            have shown what they multiply (`rounding`).
         range_estimator: how ranges are chosen from calibration samples.
-        kappa: multipliers of the threshold at which a pixel takes the next level, one less than the levels.
         bops_convention: cost of a multiply-accumulate.
         groups: "auto", or layer groups as name -> patterns of layer names.
     """
@@ -32,24 +33,19 @@ class QuantizationConfig:
     key_activation_bits: int = 8
     levels: tuple[int, ...] = (0, 2, 4, 8)
     residual_weight_bits: int | Mapping[LayerKind, int] = 4
+    weight_rounding: WeightRounding = "second_order"
     range_estimator: RangeEstimator = "least_squares"
-    kappa: tuple[float, ...] = DEFAULT_KAPPA
     bops_convention: BopsConvention = "product"
     groups: str | Mapping[str, Sequence[str]] = "auto"
 
     def __post_init__(self) -> None:
         check_estimator(self.range_estimator)
+        check_rounding(self.weight_rounding)
         check_convention(self.bops_convention)
         if list(self.levels) != sorted(set(self.levels)) or len(self.levels) < 2:
             raise SettingsError(f"levels must be two or more ascending bit-widths, got {list(self.levels)}.")
         if not all(b == 0 or 2 <= b <= 16 for b in self.levels):
             raise SettingsError(f"levels must be 0 or 2 to 16 bits each, got {list(self.levels)}.")
-        if len(self.kappa) != len(self.levels) - 1:
-            raise SettingsError(
-                f"kappa needs {len(self.levels) - 1} values for {len(self.levels)} levels, got {len(self.kappa)}."
-            )
-        if list(self.kappa) != sorted(self.kappa) or not all(k > 0 for k in self.kappa):
-            raise SettingsError(f"kappa must be positive and ascending, got {list(self.kappa)}.")
         if not 1 <= self.key_activation_bits <= 16 or not 2 <= self.key_weight_bits <= 16:
             raise SettingsError(
                 "key_activation_bits must be 1 to 16 and key_weight_bits 2 to 16, got "

@@ -1,7 +1,7 @@
 """A frozen network under residual quantization, stepped frame by frame over a batch of clips."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,35 +9,20 @@ from jaxtyping import Bool, Float, Float64, UInt8
 from torch import Tensor, nn
 
 from resq_rl.errors import CalibrationError, NetworkError, SettingsError
-from resq_rl.quantization.calibration import (
-    Reference,
-    ResidualTable,
-    SiteRanges,
-    SiteRecorder,
-    largest_code,
-    threshold_row,
-)
+from resq_rl.quantization.calibration import Reference, SiteRanges, SiteRecorder
 from resq_rl.quantization.checks import check_clips, check_decision, check_frames
 from resq_rl.quantization.config import QuantizationConfig
 from resq_rl.quantization.fields import Field, LevelField, carry, cells_of
 from resq_rl.quantization.groups import layer_groups
 from resq_rl.quantization.ledger import FrameCost, bit_cost
 from resq_rl.quantization.operators import LayerKind, ResidualOperator, Switch
-from resq_rl.quantization.quantizer import symmetric_limit
-from resq_rl.quantization.ranges import symmetric_step
+from resq_rl.quantization.residual import ResidualTable, largest_code, threshold_row
+from resq_rl.quantization.rounding import FINE, IntegerWeight, Part, integer_weight
 from resq_rl.quantization.state import StreamState
 from resq_rl.quantization.tracing import Site, check_agreement, float_outputs, trace
 from resq_rl.quantization.wrapping import copy_of, fold_batch_norm, insert_operators
 
 __all__ = ["ResQModel", "to_float"]
-
-
-@dataclass
-class _Weights:
-    """Integer weights (as float32) with the scale of each output channel, shaped to broadcast over the output."""
-
-    codes: Tensor
-    scale: Tensor
 
 
 def to_float(frames: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -87,9 +72,9 @@ class ResQModel:
         self.sites: list[Site] = trace(self.network, self._switch, example)
         check_agreement(type(network).__name__, expected, float_outputs(self.network, noise))
         self.groups, self.group_of_site = layer_groups(self.sites, self.config.groups)
-        self._key_weights = {o: self._quantized_weight(o, self.config.key_weight_bits) for o in self.operators}
-        self._residual_weights: dict[ResidualOperator, _Weights] = {}
-        self.set_residual_weight_bits(self.config.residual_weight_bits)
+        self._moments: dict[tuple[ResidualOperator, Part], Tensor] = {}
+        self._quantized: dict[tuple[ResidualOperator, Part, int], IntegerWeight] = {}
+        self._round_weights()
         self.ranges: list[SiteRanges] = []
 
     @property
@@ -102,22 +87,29 @@ class ResQModel:
     def set_residual_weight_bits(self, bits: int | Mapping[LayerKind, int]) -> None:
         """Quantize the residual weights anew, to one width or to one per layer kind."""
         self.config = replace(self.config, residual_weight_bits=bits)
-        self._residual_weights = {
-            o: self._quantized_weight(o, self.config.weight_bits(o.layer_kind)) for o in self.operators
+        self._round_weights()
+
+    def _round_weights(self) -> None:
+        config = self.config
+        self._weights: dict[Part, dict[ResidualOperator, IntegerWeight]] = {
+            "keyframe": {o: self._rounded(o, "keyframe", config.key_weight_bits) for o in self.operators},
+            "residual": {o: self._rounded(o, "residual", config.weight_bits(o.layer_kind)) for o in self.operators},
         }
 
-    def _quantized_weight(self, operator: ResidualOperator, bits: int) -> _Weights:
-        rows = operator.weight_rows()
-        if not all(bool(torch.isfinite(v).all()) for v in (rows, operator.bias) if v is not None):
-            raise NetworkError(f"Layer {operator.name!r} has weights that are not finite: load other weights.")
-        step = symmetric_step(rows, bits, self.config.range_estimator)
-        limit = symmetric_limit(bits)
-        codes = torch.round(rows / step[:, None]).clamp_(-limit, limit)
-        return _Weights(operator.rows_to_weight(codes).contiguous(), operator.per_channel(step))
+    def _rounded(self, operator: ResidualOperator, part: Part, bits: int) -> IntegerWeight:
+        if bits == self.config.key_weight_bits:
+            part = "keyframe"  # the same weights serve for both, so residuals do not drift
+        key = operator, part, bits
+        if key not in self._quantized:
+            if not all(bool(torch.isfinite(v).all()) for v in (operator.weight, operator.bias) if v is not None):
+                raise NetworkError(f"Layer {operator.name!r} has weights that are not finite: load other weights.")
+            moment = self._moments.get((operator, part))
+            self._quantized[key] = integer_weight(operator, bits, self.config.range_estimator, moment)
+        return self._quantized[key]
 
     def integer_weights(self, operator: ResidualOperator, *, residual: bool) -> tuple[Tensor, Tensor]:
         """Integer codes (float32) and per-channel steps of an operator's keyframe or residual weights."""
-        weights = (self._residual_weights if residual else self._key_weights)[operator]
+        weights = self._weights["residual" if residual else "keyframe"][operator]
         return weights.codes, weights.scale
 
     @property
@@ -126,16 +118,16 @@ class ResQModel:
         key, residual = 2**self.config.key_activation_bits - 1, largest_code(self.config.levels)
         return [
             max(
-                self._row_sum(s.operator, self._key_weights) * key,
-                self._row_sum(s.operator, self._residual_weights) * residual,
+                self._row_sum(s.operator, "keyframe") * key,
+                self._row_sum(s.operator, "residual") * residual,
             )
             < 2**24
             for s in self.sites
         ]
 
-    def _row_sum(self, operator: ResidualOperator, weights: dict[ResidualOperator, _Weights]) -> float:
+    def _row_sum(self, operator: ResidualOperator, part: Part) -> float:
         """The largest sum of code magnitudes over the weights of one output channel."""
-        codes = weights[operator].codes
+        codes = self._weights[part][operator].codes
         probe = ResidualOperator(operator.name, operator.geometry, codes, None, self._switch)
         return float(probe.weight_rows().abs().sum(1).max())
 
@@ -146,7 +138,9 @@ class ResQModel:
     def calibrate(
         self, clips: Sequence[UInt8[Tensor, "_ c h w"]], *, interval: int = 8, frames: int = 24, seed: int = 0
     ) -> "ResQModel":
-        """Fit all ranges on clips run through the float network, with keyframes every `interval` frames.
+        """Fit all ranges and the rounding of weights on clips run through the float network.
+
+        Keyframes lie `interval` frames apart, and the first `frames` frames of each clip are used.
 
         Raises:
             CalibrationError: there are no clips, none has two frames, they do not fit the network or do not move, or a
@@ -157,23 +151,26 @@ class ResQModel:
             raise SettingsError(f"Calibration needs an interval and frames of 2 or more, got {interval} and {frames}.")
         check_clips(clips, self.frame_shape)
         generator = torch.Generator().manual_seed(seed)
-        recorders = [SiteRecorder() for _ in self.sites]
+        recorders = [SiteRecorder(site, self._weighed) for site in self.sites]
         for clip in clips:
             for t, frame in enumerate(clip[:frames]):
                 self._record(to_float(frame[None].to(self.device)), recorders, t % interval, generator)
         if not any(sum(recorder.square_sum.values()) for recorder in recorders):
             raise CalibrationError("The calibration clips do not move, so residuals have no range: give other clips.")
         self.ranges = [
-            recorder.ranges(
-                self.config.key_activation_bits,
-                self.config.levels,
-                self.config.kappa,
-                self.config.range_estimator,
-                self.device,
-            )
+            recorder.ranges(self.config.key_activation_bits, self.config.levels, self.config.range_estimator)
             for recorder in recorders
         ]
+        self._moments, self._quantized = _moments(recorders), {}
+        self._round_weights()
         return self
+
+    @property
+    def _weighed(self) -> tuple[Part, ...]:
+        """The weights whose rounding is fitted to calibration clips."""
+        if self.config.weight_rounding == "nearest":
+            return ()
+        return ("keyframe", "residual") if self.config.key_weight_bits < FINE else ("residual",)
 
     def _record(self, x: Tensor, recorders: list[SiteRecorder], age: int, generator: torch.Generator) -> None:
         position = 0
@@ -181,7 +178,7 @@ class ResQModel:
         def record(operator: ResidualOperator, value: Tensor) -> Tensor:
             nonlocal position
             self._expect(position, operator)
-            recorders[position].record(operator, value, age, generator)
+            recorders[position].record(value, age, generator)
             position += 1
             return operator.float_output(value)
 
@@ -271,6 +268,16 @@ class ResQModel:
         return sum(width * s.input_elements + 4 * s.output_elements for s in self.sites)
 
 
+def _moments(recorders: Sequence[SiteRecorder]) -> dict[tuple[ResidualOperator, Part], Tensor]:
+    """Second moments by operator, summed over its calls."""
+    total: dict[tuple[ResidualOperator, Part], Tensor] = {}
+    for recorder in recorders:
+        for part, moment in recorder.moments.items():
+            key = recorder.site.operator, part
+            total[key] = total[key] + moment if key in total else moment
+    return total
+
+
 class _Execution:
     """One quantized forward pass."""
 
@@ -319,7 +326,7 @@ class _Execution:
     def _keyframe(self, site: Site, ranges: SiteRanges, x: Tensor, rows: Any) -> Tensor:
         operator = site.operator
         codes = ranges.keyframe.integers(x)
-        weights = self.model._key_weights[operator]
+        weights = self.model._weights["keyframe"][operator]
         scale = weights.scale * ranges.keyframe.step
         total = operator.geometry.apply(codes, weights.codes)
         self.state.inputs[self.position][rows] = codes.mul_(ranges.keyframe.step)
@@ -333,8 +340,9 @@ class _Execution:
         residual = x - reference[rows]
         levels, row = self._levels(site, residual, table)
         shape = (-1, 1, *levels.shape[1:]) if operator.channel_axis == 1 else (-1, *[1] * (x.dim() - 1))
-        codes = table.codes(residual, levels.reshape(shape), None if row is None else row.reshape(shape))
-        weights = self.model._residual_weights[operator]
+        kappa = tuple(getattr(self.decision, "kappa", ()))
+        codes = table.codes(residual, levels.reshape(shape), None if row is None else row.reshape(shape), kappa)
+        weights = self.model._weights["residual"][operator]
         total = operator.geometry.apply(codes, weights.codes)
         output = torch.addcmul(self.state.outputs[self.position][rows], total, weights.scale * table.step)
         if self.state.reference == "previous":

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -53,6 +53,40 @@ class Geometry:
         positions in `macs_per_tap` of the caller.
         """
         return _coverage(self, size)
+
+    def patches(
+        self, x: Float[Tensor, "1 ..."], output_size: tuple[int, ...], positions: Int64[Tensor, " k"]
+    ) -> Float[Tensor, "g k n"]:
+        """The inputs that make each of some outputs, in the order of `ResidualOperator.weight_rows`.
+
+        Args:
+            x: the input of one clip.
+            output_size: height and width of the output; not used by a linear operator.
+            positions: flat indices of output positions.
+
+        Returns:
+            By channel group, one row per position: its product with a row of weights is the output there, but for the
+            bias.
+        """
+        if self.operator == "linear":
+            return x.flatten(0, -2)[None, positions.to(x.device)]
+        width = output_size[1]
+        rows, row_inside = self._taps(0, positions // width, x.shape[2])
+        columns, column_inside = self._taps(1, positions % width, x.shape[3])
+        inside = (row_inside[:, :, None] & column_inside[:, None, :]).to(x.device)
+        taken = x[0][:, rows[:, :, None], columns[:, None, :]] * inside  # (channels, k, taps down, taps across)
+        by_group: Tensor = taken.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(2)
+        return by_group
+
+    def _taps(self, axis: int, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Along one axis, the input index under every tap of each output position, and whether it lies inside."""
+        offset = torch.arange(self.kernel[axis]) * self.dilation[axis] - self.padding[2 if axis == 0 else 0]
+        if self.operator == "conv2d":
+            index = positions[:, None] * self.stride[axis] + offset
+            return index.clamp(0, length - 1), (index >= 0) & (index < length)
+        scaled = positions[:, None] - offset
+        index = scaled // self.stride[axis]
+        return index.clamp(0, length - 1), (scaled % self.stride[axis] == 0) & (index >= 0) & (index < length)
 
 
 @lru_cache(maxsize=1024)

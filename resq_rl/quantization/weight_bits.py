@@ -14,7 +14,7 @@ from resq_rl.quantization.operators import LayerKind
 
 __all__ = ["choose_residual_weight_bits"]
 
-CANDIDATES = (4, 6)
+CANDIDATES = (4, 5, 6)
 FINEST = 8
 TOLERANCE = 1.5
 
@@ -25,9 +25,9 @@ def choose_residual_weight_bits(
     """The fewest residual weight bits per layer kind that leave the output nearly as good as 8 bits everywhere.
 
     Runs the clips in the closed loop at the finest level, so that only weights can err, with one keyframe each.
-    Starting from 8 bits, the kinds are lowered to 4 or else 6 bits, the one with the most multiply-accumulates first,
-    as long as the squared error of the output against the float network stays below `tolerance` times that of 8 bits.
-    The model is left with the chosen bits.
+    Starting from 8 bits, the kinds are lowered to the first of 4, 5 and 6 bits with which the squared error of the
+    output against the float network stays below `tolerance` times that of 8 bits everywhere, the kind with the most
+    multiply-accumulates first. The model is left with the chosen bits.
 
     Args:
         model: a calibrated model.

@@ -157,12 +157,13 @@ def test_the_policy_is_shown_its_lambda(world: World) -> None:
     @dataclass(frozen=True)
     class Shown(Watching):
         trade_off: float = 0.1
+        trade_off_range: tuple[float, float] = (0.01, 1.0)
 
         def decide(self, view: FrameView) -> Decision:
             shown.append(view.observation.frame[:, 1])
             return super().decide(view)
 
-    run(world, Shown(), trade_off_range=(0.01, 1.0))
+    run(world, Shown())
     assert torch.cat(shown).tolist() == pytest.approx([0.5] * (world.store.frames - 4), abs=1e-6)
 
 

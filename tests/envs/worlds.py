@@ -128,8 +128,7 @@ class World:
         self, kind: ActionKind = "region_thresholds", agents: Agents = "region", **settings: Any
     ) -> ActionScheme:
         """Actions for this world."""
-        config = self.model.config
-        defaults: dict[str, Any] = {"levels": len(config.levels), "kappa": config.kappa}
+        defaults: dict[str, Any] = {"levels": len(self.model.config.levels)}
         return ActionScheme(kind, agents, len(self.model.groups), self.grid, **(defaults | settings))
 
     def core(

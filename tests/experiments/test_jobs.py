@@ -23,6 +23,7 @@ TINY = [
     "environment.grid=[2,3]",
     "environment.clips_per_batch=3",
     "environment.keyframe_intervals=[4,0]",
+    "environment.trade_off=[0.05,1.0]",
     "training.frames=120",
     "training.seeds=[0,1]",
     "training.n_steps=5",

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from resq_rl.envs import Decision, FrameView, Measurement, Policy, frames_of, measure
+from resq_rl.envs.observation import FRAME_FEATURES
 from resq_rl.errors import PolicyError
 from resq_rl.policies import DynamicResQ, GroupThresholds, PerFrame, RandomLevels, SkipGate, StaticResQ, periodic
 from resq_rl.quantization import DEFAULT_KAPPA, LevelField, Reference, ThresholdField
@@ -99,6 +100,17 @@ def test_dynamic_resq_is_the_constant_action_of_region_thresholds(by_group: bool
 
 def _restarted(world: World, clips: list[int]) -> Any:
     return replace(world, store=world.store.subset(clips)).simulator(len(clips), trade_off_range=(0.3, 1.0))
+
+
+def test_a_scene_change_runs_as_a_keyframe(world: World) -> None:
+    view = world.view(2)
+    residual = view.observation.frame[:, FRAME_FEATURES.index("frame_residual_mean")]
+    between = float(residual.mean())
+    assert len(residual.unique()) == 2
+    decision = DynamicResQ(interval=0, scene_change=between).decide(view)
+    assert decision.refresh.tolist() == (residual > between).tolist()
+    assert DynamicResQ(interval=0, scene_change=1.0).decide(view).refresh.tolist() == [False, False]
+    assert DynamicResQ(scene_change=0.4).settings["scene_change"] == 0.4
 
 
 def test_a_higher_threshold_spends_less(world: World) -> None:

@@ -159,7 +159,11 @@ def test_lambda_and_interval_can_be_set_anew(policy: LearnedPolicy, world: World
     assert (other.trade_off, other.interval) == (0.5, 0)
     assert policy.at(0.5).interval == policy.interval
     assert other.settings == policy.settings | {"trade_off": 0.5, "interval": 0}
-    shown = {measure(world.model, world.task, world.store, policy.at(t), grid=world.grid).bops for t in (0.05, 1.0)}
+    column = policy.scheme.feature_names.index("trade_off")
+    weight = policy.weights[0].clone()
+    weight[:, column] = 100.0 * torch.tensor([1, -1]).repeat(HIDDEN[0] // 2)
+    deciding = replace(policy, weights=(weight, *policy.weights[1:]))
+    shown = {measure(world.model, world.task, world.store, deciding.at(t), grid=world.grid).bops for t in (0.05, 1.0)}
     assert len(shown) == 2, "lambda reaches the network"
 
 
@@ -174,7 +178,7 @@ def test_another_environment_is_refused(
     change: dict[str, Any], message: str, policy: LearnedPolicy, world: World
 ) -> None:
     with pytest.raises(PolicyError, match=message):
-        measure(world.model, world.task, world.store, policy, **({"grid": world.grid} | change))
+        policy.decide(world.view(2, **({"trade_off_range": RANGE} | change)))
 
 
 def test_another_network_is_refused(policy: LearnedPolicy, world: World) -> None:

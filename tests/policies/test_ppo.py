@@ -45,9 +45,7 @@ def agents_of(
 
 
 def bops_without_policy(world: World, policy: LearnedPolicy) -> float:
-    result = measure(
-        world.model, world.task, world.store, policy, grid=world.grid, trade_off_range=policy.trade_off_range
-    )
+    result = measure(world.model, world.task, world.store, policy, grid=world.grid)
     return float((result.keyframe + result.residual).sum() / result.frames.sum())
 
 
@@ -84,7 +82,7 @@ def test_where_errors_are_dear_ppo_learns_to_spend(kind: ActionKind, agents: Age
     first, last = report.curve[0], report.curve[-1]
     assert last["error"] < 0.5 * first["error"]
     assert last["bops"] > 1.3 * first["bops"]
-    result = measure(moving.model, moving.task, moving.store, policy, grid=moving.grid, trade_off_range=(0.001, 0.001))
+    result = measure(moving.model, moving.task, moving.store, policy, grid=moving.grid)
     skipping = measure(moving.model, moving.task, moving.store, DynamicResQ("previous", 0, tau=100.0), grid=moving.grid)
     assert result.accuracy > 0.9 > 0.7 > skipping.accuracy
 
@@ -115,6 +113,7 @@ def test_a_warm_start_begins_as_the_constant_field_for_every_lambda(
             self.policy, self.chosen = policy, set[float]()
             self.reference, self.trade_off, self.macs = policy.reference, policy.trade_off, policy.macs
             self.bits, self.settings = policy.bits, policy.settings
+            self.trade_off_range = policy.trade_off_range
 
         def decide(self, view: FrameView) -> Decision:
             decision = self.policy.decide(view)
@@ -130,7 +129,7 @@ def test_a_warm_start_begins_as_the_constant_field_for_every_lambda(
     scheme = policy.scheme
     for trade_off in (0.03, 0.1, 1.0, 3.0):
         recorded = Recorded(policy.at(trade_off))
-        measure(moving.model, moving.task, moving.store, recorded, grid=moving.grid, trade_off_range=(0.03, 3.0))
+        measure(moving.model, moving.task, moving.store, recorded, grid=moving.grid)
         choice = best(trade_off)
         expected = float(np.float32(scheme.thresholds[choice])) if kind == "region_thresholds" else choice
         assert recorded.chosen == {expected}, f"lambda {trade_off}"

@@ -126,6 +126,16 @@ def byte_clips(count: int, frames: int, channels: int, size: tuple[int, int], se
     return [(video(frames, channels, size, seed + i) * 255).round().to(torch.uint8) for i in range(count)]
 
 
+def smooth_clips(count: int, frames: int, channels: int, size: tuple[int, int], seed: int = 300) -> list[Tensor]:
+    """Clips that change smoothly over space, so that the inputs of one patch go together as in real video; uint8."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.randn(count, frames, channels, 3, 3, generator=generator)
+    steps[:, 1:] *= 0.3
+    coarse = (0.5 + 0.2 * steps.cumsum(1)).flatten(0, 1)
+    fine = nn.functional.interpolate(coarse, size, mode="bilinear", align_corners=True)
+    return list((fine.clamp(0, 1) * 255).round().to(torch.uint8).unflatten(0, (count, frames)))
+
+
 def wrapped(
     network: nn.Module,
     channels: int = 3,

@@ -153,8 +153,10 @@ class Oracle:
         r = x - self.x_ref
         size = (1, 1) if self.setting.kind == "linear" else (x.shape[2], x.shape[3])
         rows = self._decide(r, decision, size)
-        units = self._broadcast(self.table.unit.numpy()[rows, self.levels], r)
-        inverse = self._broadcast(self.table.inverse.numpy()[rows, self.levels], r)
+        kappa = None if isinstance(decision, LevelField) else tuple(decision.kappa)
+        inverses, _, all_units = (table.numpy() for table in self.table.steps(kappa))
+        units = self._broadcast(all_units[rows, self.levels], r)
+        inverse = self._broadcast(inverses[rows, self.levels], r)
         limit = self._broadcast(
             np.array([0 if b == 0 else 2 ** (b - 1) - 1 for b in self.level_bits])[self.levels].astype(np.float32), r
         )
@@ -186,8 +188,9 @@ class Oracle:
         bound = (tau * np.float32(self.table.sigma)).astype(np.float32)
         bounds = np.stack([bound * np.float32(k) for k in decision.kappa])
         self.levels = (magnitude > bounds).sum(0)
-        # Row of the tables: 1 for tau below 2^-2, one more for each octave up to 2^3.
-        return np.asarray(1 + (tau >= 2.0 ** np.arange(-2.0, 4.0)[:, None, None, None]).sum(0))
+        # Rows are the half octaves from 2^-4 to 2^3; tau leaves one for the next at their geometric mean.
+        means = 2.0 ** (-3.75 + 0.5 * np.arange(14.0))
+        return np.asarray((tau > means[:, None, None, None]).sum(0))
 
     def _broadcast(self, values: NDArray[np.float32], x: Floats) -> Floats:
         if self.setting.kind == "linear":

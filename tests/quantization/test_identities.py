@@ -127,7 +127,7 @@ def test_more_bits_approach_the_float_network(reference: Reference, monkeypatch:
     errors = []
     for bits in (4, 8, 12):
         levels = (0, 2, bits)
-        config = QuantizationConfig(bits, bits, levels, bits, range_estimator="min_max", kappa=(1, 2))
+        config = QuantizationConfig(bits, bits, levels, bits, range_estimator="min_max")
         model = ResQModel(network, frames[0], config).calibrate(clips)
         decisions: list[Field] = [LevelField.constant(2, 2, len(model.groups))] * 6
         outputs, _ = run(model, frames, decisions, [[True, True]] + [[False, False]] * 5, reference)

@@ -102,6 +102,35 @@ def test_other_keyframe_widths(key_bits: tuple[int, int]) -> None:
     check(model, oracle, clips_of(case, 2), random_levels(2, case.size, 4), "keyframe")
 
 
+@pytest.mark.parametrize("reference", ["keyframe", "previous"])
+@pytest.mark.parametrize(
+    ("levels", "kappa"),
+    [
+        ((0, 4), (1.0,)),
+        ((2, 4, 8), (1.0, 2.0)),
+        ((0, 2, 9), (0.5, 3.0)),
+        ((0, 16), (2.0,)),
+        ((0, 2, 4, 8), (1.0, 1.0, 1.0)),
+    ],
+    ids=str,
+)
+def test_other_levels_and_kappas(levels: tuple[int, ...], kappa: tuple[float, ...], reference: Reference) -> None:
+    case = next(c for c in CASES if c.name == "plain")
+    model = wrapped(case.make(), case.channels[0], case.size, QuantizationConfig(levels=levels))
+    generator = torch.Generator().manual_seed(8)
+    bits: list[Field] = [
+        LevelField(torch.randint(0, len(levels), (2, 1, *case.size), generator=generator)) for _ in range(4)
+    ]
+    taus: list[Field] = [
+        ThresholdField(f.thresholds, kappa) for f in random_thresholds(2, case.size, 9) if isinstance(f, ThresholdField)
+    ]
+    for decisions in (bits, taus):
+        oracle = Oracle(model, 0, case.setting, reference)
+        check(model, oracle, clips_of(case, 2), decisions, reference)
+    skip_gate = len(set(kappa)) < len(kappa)  # no magnitude lies between equal thresholds
+    assert np.unique(oracle.levels).tolist() == ([0, 3] if skip_gate else list(range(len(levels))))
+
+
 class Tokens(nn.Module):
     """A linear layer on (b, c, h, w) frames: over the flattened frame, or over the last axis."""
 
