@@ -18,7 +18,7 @@ from resq_rl.envs.observation import (
     pool_max,
     pool_mean,
 )
-from resq_rl.errors import PolicyError, SettingsError
+from resq_rl.errors import NetworkError, PolicyError, SettingsError
 from resq_rl.perception import Segmentation
 from resq_rl.quantization import (
     Field,
@@ -194,6 +194,7 @@ class Simulator:
 
         Raises:
             PolicyError: the decision does not fit, or a slot's clip is over and was not started anew.
+            NetworkError: an output is not finite.
         """
         if bool((self.time >= self.length).any()):
             over = torch.nonzero(self.time >= self.length)[:, 0].tolist()
@@ -205,10 +206,21 @@ class Simulator:
         frames, field = self._frames(rows), self._on_grid(decision.field)
         raw, cost = self.model.step(to_float(frames.to(self.model.device)), state, decision.refresh, field)
         output = self.task.output(raw, self.model.frame_size)
+        self._check_finite(output, rows)
         prediction = self.task.predict(output).cpu()
         error = self._error(prediction, gather(self.store.targets, self.clip[rows], self.time[rows]))
         features = output_features(prediction, self.task.uncertainty(output).cpu(), self.grid)
         return self._finish(rows, prediction, error, features, cost)
+
+    def _check_finite(self, output: Tensor, rows: Tensor) -> None:
+        finite = torch.isfinite(output).flatten(1).all(1)
+        if not bool(finite.all()):
+            row = rows[int(torch.nonzero(~finite)[0])]
+            clip = self.store.clips[int(self.clip[row])].name
+            raise NetworkError(
+                f"The network's output for {clip}, frame {int(self.time[row])}, holds NaN or infinity: look at "
+                "divisions, roots and logarithms in it, or give it more residual bits."
+            )
 
     def _on_grid(self, field: Field) -> Field:
         """A constant field spread over the grid, so that its cost is known by region."""

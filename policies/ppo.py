@@ -1,22 +1,20 @@
 """Training policies with PPO of stable-baselines3."""
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from stable_baselines3 import PPO
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor, nn
 
 from resq_rl.envs import ActionScheme
 from resq_rl.envs.sb3 import AgentsVecEnv
-from resq_rl.errors import PolicyError, ResultsError, SettingsError
-from resq_rl.files import write_atomic
+from resq_rl.errors import PolicyError, SettingsError
+from resq_rl.policies.checkpoints import TrainingReport, about_run, load_checkpoint, save_checkpoint
 from resq_rl.policies.learned import LearnedPolicy
 
 __all__ = ["PPOSettings", "Progress", "TrainingReport", "train_ppo"]
@@ -85,15 +83,6 @@ class Progress:
     metrics: Mapping[str, float]
 
 
-@dataclass
-class TrainingReport:
-    """How training went: frames simulated, rollouts, and the figures of each rollout."""
-
-    frames: int = 0
-    rollouts: int = 0
-    curve: list[dict[str, float]] = field(default_factory=list)
-
-
 def train_ppo(
     environment: AgentsVecEnv,
     settings: PPOSettings,
@@ -127,10 +116,10 @@ def train_ppo(
     decided = int(settings.frames * (1 - len(store) / store.frames))  # the first frame of every clip is not
     total = max(1, decided // environment.core.clips) * environment.num_envs
     report = TrainingReport()
-    about = _about(environment, settings, seed)
+    about = about_run(environment, asdict(settings), seed)
     model, done = None, False
     if resume and checkpoints is not None and (checkpoints / "state.json").exists():
-        model, done = _load_checkpoint(checkpoints, environment, about, report)
+        model, done = load_checkpoint(checkpoints, environment, about, report)
     if model is None:
         model = _new_model(environment, settings, seed)
         if warm_start is not None:
@@ -140,7 +129,7 @@ def train_ppo(
         remaining = max(0, total - model.num_timesteps)
         model.learn(remaining, callback=callback, reset_num_timesteps=False)
         if checkpoints is not None:
-            _save_checkpoint(checkpoints, model, environment, about, report, done=True)
+            save_checkpoint(checkpoints, model, environment, about, report, done=True)
     return deployed(model, environment, settings), report
 
 
@@ -281,7 +270,7 @@ class _Rollouts(BaseCallback):
         rollouts = self.report.rollouts
         due = rollouts > self._saved and rollouts % self.about["settings"]["checkpoint_every"] == 0
         if due and self.checkpoints is not None:
-            _save_checkpoint(self.checkpoints, self.model, self.environment, self.about, self.report, done=False)
+            save_checkpoint(self.checkpoints, self.model, self.environment, self.about, self.report, done=False)
             self._saved = rollouts
 
 
@@ -308,111 +297,3 @@ def deployed(model: PPO, environment: AgentsVecEnv, settings: PPOSettings) -> Le
 
 def _plain(parameter: Tensor) -> Tensor:
     return parameter.detach().cpu().clone()
-
-
-# Checkpoints: a stable-baselines3 zip of the user's own run beside what it leaves out ------------------------------
-
-
-# Settings that may change when training goes on.
-_FREE_SETTINGS = ("frames", "checkpoint_every")
-
-
-def _about(environment: AgentsVecEnv, settings: PPOSettings, seed: int) -> dict[str, Any]:
-    """What a checkpoint must have in common with the run that goes on from it, as JSON gives it back."""
-    core = environment.core
-    about = {
-        "settings": asdict(settings),
-        "actions": asdict(core.scheme),
-        "episodes": asdict(core.episodes),
-        "clips": core.clips,
-        "seed": seed,
-    }
-    plain: dict[str, Any] = json.loads(json.dumps(about))
-    return plain
-
-
-def _save_checkpoint(
-    folder: Path,
-    model: BaseAlgorithm,
-    environment: AgentsVecEnv,
-    about: dict[str, Any],
-    report: TrainingReport,
-    *,
-    done: bool,
-) -> None:
-    name = f"ppo_{report.rollouts:06d}.zip"
-    temporary = folder / f".{name}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        model.save(temporary)
-        temporary.replace(folder / name)
-    except OSError as error:
-        raise ResultsError(
-            f"Cannot write the checkpoint {folder / name}: {error.strerror or error}. Free some space or choose a "
-            "writable folder, then resume: the checkpoint before it, if any, is whole."
-        ) from error
-    state = {
-        "model": name,
-        "done": done,
-        "frames": environment.frames,
-        "rollouts": report.rollouts,
-        "curve": report.curve,
-        "about": about,
-        "environment": environment.core.snapshot(),
-        "torch": torch.get_rng_state().tolist(),
-        "numpy": _numpy_state(),
-    }
-    write_atomic(folder / "state.json", json.dumps(state))
-    for old in folder.glob("ppo_*.zip"):  # state.json names the only one needed
-        if old.name != name:
-            old.unlink()
-
-
-def _load_checkpoint(
-    folder: Path, environment: AgentsVecEnv, about: dict[str, Any], report: TrainingReport
-) -> tuple[PPO, bool]:
-    try:
-        state = json.loads((folder / "state.json").read_text())
-        _check_same(folder, state["about"], about)
-        model = PPO.load(folder / state["model"], environment, device="cpu")
-        environment.core.restore(state["environment"])
-        environment.frames = state["frames"]
-        report.frames, report.rollouts, report.curve = state["frames"], state["rollouts"], state["curve"]
-        torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
-        name, keys, position, has_gauss, cached = state["numpy"]
-        restored = (name, np.array(keys, dtype=np.uint32), position, has_gauss, cached)
-        np.random.set_state(restored)  # noqa: NPY002 - stable-baselines3 draws from it
-    except PolicyError:
-        raise
-    except Exception as error:  # a damaged zip or pickle can raise anything
-        raise PolicyError(
-            f"The checkpoint in {folder} cannot be read ({type(error).__name__}: {error}). Remove the folder to start "
-            "anew."
-        ) from error
-    environment._reset_seeds()  # the restored generators go on, where a seed would start them anew
-    return model, bool(state["done"]) and state["about"]["settings"]["frames"] >= about["settings"]["frames"]
-
-
-def _check_same(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to go on under other settings than the checkpoint's."""
-    before, after = _flat(then), _flat(now)
-    free = {f"settings.{name}" for name in _FREE_SETTINGS}
-    names = sorted(n for n in (before.keys() | after.keys()) - free if before.get(n) != after.get(n))
-    if names:
-        changes = "; ".join(f"{n} was {before.get(n)!r} and is {after.get(n)!r}" for n in names[:5])
-        raise PolicyError(
-            f"The checkpoint in {folder} is of other settings: {changes}. Resume with the settings it was started "
-            "with, or remove the folder to start anew."
-        )
-
-
-def _flat(about: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in about.items():
-        flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
-    return flat
-
-
-def _numpy_state() -> list[Any]:
-    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - stable-baselines3 draws from it
-    return [name, np.asarray(keys).tolist(), position, has_gauss, cached]

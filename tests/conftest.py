@@ -15,13 +15,16 @@ import torch
 # As for mypy, an int will do where a float is wanted.
 jaxtyping.install_import_hook("resq_rl", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
+from tests.envs.worlds import World, make_world  # noqa: E402
+
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # tests talk to nothing outside this machine
 
 hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
 hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
-torch.set_num_threads(int(os.environ.get("RESQ_RL_TEST_THREADS", "2")))
+# Most frames are so small here that a second thread only makes them slower, tenfold on a busy machine.
+torch.set_num_threads(int(os.environ.get("RESQ_RL_TEST_THREADS", "1")))
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,3 +58,15 @@ def shared() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip(f"no real data: {folder} has no folder data (set RESQ_RL_SHARED to where it is)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def world() -> World:
+    """Clips of 5, 7, 5 and 6 frames with labels."""
+    return make_world()
+
+
+@pytest.fixture(scope="session")
+def uneven_world() -> World:
+    """Frames of a size that the grid does not divide."""
+    return make_world((4, 6), size=(30, 46), grid=(4, 5))

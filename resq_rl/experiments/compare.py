@@ -147,8 +147,12 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
 def _measure_fixed(bench: _Bench) -> None:
     settings, world = bench.world.settings, bench.world
     per_frame = bench.measure("per_frame", [PerFrame()])
-    bits = settings.quantization.key_weight_bits
-    per_frame = [replace(m, settings={"weight_bits": bits, "activation_bits": bits}) for m in per_frame]
+    quantization = settings.quantization
+    bits: dict[str, object] = {
+        "weight_bits": quantization.key_weight_bits,
+        "activation_bits": quantization.key_activation_bits,
+    }
+    per_frame = [replace(m, settings=bits) for m in per_frame]
     halved = world.measure_per_frame(PerFrame(), HALF_BITS, settings.split)
     halved = replace(halved, settings={"weight_bits": HALF_BITS, "activation_bits": HALF_BITS})
     bench.add("per_frame", [*per_frame, halved])

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from resq_rl.envs import Decision, EpisodeSettings, FrameResult, Simulator
-from resq_rl.errors import PolicyError, SettingsError
+from resq_rl.errors import NetworkError, PolicyError, SettingsError
+from resq_rl.perception import Segmentation
 from resq_rl.quantization import LevelField, Reference, ThresholdField, to_float
 from resq_rl.video import IGNORE
 from tests.envs.worlds import GRID, SIZE, World, first_difference
@@ -242,6 +243,25 @@ def test_the_reference_modes_differ_after_the_first_residual_frame(world: World)
     (_, b1), (cost_b2, _) = outcomes[1]
     assert (a1 != b1).any(), "the residual against the keyframe is another than that against the previous frame"
     assert cost_a2 != cost_b2
+
+
+def test_an_output_that_is_not_finite_names_its_frame(world: World) -> None:
+    calls = []
+
+    class Breaking(Segmentation):
+        """Loses one value of the second slot's output in the second step."""
+
+        def output(self, raw: object, size: tuple[int, int] | None = None) -> Tensor:
+            values = super().output(raw, size).clone()
+            calls.append(raw)
+            if len(calls) == 2:
+                values[1, 0, 3, 4] = math.nan
+            return values
+
+    simulator = replace(world, task=Breaking(world.task.classes)).simulator(2)
+    simulator.start([0, 1], [0, 2])
+    with pytest.raises(NetworkError, match=r"tiny/2, frame 1, holds NaN"):
+        simulator.step(Decision(refresh(False, False), LevelField.constant(1, 2, 3)))
 
 
 def test_a_step_after_the_end_names_the_slots(world: World) -> None:
