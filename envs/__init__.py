@@ -5,6 +5,7 @@ from resq_rl.envs.batched import BatchedEnvironment, EpisodeSettings, Transition
 from resq_rl.envs.clips import AccuracySource, ClipStore, ErrorWeighting
 from resq_rl.envs.environments import (
     FrameBits,
+    FrameLevel,
     RegionBits,
     RegionThresholds,
     ResQEnv,
@@ -30,6 +31,7 @@ __all__ = [
     "EpisodeSettings",
     "ErrorWeighting",
     "FrameBits",
+    "FrameLevel",
     "FrameResult",
     "FrameView",
     "Measurement",

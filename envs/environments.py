@@ -1,4 +1,4 @@
-"""The three registered environments, single and vector."""
+"""The registered environments, single and vector."""
 
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -19,7 +19,16 @@ from resq_rl.perception import Segmentation, compact_ddrnet
 from resq_rl.quantization import DEFAULT_KAPPA, Reference, ResQModel
 from resq_rl.video import GeneratedVideo
 
-__all__ = ["FrameBits", "RegionBits", "RegionThresholds", "ResQEnv", "ResQVectorEnv", "default_world", "register"]
+__all__ = [
+    "FrameBits",
+    "FrameLevel",
+    "RegionBits",
+    "RegionThresholds",
+    "ResQEnv",
+    "ResQVectorEnv",
+    "default_world",
+    "register",
+]
 
 World = tuple[ResQModel, Segmentation, ClipStore]
 
@@ -180,6 +189,20 @@ class FrameBits(ResQEnv):
     kind = "frame_bits"
 
 
+class FrameLevel(ResQEnv):
+    """One level for the whole frame, and whether to refresh: the decision whose exact oracle is known.
+
+    Action:
+        `MultiDiscrete([levels, 2])`: an index into the bit-widths (0, 2, 4, 8 by default), then 1 to run the frame as a
+        keyframe.
+
+    The observation is that of `FrameBits`. Everything else as in `ResQEnv`. With `reference="keyframe"` a
+    `TableSimulator` gives the same episodes without running the network.
+    """
+
+    kind = "frame_level"
+
+
 class RegionBits(ResQEnv):
     """One level per region (and layer group), and whether to refresh.
 
@@ -278,6 +301,7 @@ class ResQVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
 _IDS: dict[str, type[ResQEnv]] = {
     "resq_rl/FrameBits-v0": FrameBits,
+    "resq_rl/FrameLevel-v0": FrameLevel,
     "resq_rl/RegionBits-v0": RegionBits,
     "resq_rl/RegionThresholds-v0": RegionThresholds,
 }

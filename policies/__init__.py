@@ -2,6 +2,7 @@
 
 from resq_rl.policies.fixed import (
     DynamicResQ,
+    FrameMagnitude,
     GroupThresholds,
     PerFrame,
     RandomLevels,
@@ -10,7 +11,15 @@ from resq_rl.policies.fixed import (
     periodic,
 )
 from resq_rl.policies.learned import LearnedPolicy
-from resq_rl.policies.oracle import Schedule, Scheduled, best_schedule, oracle_measurement
+from resq_rl.policies.oracle import (
+    Responses,
+    Schedule,
+    Scheduled,
+    best_schedule,
+    measure_schedules,
+    oracle_measurement,
+    rollout,
+)
 from resq_rl.policies.search import Searched, search_group_thresholds
 from resq_rl.policies.tuning import (
     best_of,
@@ -18,14 +27,17 @@ from resq_rl.policies.tuning import (
     dynamic_resq_settings,
     skip_gate_settings,
     static_resq_settings,
+    thinned,
 )
 
 __all__ = [
     "DynamicResQ",
+    "FrameMagnitude",
     "GroupThresholds",
     "LearnedPolicy",
     "PerFrame",
     "RandomLevels",
+    "Responses",
     "Schedule",
     "Scheduled",
     "Searched",
@@ -35,9 +47,12 @@ __all__ = [
     "best_policies",
     "best_schedule",
     "dynamic_resq_settings",
+    "measure_schedules",
     "oracle_measurement",
     "periodic",
+    "rollout",
     "search_group_thresholds",
     "skip_gate_settings",
     "static_resq_settings",
+    "thinned",
 ]

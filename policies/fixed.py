@@ -12,7 +12,16 @@ from resq_rl.envs.observation import FRAME_FEATURES
 from resq_rl.errors import PolicyError
 from resq_rl.quantization import DEFAULT_KAPPA, LevelField, Reference, ThresholdField
 
-__all__ = ["DynamicResQ", "GroupThresholds", "PerFrame", "RandomLevels", "SkipGate", "StaticResQ", "periodic"]
+__all__ = [
+    "DynamicResQ",
+    "FrameMagnitude",
+    "GroupThresholds",
+    "PerFrame",
+    "RandomLevels",
+    "SkipGate",
+    "StaticResQ",
+    "periodic",
+]
 
 
 def periodic(view: FrameView, interval: int) -> Bool[Tensor, " b"]:
@@ -97,6 +106,32 @@ class DynamicResQ(_Free):
             residual = view.observation.frame[:, FRAME_FEATURES.index("frame_residual_mean")]
             refresh = refresh | (residual > self.scene_change)
         return Decision(refresh, thresholds)
+
+
+@dataclass(frozen=True)
+class FrameMagnitude(_Free):
+    """The magnitude-threshold rule for a whole frame: its level from its mean residual, and keyframes likewise.
+
+    A frame with `frame_residual_mean` m (see `resq_rl.envs.observation`) takes level #{j : m > tau * kappa_j}, and runs
+    as a keyframe where m exceeds `scene_change` or the interval is over.
+    """
+
+    tau: float = 0.2
+    kappa: tuple[float, ...] = (0.01, 1.0, 1.4)
+    scene_change: float = math.inf
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """Fields that identify the policy."""
+        own: dict[str, object] = {"tau": self.tau, "kappa": list(self.kappa)}
+        return super().settings | own | ({"scene_change": self.scene_change} if self.scene_change < math.inf else {})
+
+    def decide(self, view: FrameView) -> Decision:
+        """One level for each frame."""
+        residual = view.observation.frame[:, FRAME_FEATURES.index("frame_residual_mean")]
+        level = (residual[:, None] > self.tau * torch.tensor(self.kappa)).sum(1)
+        refresh = periodic(view, self.interval) | (residual > self.scene_change)
+        return Decision(refresh, LevelField(level[:, None, None, None].expand(-1, view.groups, 1, 1)))
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,20 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from resq_rl.envs import ClipStore, Decision, FrameView, Measurement, ResponseTable
+from resq_rl.envs import ClipStore, Decision, FrameView, Measurement, Policy, ResponseTable, TableSimulator
 from resq_rl.errors import PolicyError
-from resq_rl.quantization import LevelField, Reference
+from resq_rl.perception import Segmentation
+from resq_rl.quantization import LevelField, Reference, ResQModel
 
-__all__ = ["Schedule", "Scheduled", "best_schedule", "oracle_measurement"]
+__all__ = [
+    "Responses",
+    "Schedule",
+    "Scheduled",
+    "best_schedule",
+    "measure_schedules",
+    "oracle_measurement",
+    "rollout",
+]
 
 
 @dataclass(frozen=True)
@@ -83,30 +92,105 @@ def oracle_measurement(tables: Sequence[ResponseTable], trade_off: float) -> Mea
     Raises:
         PolicyError: lambda is not positive, or there are no tables.
     """
-    if not tables:
-        raise PolicyError("The oracle needs the table of at least one clip.")
+    schedules = [best_schedule(table, trade_off) for table in tables]
+    return measure_schedules(tables, schedules, {"trade_off": trade_off, "reference": "keyframe"})
+
+
+def measure_schedules(
+    tables: Sequence[ResponseTable],
+    schedules: Sequence[Schedule],
+    settings: dict[str, object],
+    policy_share: float = 0.0,
+) -> Measurement:
+    """What a schedule for each clip gives and spends.
+
+    Args:
+        tables, schedules: one per clip, in the order of the clips.
+        settings: what identifies the schedules.
+        policy_share: what deciding costs per decided frame, as a share of W8A8.
+
+    Raises:
+        PolicyError: there are no tables, or not a schedule for each.
+    """
+    if not tables or len(tables) != len(schedules):
+        raise PolicyError(f"One table and schedule per clip is needed, got {len(tables)} and {len(schedules)}.")
     confusions, sums = [], []
-    for table in tables:
-        key, age, level = best_schedule(table, trade_off).rows
+    for table, schedule in zip(tables, schedules, strict=True):
+        key, age, level = schedule.rows
         first = age == 0
-        row = torch.where(first, table.levels, level)
-        bops = table.bops[row]
-        keyframe, elementwise = bops[first].sum(), table.cost.elementwise[row].sum()
+        bops = table.bops[torch.where(first, table.levels, level)]
+        elementwise = table.cost.elementwise[torch.where(first, table.levels, level)].sum()
+        charged = bops + policy_share
+        charged[0] = bops[0]  # the first keyframe is no decision
         confusions.append(table.confusion[key, age, level].sum(0))
-        sums.append(torch.stack([keyframe, bops[~first].sum(), bops.amax(), first.sum(), elementwise]))
+        sums.append(torch.stack([bops[first].sum(), bops[~first].sum(), charged.amax(), first.sum(), elementwise]))
     keyframe, residual, peak, keyframes, elementwise = torch.stack(sums, 1)
+    frames = torch.tensor([table.frames for table in tables])
     return Measurement(
         torch.stack(confusions),
-        torch.tensor([table.frames for table in tables]),
+        frames,
         keyframe,
         residual,
-        torch.zeros(len(tables), dtype=torch.float64),
+        (frames - 1).double() * policy_share,
         peak,
         keyframes.long(),
         elementwise,
         tables[0].state_bytes,
-        {"trade_off": trade_off, "reference": "keyframe"},
+        settings,
     )
+
+
+@dataclass(frozen=True)
+class Responses:
+    """The tables of a store's clips: what frame-level decisions give there, without running the network.
+
+    Attributes:
+        model, task, store: as of a `Simulator`.
+        tables: one per clip.
+    """
+
+    model: ResQModel
+    task: Segmentation
+    store: ClipStore
+    tables: tuple[ResponseTable, ...]
+
+    def measure(self, policy: Policy) -> Measurement:
+        """What `resq_rl.envs.measure` gives for a policy of frame-level decisions against the keyframe reference."""
+        schedules: dict[int, Schedule] = {}
+        lengths = [len(clip) for clip in self.store.clips]
+        for length in dict.fromkeys(lengths):
+            index = [i for i, own in enumerate(lengths) if own == length]
+            simulator = TableSimulator(
+                self.model,
+                self.task,
+                self.store.subset(index),
+                [self.tables[i] for i in index],
+                slots=len(index),
+                trade_off_range=policy.trade_off_range,
+            )
+            schedules |= dict(zip(index, rollout(simulator, policy), strict=True))
+        share = policy.macs * policy.bits**2 / self.model.reference_bops()
+        return measure_schedules(self.tables, [schedules[i] for i in range(len(lengths))], policy.settings, share)
+
+
+def rollout(simulator: TableSimulator, policy: Policy) -> list[Schedule]:
+    """The schedules that a policy of frame-level decisions makes, one for the clip in each slot.
+
+    Args:
+        simulator: with as many slots as its store has clips, all of one length.
+        policy: decides one level for each frame, against the keyframe reference.
+    """
+    slots = list(range(simulator.slots))
+    simulator.start(slots, slots, [policy.trade_off] * len(slots))
+    chosen: list[list[int | None]] = [[None] for _ in slots]
+    while bool((simulator.time < simulator.length).all()):
+        decision = policy.decide(FrameView(simulator))
+        simulator.step(decision)  # which refuses all but levels
+        assert isinstance(decision.field, LevelField)
+        levels = decision.field.levels[:, 0, 0, 0].tolist()
+        for own, refresh, level in zip(chosen, decision.refresh.tolist(), levels, strict=True):
+            own.append(None if refresh else level)
+    return [Schedule(tuple(own)) for own in chosen]
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,11 +4,13 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from typing import TypeVar
 
+import numpy as np
+
 from resq_rl.envs import Measurement, Policy
 from resq_rl.policies.fixed import DynamicResQ, SkipGate, StaticResQ
 from resq_rl.quantization import DEFAULT_KAPPA, Reference
 
-__all__ = ["best_of", "best_policies", "dynamic_resq_settings", "skip_gate_settings", "static_resq_settings"]
+__all__ = ["best_of", "best_policies", "dynamic_resq_settings", "skip_gate_settings", "static_resq_settings", "thinned"]
 
 P = TypeVar("P", bound=Policy)
 
@@ -33,6 +35,15 @@ def best_of(measured: Iterable[tuple[P, Measurement]]) -> list[tuple[P, Measurem
         if not front or result.accuracy > front[-1][1].accuracy:
             front.append((policy, result))
     return front
+
+
+def thinned(front: Sequence[tuple[P, Measurement]], most: int) -> list[tuple[P, Measurement]]:
+    """At most `most` points of an envelope, both ends among them, spread evenly over the logarithm of BOPs."""
+    if len(front) <= most:
+        return list(front)
+    place = np.log([result.bops for _, result in front])
+    wanted = np.linspace(place[0], place[-1], most)
+    return [front[i] for i in sorted({int(np.abs(place - at).argmin()) for at in wanted})]
 
 
 def dynamic_resq_settings(

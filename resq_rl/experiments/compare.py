@@ -6,7 +6,7 @@ All tuning and every choice is made on the validation clips; the test clips are 
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 
 from resq_rl.envs import Measurement, Policy
+from resq_rl.experiments.frame_level import frame_heuristics, gap_closed, is_frame_level, oracle_front, tabulated
 from resq_rl.experiments.fronts import compare_fronts, points_of
 from resq_rl.experiments.plots import plot_curves, plot_fronts
 from resq_rl.experiments.progress import stage
@@ -29,7 +30,7 @@ from resq_rl.experiments.training import (
     train_policy,
 )
 from resq_rl.experiments.world import World, build_world
-from resq_rl.policies import PerFrame, RandomLevels
+from resq_rl.policies import LearnedPolicy, PerFrame, RandomLevels
 from resq_rl.policies.search import Strategy
 from resq_rl.policies.tuning import (
     best_of,
@@ -37,6 +38,7 @@ from resq_rl.policies.tuning import (
     dynamic_resq_settings,
     skip_gate_settings,
     static_resq_settings,
+    thinned,
 )
 
 __all__ = ["run"]
@@ -49,13 +51,18 @@ METHODS = (
     "skip_gate",
     "random",
     "dynamic_resq",
+    "frame_magnitude",
     "searched_thresholds",
     "random_search",
     "ppo",
     "oracle",
 )
 SEARCHES: dict[Strategy, str] = {"greedy": "searched_thresholds", "random": "random_search"}
+# With which PPO is compared.
+ANCHORS = ("dynamic_resq", "searched_thresholds", "random_search", "frame_magnitude", "static_resq")
 HALF_BITS = 4
+# Of each tuned front that is measured on the reported clips.
+FRONT_POINTS = 12
 
 
 @dataclass
@@ -120,16 +127,24 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
     """Run the comparison; writes `comparison.json`, plots, and a trained policy for each seed."""
     started = time.monotonic()
     world, fields = prepare_training(build_world(settings, ["train", "validation", settings.split]))
+    frame_level = is_frame_level(world)
+    world = tabulated(world) if frame_level else world
     bench = _Bench(world, run_dir, tracker, started)
     log.info("float network: %.4f on the %s clips", world.stores[settings.split].float_accuracy, settings.split)
     _measure_fixed(bench)
-    _measure_heuristics(bench)
-    _measure_searches(bench)
+    if frame_level:
+        _measure_tuned(bench, frame_heuristics(world))
+    else:
+        _measure_random(bench)
+        _measure_heuristics(bench)
+        _measure_searches(bench)
     by_seed, curves = _measure_ppo(bench, fields)
     float_accuracy = world.stores[settings.split].float_accuracy
-    for anchor in ("dynamic_resq", "searched_thresholds", "random_search", "static_resq"):
-        if anchor not in bench.measured:
-            continue
+    if frame_level:
+        bench.add("oracle", oracle_front(world, settings.split))
+        policies = {seed: LearnedPolicy.load(run_dir / f"seed{seed}") for seed in by_seed}
+        bench.deltas["gap_to_oracle_closed_by_ppo"] = gap_closed(world, policies, settings.split)
+    for anchor in (a for a in ANCHORS if a in bench.measured):
         bench.deltas[f"ppo_vs_{anchor}"] = compare_fronts(
             by_seed, bench.measured[anchor], float_accuracy=float_accuracy, seed=settings.seed
         )
@@ -156,8 +171,12 @@ def _measure_fixed(bench: _Bench) -> None:
     halved = world.measure_per_frame(PerFrame(), HALF_BITS, settings.split)
     halved = replace(halved, settings={"weight_bits": HALF_BITS, "activation_bits": HALF_BITS})
     bench.add("per_frame", [*per_frame, halved])
-    levels = len(settings.quantization.levels)
-    bench.add("random", bench.measure("random", [RandomLevels(levels, settings.seed, 16)]))
+
+
+def _measure_random(bench: _Bench) -> None:
+    settings = bench.world.settings
+    policy = RandomLevels(len(settings.quantization.levels), settings.seed, 16)
+    bench.add("random", bench.measure("random", [policy]))
 
 
 def _measure_heuristics(bench: _Bench) -> None:
@@ -168,22 +187,29 @@ def _measure_heuristics(bench: _Bench) -> None:
         "skip_gate": skip_gate_settings(intervals[:1], heuristic.taus[1::2], levels),
         "dynamic_resq": dynamic_resq_settings(intervals, references, heuristic.taus, heuristic.kappa),
     }
+    _measure_tuned(bench, candidates)
+
+
+def _measure_tuned(bench: _Bench, candidates: Mapping[str, Sequence[Any]]) -> None:
+    heuristic = bench.world.settings.heuristic
     for method, policies in candidates.items():
         chosen = _tuned(bench, method, policies)
         if method == "dynamic_resq":
             others = [replace(policy, kappa=kappa) for policy, _ in chosen for kappa in heuristic.other_kappas]
-            chosen = best_of([*chosen, *_tuned(bench, "kappa", others)])
+            chosen = thinned(best_of([*chosen, *_tuned(bench, "kappa", others)]), FRONT_POINTS)
             others = [replace(policy, scene_change=s) for policy, _ in chosen for s in heuristic.scene_changes]
-            chosen = best_of([*chosen, *_tuned(bench, "scene change", others)])
+            chosen = thinned(best_of([*chosen, *_tuned(bench, "scene change", others)]), FRONT_POINTS)
         bench.add(method, bench.measure(method, [policy for policy, _ in chosen]))
 
 
 def _tuned(bench: _Bench, name: str, policies: Sequence[Any]) -> list[tuple[Any, Measurement]]:
+    """The envelope of the policies on the validation clips, at most FRONT_POINTS of it."""
     if not policies:
         return []
     frames = bench.world.stores["validation"].frames
     with stage(f"tuning {name.replace('_', ' ')}", len(policies) * frames) as advance:
-        return best_policies(policies, lambda p: bench.world.measure(p, "validation", advance))
+        front = best_policies(policies, lambda p: bench.world.measure(p, "validation", advance))
+    return thinned(front, FRONT_POINTS)
 
 
 def _measure_searches(bench: _Bench) -> None:
@@ -206,8 +232,7 @@ def _measure_ppo(
             policy, report = train_policy(world, seed, folder, child, fields=fields, resume=False)
             bench.training_frames = report.frames + (fields.frames if fields else 0)
             candidates = front_candidates(world, policy)
-            with stage("choosing on validation", len(candidates) * world.stores["validation"].frames) as advance:
-                chosen = best_policies(candidates, lambda p: world.measure(p, "validation", advance))
+            chosen = _tuned(bench, "lambda", candidates)
             results = bench.measure("ppo", [policy for policy, _ in chosen])
             by_seed[seed] = [replace(m, settings={**m.settings, "seed": seed}) for m in results]
             for m in by_seed[seed]:

@@ -44,6 +44,7 @@ TITLES = {
     "skip_gate": "skip gate",
     "random": "random",
     "dynamic_resq": "Dynamic ResQ",
+    "frame_magnitude": "frame magnitude",
     "searched_thresholds": "searched thresholds",
     "random_search": "random search",
     "ppo": "PPO",
@@ -78,12 +79,12 @@ class Point:
 
 @dataclass(frozen=True)
 class BdEntry:
-    """A Bjontegaard delta of BOPs between two methods.
+    """A Bjontegaard delta of BOPs between two methods, or the share of a gap that a method closes.
 
     Attributes:
         value: percent, negative for fewer BOPs; None where it is not reported.
         ci95: 95% interval of `value`, or None.
-        accuracy_range: accuracies it is averaged over, or None.
+        accuracy_range: accuracies a delta is averaged over; None for a share.
         reason: why `value` or `ci95` is None.
         undefined_replicates: bootstrap replicates that had no value.
     """
@@ -262,8 +263,11 @@ def _short(value: Any) -> str:
 def _describe(entry: BdEntry) -> str:
     if entry.value is None:
         return f"not reported: {entry.reason}"
+    if entry.accuracy_range is None:
+        bounds = f" (95% from {entry.ci95[0]:.0f}% to {entry.ci95[1]:.0f}%)" if entry.ci95 else ""
+        return f"{entry.value:.0f}%{bounds}"
     interval = f"95% from {entry.ci95[0]:+.1f}% to {entry.ci95[1]:+.1f}%" if entry.ci95 else str(entry.reason)
-    low, high = entry.accuracy_range or (math.nan, math.nan)
+    low, high = entry.accuracy_range
     return f"{entry.value:+.1f}% BOPs at equal accuracy ({interval}; accuracy {low:.3f} to {high:.3f})"
 
 

@@ -37,7 +37,9 @@ Positive = Annotated[float, Bounds(above=0)]
 Share = Annotated[float, Bounds(at_least=0, at_most=1)]
 LayerKind = Literal["conv", "depthwise", "grouped", "linear", "pointwise", "transposed"]
 Reference = Literal["previous", "keyframe"]
-EnvironmentId = Literal["resq_rl/FrameBits-v0", "resq_rl/RegionBits-v0", "resq_rl/RegionThresholds-v0"]
+EnvironmentId = Literal[
+    "resq_rl/FrameBits-v0", "resq_rl/FrameLevel-v0", "resq_rl/RegionBits-v0", "resq_rl/RegionThresholds-v0"
+]
 
 
 class _Group:
@@ -134,8 +136,8 @@ class EnvironmentSettings(_Group):
             raise self._refuse("keyframe_intervals", "a list of at least one value")
         if isinstance(self.trade_off, tuple) and self.trade_off[0] > self.trade_off[1]:
             raise self._refuse("trade_off", "a number or an increasing range [low,high]")
-        if self.agents == "region" and self.id == "resq_rl/FrameBits-v0":
-            raise self._refuse("agents", "'frame' with resq_rl/FrameBits-v0, which has no regions")
+        if self.agents == "region" and self.id in ("resq_rl/FrameBits-v0", "resq_rl/FrameLevel-v0"):
+            raise self._refuse("agents", f"'frame' with {self.id}, which has no regions")
 
     @property
     def trade_off_range(self) -> tuple[float, float]:
@@ -203,6 +205,8 @@ class HeuristicSettings(_Group):
         kappa: factor of tau for each level above the lowest, increasing; also of threshold actions.
         other_kappas: tried beside `kappa` with the settings that were best with it.
         scene_changes: mean residuals of a frame (square root, 0..1) above which it runs as a keyframe, tried likewise.
+        frame_taus: for frame-level decisions, mean residuals of a frame (square root, 0..1) at which it takes a higher
+            level; `frame_kappa` are the multipliers by level.
         searches: how static thresholds per layer group are searched, with as many frames as PPO is trained on.
     """
 
@@ -214,6 +218,8 @@ class HeuristicSettings(_Group):
     kappa: Annotated[tuple[float, ...], Bounds(above=0)]
     other_kappas: Annotated[tuple[tuple[float, ...], ...], Bounds(above=0)]
     scene_changes: Annotated[tuple[float, ...], Bounds(above=0)]
+    frame_taus: Annotated[tuple[float, ...], Bounds(above=0)]
+    frame_kappa: Annotated[tuple[float, ...], Bounds(above=0)]
     searches: tuple[Literal["greedy", "random"], ...]
 
     def _check(self) -> None:
@@ -221,6 +227,7 @@ class HeuristicSettings(_Group):
             if not getattr(self, field):
                 raise self._refuse(field, "a list of at least one value")
         self._check_increasing("kappa")
+        self._check_increasing("frame_kappa")
         for other in self.other_kappas:
             if len(other) != len(self.kappa) or list(other) != sorted(other):
                 raise self._refuse("other_kappas", "lists of increasing values, each as long as heuristic.kappa")

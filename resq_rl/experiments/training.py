@@ -215,7 +215,7 @@ def searched_thresholds(world: World, strategy: Strategy) -> tuple[list[GroupThr
 
 def _few_clips(world: World) -> World:
     store = world.stores["train"]
-    return replace(world, stores={"train": store.subset(range(min(SEARCH_CLIPS, len(store))))})
+    return replace(world, stores={"train": store.subset(range(min(SEARCH_CLIPS, len(store))))}, responses={})
 
 
 def mean_error(result: Measurement, store: ClipStore) -> float:

@@ -1,8 +1,8 @@
 """From settings to what a job works on: clips, the calibrated model, its task, and agents to train."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,12 +17,14 @@ from resq_rl.envs import (
     Measurement,
     Policy,
     Simulator,
+    TableSimulator,
     measure,
 )
 from resq_rl.errors import NetworkError, SettingsError, VideoError
 from resq_rl.experiments.progress import Advance, stage
 from resq_rl.experiments.settings import Settings
 from resq_rl.perception import Segmentation
+from resq_rl.policies import Responses
 from resq_rl.quantization import QuantizationConfig, ResQModel, choose_residual_weight_bits
 from resq_rl.video import Clip, Split
 
@@ -32,6 +34,7 @@ log = logging.getLogger(__name__)
 
 AGENTS: dict[str, ActionKind] = {
     "resq_rl/FrameBits-v0": "frame_bits",
+    "resq_rl/FrameLevel-v0": "frame_level",
     "resq_rl/RegionBits-v0": "region_bits",
     "resq_rl/RegionThresholds-v0": "region_thresholds",
 }
@@ -49,6 +52,7 @@ class World:
         stores: clips by split.
         calibration: the clips it was calibrated on.
         video: name of the video for reports.
+        responses: tables of frame-level decisions by split, from which policies are measured and trained where given.
     """
 
     settings: Settings
@@ -58,9 +62,15 @@ class World:
     stores: dict[Split, ClipStore]
     calibration: tuple[Clip, ...]
     video: str
+    responses: Mapping[Split, Responses] = field(default_factory=dict)
 
     def measure(self, policy: Policy, split: Split, advance: Advance | None = None) -> Measurement:
         """Run a policy over the clips of a split."""
+        if split in self.responses:
+            result = self.responses[split].measure(policy)
+            if advance is not None:
+                advance(self.stores[split].frames)
+            return result
         return self._measure(self.model, policy, split, advance)
 
     def measure_per_frame(self, policy: Policy, bits: int, split: Split) -> Measurement:
@@ -97,23 +107,35 @@ class World:
             self.settings.heuristic.kappa,
         )
 
-    def agents(self, split: Split = "train") -> BatchedEnvironment:
-        """Agents on the clips of a split, for training."""
-        environment, store = self.settings.environment, self.stores[split]
+    def agents(self) -> BatchedEnvironment:
+        """Agents on the training clips."""
+        environment, store = self.settings.environment, self.stores["train"]
         episodes = EpisodeSettings(
             trade_off=environment.trade_off_range,
             intervals=environment.keyframe_intervals,
             reward_scale=self.settings.training.reward_scale,
             relative=True,
         )
-        simulator = Simulator(
-            self.model,
-            self.task,
-            store,
-            slots=environment.clips_per_batch,
-            grid=environment.grid,
-            reference=environment.reference,
-            trade_off_range=environment.trade_off_range,
+        slots, trade_off_range = environment.clips_per_batch, environment.trade_off_range
+        simulator = (
+            TableSimulator(
+                self.model,
+                self.task,
+                store,
+                self.responses["train"].tables,
+                slots=slots,
+                trade_off_range=trade_off_range,
+            )
+            if "train" in self.responses
+            else Simulator(
+                self.model,
+                self.task,
+                store,
+                slots=slots,
+                grid=environment.grid,
+                reference=environment.reference,
+                trade_off_range=trade_off_range,
+            )
         )
         return BatchedEnvironment(simulator, self.scheme(), episodes)
 

@@ -13,6 +13,7 @@ from resq_rl.policies import (
     dynamic_resq_settings,
     skip_gate_settings,
     static_resq_settings,
+    thinned,
 )
 
 PIXELS = 10
@@ -70,3 +71,14 @@ def test_settings_are_all_combinations() -> None:
     assert StaticResQ("previous", 16, level=3) in static
     gates = skip_gate_settings([8], [0.5, 1.0], 3)
     assert gates == [SkipGate("previous", 8, tau=0.5, levels=3), SkipGate("previous", 8, tau=1.0, levels=3)]
+
+
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=30, unique=True), st.integers(2, 8))
+def test_a_thinned_front_keeps_its_ends_and_its_order(bops: list[int], most: int) -> None:
+    front = [(StaticResQ(level=b), measurement(5, b)) for b in sorted(bops)]
+    kept = [m.bops for _, m in thinned(front, most)]
+    assert kept == sorted(set(kept))
+    assert len(kept) <= most
+    assert (kept[0], kept[-1]) == (min(bops), max(bops))
+    if len(bops) <= most:
+        assert kept == sorted(bops)
