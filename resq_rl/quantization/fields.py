@@ -42,7 +42,7 @@ class ThresholdField:
 
     Pixel p of a layer takes level #{j : m(p) > tau * kappa_j} with m(p) = max over channels |r(c, p)| / sigma, where r
     is the layer's residual and sigma its calibrated standard deviation (Dynamic ResQ, arXiv 2308.09511). A constant
-    field is exactly the heuristic with one tau. An infinite tau skips.
+    field is exactly the heuristic with one tau. An infinite tau gives the lowest level, which skips if it has 0 bits.
     """
 
     thresholds: Float[Tensor, "b g gh gw"]

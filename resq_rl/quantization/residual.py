@@ -32,10 +32,12 @@ class ResidualTable:
     integers in the same unit and one int32 accumulator serves pixels of mixed levels. Hardware needs a shift and at
     most one addition, no rescaling.
 
-    Under a bit field, a level has the step that calibration found best for all residuals. Under a threshold field,
-    level l gets the pixels whose largest magnitude lies between tau * kappa_l and tau * kappa_(l+1) sigma, so its step
-    follows tau: kappa_(l+1) tau sigma / (n + 2), n the largest code. That clips the largest residuals of the level a
-    little and resolves the many small ones beside them better; the closed loop makes up for what is clipped.
+    Under a bit field, a level has the step that calibration found best for all residuals. Under a threshold field, a
+    level gets the pixels whose largest magnitude lies in (tau kappa_l sigma, tau kappa_(l+1) sigma], so its step
+    follows tau: kappa_(l+1) tau sigma / (n + 2), n the largest code. That clips the largest residuals of the level (at
+    2 bits to a third of the bound) and resolves the many small ones beside them better; the closed loop makes up for
+    what is clipped. The highest level has no bound: 4 times its lower one stands for it, and its step is at least that
+    of bit fields. No code exceeds `largest_code`.
 
     Attributes:
         sigma: standard deviation of the residual, by which magnitudes are normalised.
@@ -103,15 +105,19 @@ def _units(table: ResidualTable, tau: float, kappa: Sequence[float]) -> tuple[in
     upper = (*kappa, OPEN_END * kappa[-1])
     steps = [u * tau * table.sigma / (n + 2) / table.step for u, n in zip(upper, table.limits, strict=True)]
     steps[-1] = max(steps[-1], table.units[-1])
-    return tuple(_whole(s, n) for s, n in zip(steps, table.limits, strict=True))
+    most = max(LARGEST_CODE, table.limits[-1])
+    return tuple(_whole(s, n, most) for s, n in zip(steps, table.limits, strict=True))
 
 
-def _whole(units: float, limit: int) -> int:
-    """The number 2^k or 3 * 2^k nearest to `units` by ratio that keeps codes up to `limit` small; 0 for limit 0."""
+def _whole(units: float, limit: int, most: int) -> int:
+    """The number 2^k or 3 * 2^k nearest to `units` by ratio with which codes up to `limit` stay within `most`.
+
+    0 for limit 0.
+    """
     if limit == 0:
         return 0
-    powers = [2**k for k in range(LARGEST_CODE.bit_length())]
-    allowed = [n for n in (*powers, *(3 * p for p in powers)) if n == 1 or n * limit <= LARGEST_CODE]
+    powers = [2**k for k in range(most.bit_length())]
+    allowed = [n for n in (*powers, *(3 * p for p in powers)) if n * limit <= most]
     nearest: int = min(allowed, key=lambda n: abs(math.log(n / max(units, 1.0))))
     return nearest
 
@@ -136,5 +142,5 @@ def residual_table(
     steps = [float(symmetric_step(samples[None], b, estimator)) if b else 0.0 for b in level_bits]
     finer = max(n for n in (1, 2, FINER) if n == 1 or n * limits[-1] <= LARGEST_CODE)
     unit = steps[-1] / finer
-    units = [_whole(s / unit, n) for s, n in zip(steps, limits, strict=True)]
+    units = [_whole(s / unit, n, largest_code(level_bits)) for s, n in zip(steps, limits, strict=True)]
     return ResidualTable(max(sigma, 1e-8), unit, tuple(limits), tuple(units))

@@ -5,6 +5,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+from gymnasium.spaces import MultiDiscrete
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.vector import DictInfoToList, RecordEpisodeStatistics
@@ -12,6 +13,7 @@ from gymnasium.wrappers.vector import DictInfoToList, RecordEpisodeStatistics
 from resq_rl.envs import (
     ActionKind,
     FrameBits,
+    FrameLevel,
     RegionBits,
     RegionThresholds,
     ResQEnv,
@@ -23,6 +25,7 @@ from tests.envs.worlds import World, first_difference
 
 ENVIRONMENTS: dict[str, type[ResQEnv]] = {
     "resq_rl/FrameBits-v0": FrameBits,
+    "resq_rl/FrameLevel-v0": FrameLevel,
     "resq_rl/RegionBits-v0": RegionBits,
     "resq_rl/RegionThresholds-v0": RegionThresholds,
 }
@@ -47,6 +50,10 @@ class TestFrameBits(SingleContract):
     kind = "frame_bits"
 
 
+class TestFrameLevel(SingleContract):
+    kind = "frame_level"
+
+
 class TestRegionBits(SingleContract):
     kind = "region_bits"
 
@@ -64,6 +71,10 @@ class TestRegionThresholdsByGroup(SingleContract):
 
 class TestVectorFrameBits(VectorContract):
     kind = "frame_bits"
+
+
+class TestVectorFrameLevel(VectorContract):
+    kind = "frame_level"
 
 
 class TestVectorRegionBits(VectorContract):
@@ -247,7 +258,7 @@ def test_infos_of_reset_tell_the_clip_and_lambda(world: World) -> None:
 
 
 def test_a_keyframe_by_action_costs_a_whole_frame(world: World) -> None:
-    for kind in ("frame_bits", "region_bits", "region_thresholds"):
+    for kind in ("frame_bits", "frame_level", "region_bits", "region_thresholds"):
         environment = single(kind, world)
         environment.reset(seed=0)
         skip = environment.core.scheme.uniform_action(
@@ -260,6 +271,24 @@ def test_a_keyframe_by_action_costs_a_whole_frame(world: World) -> None:
         _, _, _, _, info = environment.step(skip)
         assert info["keyframe"] is True
         assert info["bops"] == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("reference", ["previous", "keyframe"])
+def test_a_frame_level_is_the_same_bits_for_every_layer_group(reference: str, world: World) -> None:
+    one, each = (single(kind, world, reference=reference, budget=0.5) for kind in ("frame_level", "frame_bits"))
+    assert isinstance(one.action_space, MultiDiscrete)
+    assert one.action_space.nvec.tolist() == [4, 2]
+    assert one.feature_names == each.feature_names
+    assert first_difference(one.reset(seed=2)[0], each.reset(seed=2)[0]) is None
+    one.action_space.seed(2)
+    for t in range(12):
+        level, refresh = one.action_space.sample()
+        a, b = one.step(np.array([level, refresh])), each.step(np.array([level] * 3 + [refresh]))
+        difference = first_difference(a[0], b[0])
+        assert difference is None, f"step {t}, observation: {difference}"
+        assert a[1:] == b[1:], f"step {t}: {a[1:]} and {b[1:]}"
+        if a[3]:
+            assert first_difference(one.reset()[0], each.reset()[0]) is None, f"reset after step {t}"
 
 
 def test_clips_come_in_turn_without_shuffling(world: World) -> None:

@@ -9,7 +9,16 @@ import torch
 from resq_rl.envs import Decision, FrameView, Measurement, Policy, frames_of, measure
 from resq_rl.envs.observation import FRAME_FEATURES
 from resq_rl.errors import PolicyError
-from resq_rl.policies import DynamicResQ, GroupThresholds, PerFrame, RandomLevels, SkipGate, StaticResQ, periodic
+from resq_rl.policies import (
+    DynamicResQ,
+    FrameMagnitude,
+    GroupThresholds,
+    PerFrame,
+    RandomLevels,
+    SkipGate,
+    StaticResQ,
+    periodic,
+)
 from resq_rl.quantization import DEFAULT_KAPPA, LevelField, Reference, ThresholdField
 from tests.envs.worlds import World, first_difference
 
@@ -113,6 +122,66 @@ def test_a_scene_change_runs_as_a_keyframe(world: World) -> None:
     assert DynamicResQ(scene_change=0.4).settings["scene_change"] == 0.4
 
 
+def residuals_by_hand(world: World, clips: int) -> list[float]:
+    """Square root of the mean over pixels of the largest difference of a channel between the first two frames."""
+    found = []
+    for clip in world.store.clips[:clips]:
+        first, second = clip.frames[:2].double() / 255
+        found.append(float((second - first).abs().amax(0).mean().sqrt()))
+    return found
+
+
+@pytest.mark.parametrize("reference", ["previous", "keyframe"])
+@pytest.mark.parametrize("tau", [0.01, 0.2, 0.25, 0.3, 0.4, 1.0])
+@pytest.mark.parametrize("kappa", [(0.5, 1.0, 1.4), (0.9, 1.3)])
+def test_the_frames_residual_chooses_its_level(
+    tau: float, kappa: tuple[float, ...], reference: Reference, world: World
+) -> None:
+    view = world.view(4, reference=reference)
+    residuals = residuals_by_hand(world, 4)
+    assert view.observation.frame[:, FRAME_FEATURES.index("frame_residual_mean")].tolist() == pytest.approx(residuals)
+    decision = FrameMagnitude(reference, 0, tau=tau, kappa=kappa).decide(view)
+    levels = [len([k for k in kappa if m > tau * k]) for m in residuals]
+    assert levels_of(decision).amax((1, 2, 3)).tolist() == levels_of(decision).amin((1, 2, 3)).tolist() == levels
+    assert decision.refresh.tolist() == [False] * 4
+
+
+def test_the_frames_residual_must_exceed_its_thresholds(world: World) -> None:
+    view = world.view(2)
+    own = view.observation.frame[:, FRAME_FEATURES.index("frame_residual_mean")].tolist()
+    assert own[0] < own[1]
+    for index, level in ((0, [0, 1]), (1, [0, 0])):
+        policy = FrameMagnitude("keyframe", 0, tau=own[index], kappa=(1.0, 4.0), scene_change=own[index])
+        decision = policy.decide(view)
+        assert levels_of(decision)[:, 0, 0, 0].tolist() == level
+        assert decision.refresh.tolist() == [bool(n) for n in level]
+
+
+@pytest.mark.parametrize(("interval", "scene_change"), [(0, 0.25), (3, 1.0), (3, 0.25), (0, 1.0), (1, 1.0)])
+def test_keyframes_come_with_the_interval_or_a_large_residual(interval: int, scene_change: float, world: World) -> None:
+    view = world.view(4)
+    view.age = torch.tensor([0, 1, 2, 5])
+    residuals = residuals_by_hand(world, 4)
+    assert min(residuals) < 0.25 < max(residuals)
+    due = [interval > 0 and age + 1 >= interval for age in (0, 1, 2, 5)]
+    expected = [d or m > scene_change for d, m in zip(due, residuals, strict=True)]
+    decided = FrameMagnitude("keyframe", interval, tau=0.3, scene_change=scene_change).decide(view)
+    assert decided.refresh.tolist() == expected
+
+
+def test_a_higher_threshold_of_frames_spends_less(world: World) -> None:
+    bops = [run(world, FrameMagnitude("keyframe", 0, tau=tau)).bops for tau in (0.01, 0.2, 0.3, 0.4, 100.0)]
+    assert bops == sorted(bops, reverse=True)
+    assert len(set(bops)) > 3
+    assert bops[-1] == pytest.approx(4 / world.store.frames)
+
+
+def test_one_magnitude_for_all_levels_is_static_resq(world: World) -> None:
+    for tau, level in ((0.01, 3), (1.0, 0)):
+        static = StaticResQ("keyframe", 4, level=level)
+        assert_same(run(world, FrameMagnitude("keyframe", 4, tau=tau, kappa=(1.0, 2.0, 3.0))), run(world, static))
+
+
 def test_a_higher_threshold_spends_less(world: World) -> None:
     bops = [run(world, DynamicResQ("previous", 0, tau=tau)).bops for tau in (0.1, 0.5, 1.0, 3.0, 1000.0)]
     assert bops == sorted(bops, reverse=True)
@@ -153,6 +222,14 @@ def test_random_levels_are_reproducible_and_uniform(world: World) -> None:
         (PerFrame(), {"reference": "previous", "interval": 1}),
         (StaticResQ("keyframe", 4, level=1), {"reference": "keyframe", "interval": 4, "level": 1}),
         (DynamicResQ(tau=0.7), {"reference": "previous", "interval": 8, "tau": 0.7, "kappa": [1.0, 2.0, 8.0]}),
+        (
+            FrameMagnitude("keyframe", 3, tau=0.3, kappa=(0.5, 1.0)),
+            {"reference": "keyframe", "interval": 3, "tau": 0.3, "kappa": [0.5, 1.0]},
+        ),
+        (
+            FrameMagnitude(tau=0.3, kappa=(0.5, 1.0), scene_change=0.4),
+            {"reference": "previous", "interval": 8, "tau": 0.3, "kappa": [0.5, 1.0], "scene_change": 0.4},
+        ),
         (SkipGate(tau=0.7), {"reference": "previous", "interval": 8, "tau": 0.7}),
         (
             GroupThresholds(interval=0, taus=(1.0,)),
@@ -168,8 +245,9 @@ def test_settings_identify_a_policy_that_costs_nothing(policy: Policy, settings:
 
 
 def test_an_interval_below_zero_is_refused() -> None:
-    with pytest.raises(PolicyError, match=r"interval must be 0 .* or more, got -1"):
-        StaticResQ("previous", -1)
+    for kind in (StaticResQ, FrameMagnitude):
+        with pytest.raises(PolicyError, match=r"interval must be 0 .* or more, got -1"):
+            kind("previous", -1)
 
 
 def test_the_observation_is_not_computed_for_policies_that_do_not_look(

@@ -20,9 +20,6 @@ KAPPA = (1.0, 2.0, 8.0)
 LEVELS = [(0, 2, 4, 8), (0, 4), (0, 2, 4), (2, 4, 8), (0, 2, 9), (0, 8, 16), (0, 16), (2, 3), (0, 2, 3, 5)]
 
 
-# The largest number 2^k or 3 * 2^k of units with codes up to 512 (1 where even that has larger ones), by bits.
-MOST_UNITS = {2: 512, 3: 128, 4: 64, 5: 32, 8: 4, 9: 2, 10: 1, 16: 1}
-
 level_sets = st.sampled_from(LEVELS)
 kappas = st.lists(st.floats(0.05, 20.0), min_size=3, max_size=3).map(lambda values: tuple(sorted(values)))
 scales = st.integers(-20, 10).map(lambda k: 2.0**k)
@@ -43,9 +40,15 @@ def limit_of(bits: int) -> int:
     return 2 ** (bits - 1) - 1 if bits else 0
 
 
-def assert_near(units: float, wanted: float, bits: int) -> None:
+def most_units(bits: int, levels: tuple[int, ...]) -> int:
+    """The largest 2^k or 3 * 2^k with which no code exceeds 512, or the highest level's own codes."""
+    room = max(512, limit_of(levels[-1])) / limit_of(bits)
+    return max(n for n in (*(2**k for k in range(16)), *(3 * 2**k for k in range(16))) if n <= room or n == 1)
+
+
+def assert_near(units: float, wanted: float, bits: int, levels: tuple[int, ...]) -> None:
     """Neighbours are 3:2 apart or less, 2:1 below 2 units; the nearer one by ratio is at most the root of that off."""
-    wanted = min(max(wanted, 1), MOST_UNITS[bits])
+    wanted = min(max(wanted, 1), most_units(bits, levels))
     assert max(units / wanted, wanted / units) <= math.sqrt(1.5 if wanted >= 2 else 2) * (1 + 1e-6)
 
 
@@ -86,7 +89,7 @@ def test_steps_follow_the_threshold(levels: tuple[int, ...], kappa: tuple[float,
             wanted = upper[level] * tau * table.sigma / (limit_of(bits) + 2) / table.step
             if level == len(levels) - 1:
                 wanted = max(wanted, table.units[-1])  # no finer than under a bit field
-            assert_near(float(unit[row, level]), wanted, bits)
+            assert_near(float(unit[row, level]), wanted, bits, levels)
 
 
 @pytest.mark.parametrize("levels", LEVELS, ids=str)
@@ -95,7 +98,7 @@ def test_bit_fields_have_the_steps_that_err_least(levels: tuple[int, ...]) -> No
     for bits, units in zip(levels, table.units, strict=True):
         if bits:
             best = float(symmetric_step(samples()[None], bits, "least_squares"))
-            assert_near(units, best / table.step, bits)
+            assert_near(units, best / table.step, bits, levels)
     assert table.units[-1] * table.step == pytest.approx(best)
 
 
@@ -134,7 +137,7 @@ def test_a_skip_gate_has_the_steps_of_its_two_levels() -> None:
     unit = table.steps((1.0, 1.0))[2]
     for row, tau in enumerate(HALF_OCTAVES):
         assert unit[row, 0] == 0
-        assert_near(float(unit[row, 2]), max(4 * tau / 9 / table.step, 4), 4)
+        assert_near(float(unit[row, 2]), max(4 * tau / 9 / table.step, 4), 4, (0, 2, 4))
 
 
 # Rows ----------------------------------------------------------------------------------------------------------------
