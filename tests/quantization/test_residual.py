@@ -37,7 +37,7 @@ def table_of(levels: tuple[int, ...], seed: int = 0, scale: float = 1.0) -> Resi
 
 
 def limit_of(bits: int) -> int:
-    return 2 ** (bits - 1) - 1 if bits else 0
+    return int(2 ** (bits - 1)) - 1 if bits else 0
 
 
 def most_units(bits: int, levels: tuple[int, ...]) -> int:
