@@ -43,7 +43,7 @@ def limit_of(bits: int) -> int:
 def most_units(bits: int, levels: tuple[int, ...]) -> int:
     """The largest 2^k or 3 * 2^k with which no code exceeds 512, or the highest level's own codes."""
     room = max(512, limit_of(levels[-1])) / limit_of(bits)
-    return max(n for n in (*(2**k for k in range(16)), *(3 * 2**k for k in range(16))) if n <= room or n == 1)
+    return max(n for k in range(16) for n in (1 << k, 3 << k) if n <= room)
 
 
 def assert_near(units: float, wanted: float, bits: int, levels: tuple[int, ...]) -> None:
