@@ -117,7 +117,7 @@ class FrameMagnitude(_Free):
     """
 
     tau: float = 0.2
-    kappa: tuple[float, ...] = (0.01, 1.0, 1.4)
+    kappa: tuple[float, ...] = (0.5, 1.0, 1.4)
     scene_change: float = math.inf
 
     @property

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from jaxtyping import Int64
@@ -112,8 +113,12 @@ def measure_schedules(
     Raises:
         PolicyError: there are no tables, or not a schedule for each.
     """
-    if not tables or len(tables) != len(schedules):
-        raise PolicyError(f"One table and schedule per clip is needed, got {len(tables)} and {len(schedules)}.")
+    frames = [table.frames for table in tables]
+    if not frames or frames != [len(schedule.levels) for schedule in schedules]:
+        raise PolicyError(
+            f"A schedule for each clip is needed, of as many frames; tables have {frames}, schedules "
+            f"{[len(schedule.levels) for schedule in schedules]}."
+        )
     confusions, sums = [], []
     for table, schedule in zip(tables, schedules, strict=True):
         key, age, level = schedule.rows
@@ -125,13 +130,12 @@ def measure_schedules(
         confusions.append(table.confusion[key, age, level].sum(0))
         sums.append(torch.stack([bops[first].sum(), bops[~first].sum(), charged.amax(), first.sum(), elementwise]))
     keyframe, residual, peak, keyframes, elementwise = torch.stack(sums, 1)
-    frames = torch.tensor([table.frames for table in tables])
     return Measurement(
         torch.stack(confusions),
-        frames,
+        torch.tensor(frames),
         keyframe,
         residual,
-        (frames - 1).double() * policy_share,
+        (torch.tensor(frames) - 1).double() * policy_share,
         peak,
         keyframes.long(),
         elementwise,
@@ -155,7 +159,13 @@ class Responses:
     tables: tuple[ResponseTable, ...]
 
     def measure(self, policy: Policy) -> Measurement:
-        """What `resq_rl.envs.measure` gives for a policy of frame-level decisions against the keyframe reference."""
+        """What `resq_rl.envs.measure` gives for a policy of frame-level decisions.
+
+        Raises:
+            PolicyError: the policy decides for another reference than the keyframe, or not one level for each frame.
+        """
+        if policy.reference != "keyframe":
+            raise PolicyError(f"Tables hold frames against the keyframe, the policy is for {policy.reference!r}.")
         schedules: dict[int, Schedule] = {}
         lengths = [len(clip) for clip in self.store.clips]
         for length in dict.fromkeys(lengths):
@@ -185,9 +195,8 @@ def rollout(simulator: TableSimulator, policy: Policy) -> list[Schedule]:
     chosen: list[list[int | None]] = [[None] for _ in slots]
     while bool((simulator.time < simulator.length).all()):
         decision = policy.decide(FrameView(simulator))
-        simulator.step(decision)  # which refuses all but levels
-        assert isinstance(decision.field, LevelField)
-        levels = decision.field.levels[:, 0, 0, 0].tolist()
+        simulator.step(decision)  # which refuses all but one level for each frame
+        levels = cast(LevelField, decision.field).levels[:, 0, 0, 0].tolist()
         for own, refresh, level in zip(chosen, decision.refresh.tolist(), levels, strict=True):
             own.append(None if refresh else level)
     return [Schedule(tuple(own)) for own in chosen]

@@ -161,7 +161,7 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
 
 def _measure_fixed(bench: _Bench) -> None:
     settings, world = bench.world.settings, bench.world
-    per_frame = bench.measure("per_frame", [PerFrame()])
+    per_frame = bench.measure("per_frame", [PerFrame(settings.environment.reference)])
     quantization = settings.quantization
     bits: dict[str, object] = {
         "weight_bits": quantization.key_weight_bits,

@@ -29,6 +29,7 @@ SHORT = {
     "weight_bits": "W{}",
     "activation_bits": "A{}",
     "tau": "tau {}",
+    "scene_change": "scene change {}",
     "taus": "{}",
     "level": "level {}",
     "trade_off": "lambda {}",
@@ -264,8 +265,8 @@ def _describe(entry: BdEntry) -> str:
     if entry.value is None:
         return f"not reported: {entry.reason}"
     if entry.accuracy_range is None:
-        bounds = f" (95% from {entry.ci95[0]:.0f}% to {entry.ci95[1]:.0f}%)" if entry.ci95 else ""
-        return f"{entry.value:.0f}%{bounds}"
+        bounds = f"95% from {entry.ci95[0]:.0f}% to {entry.ci95[1]:.0f}%" if entry.ci95 else str(entry.reason)
+        return f"{entry.value:.0f}% ({bounds})"
     interval = f"95% from {entry.ci95[0]:+.1f}% to {entry.ci95[1]:+.1f}%" if entry.ci95 else str(entry.reason)
     low, high = entry.accuracy_range
     return f"{entry.value:+.1f}% BOPs at equal accuracy ({interval}; accuracy {low:.3f} to {high:.3f})"

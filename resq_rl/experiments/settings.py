@@ -73,6 +73,7 @@ class QuantizationSettings(_Group):
         key_weight_bits, key_activation_bits: bits of a keyframe.
         levels: activation bits that a residual may take, increasing; 0 skips.
         residual_weight_bits: "auto" (from calibration), one width, or one per kind of layer.
+        weight_tolerance: for "auto", by what factor the squared error of the output may grow over 8-bit weights.
         weight_rounding: "nearest", or "second_order": the weights of a channel together, from calibration clips.
         range_estimator: how ranges come from calibration clips.
         groups: "auto", or patterns of layer names by name of the group.
@@ -86,6 +87,7 @@ class QuantizationSettings(_Group):
     key_activation_bits: Bits
     levels: Annotated[tuple[int, ...], Bounds(at_least=0, at_most=16)]
     residual_weight_bits: Annotated[Literal["auto"] | int | Mapping[LayerKind, int], Bounds(at_least=2, at_most=16)]
+    weight_tolerance: Annotated[float, Bounds(at_least=1)]
     weight_rounding: Literal["nearest", "second_order"]
     range_estimator: Literal["least_squares", "min_max", "percentile"]
     groups: Literal["auto"] | Mapping[str, tuple[str, ...]]
@@ -223,7 +225,7 @@ class HeuristicSettings(_Group):
     searches: tuple[Literal["greedy", "random"], ...]
 
     def _check(self) -> None:
-        for field in ("intervals", "references", "taus"):
+        for field in ("intervals", "references", "taus", "frame_taus"):
             if not getattr(self, field):
                 raise self._refuse(field, "a list of at least one value")
         self._check_increasing("kappa")
@@ -284,11 +286,18 @@ class Settings(_Group):
     threads: Count
 
     def _check(self) -> None:
-        steps, levels = len(self.heuristic.kappa), len(self.quantization.levels)
-        if steps != levels - 1:
+        levels = len(self.quantization.levels)
+        for name in ("kappa", "frame_kappa"):
+            steps = len(getattr(self.heuristic, name))
+            if steps != levels - 1:
+                raise SettingsError(
+                    f"Setting 'heuristic.{name}' must have one value fewer than 'quantization.levels' ({levels}); "
+                    f"received {steps} values."
+                )
+        if self.environment.id == "resq_rl/FrameLevel-v0" and self.environment.reference != "keyframe":
             raise SettingsError(
-                f"Setting 'heuristic.kappa' must have one value fewer than 'quantization.levels' ({levels}); "
-                f"received {steps} values."
+                "Setting 'environment.reference' must be keyframe with resq_rl/FrameLevel-v0: only then do a frame's "
+                f"accuracy and BOPs follow from its keyframe and level; received {self.environment.reference!r}."
             )
 
 

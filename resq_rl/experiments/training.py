@@ -57,9 +57,9 @@ class ConstantFields:
     def trade_off_range(self) -> tuple[float, float]:
         """Values of lambda for which constant choices within 10 points of the float network's accuracy are best.
 
-        The ends are the slopes of error over BOPs at the two ends of that part of the lower convex hull, the lower one
-        halved, because learned policies go on where constant ones stop to gain. Where fewer than two choices come that
-        near, all are looked at.
+        The ends are the slopes of error over BOPs at the two ends of that part of the lower convex hull, a quarter of
+        the lower one, because learned policies go on where constant ones stop to gain. Where fewer than two choices
+        come that near, all are looked at.
 
         Raises:
             SettingsError: no choice is more accurate for more BOPs.
@@ -77,7 +77,7 @@ class ConstantFields:
                 "environment.trade_off=auto found no range: on the first training clips, no constant choice is more "
                 "accurate for more bits. Look at the network and its task, or give a range such as [0.01,1.0]."
             )
-        low, high = min(slopes) / 2, max(slopes)
+        low, high = min(slopes) / 4, max(slopes)
         return float(f"{low:.1e}"), float(f"{high:.1e}")
 
 

@@ -189,7 +189,8 @@ def _calibrated(settings: Settings, network: nn.Module, clips: Sequence[Clip]) -
         model = ResQModel(network, _example(clips), _config(settings))
         model.calibrate([clip.frames for clip in clips])
         if settings.quantization.residual_weight_bits == "auto":
-            bits = choose_residual_weight_bits(model, [clip.frames for clip in clips[:4]])
+            few = [clip.frames for clip in clips[:4]]
+            bits = choose_residual_weight_bits(model, few, tolerance=settings.quantization.weight_tolerance)
             log.info("residual weight bits: %s", ", ".join(f"{k} {b}" for k, b in sorted(bits.items())))
     return model
 

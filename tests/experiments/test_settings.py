@@ -86,6 +86,7 @@ MISTAKEN_VALUES: list[tuple[str, Any, str]] = [
     ("heuristic.frame_kappa", [1.0, 0.5, 1.4], "increasing values"),
     ("heuristic.frame_kappa", [], "increasing values"),
     ("heuristic.searches", ["greedi"], "'greedy'"),
+    ("heuristic.frame_taus", [], "at least one value"),
     ("quantization.weight_rounding", "neares", "'nearest'"),
     ("seed", -1, "at least 0"),
     ("threads", 0, "at least 1"),

@@ -199,7 +199,7 @@ def test_the_oracle_stands_beside_policies(world: World) -> None:
     assert result.state_bytes == world.model.state_bytes("keyframe")
     assert result.accuracy == float(mean_iou(result.confusion.sum(0)))
     assert result.peak.tolist() == pytest.approx([1.0] * 4)
-    with pytest.raises(PolicyError, match="at least one clip"):
+    with pytest.raises(PolicyError, match="A schedule for each clip is needed"):
         oracle_measurement([], 0.1)
 
 

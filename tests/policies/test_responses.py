@@ -170,5 +170,5 @@ def test_a_dear_policy_makes_a_residual_the_dearest_frame() -> None:
 @pytest.mark.parametrize(("tables", "schedules"), [(0, 0), (0, 1), (2, 1), (1, 2)])
 def test_each_table_needs_a_schedule(tables: int, schedules: int) -> None:
     table, schedule = random_table(3, 2, seed=0), Schedule((None, 1, 0))
-    with pytest.raises(PolicyError, match=rf"at least one clip|per clip is needed, got {tables} and {schedules}"):
+    with pytest.raises(PolicyError, match="A schedule for each clip is needed"):
         measure_schedules([table] * tables, [schedule] * schedules, {})
