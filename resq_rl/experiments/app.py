@@ -117,6 +117,9 @@ def main(arguments: Sequence[str] | None = None, commands: Mapping[str, Command]
         what = "Write the command before" if "=" in name or name.startswith("-") else "Unknown command"
         print(f"resq-rl: {what} '{name}'.{did_you_mean(name, commands)} See resq-rl --help.", file=sys.stderr)
         return 2
+    # Read when PyTorch is first imported, which commands do. Threads that wait by spinning are six times slower where
+    # the cores are shared with other work, and no faster where they are not.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     session = _Session(name, commands[name])
     if {"-h", "--help"} & set(rest):
         print(f"resq-rl {name}: {session.command.help}\n")
