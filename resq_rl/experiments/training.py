@@ -30,7 +30,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 SEARCH_CLIPS = 6
-# Fronts are compared down to so much below the float network's accuracy.
+# Fronts are compared over so much accuracy.
 REPORTED_LOSS = 0.1
 
 
@@ -40,14 +40,12 @@ class ConstantFields:
 
     Attributes:
         errors, bops, accuracies: by choice; errors as in the reward, BOPs as shares of W8A8.
-        float_accuracy: of the float network on the same clips.
         frames: how many frames were simulated.
     """
 
     errors: tuple[float, ...]
     bops: tuple[float, ...]
     accuracies: tuple[float, ...]
-    float_accuracy: float
     frames: int
 
     def best(self, trade_off: float) -> int:
@@ -55,7 +53,7 @@ class ConstantFields:
         return int(np.argmin([error + trade_off * bops for error, bops in zip(self.errors, self.bops, strict=True)]))
 
     def trade_off_range(self) -> tuple[float, float]:
-        """Values of lambda for which constant choices within 10 points of the float network's accuracy are best.
+        """Values of lambda for which constant choices within 10 points of the most accurate one are best.
 
         The ends are the slopes of error over BOPs at the two ends of that part of the lower convex hull, a quarter of
         the lower one, because learned policies go on where constant ones stop to gain. Where fewer than two choices
@@ -70,7 +68,7 @@ class ConstantFields:
             while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], point):
                 hull.pop()
             hull.append(point)
-        near = [p for p in hull if p[2] >= self.float_accuracy - REPORTED_LOSS]
+        near = [p for p in hull if p[2] >= max(self.accuracies) - REPORTED_LOSS]
         slopes = [_slope(a, b) for a, b in pairwise(near if len(near) > 1 else hull) if b[1] < a[1]]
         if not slopes:
             raise SettingsError(
@@ -161,7 +159,6 @@ def constant_fields(world: World) -> ConstantFields:
         tuple(mean_error(result, store) for result in results),
         tuple(result.bops for result in results),
         tuple(result.accuracy for result in results),
-        store.float_accuracy,
         scheme.choices * store.frames,
     )
 

@@ -9,15 +9,15 @@ from resq_rl.errors import SettingsError
 from resq_rl.experiments.training import ConstantFields
 
 
-def fields(*points: tuple[float, float, float], float_accuracy: float = 0.9) -> ConstantFields:
+def fields(*points: tuple[float, float, float]) -> ConstantFields:
     """From (error, BOPs, accuracy)."""
     errors, bops, accuracies = zip(*points, strict=True)
-    return ConstantFields(errors, bops, accuracies, float_accuracy, 100)
+    return ConstantFields(errors, bops, accuracies, 100)
 
 
 def test_the_range_ends_at_the_slopes_of_the_hull() -> None:
     known = fields((0.10, 0.5, 0.9), (0.11, 0.3, 0.88), (0.19, 0.2, 0.82), (0.69, 0.1, 0.5))
-    # A quarter of 0.01 / 0.2, and 0.08 / 0.1; the last point is too far below the float network.
+    # A quarter of 0.01 / 0.2, and 0.08 / 0.1; the last point is too far below the first.
     assert known.trade_off_range() == pytest.approx((0.012, 0.8))
 
 
@@ -27,7 +27,7 @@ def test_points_above_the_hull_do_not_count() -> None:
 
 
 def test_all_points_count_where_none_comes_near() -> None:
-    known = fields((0.5, 0.5, 0.4), (0.6, 0.3, 0.3), float_accuracy=0.9)
+    known = fields((0.5, 0.5, 0.4), (0.6, 0.3, 0.2))
     assert known.trade_off_range() == pytest.approx((0.12, 0.5))
 
 
