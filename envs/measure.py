@@ -15,7 +15,7 @@ from resq_rl.errors import SettingsError
 from resq_rl.perception import Segmentation, mean_iou
 from resq_rl.quantization import Reference, ResQModel
 
-__all__ = ["FrameView", "Measurement", "Policy", "frames_of", "measure"]
+__all__ = ["FrameView", "Measurement", "Policy", "batches", "frames_of", "measure"]
 
 
 class FrameView:
@@ -145,7 +145,7 @@ def measure(
     confusion = torch.zeros(clips, task.classes, task.classes, dtype=torch.int64)
     reference = model.reference_bops()
     policy_share = policy.macs * policy.bits**2 / reference
-    for batch in _batches(store, slots):
+    for batch in batches(store, slots):
         simulator = Simulator(
             model,
             task,
@@ -195,7 +195,7 @@ def frames_of(simulator: Simulator, policy: Policy) -> Iterator[FrameResult]:
         yield result
 
 
-def _batches(store: ClipStore, slots: int) -> list[Sequence[int]]:
+def batches(store: ClipStore, slots: int) -> list[Sequence[int]]:
     """Clips of equal length, at most `slots` together."""
     by_length: dict[int, list[int]] = {}
     for index, clip in enumerate(store.clips):

@@ -210,7 +210,7 @@ class Simulator:
         prediction = self.task.predict(output).cpu()
         error = self._error(prediction, gather(self.store.targets, self.clip[rows], self.time[rows]))
         features = output_features(prediction, self.task.uncertainty(output).cpu(), self.grid)
-        return self._finish(rows, prediction, error, features, cost)
+        return self._finish(rows, frames, prediction, error, features, cost)
 
     def _check_finite(self, output: Tensor, rows: Tensor) -> None:
         finite = torch.isfinite(output).flatten(1).all(1)
@@ -236,7 +236,7 @@ class Simulator:
         return gather(self.store.frame_tensors, self.clip[rows], self.time[rows])
 
     def _finish(
-        self, rows: Tensor, prediction: Tensor, error: Tensor, features: Tensor, cost: FrameCost
+        self, rows: Tensor, frames: Tensor, prediction: Tensor, error: Tensor, features: Tensor, cost: FrameCost
     ) -> FrameResult:
         """Remember what the next observations need of the frames that ran."""
         clips, times = self.clip[rows], self.time[rows]
@@ -246,7 +246,7 @@ class Simulator:
         spent = (by_group / self._group_bops[:, None, None] * regions).float()
         self._spent_there[rows] = spent.permute(0, 2, 3, 1).clamp_(0, 1)
         self._output[rows] = features
-        self._frame[rows] = self._frames(rows)
+        self._frame[rows] = frames
         self.spent[rows] += cost.total / self.reference_bops
         key = rows[cost.keyframe]
         self._key_frame[key] = self._frame[key]

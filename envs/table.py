@@ -206,7 +206,8 @@ class TableSimulator(Simulator):
         spent = self.tables[0].cost
         row = torch.where(decision.refresh, self.tables[0].levels, level)
         cost = FrameCost(spent.bops[row], decision.refresh, spent.elementwise[row])
-        return self._finish(rows, torch.zeros(len(rows), 0, 0, dtype=torch.uint8), error, output, cost)
+        prediction = torch.zeros(len(rows), 0, 0, dtype=torch.uint8)
+        return self._finish(rows, self._frames(rows), prediction, error, output, cost)
 
     def _level(self, rows: Tensor, state: StreamState, decision: Decision) -> Int64[Tensor, " b"]:
         """The one level of each decision.

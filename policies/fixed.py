@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from resq_rl.envs import Decision, FrameView
@@ -81,12 +81,8 @@ class StaticResQ(_Free):
 
 
 @dataclass(frozen=True)
-class DynamicResQ(_Free):
-    """Dynamic ResQ (arXiv 2308.09511): levels per pixel and layer from the residual's magnitude, one tau for all.
-
-    A frame also runs as a keyframe where its `frame_residual_mean` (see `resq_rl.envs.observation`) exceeds
-    `scene_change`, as it does after a cut.
-    """
+class _Magnitude(_Free):
+    """Thresholds tau * kappa_j on a magnitude; a frame whose mean residual exceeds `scene_change` is a keyframe too."""
 
     tau: float = 1.0
     kappa: tuple[float, ...] = DEFAULT_KAPPA
@@ -98,18 +94,31 @@ class DynamicResQ(_Free):
         own: dict[str, object] = {"tau": self.tau, "kappa": list(self.kappa)}
         return super().settings | own | ({"scene_change": self.scene_change} if self.scene_change < math.inf else {})
 
-    def decide(self, view: FrameView) -> Decision:
-        """One threshold everywhere."""
-        thresholds = ThresholdField.constant(self.tau, view.clips, view.groups, kappa=self.kappa)
-        refresh = periodic(view, self.interval)
-        if self.scene_change < math.inf:
-            residual = view.observation.frame[:, FRAME_FEATURES.index("frame_residual_mean")]
-            refresh = refresh | (residual > self.scene_change)
-        return Decision(refresh, thresholds)
+    def _refresh(self, view: FrameView) -> Bool[Tensor, " b"]:
+        due = periodic(view, self.interval)
+        return due if self.scene_change == math.inf else due | (_frame_residual(view) > self.scene_change)
+
+
+def _frame_residual(view: FrameView) -> Float[Tensor, " b"]:
+    return view.observation.frame[:, FRAME_FEATURES.index("frame_residual_mean")]
 
 
 @dataclass(frozen=True)
-class FrameMagnitude(_Free):
+class DynamicResQ(_Magnitude):
+    """Dynamic ResQ (arXiv 2308.09511): levels per pixel and layer from the residual's magnitude, one tau for all.
+
+    A frame also runs as a keyframe where its `frame_residual_mean` (see `resq_rl.envs.observation`) exceeds
+    `scene_change`, as it does after a cut.
+    """
+
+    def decide(self, view: FrameView) -> Decision:
+        """One threshold everywhere."""
+        thresholds = ThresholdField.constant(self.tau, view.clips, view.groups, kappa=self.kappa)
+        return Decision(self._refresh(view), thresholds)
+
+
+@dataclass(frozen=True)
+class FrameMagnitude(_Magnitude):
     """The magnitude-threshold rule for a whole frame: its level from its mean residual, and keyframes likewise.
 
     A frame with `frame_residual_mean` m (see `resq_rl.envs.observation`) takes level #{j : m > tau * kappa_j}, and runs
@@ -118,20 +127,11 @@ class FrameMagnitude(_Free):
 
     tau: float = 0.2
     kappa: tuple[float, ...] = (0.5, 1.0, 1.4)
-    scene_change: float = math.inf
-
-    @property
-    def settings(self) -> dict[str, object]:
-        """Fields that identify the policy."""
-        own: dict[str, object] = {"tau": self.tau, "kappa": list(self.kappa)}
-        return super().settings | own | ({"scene_change": self.scene_change} if self.scene_change < math.inf else {})
 
     def decide(self, view: FrameView) -> Decision:
         """One level for each frame."""
-        residual = view.observation.frame[:, FRAME_FEATURES.index("frame_residual_mean")]
-        level = (residual[:, None] > self.tau * torch.tensor(self.kappa)).sum(1)
-        refresh = periodic(view, self.interval) | (residual > self.scene_change)
-        return Decision(refresh, LevelField(level[:, None, None, None].expand(-1, view.groups, 1, 1)))
+        level = (_frame_residual(view)[:, None] > self.tau * torch.tensor(self.kappa)).sum(1)
+        return Decision(self._refresh(view), LevelField(level[:, None, None, None].expand(-1, view.groups, 1, 1)))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from resq_rl.envs import ClipStore, Decision, FrameView, Measurement, Policy, ResponseTable, TableSimulator
+from resq_rl.envs.measure import batches
 from resq_rl.errors import PolicyError
 from resq_rl.perception import Segmentation
 from resq_rl.quantization import LevelField, Reference, ResQModel
@@ -123,8 +124,8 @@ def measure_schedules(
     for table, schedule in zip(tables, schedules, strict=True):
         key, age, level = schedule.rows
         first = age == 0
-        bops = table.bops[torch.where(first, table.levels, level)]
-        elementwise = table.cost.elementwise[torch.where(first, table.levels, level)].sum()
+        row = torch.where(first, table.levels, level)
+        bops, elementwise = table.bops[row], table.cost.elementwise[row].sum()
         charged = bops + policy_share
         charged[0] = bops[0]  # the first keyframe is no decision
         confusions.append(table.confusion[key, age, level].sum(0))
@@ -167,9 +168,7 @@ class Responses:
         if policy.reference != "keyframe":
             raise PolicyError(f"Tables hold frames against the keyframe, the policy is for {policy.reference!r}.")
         schedules: dict[int, Schedule] = {}
-        lengths = [len(clip) for clip in self.store.clips]
-        for length in dict.fromkeys(lengths):
-            index = [i for i, own in enumerate(lengths) if own == length]
+        for index in batches(self.store, len(self.store)):
             simulator = TableSimulator(
                 self.model,
                 self.task,
@@ -180,7 +179,7 @@ class Responses:
             )
             schedules |= dict(zip(index, rollout(simulator, policy), strict=True))
         share = policy.macs * policy.bits**2 / self.model.reference_bops()
-        return measure_schedules(self.tables, [schedules[i] for i in range(len(lengths))], policy.settings, share)
+        return measure_schedules(self.tables, [schedules[i] for i in range(len(self.store))], policy.settings, share)
 
 
 def rollout(simulator: TableSimulator, policy: Policy) -> list[Schedule]:

@@ -215,8 +215,7 @@ def _tuned(bench: _Bench, name: str, policies: Sequence[Any]) -> list[tuple[Any,
 def _measure_searches(bench: _Bench) -> None:
     for strategy in bench.world.settings.heuristic.searches:
         method = SEARCHES[strategy]
-        policies, _ = searched_thresholds(bench.world, strategy)
-        chosen = _tuned(bench, method, policies)
+        chosen = _tuned(bench, method, searched_thresholds(bench.world, strategy))
         bench.add(method, bench.measure(method, [policy for policy, _ in chosen]))
 
 

@@ -114,8 +114,7 @@ def share_of_gap(
 
 
 def _trade_offs(world: World) -> list[float]:
-    low, high = world.settings.environment.trade_off_range
-    return [float(t) for t in np.geomspace(low, high, world.settings.training.trade_offs if high > low else 1)]
+    return world.settings.training.spread(world.settings.environment.trade_off_range)
 
 
 def _objective(world: World, split: Split, result: Measurement, trade_off: float) -> Float64[np.ndarray, " n"]:

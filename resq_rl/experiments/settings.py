@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -190,6 +191,11 @@ class TrainingSettings(_Group):
     checkpoint_every: Count
     trade_offs: Count
     resume: str | None
+
+    def spread(self, trade_off_range: tuple[float, float]) -> list[float]:
+        """`trade_offs` values of lambda over a range, evenly by ratio; one where the range is a single number."""
+        low, high = trade_off_range
+        return [float(t) for t in np.geomspace(low, high, self.trade_offs if high > low else 1)]
 
     def _check(self) -> None:
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):

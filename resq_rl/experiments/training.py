@@ -12,6 +12,7 @@ from resq_rl.envs.sb3 import AgentsVecEnv
 from resq_rl.errors import SettingsError
 from resq_rl.experiments.progress import stage
 from resq_rl.experiments.settings import Settings
+from resq_rl.experiments.statistics import MAXIMUM_ACCURACY_LOSS
 from resq_rl.experiments.tracking import Tracker
 from resq_rl.experiments.world import World
 from resq_rl.policies import DynamicResQ, GroupThresholds, LearnedPolicy, StaticResQ
@@ -30,8 +31,6 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 SEARCH_CLIPS = 6
-# Fronts are compared over so much accuracy.
-REPORTED_LOSS = 0.1
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class ConstantFields:
             while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], point):
                 hull.pop()
             hull.append(point)
-        near = [p for p in hull if p[2] >= max(self.accuracies) - REPORTED_LOSS]
+        near = [p for p in hull if p[2] >= max(self.accuracies) - MAXIMUM_ACCURACY_LOSS]
         slopes = [_slope(a, b) for a, b in pairwise(near if len(near) > 1 else hull) if b[1] < a[1]]
         if not slopes:
             raise SettingsError(
@@ -176,16 +175,14 @@ def prepare_training(world: World) -> tuple[World, ConstantFields | None]:
     return world, fields
 
 
-def searched_thresholds(world: World, strategy: Strategy) -> tuple[list[GroupThresholds], int]:
-    """Static thresholds per layer group, searched on a few training clips with the frames that one PPO run may use.
+def searched_thresholds(world: World, strategy: Strategy) -> list[GroupThresholds]:
+    """Static thresholds per layer group that are best for some lambda.
 
-    Returns:
-        The settings that are best for some lambda, and the number of frames that the search simulated.
+    They are searched on a few training clips with the frames that one PPO run may use.
     """
     settings, few = world.settings, _few_clips(world)
     environment, frames = settings.environment, few.stores["train"].frames
     evaluations = max(1, settings.training.frames // frames)
-    low, high = environment.trade_off_range
     groups, intervals = len(world.model.groups), environment.keyframe_intervals
     start = [
         GroupThresholds(environment.reference, intervals[0], taus=(tau,) * groups, kappa=settings.heuristic.kappa)
@@ -202,12 +199,12 @@ def searched_thresholds(world: World, strategy: Strategy) -> tuple[list[GroupThr
             start,
             environment.thresholds,
             intervals,
-            [float(t) for t in np.geomspace(low, high, settings.training.trade_offs if high > low else 1)],
+            settings.training.spread(environment.trade_off_range),
             evaluations=evaluations,
             strategy=strategy,
             seed=settings.seed,
         )
-    return [f.policy for f in found], evaluations * frames
+    return [f.policy for f in found]
 
 
 def _few_clips(world: World) -> World:
@@ -229,7 +226,6 @@ def _constant(scheme: ActionScheme, choice: int, interval: int, reference: objec
 
 def front_candidates(world: World, policy: LearnedPolicy) -> list[LearnedPolicy]:
     """A policy at every lambda and keyframe interval among which validation chooses."""
-    low, high = policy.trade_off_range
-    count = world.settings.training.trade_offs if high > low else 1
+    trade_offs = world.settings.training.spread(policy.trade_off_range)
     intervals = world.settings.environment.keyframe_intervals if policy.scheme.agents == "region" else (0,)
-    return [policy.at(float(t), i) for t in np.geomspace(low, high, count) for i in intervals]
+    return [policy.at(t, i) for t in trade_offs for i in intervals]
