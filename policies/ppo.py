@@ -1,6 +1,6 @@
 """Training policies with PPO of stable-baselines3."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def train_ppo(
     settings: PPOSettings,
     *,
     seed: int = 0,
-    warm_start: Callable[[float], int] | None = None,
+    warm_start: Callable[[float], int | Sequence[int]] | None = None,
     on_rollout: Callable[[Progress], None] | None = None,
     checkpoints: Path | None = None,
     resume: bool = False,
@@ -97,8 +97,8 @@ def train_ppo(
 
     Args:
         environment: agents of one scheme; its episodes draw lambda, so that one network serves the whole range.
-        warm_start: best uniform choice (threshold index or level) for a lambda; the policy then begins as that constant
-            field.
+        warm_start: for a lambda, the choice (threshold index or level) for all layer groups, or one for each, as which
+            the policy begins, in all regions.
         on_rollout: called after every rollout.
         checkpoints: folder for checkpoints; written every `checkpoint_every` rollouts and at the end.
         resume: go on from the newest checkpoint in `checkpoints`, if there is one.
@@ -170,7 +170,7 @@ class _Falling:
 def _clone_constant(
     model: PPO,
     environment: AgentsVecEnv,
-    warm_start: Callable[[float], int],
+    warm_start: Callable[[float], int | Sequence[int]],
     seed: int,
     steps: int = 400,
     width: float = 1.0,

@@ -1,6 +1,6 @@
 """Searching static thresholds per layer group: what a policy must beat to be worth its observation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -29,7 +29,7 @@ class Searched:
 
 def search_group_thresholds(
     evaluate: Callable[[GroupThresholds], tuple[float, float]],
-    start: Sequence[GroupThresholds],
+    known: Mapping[GroupThresholds, tuple[float, float]],
     thresholds: Sequence[float],
     intervals: Sequence[int],
     trade_offs: Sequence[float],
@@ -46,11 +46,11 @@ def search_group_thresholds(
 
     Args:
         evaluate: error and BOPs of a setting, on training clips.
-        start: settings tried first, such as constant fields.
+        known: settings to begin from, such as constant fields, with their error and BOPs.
         thresholds: what a group may take, ascending.
         intervals: what the keyframe interval may be.
         trade_offs: values of lambda to search for; a setting is the better, the lower error + lambda * BOPs.
-        evaluations: how many settings to try, those of `start` included.
+        evaluations: how many settings to try besides.
 
     Returns:
         Settings that are best for some lambda between the lowest and the highest of `trade_offs`, by rising BOPs.
@@ -59,22 +59,20 @@ def search_group_thresholds(
         SettingsError: there is nothing to start from, or to search over.
     """
     ascending = list(thresholds) == sorted(set(thresholds))
-    if not (start and trade_offs and intervals and ascending and evaluations >= 1):
+    if not (known and trade_offs and intervals and ascending and evaluations >= 0):
         raise SettingsError(
-            "A search needs settings to start from, lambdas, intervals, ascending thresholds and 1 evaluation or more."
+            "A search needs settings to start from, lambdas, intervals, ascending thresholds and 0 evaluations or more."
         )
     generator = np.random.default_rng(seed)
-    tried: dict[GroupThresholds, Searched] = {}
-    for policy in list(dict.fromkeys(start))[:evaluations]:
-        tried[policy] = Searched(policy, *evaluate(policy))
-    groups = len(start[0].taus)
+    tried = {policy: Searched(policy, *measured) for policy, measured in known.items()}
+    first, most = next(iter(tried)), len(tried) + evaluations
     misses = 0
-    while len(tried) < evaluations and misses < MOST_MISSES:
+    while len(tried) < most and misses < MOST_MISSES:
         wanted = trade_offs[len(tried) % len(trade_offs)]
         if strategy == "random":
-            drawn = generator.choice(np.array(thresholds), size=groups)
+            drawn = generator.choice(np.array(thresholds), size=len(first.taus))
             taus = tuple(float(t) for t in drawn)
-            policy = replace(start[0], taus=taus, interval=int(generator.choice(np.array(intervals))))
+            policy = replace(first, taus=taus, interval=int(generator.choice(np.array(intervals))))
         else:
             policy = _neighbour(_best(tried, wanted).policy, thresholds, intervals, generator)
         if policy in tried:

@@ -21,14 +21,9 @@ from resq_rl.experiments.plots import plot_curves, plot_fronts
 from resq_rl.experiments.progress import stage
 from resq_rl.experiments.results import BdEntry, Comparison, Point, print_comparison
 from resq_rl.experiments.settings import Settings
+from resq_rl.experiments.start import Start, measure_constants, prepare_training, searched_thresholds
 from resq_rl.experiments.tracking import Tracker
-from resq_rl.experiments.training import (
-    ConstantFields,
-    front_candidates,
-    prepare_training,
-    searched_thresholds,
-    train_policy,
-)
+from resq_rl.experiments.training import front_candidates, train_policy
 from resq_rl.experiments.world import World, build_world
 from resq_rl.policies import LearnedPolicy, PerFrame, RandomLevels
 from resq_rl.policies.search import Strategy
@@ -126,7 +121,7 @@ class _Bench:
 def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
     """Run the comparison; writes `comparison.json`, plots, and a trained policy for each seed."""
     started = time.monotonic()
-    world, fields = prepare_training(build_world(settings, ["train", "validation", settings.split]))
+    world, start = prepare_training(build_world(settings, ["train", "validation", settings.split]))
     frame_level = is_frame_level(world)
     world = tabulated(world) if frame_level else world
     bench = _Bench(world, run_dir, tracker, started)
@@ -137,8 +132,9 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
     else:
         _measure_random(bench)
         _measure_heuristics(bench)
-        _measure_searches(bench)
-    by_seed, curves = _measure_ppo(bench, fields)
+        if settings.heuristic.searches:
+            _measure_searches(bench, start)
+    by_seed, curves = _measure_ppo(bench, start)
     float_accuracy = world.stores[settings.split].float_accuracy
     if frame_level:
         bench.add("oracle", oracle_front(world, settings.split))
@@ -212,15 +208,21 @@ def _tuned(bench: _Bench, name: str, policies: Sequence[Any]) -> list[tuple[Any,
     return thinned(front, FRONT_POINTS)
 
 
-def _measure_searches(bench: _Bench) -> None:
-    for strategy in bench.world.settings.heuristic.searches:
+def _measure_searches(bench: _Bench, start: Start | None) -> None:
+    """Searched thresholds, with as many environment frames as the training of one policy."""
+    world, training = bench.world, bench.world.settings.training
+    frames = training.frames + (training.search_frames if training.warm_start else 0)
+    if start is None or world.scheme().kind != "region_thresholds":
+        start = measure_constants(world, replace(world.scheme(), kind="region_thresholds"))
+    for strategy in world.settings.heuristic.searches:
         method = SEARCHES[strategy]
-        chosen = _tuned(bench, method, searched_thresholds(bench.world, strategy))
+        found = searched_thresholds(world, start, frames, strategy)
+        chosen = _tuned(bench, method, [tried.policy for tried in found])
         bench.add(method, bench.measure(method, [policy for policy, _ in chosen]))
 
 
 def _measure_ppo(
-    bench: _Bench, fields: ConstantFields | None
+    bench: _Bench, start: Start | None
 ) -> tuple[dict[int, list[Measurement]], dict[str, list[dict[str, float]]]]:
     world, settings = bench.world, bench.world.settings
     by_seed: dict[int, list[Measurement]] = {}
@@ -228,8 +230,8 @@ def _measure_ppo(
     for seed in settings.training.seeds:
         folder = bench.run_dir / f"seed{seed}"
         with bench.tracker.child(f"ppo seed {seed}", {"seed": seed, "method": "ppo"}) as child:
-            policy, report = train_policy(world, seed, folder, child, fields=fields, resume=False)
-            bench.training_frames = report.frames + (fields.frames if fields else 0)
+            policy, report = train_policy(world, seed, folder, child, start=start, resume=False)
+            bench.training_frames = report.frames + (start.frames if start else 0)
             candidates = front_candidates(world, policy)
             chosen = _tuned(bench, "lambda", candidates)
             results = bench.measure("ppo", [policy for policy, _ in chosen])

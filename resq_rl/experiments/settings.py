@@ -166,7 +166,9 @@ class TrainingSettings(_Group):
         hidden: units of the policy network's hidden layers.
         policy_bits: width at which the policy network is charged.
         reward_scale: factor of every reward.
-        warm_start: start as the best constant choice for each lambda instead of at random.
+        warm_start: begin as the choices that are best for each lambda, the same in all regions, instead of at random.
+        search_frames: environment frames that go, besides, into searching a threshold for each layer group to begin
+            from; with 0 the policy begins with one choice for all of them.
         checkpoint_every: rollouts between checkpoints.
         trade_offs: how many values of lambda, spread over its range, make the front.
         resume: folder of the run to go on from, or None.
@@ -188,6 +190,7 @@ class TrainingSettings(_Group):
     policy_bits: Annotated[int, Bounds(at_least=2, at_most=32)]
     reward_scale: Positive
     warm_start: bool
+    search_frames: Annotated[int, Bounds(at_least=0)]
     checkpoint_every: Count
     trade_offs: Count
     resume: str | None
@@ -215,7 +218,7 @@ class HeuristicSettings(_Group):
         scene_changes: mean residuals of a frame (square root, 0..1) above which it runs as a keyframe, tried likewise.
         frame_taus: for frame-level decisions, mean residuals of a frame (square root, 0..1) at which it takes a higher
             level; `frame_kappa` are the multipliers by level.
-        searches: how static thresholds per layer group are searched, with as many frames as PPO is trained on.
+        searches: how static thresholds per layer group are searched, with as many frames as the training of one policy.
     """
 
     _prefix: ClassVar[str] = "heuristic."

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from resq_rl.experiments.results import write_summary
 from resq_rl.experiments.settings import Settings
+from resq_rl.experiments.start import prepare_training
 from resq_rl.experiments.tracking import Tracker
-from resq_rl.experiments.training import front_candidates, prepare_training, train_policy
+from resq_rl.experiments.training import front_candidates, train_policy
 from resq_rl.experiments.world import build_world
 from resq_rl.policies.tuning import best_policies
 
@@ -17,17 +18,17 @@ log = logging.getLogger(__name__)
 
 def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
     """Train; `summary.json` holds the validation front of each seed."""
-    world, fields = prepare_training(build_world(settings, ["train", "validation"]))
+    world, start = prepare_training(build_world(settings, ["train", "validation"]))
     resume = settings.training.resume
     base = Path(resume) if resume else run_dir
     summary = []
     for seed in settings.training.seeds:
         folder = base / f"seed{seed}"
         with tracker.child(f"ppo seed {seed}", {"seed": seed, "method": "ppo"}) as child:
-            policy, report = train_policy(world, seed, folder, child, fields=fields, resume=resume is not None)
+            policy, report = train_policy(world, seed, folder, child, start=start, resume=resume is not None)
             front = best_policies(front_candidates(world, policy), lambda p: world.measure(p, "validation"))
             points = [{"accuracy": m.accuracy, "bops": m.bops, "settings": p.settings} for p, m in front]
-        frames = report.frames + (fields.frames if fields else 0)
+        frames = report.frames + (start.frames if start else 0)
         summary.append({"seed": seed, "policy": str(folder), "frames": frames, "validation_front": points})
         write_summary(run_dir / "summary.json", {"policies": summary, "curves": {str(seed): report.curve}})
         for point in points:

@@ -1,18 +1,25 @@
-"""Choosing the range of lambda from what constant fields gave."""
+"""What training begins from: the range of lambda from constant fields, and the best that was tried."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from resq_rl.envs import ActionScheme
 from resq_rl.errors import SettingsError
-from resq_rl.experiments.training import ConstantFields
+from resq_rl.experiments.start import Start, Tried, choices_of
+from resq_rl.policies import GroupThresholds, StaticResQ
 
 
-def fields(*points: tuple[float, float, float]) -> ConstantFields:
-    """From (error, BOPs, accuracy)."""
-    errors, bops, accuracies = zip(*points, strict=True)
-    return ConstantFields(errors, bops, accuracies, 100)
+def fields(*points: tuple[float, float, float]) -> Start:
+    """From (error, BOPs, accuracy) of levels 0, 1, ..."""
+    return Start(tuple(Tried(StaticResQ(level=i), *point) for i, point in enumerate(points)))
+
+
+def level(start: Start, trade_off: float) -> int:
+    policy = start.best(trade_off)
+    assert isinstance(policy, StaticResQ)
+    return policy.level
 
 
 def test_the_range_ends_at_the_slopes_of_the_hull() -> None:
@@ -45,7 +52,7 @@ def test_the_best_choice_and_the_range_agree(points: list[tuple[float, float, fl
     """Beyond the upper end the choice never changes any more among those near the float network."""
     known = fields(*points)
     trade_off = 10.0**exponent
-    chosen = known.best(trade_off)
+    chosen = level(known, trade_off)
     losses = [error + trade_off * bops for error, bops, _ in points]
     assert losses[chosen] == min(losses)
     try:
@@ -54,5 +61,18 @@ def test_the_best_choice_and_the_range_agree(points: list[tuple[float, float, fl
         return
     assert 0 < low <= high
     if all(p[2] >= 0.8 for p in points):
-        beyond = {points[known.best(t)][:2] for t in np.geomspace(1.06 * high + 1e-9, 1e6, 5)}
+        beyond = {points[level(known, t)][:2] for t in np.geomspace(1.06 * high + 1e-9, 1e6, 5)}
         assert len(beyond) == 1
+
+
+def test_searched_thresholds_are_taken_where_they_are_better() -> None:
+    scheme = ActionScheme("region_thresholds", "region", 2, (2, 2), thresholds=(0.5, 1.0, 2.0))
+    constants = [Tried(GroupThresholds(taus=(t, t)), e, b, 0.9) for t, e, b in ((0.5, 0.1, 0.5), (2.0, 0.5, 0.1))]
+    start = Start(tuple(constants), (Tried(GroupThresholds(taus=(0.5, 2.0)), 0.15, 0.2),))
+    assert [list(choices_of(scheme, start.best(t))) for t in (0.01, 0.5, 9.0)] == [[0, 0], [0, 2], [2, 2]]
+    assert start.trade_off_range() == pytest.approx((0.25, 1.0)), "constants alone set the range"
+
+
+def test_a_level_stands_for_all_layer_groups() -> None:
+    scheme = ActionScheme("frame_bits", "frame", 3, (2, 2))
+    assert list(choices_of(scheme, StaticResQ(level=2))) == [2, 2, 2]

@@ -1,0 +1,168 @@
+"""What training begins from: choices that are the same in all regions, tried on a few training clips."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
+
+from resq_rl.envs import ActionScheme, ClipStore, Measurement
+from resq_rl.errors import SettingsError
+from resq_rl.experiments.progress import stage
+from resq_rl.experiments.statistics import MAXIMUM_ACCURACY_LOSS
+from resq_rl.experiments.world import World
+from resq_rl.policies import GroupThresholds, StaticResQ
+from resq_rl.policies.search import Strategy, search_group_thresholds
+
+__all__ = ["Start", "Tried", "measure_constants", "prepare_training", "searched_thresholds"]
+
+log = logging.getLogger(__name__)
+
+SEARCH_CLIPS = 6
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What one policy gave: error as in the reward, BOPs as a share of W8A8."""
+
+    policy: GroupThresholds | StaticResQ
+    error: float
+    bops: float
+    accuracy: float = float("nan")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Policies that were tried, at every keyframe interval.
+
+    Attributes:
+        constants: the same choice (threshold or level) for all layer groups.
+        searched: a threshold for each layer group; empty where none were searched.
+        frames: how many frames were simulated for all of them.
+    """
+
+    constants: tuple[Tried, ...]
+    searched: tuple[Tried, ...] = ()
+    frames: int = 0
+
+    def best(self, trade_off: float) -> GroupThresholds | StaticResQ:
+        """The policy with the highest reward for a lambda."""
+        return min((*self.constants, *self.searched), key=lambda t: t.error + trade_off * t.bops).policy
+
+    def trade_off_range(self) -> tuple[float, float]:
+        """Values of lambda for which constant choices within 10 points of the most accurate one are best.
+
+        The ends are the slopes of error over BOPs at the two ends of that part of the lower convex hull, a quarter of
+        the lower one, because learned policies go on where constant ones stop to gain. Where fewer than two choices
+        come that near, all are looked at.
+
+        Raises:
+            SettingsError: no choice is more accurate for more BOPs.
+        """
+        points = sorted((t.bops, t.error, t.accuracy) for t in self.constants)
+        hull: list[tuple[float, float, float]] = []
+        for point in points:
+            while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], point):
+                hull.pop()
+            hull.append(point)
+        near = [p for p in hull if p[2] >= max(t.accuracy for t in self.constants) - MAXIMUM_ACCURACY_LOSS]
+        slopes = [_slope(a, b) for a, b in pairwise(near if len(near) > 1 else hull) if b[1] < a[1]]
+        if not slopes:
+            raise SettingsError(
+                "environment.trade_off=auto found no range: on the first training clips, no constant choice is more "
+                "accurate for more bits. Look at the network and its task, or give a range such as [0.01,1.0]."
+            )
+        low, high = min(slopes) / 4, max(slopes)
+        return float(f"{low:.1e}"), float(f"{high:.1e}")
+
+
+def _slope(a: tuple[float, float, float], b: tuple[float, float, float]) -> float:
+    """Error saved per BOPs spent from one point to a more expensive one."""
+    return (a[1] - b[1]) / max(b[0] - a[0], 1e-12)
+
+
+def prepare_training(world: World) -> tuple[World, Start | None]:
+    """The world with its range of lambda settled, and what training begins from, where it was measured."""
+    environment, training = world.settings.environment, world.settings.training
+    if environment.trade_off != "auto" and not training.warm_start:
+        return world, None
+    scheme = world.scheme()
+    start = measure_constants(world, scheme)
+    if environment.trade_off == "auto":
+        chosen = start.trade_off_range()
+        log.info("lambda from %g to %g", *chosen)
+        world = replace(world, settings=replace(world.settings, environment=replace(environment, trade_off=chosen)))
+    if training.warm_start and training.search_frames and scheme.kind == "region_thresholds" and scheme.by_group:
+        found = searched_thresholds(world, start, training.search_frames, "greedy")
+        start = replace(start, searched=tuple(found), frames=start.frames + training.search_frames)
+    return world, start
+
+
+def measure_constants(world: World, scheme: ActionScheme) -> Start:
+    """Measure every constant choice of a scheme at every keyframe interval."""
+    environment, few = world.settings.environment, _few_clips(world)
+    store = few.stores["train"]
+    policies = [
+        _constant(scheme, choice, interval, environment.reference)
+        for interval, choice in product(environment.keyframe_intervals, range(scheme.choices))
+    ]
+    with stage("constant fields", len(policies) * store.frames) as advance:
+        results = [few.measure(policy, "train", advance) for policy in policies]
+    tried = (
+        Tried(policy, mean_error(result, store), result.bops, result.accuracy)
+        for policy, result in zip(policies, results, strict=True)
+    )
+    return Start(tuple(tried), frames=len(policies) * store.frames)
+
+
+def searched_thresholds(world: World, start: Start, frames: int, strategy: Strategy) -> list[Tried]:
+    """Static thresholds per layer group that are best for some lambda, searched on a few training clips.
+
+    Args:
+        start: constants, from which the search begins.
+        frames: environment frames that it may spend.
+    """
+    settings, few = world.settings, _few_clips(world)
+    store, environment = few.stores["train"], settings.environment
+    evaluations = frames // store.frames
+    with stage(f"{strategy} search", evaluations * store.frames) as advance:
+
+        def evaluate(policy: GroupThresholds) -> tuple[float, float]:
+            result = few.measure(policy, "train", advance)
+            return mean_error(result, store), result.bops
+
+        found = search_group_thresholds(
+            evaluate,
+            {t.policy: (t.error, t.bops) for t in start.constants if isinstance(t.policy, GroupThresholds)},
+            environment.thresholds,
+            environment.keyframe_intervals,
+            settings.training.spread(environment.trade_off_range),
+            evaluations=evaluations,
+            strategy=strategy,
+            seed=settings.seed,
+        )
+    return [Tried(f.policy, f.error, f.bops) for f in found]
+
+
+def choices_of(scheme: ActionScheme, policy: GroupThresholds | StaticResQ) -> Sequence[int]:
+    """The choice of every layer group by which a scheme's agents act as the policy."""
+    if isinstance(policy, StaticResQ):
+        return [policy.level] * scheme.groups
+    return [scheme.thresholds.index(tau) for tau in policy.taus]
+
+
+def _constant(scheme: ActionScheme, choice: int, interval: int, reference: object) -> GroupThresholds | StaticResQ:
+    if scheme.kind == "region_thresholds":
+        taus = (scheme.thresholds[choice],) * scheme.groups
+        return GroupThresholds(reference, interval, taus=taus, kappa=scheme.kappa)  # type: ignore[arg-type]
+    return StaticResQ(reference, interval, level=choice)  # type: ignore[arg-type]
+
+
+def _few_clips(world: World) -> World:
+    store = world.stores["train"]
+    return replace(world, stores={"train": store.subset(range(min(SEARCH_CLIPS, len(store))))}, responses={})
+
+
+def mean_error(result: Measurement, store: ClipStore) -> float:
+    """Mean cost of a pixel under the store's error table, as in the reward."""
+    pixels = result.confusion.sum(0).double()
+    return float((pixels * store.error_table).sum() / pixels.sum())
