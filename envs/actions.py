@@ -12,11 +12,11 @@ from torch import Tensor
 from resq_rl.envs.observation import FRAME_FEATURES, Observation, region_features
 from resq_rl.envs.simulator import Decision
 from resq_rl.errors import PolicyError, SettingsError
-from resq_rl.quantization import DEFAULT_KAPPA, LevelField, ThresholdField
+from resq_rl.quantization import DEFAULT_KAPPA, Field, LevelField, ThresholdField
 
 __all__ = ["DEFAULT_THRESHOLDS", "ActionKind", "ActionScheme", "Agents"]
 
-ActionKind = Literal["frame_bits", "frame_level", "region_bits", "region_thresholds"]
+ActionKind = Literal["frame_bits", "frame_level", "keyframe", "region_bits", "region_thresholds"]
 Agents = Literal["frame", "region"]
 
 # From "quantize nearly everything finely" to "skip"; neighbours differ by a factor of about 1.5.
@@ -28,10 +28,11 @@ class ActionScheme:
     """The discrete actions of one agent.
 
     Attributes:
-        kind: "frame_bits" (a level per layer group), "frame_level" (one level for all of them), "region_bits" (a level
-            per region) or "region_thresholds" (a threshold index per region, from which levels follow per pixel).
+        kind: "frame_bits" (a level per layer group), "frame_level" (one level for all of them), "keyframe" (keyframe or
+            not, and nothing else), "region_bits" (a level per region) or "region_thresholds" (a threshold index per
+            region, from which levels follow per pixel).
         agents: "frame", one agent decides for the whole frame and for the keyframe; or "region", every region is an
-            agent that decides for itself, and keyframes follow a fixed interval.
+            agent that decides for itself, and keyframes come from elsewhere.
         groups, grid, levels: layer groups, regions (rows, columns) and number of levels of the model.
         by_group: whether a region's choice is made for each layer group on its own.
         thresholds, kappa: values behind threshold indices, and the multipliers of the rule.
@@ -59,7 +60,7 @@ class ActionScheme:
 
     @property
     def _whole_frame(self) -> bool:
-        return self.kind in ("frame_bits", "frame_level")
+        return self.kind in ("frame_bits", "frame_level", "keyframe")
 
     @property
     def regions(self) -> int:
@@ -82,7 +83,7 @@ class ActionScheme:
         per_region = self.groups if self.by_group else 1
         if self.agents == "region":
             return (self.choices,) * per_region
-        count = {"frame_bits": self.groups, "frame_level": 1}.get(self.kind, self.regions * per_region)
+        count = {"frame_bits": self.groups, "frame_level": 1, "keyframe": 0}.get(self.kind, self.regions * per_region)
         return (*(self.choices,) * count, 2)
 
     @property
@@ -110,18 +111,30 @@ class ActionScheme:
         array: np.ndarray = view.numpy()
         return array
 
-    def decide(self, actions: Int[np.ndarray, "agents k"], due: Bool[Tensor, " b"] | None = None) -> Decision:
+    def decide(
+        self,
+        actions: Int[np.ndarray, "agents k"],
+        due: Bool[Tensor, " b"] | None = None,
+        field: Field | None = None,
+    ) -> Decision:
         """The decision that the agents' actions make together.
 
         Args:
             actions: one row per agent, in the order of `observe`.
             due: for region agents, which clips are due a keyframe.
+            field: for "keyframe", how the frames run that are none.
 
         Raises:
-            PolicyError: the actions have another shape or are out of range.
+            PolicyError: the actions have another shape or are out of range, or "keyframe" is given no field.
         """
         chosen = torch.as_tensor(np.asarray(actions))
         self._check(chosen)
+        if self.kind == "keyframe":
+            if field is None:
+                raise PolicyError(
+                    "Actions of kind 'keyframe' choose no bits: give decide() the field of another policy."
+                )
+            return Decision(chosen[:, -1] == 1, field)
         if self.agents == "region":
             clips = len(chosen) // self.regions
             table = chosen.view(clips, *self.grid, -1).permute(0, 3, 1, 2)
@@ -162,7 +175,7 @@ class ActionScheme:
         if self.agents == "region":
             values = per_group if self.by_group else per_group[:1]
         elif self._whole_frame:
-            values = [*(per_group if self.kind == "frame_bits" else per_group[:1]), 0]
+            values = [*per_group[: len(self.nvec) - 1], 0]
         else:
             values = [*(per_group if self.by_group else per_group[:1]) * self.regions, 0]
         return np.array(values, dtype=np.int64)

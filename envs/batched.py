@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from resq_rl.envs.actions import ActionScheme
+from resq_rl.envs.measure import FrameView, Policy
 from resq_rl.envs.simulator import FrameResult, Simulator
 from resq_rl.errors import SettingsError, VideoError
 
@@ -91,6 +92,8 @@ class BatchedEnvironment:
         scheme: actions and observations of the agents.
         episodes: what is drawn for each episode.
         autoreset: whether a clip that ends is followed by the next in the same step.
+        fields: for actions of kind "keyframe", the policy whose fields the frames in between take; its own keyframes
+            are ignored.
 
     Raises:
         SettingsError: the parts do not fit each other.
@@ -98,7 +101,13 @@ class BatchedEnvironment:
     """
 
     def __init__(
-        self, simulator: Simulator, scheme: ActionScheme, episodes: EpisodeSettings, *, autoreset: bool = True
+        self,
+        simulator: Simulator,
+        scheme: ActionScheme,
+        episodes: EpisodeSettings,
+        *,
+        autoreset: bool = True,
+        fields: Policy | None = None,
     ) -> None:
         if scheme.groups != simulator.groups or scheme.grid != simulator.grid:
             raise SettingsError(
@@ -110,6 +119,7 @@ class BatchedEnvironment:
                 f"Episodes draw lambda from {episodes.trade_off_range}, but the simulator's observations place it in "
                 f"{simulator.trade_off_range}: give both one range."
             )
+        _check_fields(scheme, fields, simulator)
         short = [clip.name for clip in simulator.store.clips if len(clip) < 2]
         if short:
             raise VideoError(
@@ -118,6 +128,7 @@ class BatchedEnvironment:
                 "ones."
             )
         self.simulator, self.scheme, self.episodes, self.autoreset = simulator, scheme, episodes, autoreset
+        self.fields = fields
         self.interval = torch.zeros(simulator.slots, dtype=torch.int64)
         self._generators: list[np.random.Generator] = []
         self._queues: list[list[int]] = []
@@ -150,7 +161,8 @@ class BatchedEnvironment:
             PolicyError: the actions do not fit, or a clip is over (without `autoreset`) or `reset` was not called.
         """
         due = (self.interval > 0) & (self.simulator.age + 1 >= self.interval)
-        result = self.simulator.step(self.scheme.decide(actions, due))
+        field = None if self.fields is None else self.fields.decide(FrameView(self.simulator)).field
+        result = self.simulator.step(self.scheme.decide(actions, due, field))
         trade_off = self.simulator.trade_off.clone()  # clips that start below get another
         frame = result.reward(trade_off)
         rewards = self._rewards(result, frame)
@@ -218,3 +230,16 @@ class BatchedEnvironment:
         for generator, state in zip(self._generators, snapshot["generators"], strict=True):
             generator.bit_generator.state = state
         self._queues = [list(queue) for queue in snapshot["queues"]]
+
+
+def _check_fields(scheme: ActionScheme, fields: Policy | None, simulator: Simulator) -> None:
+    if (scheme.kind == "keyframe") != (fields is not None):
+        raise SettingsError(
+            f"Actions of kind {scheme.kind!r} {'choose their fields' if fields is not None else 'choose no fields'}: "
+            "give a policy as 'fields' with kind 'keyframe', and with no other."
+        )
+    if fields is not None and fields.reference != simulator.reference:
+        raise SettingsError(
+            f"The policy of the fields is for the reference {fields.reference!r}, the simulator has "
+            f"{simulator.reference!r}: give both one."
+        )

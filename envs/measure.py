@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -19,7 +20,7 @@ __all__ = ["FrameView", "Measurement", "Policy", "batches", "frames_of", "measur
 
 
 class FrameView:
-    """What a policy may look at before a frame; the observation is computed only if asked for."""
+    """What a policy may look at before one frame; the observation is computed once, and only if asked for."""
 
     def __init__(self, simulator: Simulator) -> None:
         self._simulator = simulator
@@ -30,7 +31,7 @@ class FrameView:
         self.trade_off_range = simulator.trade_off_range
         self.age: Int64[Tensor, " b"] = simulator.age
 
-    @property
+    @cached_property
     def observation(self) -> Observation:
         """The observation of every clip."""
         return self._simulator.observe()

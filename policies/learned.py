@@ -7,8 +7,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -42,6 +43,8 @@ class LearnedPolicy:
         bits: bits of weights and activations.
         frame_size: height and width in pixels of the frames it was trained on.
         network: layer groups of the network it was trained with, to catch a mismatch.
+        keyframes: beside region agents, a policy of actions "keyframe" that decides when to run one; without it they
+            follow the interval.
     """
 
     weights: tuple[Float[Tensor, "_ _"], ...]
@@ -54,6 +57,7 @@ class LearnedPolicy:
     bits: int = 8
     frame_size: tuple[int, int] = (0, 0)
     network: tuple[str, ...] = ()
+    keyframes: "LearnedPolicy | None" = None
 
     def __post_init__(self) -> None:
         self._check_layers()
@@ -71,6 +75,26 @@ class LearnedPolicy:
                 f"The policy's network maps {inputs} numbers to {outputs}; its actions need "
                 f"{self.scheme.observation_size} to {sum(self.scheme.nvec)}."
             )
+        if self.keyframes is not None:
+            self._check_keyframes(self.keyframes)
+
+    def _check_keyframes(self, keyframes: "LearnedPolicy") -> None:
+        if (self.scheme.agents, keyframes.scheme.kind) != ("region", "keyframe"):
+            raise PolicyError(
+                "Learned keyframes are a policy of actions 'keyframe' beside one of region agents, got "
+                f"{keyframes.scheme.kind!r} beside {self.scheme.agents!r} agents."
+            )
+        if keyframes.scheme.groups != self.scheme.groups or keyframes.scheme.grid != self.scheme.grid:
+            raise PolicyError(
+                f"The keyframe policy sees {keyframes.scheme.groups} layer groups and grid {keyframes.scheme.grid}, "
+                f"the region agents {self.scheme.groups} and {self.scheme.grid}: train both in one environment."
+            )
+        for name in _SHARED:
+            if getattr(keyframes, name) != getattr(self, name):
+                raise PolicyError(
+                    f"{name} must be the same in the policy of region agents and in its keyframe policy, got "
+                    f"{getattr(self, name)!r} and {getattr(keyframes, name)!r}."
+                )
 
     def _check_layers(self) -> None:
         shapes = [tuple(w.shape) for w in self.weights]
@@ -86,15 +110,17 @@ class LearnedPolicy:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates per frame, over all agents."""
-        return sum(w.numel() for w in self.weights) * self.scheme.agents_per_clip
+        """Multiply-accumulates per frame, over all agents and the keyframe policy."""
+        own = sum(w.numel() for w in self.weights) * self.scheme.agents_per_clip
+        return own + (self.keyframes.macs if self.keyframes is not None else 0)
 
     @property
     def settings(self) -> dict[str, object]:
         """What identifies the policy in tables and files."""
+        timing: dict[str, object] = {"interval": self.interval} if self.keyframes is None else {"keyframes": "learned"}
         return {
             "trade_off": self.trade_off,
-            "interval": self.interval,
+            **timing,
             "reference": self.reference,
             "bits": self.bits,
             "action": self.scheme.kind,
@@ -102,8 +128,11 @@ class LearnedPolicy:
         }
 
     def at(self, trade_off: float, interval: int | None = None) -> "LearnedPolicy":
-        """The same network at another lambda, and keyframe interval."""
-        return replace(self, trade_off=trade_off, interval=self.interval if interval is None else interval)
+        """The same network at another lambda; with an interval, keyframes follow it and are no longer learned."""
+        if interval is not None:
+            return replace(self, trade_off=trade_off, interval=interval, keyframes=None)
+        keyframes = None if self.keyframes is None else self.keyframes.at(trade_off)
+        return replace(self, trade_off=trade_off, keyframes=keyframes)
 
     def logits(self, observations: Float[Tensor, "n i"]) -> Float[Tensor, "n o"]:
         """Scores of every choice of every decision, side by side."""
@@ -131,11 +160,22 @@ class LearnedPolicy:
         return quantized
 
     def decide(self, view: FrameView) -> Decision:
-        """The likeliest action of every agent."""
+        """The likeliest action of every agent.
+
+        Raises:
+            PolicyError: it was trained for another network, grid or range of lambda, or its actions are "keyframe",
+                which decide no field.
+        """
+        if self.keyframes is None:
+            return self.scheme.decide(self._likeliest(view), periodic(view, self.interval))
+        refresh = torch.from_numpy(self.keyframes._likeliest(view)[:, -1] == 1)
+        return self.scheme.decide(self._likeliest(view), refresh)
+
+    def _likeliest(self, view: FrameView) -> Int[np.ndarray, "agents k"]:
         self._check_view(view)
         scores = self.logits(torch.from_numpy(self.scheme.observe(view.observation)))
-        chosen = torch.stack([part.argmax(1) for part in scores.split(list(self.scheme.nvec), 1)], 1)
-        return self.scheme.decide(chosen.numpy(), periodic(view, self.interval))
+        chosen: np.ndarray = torch.stack([s.argmax(1) for s in scores.split(list(self.scheme.nvec), 1)], 1).numpy()
+        return chosen
 
     def _check_view(self, view: FrameView) -> None:
         if (view.groups, view.grid) != (self.scheme.groups, self.scheme.grid):
@@ -158,14 +198,22 @@ class LearnedPolicy:
 
     def save(self, folder: Path) -> None:
         """Write `policy.safetensors` and `policy.json` into `folder`."""
+        about, tensors = self._pack()
+        write_atomic(folder / "policy.safetensors", save_tensors(tensors))
+        write_atomic(folder / "policy.json", json.dumps({"format": FORMAT, **about}, indent=2) + "\n")
+
+    def _pack(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What the two files hold."""
         tensors = {f"weight{i}": w.contiguous() for i, w in enumerate(self.weights)}
         tensors |= {f"bias{i}": b.contiguous() for i, b in enumerate(self.biases)}
-        about: dict[str, Any] = {"format": FORMAT, "layers": len(self.weights), "scheme": asdict(self.scheme)}
+        about: dict[str, Any] = {"layers": len(self.weights), "scheme": asdict(self.scheme)}
         for name in _PLAIN:
             about[name] = getattr(self, name)
         about["features"] = list(self.scheme.feature_names)
-        write_atomic(folder / "policy.safetensors", save_tensors(tensors))
-        write_atomic(folder / "policy.json", json.dumps(about, indent=2) + "\n")
+        if self.keyframes is not None:
+            about["keyframes"], own = self.keyframes._pack()
+            tensors |= {_KEYFRAMES + name: tensor for name, tensor in own.items()}
+        return about, tensors
 
     @staticmethod
     def load(folder: Path) -> "LearnedPolicy":
@@ -187,16 +235,7 @@ class LearnedPolicy:
         if not isinstance(about, dict) or about.get("format") != FORMAT:
             raise PolicyError(f"{folder / 'policy.json'} is not of format {FORMAT!r}.")
         try:
-            layers = range(int(about["layers"]))
-            scheme = ActionScheme(**{k: _tuples(v) for k, v in about["scheme"].items()})
-            if about["features"] != list(scheme.feature_names):
-                raise PolicyError("its observations are not those of this version")
-            return LearnedPolicy(
-                tuple(tensors[f"weight{i}"] for i in layers),
-                tuple(tensors[f"bias{i}"] for i in layers),
-                scheme,
-                **{name: _tuples(about[name]) for name in _PLAIN},
-            )
+            return LearnedPolicy._unpack(about, tensors)
         except KeyError as error:
             raise PolicyError(f"The policy in {folder} lacks {error}. Train it anew or copy it again.") from error
         except (AttributeError, TypeError, ValueError, ResqError) as error:
@@ -204,7 +243,24 @@ class LearnedPolicy:
                 f"The policy in {folder} cannot be used: {error} Train it anew or copy it again."
             ) from error
 
+    @staticmethod
+    def _unpack(about: dict[str, Any], tensors: dict[str, Tensor], prefix: str = "") -> "LearnedPolicy":
+        layers = range(int(about["layers"]))
+        scheme = ActionScheme(**{k: _tuples(v) for k, v in about["scheme"].items()})
+        if about["features"] != list(scheme.feature_names):
+            raise PolicyError("its observations are not those of this version")
+        return LearnedPolicy(
+            tuple(tensors[f"{prefix}weight{i}"] for i in layers),
+            tuple(tensors[f"{prefix}bias{i}"] for i in layers),
+            scheme,
+            **{name: _tuples(about[name]) for name in _PLAIN},
+            keyframes=LearnedPolicy._unpack(about["keyframes"], tensors, _KEYFRAMES) if "keyframes" in about else None,
+        )
 
+
+_KEYFRAMES = "keyframes."
+# Equal in a policy and its keyframes: what they are charged by, decide for and see.
+_SHARED = ("bits", "reference", "trade_off", "trade_off_range", "network")
 _PLAIN = ("trade_off", "trade_off_range", "interval", "reference", "bits", "frame_size", "network")
 
 

@@ -19,7 +19,7 @@ from resq_rl.policies.learned import LearnedPolicy
 
 __all__ = ["PPOSettings", "Progress", "TrainingReport", "train_ppo"]
 
-# Of a policy that begins as a constant field and decides on keyframes itself.
+# Of a policy that begins warm and decides on keyframes.
 KEYFRAME_PROBABILITY = 1 / 16
 
 
@@ -98,7 +98,7 @@ def train_ppo(
     Args:
         environment: agents of one scheme; its episodes draw lambda, so that one network serves the whole range.
         warm_start: for a lambda, the choice (threshold index or level) for all layer groups, or one for each, as which
-            the policy begins, in all regions.
+            the policy begins, in all regions. Agents that decide on keyframes begin with few of them.
         on_rollout: called after every rollout.
         checkpoints: folder for checkpoints; written every `checkpoint_every` rollouts and at the end.
         resume: go on from the newest checkpoint in `checkpoints`, if there is one.
@@ -244,7 +244,8 @@ class _Rollouts(BaseCallback):
         metrics = {name: float(np.mean(values)) for name, values in self._sums.items()}
         actions = np.concatenate(self._actions)
         choices = actions[:, :-1] if self.environment.core.scheme.agents == "frame" else actions  # not the keyframe's
-        metrics["mean_choice"] = float(choices.mean())
+        if choices.size:  # keyframe agents make no other choice
+            metrics["mean_choice"] = float(choices.mean())
         metrics |= {
             name.replace("train/", ""): float(value)
             for name, value in self.logger.name_to_value.items()

@@ -210,8 +210,7 @@ def _tuned(bench: _Bench, name: str, policies: Sequence[Any]) -> list[tuple[Any,
 
 def _measure_searches(bench: _Bench, start: Start | None) -> None:
     """Searched thresholds, with as many environment frames as the training of one policy."""
-    world, training = bench.world, bench.world.settings.training
-    frames = training.frames + (training.search_frames if training.warm_start else 0)
+    world, frames = bench.world, bench.world.settings.training.all_frames
     if start is None or world.scheme().kind != "region_thresholds":
         start = measure_constants(world, replace(world.scheme(), kind="region_thresholds"))
     for strategy in world.settings.heuristic.searches:

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
-    """Measure; `summary.json` holds a point for each trade-off and keyframe interval."""
+    """Measure; `summary.json` holds a point for each trade-off and each interval or learned timing of keyframes."""
     if settings.policy is None:
         raise SettingsError("Which policy? Set policy=FOLDER, a folder that `resq-rl train` or `compare` wrote.")
     policy = LearnedPolicy.load(Path(settings.policy))
@@ -48,6 +48,6 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
     for step, point in enumerate(points):
         tracker.log_metrics({"accuracy": point.accuracy, "bops": point.bops}, step)
         shown = (point.bops, point.accuracy, point.peak_bops)
-        lead = (f"{point.settings['trade_off']:.3g}", str(point.settings["interval"]))
+        lead = (f"{point.settings['trade_off']:.3g}", str(point.settings.get("interval", "learned")))
         table.add_row(*lead, *(f"{value:.4f}" for value in shown))
     Console().print(table)

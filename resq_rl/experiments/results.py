@@ -34,6 +34,7 @@ SHORT = {
     "level": "level {}",
     "trade_off": "lambda {}",
     "interval": "every {}",
+    "keyframes": "keyframes {}",
     "reference": "{}",
     "seed": "seed {}",
 }

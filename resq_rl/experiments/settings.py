@@ -160,6 +160,8 @@ class TrainingSettings(_Group):
 
     Attributes:
         frames: environment frames of one training run (a batch of 32 clips spends 32 per step).
+        keyframe_frames: environment frames after those, in which a second small policy learns when to run keyframes
+            while the region agents stay as they are; 0 for keyframes at fixed intervals only.
         seeds: one training run each.
         n_steps, batch_size, epochs, learning_rate, gamma, gae_lambda, ent_coef, clip_range: as in
             stable-baselines3.
@@ -177,6 +179,7 @@ class TrainingSettings(_Group):
     _prefix: ClassVar[str] = "training."
 
     frames: Count
+    keyframe_frames: Annotated[int, Bounds(at_least=0)]
     seeds: Annotated[tuple[int, ...], Bounds(at_least=0)]
     n_steps: Count
     batch_size: Count
@@ -194,6 +197,11 @@ class TrainingSettings(_Group):
     checkpoint_every: Count
     trade_offs: Count
     resume: str | None
+
+    @property
+    def all_frames(self) -> int:
+        """Environment frames that the training of one policy takes, besides measuring constant choices."""
+        return self.frames + self.keyframe_frames + (self.search_frames if self.warm_start else 0)
 
     def spread(self, trade_off_range: tuple[float, float]) -> list[float]:
         """`trade_offs` values of lambda over a range, evenly by ratio; one where the range is a single number."""
@@ -303,6 +311,11 @@ class Settings(_Group):
                     f"Setting 'heuristic.{name}' must have one value fewer than 'quantization.levels' ({levels}); "
                     f"received {steps} values."
                 )
+        if self.training.keyframe_frames and self.environment.agents != "region":
+            raise SettingsError(
+                "Setting 'training.keyframe_frames' must be 0 with environment.agents=frame, whose agents decide on "
+                f"keyframes themselves; received {self.training.keyframe_frames}."
+            )
         if self.environment.id == "resq_rl/FrameLevel-v0" and self.environment.reference != "keyframe":
             raise SettingsError(
                 "Setting 'environment.reference' must be keyframe with resq_rl/FrameLevel-v0: only then do a frame's "

@@ -1,9 +1,12 @@
 """Training a policy with progress, tracking and checkpoints; used by `train` and `compare`."""
 
 import logging
-from dataclasses import asdict
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
+from resq_rl.envs import BatchedEnvironment
 from resq_rl.envs.sb3 import AgentsVecEnv
 from resq_rl.experiments.progress import stage
 from resq_rl.experiments.settings import Settings
@@ -13,9 +16,12 @@ from resq_rl.experiments.world import World
 from resq_rl.policies import LearnedPolicy
 from resq_rl.policies.ppo import PPOSettings, Progress, TrainingReport, train_ppo
 
-__all__ = ["front_candidates", "ppo_settings", "train_policy"]
+__all__ = ["front_candidates", "keyframe_settings", "ppo_settings", "train_policy"]
 
 log = logging.getLogger(__name__)
+
+# Of PPO for keyframe policies.
+KEYFRAME_STEPS, KEYFRAME_BATCH, KEYFRAME_GAMMA = 64, 256, 0.95
 
 
 def ppo_settings(settings: Settings) -> PPOSettings:
@@ -37,53 +43,106 @@ def ppo_settings(settings: Settings) -> PPOSettings:
     )
 
 
+def keyframe_settings(settings: Settings) -> PPOSettings:
+    """The settings of PPO for a keyframe policy.
+
+    It has one agent per clip, so its rollouts are longer and its minibatches smaller; and a keyframe pays over many
+    frames, so it looks further ahead.
+    """
+    return replace(
+        ppo_settings(settings),
+        frames=settings.training.keyframe_frames,
+        n_steps=KEYFRAME_STEPS,
+        batch_size=KEYFRAME_BATCH,
+        gamma=max(KEYFRAME_GAMMA, settings.training.gamma),
+    )
+
+
 def train_policy(
     world: World, seed: int, folder: Path, tracker: Tracker, *, start: Start | None, resume: bool
 ) -> tuple[LearnedPolicy, TrainingReport]:
-    """Train one policy; its checkpoints and files are in `folder`.
+    """Train one policy, with learned keyframes if the settings ask for them; its checkpoints and files are in `folder`.
 
     Args:
         start: from `prepare_training`; the policy begins as the best of it if `training.warm_start`.
-        resume: go on from the newest checkpoint in `folder`.
+        resume: go on from the newest checkpoints in `folder`.
+
+    Returns:
+        The policy and the report, whose frames are of both trainings.
     """
-    settings = ppo_settings(world.settings)
-    environment = AgentsVecEnv(world.agents())
-    scheme, warm = environment.core.scheme, start if world.settings.training.warm_start else None
-    with stage(f"training PPO, seed {seed}", settings.frames) as advance:
-        done = 0
-
-        def on_rollout(progress: Progress) -> None:
-            nonlocal done
-            advance(progress.frames - done)
-            done = progress.frames
-            tracker.log_metrics({f"train/{k}": v for k, v in progress.metrics.items()}, step=progress.frames)
-            if progress.rollout % 20 == 0:
-                shown = ", ".join(
-                    f"{k} {v:.3f}" for k, v in progress.metrics.items() if k in ("reward", "bops", "error")
-                )
-                log.debug("seed %d, %d frames: %s", seed, progress.frames, shown)
-
-        policy, report = train_ppo(
-            environment,
-            settings,
-            seed=seed,
-            warm_start=(lambda t: choices_of(scheme, warm.best(t))) if warm else None,
-            on_rollout=on_rollout,
-            checkpoints=folder / "checkpoints",
-            resume=resume,
-        )
+    training, settings = world.settings.training, ppo_settings(world.settings)
+    warm, scheme = start if training.warm_start else None, world.scheme()
+    best = (lambda t: choices_of(scheme, warm.best(t))) if warm else None
+    run = _Run(seed, tracker, resume)
+    policy = run.train(f"training PPO, seed {seed}", world.agents(), settings, folder / "checkpoints", best)
+    if training.keyframe_frames:
+        if run.trained:  # what learned its keyframes before was another policy
+            shutil.rmtree(folder / "keyframes", ignore_errors=True)
+        never = (lambda _: [0] * scheme.groups) if training.warm_start else None
+        agents, ppo = world.agents(policy), keyframe_settings(world.settings)
+        keyframes = run.train(f"training keyframes, seed {seed}", agents, ppo, folder / "keyframes", never)
+        policy = replace(policy, keyframes=keyframes)
     policy.save(folder)
-    tracker.log_parameters({"seed": seed, **asdict(settings)})
+    tracker.log_parameters({"seed": seed, **asdict(settings), "keyframe_frames": training.keyframe_frames})
     for name in ("policy.safetensors", "policy.json"):
         tracker.log_artifact(folder / name, "policy")
-    newest = sorted((folder / "checkpoints").glob("ppo_*.zip"))[-1:]
-    for path in (*newest, folder / "checkpoints" / "state.json"):
-        tracker.log_artifact(path, "checkpoints")
-    return policy, report
+    return policy, run.report
+
+
+class _Run:
+    """One or more trainings in turn, tracked and reported as one."""
+
+    def __init__(self, seed: int, tracker: Tracker, resume: bool) -> None:
+        self.seed, self.tracker, self.resume = seed, tracker, resume
+        self.report = TrainingReport()
+        self.trained = False  # whether any rollout was run, rather than read from a checkpoint
+
+    def train(
+        self,
+        title: str,
+        agents: BatchedEnvironment,
+        settings: PPOSettings,
+        checkpoints: Path,
+        warm_start: Callable[[float], Sequence[int]] | None,
+    ) -> LearnedPolicy:
+        """Train one policy, with progress; adds what it took to `report`."""
+        before, done = self.report.frames, 0
+        with stage(title, settings.frames) as advance:
+
+            def on_rollout(progress: Progress) -> None:
+                nonlocal done
+                advance(progress.frames - done)
+                done, self.trained = progress.frames, True
+                self._track(before, progress)
+
+            policy, report = train_ppo(
+                AgentsVecEnv(agents),
+                settings,
+                seed=self.seed,
+                warm_start=warm_start,
+                on_rollout=on_rollout,
+                checkpoints=checkpoints,
+                resume=self.resume,
+            )
+        curve = [{**row, "frames": before + row["frames"]} for row in report.curve]
+        self.report = TrainingReport(
+            before + report.frames, self.report.rollouts + report.rollouts, [*self.report.curve, *curve]
+        )
+        newest = sorted(checkpoints.glob("ppo_*.zip"))[-1:]
+        for path in (*newest, checkpoints / "state.json"):
+            self.tracker.log_artifact(path, checkpoints.name)
+        return policy
+
+    def _track(self, before: int, progress: Progress) -> None:
+        self.tracker.log_metrics({f"train/{k}": v for k, v in progress.metrics.items()}, step=before + progress.frames)
+        if progress.rollout % 20 == 0:
+            shown = ", ".join(f"{k} {v:.3f}" for k, v in progress.metrics.items() if k in ("reward", "bops", "error"))
+            log.debug("seed %d, %d frames: %s", self.seed, before + progress.frames, shown)
 
 
 def front_candidates(world: World, policy: LearnedPolicy) -> list[LearnedPolicy]:
-    """A policy at every lambda and keyframe interval among which validation chooses."""
+    """A policy at every lambda, with every keyframe interval and its learned keyframes, if any; validation chooses."""
     trade_offs = world.settings.training.spread(policy.trade_off_range)
     intervals = world.settings.environment.keyframe_intervals if policy.scheme.agents == "region" else (0,)
-    return [policy.at(t, i) for t in trade_offs for i in intervals]
+    learned = [] if policy.keyframes is None else [policy.at(t) for t in trade_offs]
+    return [*learned, *(policy.at(t, i) for t in trade_offs for i in intervals)]

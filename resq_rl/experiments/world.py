@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -107,8 +107,9 @@ class World:
             self.settings.heuristic.kappa,
         )
 
-    def agents(self) -> BatchedEnvironment:
-        """Agents on the training clips."""
+    def agents(self, fields: Policy | None = None) -> BatchedEnvironment:
+        """Agents on the training clips; agents that decide on keyframes alone where `fields` chooses the rest."""
+        scheme = self.scheme() if fields is None else replace(self.scheme(), kind="keyframe", agents="frame")
         environment, store = self.settings.environment, self.stores["train"]
         episodes = EpisodeSettings(
             trade_off=environment.trade_off_range,
@@ -137,7 +138,7 @@ class World:
                 trade_off_range=trade_off_range,
             )
         )
-        return BatchedEnvironment(simulator, self.scheme(), episodes)
+        return BatchedEnvironment(simulator, scheme, episodes, fields=fields)
 
 
 def build_world(settings: Settings, splits: Sequence[Split]) -> World:

@@ -316,7 +316,7 @@ class EnvContract:
         good = act()
         bad = {
             "above": np.where(np.arange(good.shape[1]) == 0, face.action_space.nvec[0], good),
-            "below": np.where(np.arange(good.shape[1]) == 1, -1, good),
+            "below": np.where(np.arange(good.shape[1]) == good.shape[1] - 1, -1, good),
             "float": good + 0.5,
             "long": np.concatenate([good, good[:, :1]], 1),
             "short": good[:, :-1],

@@ -25,6 +25,7 @@ def scheme(
     ("made", "nvec", "agents", "features"),
     [
         (scheme("frame_bits"), (4, 4, 4, 2), 1, 2 * 12 + 5),
+        (scheme("keyframe"), (2,), 1, 2 * 12 + 5),
         (scheme("region_bits"), (4,) * 24 + (2,), 1, 8 * 12 + 5),
         (scheme("region_bits", by_group=False), (4,) * 8 + (2,), 1, 8 * 12 + 5),
         (scheme("region_thresholds", by_group=False), (3,) * 8 + (2,), 1, 8 * 12 + 5),
@@ -89,6 +90,17 @@ def test_levels_of_a_frame_are_by_group() -> None:
     assert decision.refresh.tolist() == [True, False]
 
 
+def test_keyframe_agents_choose_when_and_take_the_field_as_it_is() -> None:
+    made = scheme("keyframe")
+    field = LevelField(torch.randint(4, (3, 3, 2, 4)))
+    decision = made.decide(np.array([[0], [1], [0]]), field=field)
+    assert decision.refresh.tolist() == [False, True, False]
+    assert decision.field is field
+    assert made.uniform_action(2).tolist() == [0], "no keyframe"
+    with pytest.raises(PolicyError, match="the field of another policy"):
+        made.decide(np.array([[1]]))
+
+
 def test_thresholds_carry_kappa() -> None:
     decision = scheme("region_thresholds", "region", kappa=(1.0, 3.0, 9.0)).decide(np.zeros((8, 3), dtype=np.int64))
     assert isinstance(decision.field, ThresholdField)
@@ -140,6 +152,7 @@ def test_actions_are_integers(value: Any, unchecked_types: None) -> None:
         ({"kind": "bits"}, "bits"),
         ({"agents": "pixel"}, "pixel"),
         ({"kind": "frame_bits", "agents": "region"}, "frame_bits decides for the whole frame"),
+        ({"kind": "keyframe", "agents": "region"}, "keyframe decides for the whole frame"),
         ({"thresholds": (2.0, 1.0)}, "ascending"),
         ({"thresholds": (0.0, 1.0)}, "positive"),
         ({"thresholds": ()}, "positive"),

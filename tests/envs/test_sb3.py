@@ -8,10 +8,12 @@ import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecMonitor, VecNormalize
 
-from resq_rl.envs import Agents, EpisodeSettings, FrameBits
+from resq_rl.envs import DEFAULT_THRESHOLDS, Agents, Decision, EpisodeSettings, FrameBits, FrameView
 from resq_rl.envs.batched import BatchedEnvironment
 from resq_rl.envs.sb3 import AgentsVecEnv
 from resq_rl.errors import PolicyError, SettingsError
+from resq_rl.policies import DynamicResQ, GroupThresholds
+from resq_rl.quantization import LevelField, Reference
 from tests.envs.contract import AgentsFace, EnvContract, Face
 from tests.envs.worlds import World, first_difference
 
@@ -44,6 +46,14 @@ class TestFrameAgentsOfThresholds(AgentsContract):
     agents = "frame"
 
 
+class TestKeyframeAgents(AgentsContract):
+    kind = "keyframe"
+    agents = "frame"
+
+    def make(self, world: World, **settings: Any) -> Face:
+        return super().make(world, fields=DynamicResQ("previous", 0, tau=0.5), **settings)
+
+
 def environment(world: World, slots: int = 2, **episodes: Any) -> AgentsVecEnv:
     return AgentsVecEnv(world.core(slots, episodes=EpisodeSettings(**({"trade_off": 0.3} | episodes))))
 
@@ -56,6 +66,76 @@ def random_actions(env: AgentsVecEnv, seed: int) -> np.ndarray:
 def stepped(env: Any, actions: np.ndarray) -> Any:
     """The four results of a step; the library's types say that observations may be dictionaries."""
     return env.step(actions)
+
+
+@pytest.mark.parametrize("reference", ["previous", "keyframe"])
+def test_keyframe_agents_are_the_frame_agent_whose_fields_are_given(reference: Any, world: World) -> None:
+    """The policy's fields where the agent wants no keyframe, keyframes where it does and nowhere else."""
+    episodes = EpisodeSettings(trade_off=(0.1, 1.0))
+    choices = [7, 2, 4]
+    fields = GroupThresholds(reference, 1, taus=tuple(DEFAULT_THRESHOLDS[c] for c in choices))  # its interval is unused
+    timing = world.core(2, "keyframe", "frame", episodes=episodes, reference=reference, fields=fields)
+    whole = world.core(2, "region_thresholds", "frame", episodes=episodes, reference=reference)
+    timing.reset([3, 4])
+    whole.reset([3, 4])
+    generator = np.random.default_rng(0)
+    for t in range(12):
+        refresh = generator.integers(2, size=(2, 1))
+        mine = timing.step(refresh)
+        theirs = whole.step(np.concatenate([np.tile(whole.scheme.uniform_action(choices)[:-1], (2, 1)), refresh], 1))
+        assert mine.result.cost.keyframe.tolist() == (refresh[:, 0] == 1).tolist(), f"step {t}"
+        for name in ("prediction", "error", "share", "clip", "last"):
+            difference = first_difference(getattr(mine.result, name).numpy(), getattr(theirs.result, name).numpy())
+            assert difference is None, f"step {t}, {name}: {difference}"
+        assert first_difference(mine.rewards, theirs.rewards) is None, f"step {t}"
+
+
+class Noted:
+    """A policy that notes which observations it was shown, and chooses levels by region from them."""
+
+    reference: Reference = "previous"
+    trade_off = 0.3
+    trade_off_range = (0.3, 0.3)
+    macs = 0
+    bits = 8
+    settings: ClassVar[dict[str, object]] = {}
+
+    def __init__(self) -> None:
+        self.seen: list[np.ndarray] = []
+        self.levels: list[np.ndarray] = []
+
+    def decide(self, view: FrameView) -> Decision:
+        seen = view.observation.per_frame()
+        levels = (view.observation.regions[..., 0] * 100).long() % 4
+        self.seen.append(seen.numpy().copy())
+        self.levels.append(levels.numpy().copy())
+        field = LevelField(levels[:, None].expand(-1, view.groups, -1, -1))
+        return Decision(torch.ones(view.clips, dtype=torch.bool), field)
+
+
+def test_keyframe_agents_and_the_policy_of_the_fields_see_the_same_frame(world: World) -> None:
+    fields = Noted()
+    core = world.core(2, "keyframe", "frame", fields=fields)
+    bits = world.core(2, "region_bits", "frame", by_group=False)
+    observations = core.reset([1, 2])
+    bits.reset([1, 2])
+    for t in range(10):
+        step = core.step(np.zeros((2, 1), dtype=np.int64))
+        assert first_difference(observations, fields.seen[-1]) is None, f"step {t}"
+        assert not step.result.cost.keyframe.any(), "the keyframes of the policy of the fields are ignored"
+        twin = bits.step(np.concatenate([fields.levels[-1].reshape(2, -1), np.zeros((2, 1), dtype=np.int64)], 1))
+        assert first_difference(step.result.share.numpy(), twin.result.share.numpy()) is None, f"step {t}"
+        observations = step.observations
+    assert len({tuple(levels.flatten()) for levels in fields.levels}) > 3, "the fields change"
+
+
+def test_keyframe_agents_need_a_policy_for_the_fields_and_no_others_do(world: World) -> None:
+    with pytest.raises(SettingsError, match="'keyframe' choose no fields: give a policy as 'fields'"):
+        world.core(2, "keyframe", "frame")
+    with pytest.raises(SettingsError, match="'frame_bits' choose their fields: give a policy as 'fields' with kind"):
+        world.core(2, "frame_bits", "frame", fields=DynamicResQ("previous"))
+    with pytest.raises(SettingsError, match="reference 'previous', the simulator has 'keyframe'"):
+        world.core(2, "keyframe", "frame", reference="keyframe", fields=DynamicResQ("previous"))
 
 
 @pytest.mark.parametrize("kind", ["region_bits", "region_thresholds"])

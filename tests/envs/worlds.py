@@ -16,6 +16,7 @@ from resq_rl.envs import (
     ClipStore,
     EpisodeSettings,
     FrameView,
+    Policy,
     Simulator,
 )
 from resq_rl.envs.clips import AccuracySource, ErrorWeighting
@@ -140,13 +141,14 @@ class World:
         autoreset: bool = True,
         episodes: EpisodeSettings | None = None,
         by_group: bool = True,
+        fields: Policy | None = None,
         **settings: Any,
     ) -> BatchedEnvironment:
         """Agents in this world."""
         episodes = episodes or EpisodeSettings(trade_off=0.3)
         simulator = self.simulator(slots, trade_off_range=episodes.trade_off_range, **settings)
         return BatchedEnvironment(
-            simulator, self.scheme(kind, agents, by_group=by_group), episodes, autoreset=autoreset
+            simulator, self.scheme(kind, agents, by_group=by_group), episodes, autoreset=autoreset, fields=fields
         )
 
     def view(self, slots: int = 2, **settings: Any) -> FrameView:

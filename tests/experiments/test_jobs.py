@@ -34,6 +34,7 @@ TINY = [
     "heuristic.taus=[0.3,1.0]",
     "quantization.calibration_clips=2",
 ]
+STAGES = ("checkpoints", "keyframes")
 
 
 def run(tmp_path: Path, command: str, *overrides: str) -> Path:
@@ -114,6 +115,28 @@ def test_training_resumes_from_its_checkpoints(tmp_path: Path) -> None:
     before, after = (json.loads((f / "summary.json").read_text()) for f in (first, again))
     assert before["policies"][0]["validation_front"] == after["policies"][0]["validation_front"]
     assert before["policies"][0]["frames"] == after["policies"][0]["frames"]
+
+
+def test_compare_learns_keyframes_and_counts_their_frames(tmp_path: Path) -> None:
+    few = ["training.seeds=[0]", "training.frames=60", "training.keyframe_frames=150", "training.trade_offs=2"]
+    few += ["heuristic.searches=[]", "heuristic.other_kappas=[]", "heuristic.scene_changes=[]", "heuristic.taus=[1.0]"]
+    folder = run(tmp_path, "compare", *few, "heuristic.references=[previous]", "environment.keyframe_intervals=[0]")
+    policy = LearnedPolicy.load(folder / "seed0")
+    assert policy.keyframes is not None
+    frames = [json.loads((folder / "seed0" / n / "state.json").read_text())["frames"] for n in STAGES]
+    assert frames[0] >= 60
+    assert frames[1] >= 150
+    comparison = Comparison.read(folder / "comparison.json")
+    constant = 12 * 18  # every threshold on the training clips, for the warm start
+    assert comparison.env_frames_used_for_training == sum(frames) + constant
+    for point in comparison.fronts["ppo"]:
+        learned = point.settings.get("keyframes") == "learned"
+        assert learned != ("interval" in point.settings)
+        share = (policy if learned else policy.at(0.1, 0)).macs * policy.bits**2 / comparison.reference_bops_per_frame
+        assert point.policy_bops == pytest.approx(share * 5 / 6)
+    evaluated = run(tmp_path, "evaluate", *few, "environment.keyframe_intervals=[0]", f"policy={folder / 'seed0'}")
+    points = [point["settings"] for point in json.loads((evaluated / "summary.json").read_text())["points"]]
+    assert sorted(p.get("keyframes", p.get("interval")) == "learned" for p in points) == [False] * 2 + [True] * 2
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,126 @@ def test_impossible_policies_are_refused(
         replace(policy, **change(policy))
 
 
+# Learned keyframes -------------------------------------------------------------------------------------------------
+
+
+def timing(world: World, refresh: bool | None = None, **more: Any) -> LearnedPolicy:
+    """A random keyframe policy, or one that wants a keyframe always or never."""
+    own = made(world.scheme("keyframe", "frame"), seed=5, frame_size=(32, 48), network=("stem", "body", "head"), **more)
+    if refresh is None:
+        return own
+    bias = torch.tensor([-1e3, 1e3]) if refresh else torch.tensor([1e3, -1e3])
+    return replace(own, biases=(*own.biases[:-1], bias))
+
+
+@pytest.mark.parametrize("refresh", [False, True])
+def test_learned_keyframes_come_instead_of_the_interval(refresh: bool, policy: LearnedPolicy, world: World) -> None:
+    own = world.with_clips([8])
+    joint = replace(policy, keyframes=timing(world, refresh), interval=2)
+    result = measure(own.model, own.task, own.store, joint, grid=own.grid)
+    assert result.keyframes.tolist() == [8 if refresh else 1]
+
+
+def test_keyframes_are_learned_and_fields_stay(policy: LearnedPolicy, world: World) -> None:
+    own = world.with_clips([6] * 8)
+    keyframes = timing(world)
+    view = own.view(8)
+    seen = view.observation.per_frame()
+    scores = keyframes.logits(seen)
+    bias = keyframes.biases[-1] + torch.tensor([float((scores[:, 1] - scores[:, 0]).median()), 0.0])
+    keyframes = replace(keyframes, biases=(*keyframes.biases[:-1], bias))  # some clips on either side
+    decision = replace(policy, keyframes=keyframes).decide(view)
+    scores = keyframes.logits(seen)
+    assert decision.refresh.tolist() == (scores[:, 1] > scores[:, 0]).tolist()
+    assert 0 < int(decision.refresh.sum()) < 8
+    assert (field_values(decision) == field_values(policy.decide(view))).all()
+
+
+def test_both_networks_are_charged(policy: LearnedPolicy, world: World) -> None:
+    joint = replace(policy, keyframes=timing(world))
+    macs = 6 * (17 * 8 + 8 * 5 + 5 * 36) + (29 * 8 + 8 * 5 + 5 * 2)
+    assert joint.macs == macs
+    result = measure(world.model, world.task, world.store, joint, grid=world.grid)
+    per_frame = macs * 8 * 8 / world.model.reference_bops()
+    assert result.policy.tolist() == pytest.approx([(len(c) - 1) * per_frame for c in world.store.clips], rel=1e-12)
+
+
+def test_learned_keyframes_are_said_and_given_up_for_an_interval(policy: LearnedPolicy, world: World) -> None:
+    joint = replace(policy, keyframes=timing(world))
+    assert joint.settings == {k: v for k, v in policy.settings.items() if k != "interval"} | {"keyframes": "learned"}
+    moved = joint.at(0.5)
+    assert moved.keyframes is not None
+    assert (moved.trade_off, moved.keyframes.trade_off) == (0.5, 0.5)
+    fixed = joint.at(0.5, 4)
+    assert fixed.keyframes is None
+    assert fixed.settings == policy.at(0.5, 4).settings
+    assert fixed.macs == policy.macs
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p, w: {"keyframes": p}, "'region_thresholds' beside 'region' agents"),
+        (lambda p, w: {"keyframes": timing(w, bits=4)}, "bits must be the same.*8 and 4"),
+        (lambda p, w: {"keyframes": timing(w, reference="keyframe")}, "reference must be the same"),
+        (lambda p, w: {"keyframes": timing(w).at(0.7)}, "trade_off must be the same.*0.2 and 0.7"),
+        (lambda p, w: {"keyframes": replace(timing(w), network=("a",))}, "network must be the same"),
+        (lambda p, w: {"keyframes": made(replace(w.scheme("keyframe", "frame"), grid=(3, 2)))}, r"grid \(3, 2\)"),
+    ],
+)
+def test_keyframes_of_another_kind_or_setting_are_refused(
+    change: Callable[[LearnedPolicy, World], dict[str, Any]], message: str, policy: LearnedPolicy, world: World
+) -> None:
+    with pytest.raises(PolicyError, match=message):
+        replace(policy, **change(policy, world))
+
+
+def test_a_frame_agent_has_no_other_keyframes_and_keyframes_alone_no_field(world: World) -> None:
+    whole = made(world.scheme("frame_bits", "frame"), network=("stem", "body", "head"))
+    with pytest.raises(PolicyError, match="beside 'frame' agents"):
+        replace(whole, keyframes=timing(world))
+    with pytest.raises(PolicyError, match="the field of another policy"):
+        timing(world).decide(world.view(2, trade_off_range=RANGE))
+
+
+def test_learned_keyframes_are_in_the_same_files(policy: LearnedPolicy, world: World, tmp_path: Path) -> None:
+    joint = replace(policy, keyframes=timing(world))
+    joint.save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"policy.safetensors", "policy.json"}
+    about, tensors = json.loads((tmp_path / "policy.json").read_text()), load_file(tmp_path / "policy.safetensors")
+    assert about["format"] == "resq_rl policy 1"
+    assert about["keyframes"]["scheme"]["kind"] == "keyframe"
+    assert {"weight0", "bias2", "keyframes.weight0", "keyframes.bias2"} <= set(tensors)
+    loaded = LearnedPolicy.load(tmp_path)
+    assert loaded.keyframes is not None
+    assert loaded.settings == joint.settings
+    assert loaded.macs == joint.macs
+    for mine, theirs in ((policy, loaded), (timing(world), loaded.keyframes)):
+        assert mine.scheme == theirs.scheme
+        assert (mine.logits(observations(mine)) == theirs.logits(observations(mine))).all()
+    policy.save(tmp_path)
+    assert "keyframes" not in json.loads((tmp_path / "policy.json").read_text()), "as before there were any"
+    assert LearnedPolicy.load(tmp_path).keyframes is None
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda f: edit_tensors(f, lambda t: t.pop("keyframes.bias1")), "lacks 'keyframes.bias1'"),
+        (lambda f: edit(f, lambda a: a["keyframes"].pop("scheme")), "lacks 'scheme'"),
+        (lambda f: edit(f, lambda a: a.update(keyframes="learned")), "cannot be used"),
+        (lambda f: edit(f, lambda a: a["keyframes"].update(keyframes=dict(a["keyframes"]))), "cannot be used"),
+    ],
+)
+def test_damaged_files_of_learned_keyframes_are_refused(
+    harm: Callable[[Path], object], message: str, policy: LearnedPolicy, world: World, tmp_path: Path
+) -> None:
+    replace(policy, keyframes=timing(world)).save(tmp_path)
+    harm(tmp_path)
+    with pytest.raises(PolicyError, match=message):
+        LearnedPolicy.load(tmp_path)
+
+
 # Files -------------------------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,7 @@
 """Training: obvious optima are found, warm starts hold, and a killed run goes on where it stopped."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,14 @@ import pytest
 import torch
 from stable_baselines3 import PPO
 
-from resq_rl.envs import ActionKind, Agents, Decision, EpisodeSettings, FrameView, measure
+from resq_rl.envs import ActionKind, Agents, ClipStore, Decision, EpisodeSettings, FrameView, frames_of, measure
 from resq_rl.envs.sb3 import AgentsVecEnv
 from resq_rl.errors import PolicyError, ResultsError, SettingsError
 from resq_rl.policies import DynamicResQ, LearnedPolicy
 from resq_rl.policies.ppo import PPOSettings, Progress, TrainingReport, train_ppo
 from resq_rl.quantization import LevelField
-from tests.envs.worlds import World, first_difference
+from resq_rl.video import Clip
+from tests.envs.worlds import World, first_difference, moving_frames
 
 FAST = PPOSettings(
     frames=2500, n_steps=14, batch_size=224, learning_rate=3e-3, gamma=0.5, ent_coef=0.0, checkpoint_every=1000
@@ -94,6 +95,42 @@ def test_one_policy_serves_a_range_of_lambda(moving: World) -> None:
     assert policy.trade_off_range == (0.003, 30.0)
     cheap, dear = (bops_without_policy(moving, policy.at(t)) for t in (0.003, 30.0))
     assert cheap > dear + 0.1
+
+
+def clips_with_cuts(world: World, cuts: Sequence[int]) -> World:
+    """Still clips of 8 frames, each with a cut to another still at a frame of its own."""
+    a, b = moving_frames(1, seed=7), 255 - moving_frames(1, seed=8)
+    clips = [
+        Clip(torch.cat([a.expand(cut, -1, -1, -1), b.expand(8 - cut, -1, -1, -1)]), None, 25.0, f"cut/{cut}", "test")
+        for cut in cuts
+    ]
+    store = ClipStore.prepare(world.model, world.task, clips, source="teacher", weighting="pixel")
+    return replace(world, store=store)
+
+
+def skipping(world: World, trade_off: float) -> LearnedPolicy:
+    """Region agents that spend nothing on any residual."""
+    scheme = world.scheme("region_bits")
+    weight = torch.zeros(sum(scheme.nvec), scheme.observation_size)
+    bias = torch.tensor([1.0, 0.0, 0.0, 0.0]).repeat(scheme.groups)
+    span = (trade_off, trade_off)
+    return LearnedPolicy((weight,), (bias,), scheme, trade_off, span, network=world.model.groups)
+
+
+@pytest.mark.parametrize(("trade_off", "at_the_cut"), [(0.2, True), (30.0, False)])
+def test_ppo_learns_to_run_a_keyframe_at_a_cut_where_it_pays(trade_off: float, at_the_cut: bool, world: World) -> None:
+    """Beside agents that skip every residual, all else staying still."""
+    cuts = (2, 3, 4, 5, 6)
+    own, fields = clips_with_cuts(world, cuts), skipping(world, trade_off)
+    core = own.core(8, "keyframe", "frame", episodes=EpisodeSettings(trade_off=trade_off, relative=True), fields=fields)
+    settings = replace(FAST, frames=3000, n_steps=16, batch_size=64, gamma=0.9)
+    keyframes, report = train_ppo(AgentsVecEnv(core), settings, seed=0, warm_start=lambda _: 0)
+    assert report.curve[0]["keyframes"] < 0.15, "few keyframes to begin with"
+    joint = replace(fields, keyframes=keyframes)
+    simulator = own.simulator(len(cuts), trade_off_range=joint.trade_off_range)
+    ran = torch.stack([result.cost.keyframe for result in frames_of(simulator, joint)], 1)
+    for row, cut in zip(ran.tolist(), cuts, strict=True):
+        assert [t for t, keyframe in enumerate(row) if keyframe] == ([0, cut] if at_the_cut else [0])
 
 
 # Warm start --------------------------------------------------------------------------------------------------------
