@@ -168,9 +168,11 @@ class TrainingSettings(_Group):
         hidden: units of the policy network's hidden layers.
         policy_bits: width at which the policy network is charged.
         reward_scale: factor of every reward.
-        warm_start: begin as the choices that are best for each lambda, the same in all regions, instead of at random.
-        search_frames: environment frames that go, besides, into searching a threshold for each layer group to begin
-            from; with 0 the policy begins with one choice for all of them.
+        warm_start: as what the policy begins, with the same choices in all regions: "best" for each lambda, of all that
+            was tried; "even", constant choices from most BOPs at the lowest lambda to fewest at the highest, which
+            suits networks for which all between full bits and skipping looks bad at first; or "none", at random.
+        search_frames: environment frames that go, besides, into searching a threshold for each layer group for "best";
+            with 0 it knows constant choices only.
         checkpoint_every: rollouts between checkpoints.
         trade_offs: how many values of lambda, spread over its range, make the front.
         resume: folder of the run to go on from, or None.
@@ -192,7 +194,7 @@ class TrainingSettings(_Group):
     hidden: Annotated[tuple[int, ...], Bounds(at_least=1)]
     policy_bits: Annotated[int, Bounds(at_least=2, at_most=32)]
     reward_scale: Positive
-    warm_start: bool
+    warm_start: Literal["best", "even", "none"]
     search_frames: Annotated[int, Bounds(at_least=0)]
     checkpoint_every: Count
     trade_offs: Count
@@ -201,7 +203,7 @@ class TrainingSettings(_Group):
     @property
     def all_frames(self) -> int:
         """Environment frames that the training of one policy takes, besides measuring constant choices."""
-        return self.frames + self.keyframe_frames + (self.search_frames if self.warm_start else 0)
+        return self.frames + self.keyframe_frames + (self.search_frames if self.warm_start == "best" else 0)
 
     def spread(self, trade_off_range: tuple[float, float]) -> list[float]:
         """`trade_offs` values of lambda over a range, evenly by ratio; one where the range is a single number."""

@@ -1,7 +1,8 @@
 """What training begins from: choices that are the same in all regions, tried on a few training clips."""
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 
@@ -13,7 +14,7 @@ from resq_rl.experiments.world import World
 from resq_rl.policies import GroupThresholds, StaticResQ
 from resq_rl.policies.search import Strategy, search_group_thresholds
 
-__all__ = ["Start", "Tried", "measure_constants", "prepare_training", "searched_thresholds"]
+__all__ = ["Start", "Tried", "first_choices", "measure_constants", "prepare_training", "searched_thresholds"]
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,12 @@ class Start:
     def best(self, trade_off: float) -> GroupThresholds | StaticResQ:
         """The policy with the highest reward for a lambda."""
         return min((*self.constants, *self.searched), key=lambda t: t.error + trade_off * t.bops).policy
+
+    def even(self, place: float) -> GroupThresholds | StaticResQ:
+        """The constant at a place, from 0 (most BOPs) to 1 (fewest), counting those of one keyframe interval."""
+        interval = self.constants[0].policy.interval
+        constants = sorted((t for t in self.constants if t.policy.interval == interval), key=lambda t: -t.bops)
+        return constants[round(place * (len(constants) - 1))].policy
 
     def trade_off_range(self) -> tuple[float, float]:
         """Values of lambda for which constant choices within 10 points of the most accurate one are best.
@@ -83,7 +90,7 @@ def _slope(a: tuple[float, float, float], b: tuple[float, float, float]) -> floa
 def prepare_training(world: World) -> tuple[World, Start | None]:
     """The world with its range of lambda settled, and what training begins from, where it was measured."""
     environment, training = world.settings.environment, world.settings.training
-    if environment.trade_off != "auto" and not training.warm_start:
+    if environment.trade_off != "auto" and training.warm_start == "none":
         return world, None
     scheme = world.scheme()
     start = measure_constants(world, scheme)
@@ -91,7 +98,12 @@ def prepare_training(world: World) -> tuple[World, Start | None]:
         chosen = start.trade_off_range()
         log.info("lambda from %g to %g", *chosen)
         world = replace(world, settings=replace(world.settings, environment=replace(environment, trade_off=chosen)))
-    if training.warm_start and training.search_frames and scheme.kind == "region_thresholds" and scheme.by_group:
+    if (
+        training.warm_start == "best"
+        and training.search_frames
+        and scheme.kind == "region_thresholds"
+        and scheme.by_group
+    ):
         found = searched_thresholds(world, start, training.search_frames, "greedy")
         start = replace(start, searched=tuple(found), frames=start.frames + training.search_frames)
     return world, start
@@ -141,6 +153,20 @@ def searched_thresholds(world: World, start: Start, frames: int, strategy: Strat
             seed=settings.seed,
         )
     return [Tried(f.policy, f.error, f.bops) for f in found]
+
+
+def first_choices(world: World, start: Start | None) -> Callable[[float], Sequence[int]] | None:
+    """For a lambda, the choice of every layer group as which training begins; None to begin at random."""
+    scheme, kind = world.scheme(), world.settings.training.warm_start
+    if start is None or kind == "none":
+        return None
+    low, high = world.settings.environment.trade_off_range
+
+    def even(trade_off: float) -> Sequence[int]:
+        place = math.log(trade_off / low) / math.log(high / low) if high > low else 0.5
+        return choices_of(scheme, start.even(min(max(place, 0.0), 1.0)))
+
+    return even if kind == "even" else lambda trade_off: choices_of(scheme, start.best(trade_off))
 
 
 def choices_of(scheme: ActionScheme, policy: GroupThresholds | StaticResQ) -> Sequence[int]:

@@ -10,7 +10,7 @@ from resq_rl.envs import BatchedEnvironment
 from resq_rl.envs.sb3 import AgentsVecEnv
 from resq_rl.experiments.progress import stage
 from resq_rl.experiments.settings import Settings
-from resq_rl.experiments.start import Start, choices_of
+from resq_rl.experiments.start import Start, first_choices
 from resq_rl.experiments.tracking import Tracker
 from resq_rl.experiments.world import World
 from resq_rl.policies import LearnedPolicy
@@ -64,21 +64,20 @@ def train_policy(
     """Train one policy, with learned keyframes if the settings ask for them; its checkpoints and files are in `folder`.
 
     Args:
-        start: from `prepare_training`; the policy begins as the best of it if `training.warm_start`.
+        start: from `prepare_training`, for `training.warm_start`.
         resume: go on from the newest checkpoints in `folder`.
 
     Returns:
         The policy and the report, whose frames are of both trainings.
     """
     training, settings = world.settings.training, ppo_settings(world.settings)
-    warm, scheme = start if training.warm_start else None, world.scheme()
-    best = (lambda t: choices_of(scheme, warm.best(t))) if warm else None
+    first = first_choices(world, start)
     run = _Run(seed, tracker, resume)
-    policy = run.train(f"training PPO, seed {seed}", world.agents(), settings, folder / "checkpoints", best)
+    policy = run.train(f"training PPO, seed {seed}", world.agents(), settings, folder / "checkpoints", first)
     if training.keyframe_frames:
         if run.trained:  # what learned its keyframes before was another policy
             shutil.rmtree(folder / "keyframes", ignore_errors=True)
-        never = (lambda _: [0] * scheme.groups) if training.warm_start else None
+        never = None if training.warm_start == "none" else lambda _: [0] * policy.scheme.groups
         agents, ppo = world.agents(policy), keyframe_settings(world.settings)
         keyframes = run.train(f"training keyframes, seed {seed}", agents, ppo, folder / "keyframes", never)
         policy = replace(policy, keyframes=keyframes)

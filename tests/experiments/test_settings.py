@@ -62,7 +62,7 @@ MISTAKEN_VALUES: list[tuple[str, Any, str]] = [
     ("training.seeds", [1, 1], "different seeds"),
     ("training.seeds", 3, "a list"),
     ("training.seeds", [1, "a"], "each an integer"),
-    ("training.warm_start", "maybe", "true or false"),
+    ("training.warm_start", "maybe", "best"),
     ("training", 3, "a group of settings"),
     ("environment.id", "resq_rl/RegionBit-v0", "'resq_rl/RegionBits-v0'"),
     ("environment.id", "resq_rl/FrameLevels-v0", "'resq_rl/FrameLevel-v0'"),

@@ -76,3 +76,14 @@ def test_searched_thresholds_are_taken_where_they_are_better() -> None:
 def test_a_level_stands_for_all_layer_groups() -> None:
     scheme = ActionScheme("frame_bits", "frame", 3, (2, 2))
     assert list(choices_of(scheme, StaticResQ(level=2))) == [2, 2, 2]
+
+
+def test_constants_are_spread_evenly_from_most_to_fewest_bops() -> None:
+    constants = [
+        Tried(GroupThresholds("previous", interval, taus=(tau,)), error=0.9 - tau, bops=1 / tau)
+        for interval in (8, 0)
+        for tau in (2.0, 0.5, 1.0)
+    ]
+    start = Start(tuple(constants))
+    places = [start.even(p) for p in (0.0, 0.2, 0.3, 0.5, 0.7, 0.8, 1.0)]
+    assert [p.taus[0] for p in places if isinstance(p, GroupThresholds)] == [0.5, 0.5, 1.0, 1.0, 1.0, 2.0, 2.0]
