@@ -13,7 +13,7 @@ from resq_rl.envs.environments import (
     default_world,
     register,
 )
-from resq_rl.envs.measure import FrameView, Measurement, Policy, frames_of, measure
+from resq_rl.envs.measure import FrameView, Measurement, Policy, Trace, frames_of, measure, trace
 from resq_rl.envs.observation import FRAME_FEATURES, Observation, region_features
 from resq_rl.envs.simulator import Decision, FrameResult, Simulator
 from resq_rl.envs.table import ResponseTable, TableSimulator, respond
@@ -44,6 +44,7 @@ __all__ = [
     "ResponseTable",
     "Simulator",
     "TableSimulator",
+    "Trace",
     "Transition",
     "default_world",
     "frames_of",
@@ -51,6 +52,7 @@ __all__ = [
     "region_features",
     "register",
     "respond",
+    "trace",
 ]
 
 register()

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Bool, Float, Float64, Int64, UInt8
 from torch import Tensor
 
 from resq_rl.envs.clips import ClipStore, gather
@@ -14,9 +14,9 @@ from resq_rl.envs.observation import Observation
 from resq_rl.envs.simulator import Decision, FrameResult, Simulator
 from resq_rl.errors import SettingsError
 from resq_rl.perception import Segmentation, mean_iou
-from resq_rl.quantization import Reference, ResQModel
+from resq_rl.quantization import LevelField, Reference, ResQModel
 
-__all__ = ["FrameView", "Measurement", "Policy", "batches", "frames_of", "measure"]
+__all__ = ["FrameView", "Measurement", "Policy", "Trace", "batches", "frames_of", "measure", "trace"]
 
 
 class FrameView:
@@ -145,17 +145,9 @@ def measure(
     frames, keyframes = torch.zeros(clips, dtype=torch.int64), torch.zeros(clips, dtype=torch.int64)
     confusion = torch.zeros(clips, task.classes, task.classes, dtype=torch.int64)
     reference = model.reference_bops()
-    policy_share = policy.macs * policy.bits**2 / reference
+    policy_share = _own_share(model, policy)
     for batch in batches(store, slots):
-        simulator = Simulator(
-            model,
-            task,
-            store.subset(batch),
-            slots=len(batch),
-            grid=grid,
-            reference=policy.reference,
-            trade_off_range=policy.trade_off_range,
-        )
+        simulator = _simulator(model, task, store.subset(batch), policy, grid)
         index = torch.tensor(batch)
         for time, result in enumerate(frames_of(simulator, policy)):
             rows = index[result.clip]
@@ -186,13 +178,104 @@ def measure(
     )
 
 
-def frames_of(simulator: Simulator, policy: Policy) -> Iterator[FrameResult]:
-    """Start one clip in every slot and step them to their end; all clips must have one length."""
+@dataclass(frozen=True)
+class Trace:
+    """One clip under one policy, frame by frame; BOPs are shares of the network's W8A8 frame.
+
+    Attributes:
+        prediction: predicted classes.
+        share: BOPs by region / (W8A8 BOPs of the frame / regions), without the policy's own.
+        bops: BOPs of each frame, the policy's own included.
+        keyframe: which frames ran as keyframes.
+        chosen: threshold or level of each layer group and region on each of the n residual frames; one region where
+            the policy decides for whole frames.
+    """
+
+    prediction: UInt8[Tensor, "t h w"]
+    share: Float[Tensor, "t gh gw"]
+    bops: Float64[Tensor, " t"]
+    keyframe: Bool[Tensor, " t"]
+    chosen: Float[Tensor, "n g rows columns"]
+
+    def choice_shares(self, choices: Sequence[float]) -> Float64[Tensor, "g k"]:
+        """How often each layer group got each of k thresholds or levels, as shares of all that was chosen.
+
+        They sum to 1 over groups and choices; without residual frames all are 0.
+        """
+        chosen = self.chosen[..., None] == torch.tensor(choices, dtype=torch.float32)
+        return chosen.sum((0, 2, 3)).double() / max(1, self.chosen.numel())
+
+
+@torch.no_grad()
+def trace(
+    model: ResQModel,
+    task: Segmentation,
+    store: ClipStore,
+    policy: Policy,
+    *,
+    clip: int = 0,
+    grid: tuple[int, int] = (6, 10),
+) -> Trace:
+    """Run one clip of the store under `policy`, as `measure` does, and keep every frame.
+
+    Args:
+        clip: index of the clip in the store.
+
+    Raises:
+        PolicyError: the policy does not fit the network or grid.
+    """
+    simulator = _simulator(model, task, store.subset([clip]), policy, grid)
+    decisions: list[Decision] = []
+    results = list(frames_of(simulator, policy, on_decision=decisions.append))
+    bops = torch.cat([result.cost.total for result in results]) / model.reference_bops()
+    bops[1:] += _own_share(model, policy)
+    fields = [decision.field for decision in decisions if not bool(decision.refresh)]
+    chosen = [field.levels.float() if isinstance(field, LevelField) else field.thresholds for field in fields]
+    return Trace(
+        torch.cat([result.prediction for result in results]),
+        torch.cat([result.share for result in results]),
+        bops,
+        torch.cat([result.cost.keyframe for result in results]),
+        torch.cat(chosen) if chosen else torch.zeros(0, simulator.groups, 1, 1),
+    )
+
+
+def _simulator(
+    model: ResQModel, task: Segmentation, store: ClipStore, policy: Policy, grid: tuple[int, int]
+) -> Simulator:
+    """A simulator in which all clips of the store step together under `policy`."""
+    return Simulator(
+        model,
+        task,
+        store,
+        slots=len(store),
+        grid=grid,
+        reference=policy.reference,
+        trade_off_range=policy.trade_off_range,
+    )
+
+
+def _own_share(model: ResQModel, policy: Policy) -> float:
+    """What the policy itself spends per decided frame, as a share of W8A8."""
+    return policy.macs * policy.bits**2 / model.reference_bops()
+
+
+def frames_of(
+    simulator: Simulator, policy: Policy, *, on_decision: Callable[[Decision], None] | None = None
+) -> Iterator[FrameResult]:
+    """Start one clip in every slot and step them to their end; all clips must have one length.
+
+    Args:
+        on_decision: called with the policy's decision before every frame but the first.
+    """
     slots = list(range(simulator.slots))
     result = simulator.start(slots, slots, [policy.trade_off] * len(slots))
     yield result
     while not bool(result.last.any()):
-        result = simulator.step(policy.decide(FrameView(simulator)))
+        decision = policy.decide(FrameView(simulator))
+        if on_decision is not None:
+            on_decision(decision)
+        result = simulator.step(decision)
         yield result
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor, nn
@@ -76,7 +77,12 @@ class PPOSettings:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training stands after a rollout: frames done and the rollout's figures by name."""
+    """Where training stands after a rollout: frames done and the rollout's figures by name.
+
+    Beside those of stable-baselines3 (of the update before the rollout) these are means over the rollout: `reward` and
+    `error` per frame, `bops` as a share of W8A8, `keyframes` as a share of frames, `entropy` of the sampled actions
+    as a share of the greatest possible, and what `choice_figures` gives.
+    """
 
     frames: int
     rollout: int
@@ -220,7 +226,6 @@ class _Rollouts(BaseCallback):
         self.on_rollout, self.checkpoints = on_rollout, checkpoints
         self._saved = report.rollouts
         self._sums: dict[str, list[float]] = {}
-        self._actions: list[np.ndarray] = []
 
     def _on_step(self) -> bool:
         step = self.environment.last
@@ -234,7 +239,6 @@ class _Rollouts(BaseCallback):
             self._add("bops", float(step.result.share.mean()))
             self._add("error", float(step.result.error.mean()))
             self._add("keyframes", float(step.result.cost.keyframe.float().mean()))
-        self._actions.append(self.locals["actions"])
         return True
 
     def _add(self, name: str, value: float) -> None:
@@ -242,10 +246,11 @@ class _Rollouts(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         metrics = {name: float(np.mean(values)) for name, values in self._sums.items()}
-        actions = np.concatenate(self._actions)
-        choices = actions[:, :-1] if self.environment.core.scheme.agents == "frame" else actions  # not the keyframe's
-        if choices.size:  # keyframe agents make no other choice
-            metrics["mean_choice"] = float(choices.mean())
+        buffer = self.locals["rollout_buffer"]  # holds each action beside the observation it was chosen from
+        scheme = self.environment.core.scheme
+        metrics |= choice_figures(scheme, buffer.observations, buffer.actions)
+        if max(scheme.nvec) > 1:
+            metrics["entropy"] = -float(buffer.log_probs.mean()) / float(np.log(scheme.nvec).sum())
         metrics |= {
             name.replace("train/", ""): float(value)
             for name, value in self.logger.name_to_value.items()
@@ -253,7 +258,7 @@ class _Rollouts(BaseCallback):
         }
         if not np.isfinite(metrics.get("explained_variance", 0.0)):
             del metrics["explained_variance"]  # undefined where all returns are equal
-        self._sums, self._actions = {}, []
+        self._sums = {}
         report = self.report
         report.rollouts += 1
         report.frames = self.environment.frames
@@ -273,6 +278,30 @@ class _Rollouts(BaseCallback):
         if due and self.checkpoints is not None:
             save_checkpoint(self.checkpoints, self.model, self.environment, self.about, self.report, done=False)
             self._saved = rollouts
+
+
+def choice_figures(
+    scheme: ActionScheme, observations: Float[np.ndarray, "*n f"], actions: Int[np.ndarray, "*n k"]
+) -> dict[str, float]:
+    """What agents chose, apart from keyframes: a policy that has collapsed chooses the same whatever it observes.
+
+    Returns:
+        `mean_choice`, the mean index of the threshold or level; `choice_0` to `choice_{n-1}`, the share of each; and
+        `choice_residual_correlation`, Pearson's of the mean index of each region (or of the whole frame, where it is
+        decided for) with its observed `residual_mean`, absent where either is the same everywhere. Nothing of agents
+        that decide on keyframes alone.
+    """
+    choices = actions[..., :-1] if scheme.agents == "frame" else actions  # the last is the keyframe's
+    if not choices.size:
+        return {}
+    shares = np.bincount(choices.ravel(), minlength=scheme.choices) / choices.size
+    figures = {"mean_choice": float(choices.mean())} | {f"choice_{i}": float(s) for i, s in enumerate(shares)}
+    names = [name.removeprefix("mean_").split("[")[0] for name in scheme.feature_names]
+    residual = observations[..., [i for i, name in enumerate(names) if name == "residual_mean"]]
+    mean = choices.reshape(*residual.shape, -1).mean(-1)
+    if np.ptp(mean) > 0 and np.ptp(residual) > 0:
+        figures["choice_residual_correlation"] = float(np.corrcoef(mean.ravel(), residual.ravel())[0, 1])
+    return figures
 
 
 def deployed(model: PPO, environment: AgentsVecEnv, settings: PPOSettings) -> LearnedPolicy:

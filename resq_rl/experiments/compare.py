@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 
 from resq_rl.envs import Measurement, Policy
+from resq_rl.experiments.decisions import Measured, comparable_pair, decisions_figure
 from resq_rl.experiments.frame_level import frame_heuristics, gap_closed, is_frame_level, oracle_front, tabulated
 from resq_rl.experiments.fronts import compare_fronts, points_of
 from resq_rl.experiments.plots import plot_curves, plot_fronts
@@ -69,12 +70,14 @@ class _Bench:
     tracker: Tracker
     started: float = field(default_factory=time.monotonic)
     measured: dict[str, list[Measurement]] = field(default_factory=dict)
+    tuned: dict[str, list[Measured]] = field(default_factory=dict)
     deltas: dict[str, BdEntry] = field(default_factory=dict)
     training_frames: int = 0
 
-    def add(self, method: str, measurements: Sequence[Measurement]) -> None:
-        """Take in a method's measurements on the reported clips."""
+    def add(self, method: str, measurements: Sequence[Measurement], policies: Sequence[Policy] = ()) -> None:
+        """Take in a method's measurements on the reported clips, and the policies that were measured if tuned."""
         self.measured[method] = [*self.measured.get(method, []), *measurements]
+        self.tuned.setdefault(method, []).extend(zip(policies, measurements, strict=False))
         self.write()
         step = len(self.measured)
         for point in measurements:
@@ -148,11 +151,24 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
     tracker.log_artifact(run_dir / "comparison.json")
     tracker.log_figure(plot_fronts(comparison), "fronts")
     tracker.log_figure(plot_curves(curves), "training")
+    _draw_decisions(bench)
     for name, entry in bench.deltas.items():
         if entry.value is not None:
             tracker.log_metrics({f"bd_bops/{name}": entry.value})
     print_comparison(comparison, Console(width=None if sys.stdout.isatty() else 110))
     log.info("Plots: %s", ", ".join(str(p.name) for p in sorted(run_dir.glob("*.png"))))
+
+
+def _draw_decisions(bench: _Bench) -> None:
+    """Draw `decisions.png`, with the first tuned heuristic among the anchors."""
+    world = bench.world
+    anchor = next((method for method in ANCHORS if bench.tuned.get(method)), "")
+    float_accuracy = world.stores[world.settings.split].float_accuracy
+    pair = comparable_pair(bench.tuned.get(anchor, []), bench.tuned["ppo"], float_accuracy)
+    if pair is None:
+        log.info("No decisions.png: it needs a tuned heuristic and a learned policy with an accuracy.")
+        return
+    bench.tracker.log_figure(decisions_figure(world, anchor, *pair), "decisions")
 
 
 def _measure_fixed(bench: _Bench) -> None:
@@ -195,7 +211,8 @@ def _measure_tuned(bench: _Bench, candidates: Mapping[str, Sequence[Any]]) -> No
             chosen = thinned(best_of([*chosen, *_tuned(bench, "kappa", others)]), FRONT_POINTS)
             others = [replace(policy, scene_change=s) for policy, _ in chosen for s in heuristic.scene_changes]
             chosen = thinned(best_of([*chosen, *_tuned(bench, "scene change", others)]), FRONT_POINTS)
-        bench.add(method, bench.measure(method, [policy for policy, _ in chosen]))
+        tuned = [policy for policy, _ in chosen]
+        bench.add(method, bench.measure(method, tuned), tuned)
 
 
 def _tuned(bench: _Bench, name: str, policies: Sequence[Any]) -> list[tuple[Any, Measurement]]:
@@ -233,10 +250,11 @@ def _measure_ppo(
             bench.training_frames = report.frames + (start.frames if start else 0)
             candidates = front_candidates(world, policy)
             chosen = _tuned(bench, "lambda", candidates)
-            results = bench.measure("ppo", [policy for policy, _ in chosen])
+            tuned = [policy for policy, _ in chosen]
+            results = bench.measure("ppo", tuned)
             by_seed[seed] = [replace(m, settings={**m.settings, "seed": seed}) for m in results]
             for m in by_seed[seed]:
                 child.log_metrics({"accuracy": m.accuracy, "bops": m.bops}, step=int(np.round(1e6 * m.bops)))
         curves[f"seed {seed}"] = report.curve
-        bench.add("ppo", by_seed[seed])
+        bench.add("ppo", by_seed[seed], tuned)
     return by_seed, curves

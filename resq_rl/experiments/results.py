@@ -20,7 +20,7 @@ from resq_rl.errors import ResultsError
 from resq_rl.experiments.statistics import BdResult, Interval, pareto_envelope
 from resq_rl.files import write_atomic
 
-__all__ = ["BdEntry", "Comparison", "Point", "comparison_table", "print_comparison", "write_summary"]
+__all__ = ["BdEntry", "Comparison", "Point", "comparison_table", "print_comparison", "short_settings", "write_summary"]
 
 Range = tuple[float, float]
 
@@ -240,7 +240,7 @@ def _shown(points: Sequence[Point]) -> list[Point]:
 def _cells(point: Point, comparison: Comparison) -> list[str]:
     lost = 100 * (comparison.float_accuracy - point.accuracy)
     return [
-        _short_settings(point.settings),
+        short_settings(point.settings),
         f"{point.bops:.3f}{_half(point.bops_ci95)}",
         f"{1 / point.bops:.1f}x" if point.bops > 0 else "-",
         f"{point.accuracy:.3f}{_half(point.accuracy_ci95)}",
@@ -248,7 +248,7 @@ def _cells(point: Point, comparison: Comparison) -> list[str]:
     ]
 
 
-def _short_settings(settings: Mapping[str, Any]) -> str:
+def short_settings(settings: Mapping[str, Any]) -> str:
     """What tells the points of one method apart; all of it is in `comparison.json`."""
     parts = [SHORT[name].format(_short(value)) for name, value in settings.items() if name in SHORT]
     return " ".join(parts)

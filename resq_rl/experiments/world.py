@@ -18,7 +18,9 @@ from resq_rl.envs import (
     Policy,
     Simulator,
     TableSimulator,
+    Trace,
     measure,
+    trace,
 )
 from resq_rl.errors import NetworkError, SettingsError, VideoError
 from resq_rl.experiments.progress import Advance, stage
@@ -72,6 +74,11 @@ class World:
                 advance(self.stores[split].frames)
             return result
         return self._measure(self.model, policy, split, advance)
+
+    def trace(self, policy: Policy, split: Split, clip: int = 0) -> Trace:
+        """Run a policy over one clip of a split, on the network even where tables are given."""
+        grid = self.settings.environment.grid
+        return trace(self.model, self.task, self.stores[split], policy, clip=clip, grid=grid)
 
     def measure_per_frame(self, policy: Policy, bits: int, split: Split) -> Measurement:
         """Run a policy on the network quantized to `bits`-bit weights and activations; BOPs still in units of W8A8."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from resq_rl.envs import Decision, FrameView, Measurement, Policy, measure
+from resq_rl.envs import Decision, FrameView, Measurement, Policy, Trace, measure, trace
 from resq_rl.errors import PolicyError, SettingsError
 from resq_rl.perception import mean_iou
 from resq_rl.policies import DynamicResQ, PerFrame, SkipGate, StaticResQ
@@ -149,6 +149,46 @@ def test_progress_counts_every_frame(world: World) -> None:
     seen: list[int] = []
     run(world, PerFrame(), slots=2, progress=seen.append)
     assert sum(seen) == world.store.frames
+
+
+def traced(world: World, policy: Policy, clip: int) -> Trace:
+    return trace(world.model, world.task, world.store, policy, clip=clip, grid=world.grid)
+
+
+@pytest.mark.parametrize("clip", [0, 1])
+@pytest.mark.parametrize(
+    "policy", [Charged("previous", 3, tau=0.5), Watching("keyframe", 4), StaticResQ("previous", 0, level=1)]
+)
+def test_a_trace_is_what_is_measured(policy: Policy, clip: int, world: World) -> None:
+    found, result = traced(world, policy, clip), run(world, policy)
+    frames = int(result.frames[clip])
+    assert float(found.bops.mean()) == pytest.approx(float(result.clip_bops[clip] / result.frames[clip]), rel=1e-12)
+    assert float(found.bops.max()) == pytest.approx(float(result.peak[clip]), rel=1e-12)
+    assert int(found.keyframe.sum()) == int(result.keyframes[clip])
+    confusion = world.task.confusion(found.prediction, world.store.targets[clip]).sum(0)
+    assert (confusion == result.confusion[clip]).all()
+    own = float(result.policy[clip]) / (frames - 1)
+    by_region = found.share.double().mean((1, 2))
+    assert (by_region[1:] + own).tolist() == pytest.approx(found.bops[1:].tolist(), rel=1e-5)
+    assert found.chosen.shape[:2] == (frames - int(result.keyframes[clip]), 3)
+
+
+def test_choices_are_counted_by_layer_group_on_residual_frames(world: World) -> None:
+    found = traced(world, Watching("previous", 3), 1)  # keyframes at 0, 3 and 6 of 7 frames
+    assert found.chosen.shape == (4, 3, *world.grid)
+    shares = found.choice_shares((0.5, 1.0, 3.0))
+    coarse = float((found.chosen == 3.0).double().mean())
+    assert 0 < coarse < 1
+    torch.testing.assert_close(shares, torch.tensor([[1 - coarse, 0.0, coarse]] * 3, dtype=torch.float64) / 3)
+    levels = traced(world, StaticResQ("previous", 0, level=2), 0).choice_shares(range(4))
+    torch.testing.assert_close(levels, torch.tensor([[0.0, 0.0, 1.0, 0.0]] * 3, dtype=torch.float64) / 3)
+
+
+def test_without_residual_frames_nothing_was_chosen(world: World) -> None:
+    for own in (world, world.with_clips([1])):
+        found = traced(own, PerFrame(), 0)
+        assert found.keyframe.all()
+        assert not found.choice_shares(range(4)).any()
 
 
 def test_the_policy_is_shown_its_lambda(world: World) -> None:

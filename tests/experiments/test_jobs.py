@@ -66,6 +66,7 @@ def test_compare_writes_every_promised_name(compared: Path) -> None:
     assert {"ppo_vs_dynamic_resq"} <= set(values["bd_bops"])
     assert (compared / "fronts.png").stat().st_size > 1000
     assert (compared / "training.svg").exists()
+    assert (compared / "decisions.png").stat().st_size > 1000
 
 
 def test_per_frame_is_the_unit_of_all_bops(compared: Path) -> None:

@@ -15,7 +15,7 @@ from resq_rl.envs import ActionKind, Agents, ClipStore, Decision, EpisodeSetting
 from resq_rl.envs.sb3 import AgentsVecEnv
 from resq_rl.errors import PolicyError, ResultsError, SettingsError
 from resq_rl.policies import DynamicResQ, LearnedPolicy
-from resq_rl.policies.ppo import PPOSettings, Progress, TrainingReport, train_ppo
+from resq_rl.policies.ppo import PPOSettings, Progress, TrainingReport, choice_figures, train_ppo
 from resq_rl.quantization import LevelField
 from resq_rl.video import Clip
 from tests.envs.worlds import World, first_difference, moving_frames
@@ -230,6 +230,69 @@ def test_figures_of_a_rollout_are_of_its_frames(moving: World) -> None:
     assert row["error"] == pytest.approx(float(np.mean([s.result.error.mean() for s in steps])), rel=1e-5)
     assert row["keyframes"] == pytest.approx(float(np.mean([s.result.cost.keyframe.float().mean() for s in steps])))
     assert row["mean_choice"] == pytest.approx(np.concatenate(actions)[:, :-1].mean())
+
+
+WAYS: list[tuple[ActionKind, Agents]] = [*CASES, ("frame_level", "frame"), ("region_bits", "frame")]
+
+
+@pytest.mark.parametrize(("kind", "agents"), WAYS)
+def test_figures_of_choices_belong_to_the_observations_they_were_made_for(
+    kind: ActionKind, agents: Agents, moving: World
+) -> None:
+    """Each choice counted, and paired by hand with the residual that its agent saw before it."""
+    env = agents_of(moving, kind=kind, agents=agents)
+    scheme = env.core.scheme
+    seen, chosen = [], []
+    reset, step = env.reset, env.step_wait
+
+    def first() -> Any:
+        seen.append(reset())
+        return seen[-1]
+
+    def following() -> Any:
+        out = step()
+        assert env._actions is not None
+        chosen.append(env._actions.copy())
+        seen.append(out[0])
+        return out
+
+    env.reset, env.step_wait = first, following  # type: ignore[method-assign]
+    _, report = train_ppo(env, replace(TINY, frames=1), seed=0)
+    row, counts = report.curve[0], np.zeros(scheme.choices)
+    means, residuals = [], []
+    for observations, actions in zip(seen, chosen, strict=False):
+        for observed, action in zip(observations.tolist(), actions.tolist(), strict=True):
+            own = action if agents == "region" else action[:-1]
+            for choice in own:
+                counts[choice] += 1
+            named = dict(zip(scheme.feature_names, observed, strict=True))
+            if (kind, agents) == ("region_bits", "frame"):
+                per_region = len(own) // scheme.regions
+                for region in range(scheme.regions):
+                    means.append(np.mean(own[region * per_region : (region + 1) * per_region]))
+                    residuals.append(named[f"residual_mean[{region // scheme.grid[1]},{region % scheme.grid[1]}]"])
+            else:
+                means.append(np.mean(own))
+                residuals.append(named["residual_mean" if agents == "region" else "mean_residual_mean"])
+    assert len(chosen) == TINY.n_steps
+    assert [row[f"choice_{i}"] for i in range(scheme.choices)] == pytest.approx(counts / counts.sum())
+    assert row["choice_residual_correlation"] == pytest.approx(np.corrcoef(means, residuals)[0, 1], abs=1e-6)
+    assert row["entropy"] == pytest.approx(1.0, abs=0.02), "a new network chooses evenly"
+
+
+def test_a_collapsed_policy_shows(moving: World) -> None:
+    """One choice has all of the share, nothing is left of the entropy, and a correlation is undefined."""
+    scheme = moving.scheme()
+    observations = np.random.default_rng(0).uniform(size=(2, 5, scheme.observation_size)).astype(np.float32)
+    figures = choice_figures(scheme, observations, np.full((2, 5, len(scheme.nvec)), 7))
+    assert figures == {"mean_choice": 7.0} | {f"choice_{i}": float(i == 7) for i in range(scheme.choices)}
+    still = np.full_like(observations, 0.1)
+    actions = np.random.default_rng(0).integers(scheme.choices, size=(2, 5, len(scheme.nvec)))
+    assert "choice_residual_correlation" not in choice_figures(scheme, still, actions)
+    env = agents_of(moving, 30.0, kind="frame_level", agents="frame", slots=8, reward_scale=0.1)
+    _, report = train_ppo(env, FAST, seed=0)
+    assert report.curve[-1]["entropy"] < 0.5 * report.curve[0]["entropy"]
+    assert report.curve[-1]["choice_0"] > 0.9
 
 
 def test_the_deployed_policy_knows_what_it_was_trained_for(moving: World) -> None:
