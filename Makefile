@@ -52,7 +52,7 @@ demo: $(STAMP)
 	@$(BIN)/resq-rl compare +experiment=$(TASK) $(ARGS)
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
