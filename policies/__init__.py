@@ -20,7 +20,7 @@ from resq_rl.policies.oracle import (
     oracle_measurement,
     rollout,
 )
-from resq_rl.policies.search import Searched, search_group_thresholds
+from resq_rl.policies.search import Tried, best_for, search_group_thresholds
 from resq_rl.policies.tuning import (
     best_of,
     best_policies,
@@ -40,9 +40,10 @@ __all__ = [
     "Responses",
     "Schedule",
     "Scheduled",
-    "Searched",
     "SkipGate",
     "StaticResQ",
+    "Tried",
+    "best_for",
     "best_of",
     "best_policies",
     "best_schedule",

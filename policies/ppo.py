@@ -181,7 +181,7 @@ def _clone_constant(
     steps: int = 400,
     width: float = 1.0,
 ) -> None:
-    """Fit the policy to the constant field that suits each lambda, with some probability on neighbouring choices."""
+    """Fit the policy to the choices that suit each lambda, with some probability on neighbouring ones."""
     scheme = environment.core.scheme
     generator = np.random.default_rng(seed)
     observations = np.asarray(environment.reset(), dtype=np.float32)

@@ -1,35 +1,41 @@
 """Searching static thresholds per layer group: what a policy must beat to be worth its observation."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from resq_rl.errors import SettingsError
-from resq_rl.policies.fixed import GroupThresholds
+from resq_rl.policies.fixed import GroupThresholds, StaticResQ
 
-__all__ = ["Searched", "Strategy", "search_group_thresholds"]
+__all__ = ["Strategy", "Tried", "best_for", "search_group_thresholds"]
 
 Strategy = Literal["greedy", "random"]
 # Of a greedy proposal: chance to change one more group, and to change the keyframe interval instead.
 ONE_MORE, OTHER_INTERVAL = 0.3, 0.15
-# So many proposals in a row that were tried before: there is nothing left to find.
-MOST_MISSES = 1000
+# So many proposals in a row that were tried before: neighbours are exhausted; there is nothing left at all.
+STUCK, MOST_MISSES = 200, 5000
 
 
 @dataclass(frozen=True)
-class Searched:
-    """A setting that was tried, with its mean error and BOPs (share of W8A8) on the clips of the search."""
+class Tried:
+    """What a setting gave on some clips: error as in the reward, BOPs as a share of W8A8."""
 
-    policy: GroupThresholds
+    policy: GroupThresholds | StaticResQ
     error: float
     bops: float
+    accuracy: float = math.nan
+
+    def loss(self, trade_off: float) -> float:
+        """Error + lambda * BOPs, the negative of the reward but for a constant."""
+        return self.error + trade_off * self.bops
 
 
 def search_group_thresholds(
-    evaluate: Callable[[GroupThresholds], tuple[float, float]],
-    known: Mapping[GroupThresholds, tuple[float, float]],
+    evaluate: Callable[[GroupThresholds], Tried],
+    known: Sequence[Tried],
     thresholds: Sequence[float],
     intervals: Sequence[int],
     trade_offs: Sequence[float],
@@ -37,56 +43,65 @@ def search_group_thresholds(
     evaluations: int,
     strategy: Strategy = "greedy",
     seed: int = 0,
-) -> list[Searched]:
+) -> list[Tried]:
     """Static thresholds per layer group for a range of lambda.
 
     All evaluations serve all lambdas. "greedy" goes from lambda to lambda and tries a neighbour of the best setting
-    known for it: another threshold, one or two places up or down, in one group or a few, or another keyframe interval.
-    "random" draws every threshold on its own.
+    known for it: another threshold, one or two places up or down, in one group or a few, or another keyframe interval;
+    where it knows all neighbours, it draws at random. "random" draws every threshold on its own.
 
     Args:
-        evaluate: error and BOPs of a setting, on training clips.
-        known: settings to begin from, such as constant fields, with their error and BOPs.
+        evaluate: measures a setting on training clips.
+        known: settings to begin from, such as constant fields.
         thresholds: what a group may take, ascending.
         intervals: what the keyframe interval may be.
-        trade_offs: values of lambda to search for; a setting is the better, the lower error + lambda * BOPs.
-        evaluations: how many settings to try besides.
+        trade_offs: values of lambda to search for.
+        evaluations: how many settings to try besides the known ones.
 
     Returns:
-        Settings that are best for some lambda between the lowest and the highest of `trade_offs`, by rising BOPs.
+        What was tried besides, in its order; fewer than `evaluations` only where no setting is left.
 
     Raises:
         SettingsError: there is nothing to start from, or to search over.
     """
     ascending = list(thresholds) == sorted(set(thresholds))
-    if not (known and trade_offs and intervals and ascending and evaluations >= 0):
+    first = next((t.policy for t in known if isinstance(t.policy, GroupThresholds)), None)
+    if not (first and trade_offs and intervals and ascending and evaluations >= 0):
         raise SettingsError(
-            "A search needs settings to start from, lambdas, intervals, ascending thresholds and 0 evaluations or more."
+            "A search needs thresholds to start from, lambdas, intervals, ascending thresholds and 0 evaluations or "
+            "more."
         )
     generator = np.random.default_rng(seed)
-    tried = {policy: Searched(policy, *measured) for policy, measured in known.items()}
-    first, most = next(iter(tried)), len(tried) + evaluations
+    tried = {t.policy: t for t in known}
+    found: list[Tried] = []
     misses = 0
-    while len(tried) < most and misses < MOST_MISSES:
-        wanted = trade_offs[len(tried) % len(trade_offs)]
-        if strategy == "random":
+    while len(found) < evaluations and misses < MOST_MISSES:
+        if strategy == "random" or misses >= STUCK:
             drawn = generator.choice(np.array(thresholds), size=len(first.taus))
             taus = tuple(float(t) for t in drawn)
             policy = replace(first, taus=taus, interval=int(generator.choice(np.array(intervals))))
         else:
-            policy = _neighbour(_best(tried, wanted).policy, thresholds, intervals, generator)
-        if policy in tried:
-            misses += 1
-            continue
-        misses = 0
-        tried[policy] = Searched(policy, *evaluate(policy))
+            wanted = trade_offs[(len(tried) + misses) % len(trade_offs)]
+            policy = _neighbour(_best(tried.values(), wanted), thresholds, intervals, generator)
+        misses += 1
+        if policy not in tried:
+            misses = 0
+            found.append(evaluate(policy))
+            tried[policy] = found[-1]
+    return found
+
+
+def best_for(tried: Iterable[Tried], trade_offs: Sequence[float]) -> list[Tried]:
+    """Settings that are best for some lambda between the lowest and the highest of `trade_offs`, by rising BOPs."""
+    every = list(tried)
     dense = np.geomspace(min(trade_offs), max(trade_offs), 50)
-    chosen = {found.policy: found for found in (_best(tried, float(t)) for t in dense)}
-    return sorted(chosen.values(), key=lambda found: found.bops)
+    chosen = {t.policy: t for t in (min(every, key=lambda t: t.loss(trade_off)) for trade_off in dense)}
+    return sorted(chosen.values(), key=lambda t: t.bops)
 
 
-def _best(tried: dict[GroupThresholds, Searched], trade_off: float) -> Searched:
-    return min(tried.values(), key=lambda found: found.error + trade_off * found.bops)
+def _best(tried: Iterable[Tried], trade_off: float) -> GroupThresholds:
+    thresholds = ((t, t.policy) for t in tried if isinstance(t.policy, GroupThresholds))
+    return min(thresholds, key=lambda pair: pair[0].loss(trade_off))[1]
 
 
 def _neighbour(

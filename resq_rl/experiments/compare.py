@@ -22,12 +22,12 @@ from resq_rl.experiments.plots import plot_curves, plot_fronts
 from resq_rl.experiments.progress import stage
 from resq_rl.experiments.results import BdEntry, Comparison, Point, print_comparison
 from resq_rl.experiments.settings import Settings
-from resq_rl.experiments.start import Start, measure_constants, prepare_training, searched_thresholds
+from resq_rl.experiments.start import Start, measure_constants, prepare_training, search
 from resq_rl.experiments.tracking import Tracker
 from resq_rl.experiments.training import front_candidates, train_policy
 from resq_rl.experiments.world import World, build_world
 from resq_rl.policies import LearnedPolicy, PerFrame, RandomLevels
-from resq_rl.policies.search import Strategy
+from resq_rl.policies.search import Strategy, best_for
 from resq_rl.policies.tuning import (
     best_of,
     best_policies,
@@ -135,9 +135,9 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
     else:
         _measure_random(bench)
         _measure_heuristics(bench)
-        if settings.heuristic.searches:
-            _measure_searches(bench, start)
     by_seed, curves = _measure_ppo(bench, start)
+    if settings.heuristic.searches and not frame_level:
+        _measure_searches(bench, start)
     float_accuracy = world.stores[settings.split].float_accuracy
     if frame_level:
         bench.add("oracle", oracle_front(world, settings.split))
@@ -151,11 +151,11 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
     tracker.log_artifact(run_dir / "comparison.json")
     tracker.log_figure(plot_fronts(comparison), "fronts")
     tracker.log_figure(plot_curves(curves), "training")
-    _draw_decisions(bench)
     for name, entry in bench.deltas.items():
         if entry.value is not None:
             tracker.log_metrics({f"bd_bops/{name}": entry.value})
     print_comparison(comparison, Console(width=None if sys.stdout.isatty() else 110))
+    _draw_decisions(bench)
     log.info("Plots: %s", ", ".join(str(p.name) for p in sorted(run_dir.glob("*.png"))))
 
 
@@ -226,13 +226,18 @@ def _tuned(bench: _Bench, name: str, policies: Sequence[Any]) -> list[tuple[Any,
 
 
 def _measure_searches(bench: _Bench, start: Start | None) -> None:
-    """Searched thresholds, with as many environment frames as the training of one policy."""
-    world, frames = bench.world, bench.world.settings.training.all_frames
+    """Searched thresholds, with as many environment frames as the training of one policy.
+
+    The greedy search goes on from what training began with, whose frames count for both.
+    """
+    world, settings = bench.world, bench.world.settings
     if start is None or world.scheme().kind != "region_thresholds":
         start = measure_constants(world, replace(world.scheme(), kind="region_thresholds"))
-    for strategy in world.settings.heuristic.searches:
+    for strategy in settings.heuristic.searches:
+        known = start if strategy == "greedy" else replace(start, searched=())
+        known = search(world, known, max(0, bench.training_frames - known.frames), strategy)
+        found = best_for((*known.constants, *known.searched), settings.environment.trade_off_range)
         method = SEARCHES[strategy]
-        found = searched_thresholds(world, start, frames, strategy)
         chosen = _tuned(bench, method, [tried.policy for tried in found])
         bench.add(method, bench.measure(method, [policy for policy, _ in chosen]))
 
@@ -247,7 +252,8 @@ def _measure_ppo(
         folder = bench.run_dir / f"seed{seed}"
         with bench.tracker.child(f"ppo seed {seed}", {"seed": seed, "method": "ppo"}) as child:
             policy, report = train_policy(world, seed, folder, child, start=start, resume=False)
-            bench.training_frames = report.frames + (start.frames if start else 0)
+            used = report.frames + (start.frames if start else 0)
+            bench.training_frames = max(bench.training_frames, used)
             candidates = front_candidates(world, policy)
             chosen = _tuned(bench, "lambda", candidates)
             tuned = [policy for policy, _ in chosen]

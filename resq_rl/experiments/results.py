@@ -122,7 +122,7 @@ class Comparison:
         float_accuracy: of the network without quantization.
         bops_convention: cost of one multiplication.
         reference_bops_per_frame: BOPs of a W8A8 frame, the unit of all BOPs here.
-        env_frames_used_for_training: environment frames of one training run.
+        env_frames_used_for_training: environment frames of one training run, with those of what it began from.
         wall_seconds: duration of the whole run.
         fronts: points by method, such as "dynamic_resq" or "ppo".
         bd_bops: deltas by name, such as "ppo_vs_dynamic_resq".

@@ -171,8 +171,9 @@ class TrainingSettings(_Group):
         warm_start: as what the policy begins, with the same choices in all regions: "best" for each lambda, of all that
             was tried; "even", constant choices from most BOPs at the lowest lambda to fewest at the highest, which
             suits networks for which all between full bits and skipping looks bad at first; or "none", at random.
-        search_frames: environment frames that go, besides, into searching a threshold for each layer group for "best";
-            with 0 it knows constant choices only.
+        search_frames: environment frames that go, besides, into searching a threshold for each layer group for "best"
+            (of region agents that choose thresholds; rounded up to whole settings); with 0 it knows constant choices
+            only.
         checkpoint_every: rollouts between checkpoints.
         trade_offs: how many values of lambda, spread over its range, make the front.
         resume: folder of the run to go on from, or None.
@@ -199,11 +200,6 @@ class TrainingSettings(_Group):
     checkpoint_every: Count
     trade_offs: Count
     resume: str | None
-
-    @property
-    def all_frames(self) -> int:
-        """Environment frames that the training of one policy takes, besides measuring constant choices."""
-        return self.frames + self.keyframe_frames + (self.search_frames if self.warm_start == "best" else 0)
 
     def spread(self, trade_off_range: tuple[float, float]) -> list[float]:
         """`trade_offs` values of lambda over a range, evenly by ratio; one where the range is a single number."""

@@ -12,9 +12,10 @@ from resq_rl.experiments.progress import stage
 from resq_rl.experiments.statistics import MAXIMUM_ACCURACY_LOSS
 from resq_rl.experiments.world import World
 from resq_rl.policies import GroupThresholds, StaticResQ
-from resq_rl.policies.search import Strategy, search_group_thresholds
+from resq_rl.policies.search import Strategy, Tried, search_group_thresholds
+from resq_rl.quantization import Reference
 
-__all__ = ["Start", "Tried", "first_choices", "measure_constants", "prepare_training", "searched_thresholds"]
+__all__ = ["Start", "first_choices", "measure_constants", "prepare_training", "search"]
 
 log = logging.getLogger(__name__)
 
@@ -22,32 +23,27 @@ SEARCH_CLIPS = 6
 
 
 @dataclass(frozen=True)
-class Tried:
-    """What one policy gave: error as in the reward, BOPs as a share of W8A8."""
-
-    policy: GroupThresholds | StaticResQ
-    error: float
-    bops: float
-    accuracy: float = float("nan")
-
-
-@dataclass(frozen=True)
 class Start:
-    """Policies that were tried, at every keyframe interval.
+    """Policies that were tried on a few training clips.
 
     Attributes:
-        constants: the same choice (threshold or level) for all layer groups.
-        searched: a threshold for each layer group; empty where none were searched.
-        frames: how many frames were simulated for all of them.
+        constants: the same choice (threshold or level) for all layer groups, at every keyframe interval.
+        searched: a threshold for each layer group.
+        clip_frames: frames that each of them took.
     """
 
     constants: tuple[Tried, ...]
     searched: tuple[Tried, ...] = ()
-    frames: int = 0
+    clip_frames: int = 0
+
+    @property
+    def frames(self) -> int:
+        """How many frames were simulated for all of them."""
+        return (len(self.constants) + len(self.searched)) * self.clip_frames
 
     def best(self, trade_off: float) -> GroupThresholds | StaticResQ:
         """The policy with the highest reward for a lambda."""
-        return min((*self.constants, *self.searched), key=lambda t: t.error + trade_off * t.bops).policy
+        return min((*self.constants, *self.searched), key=lambda t: t.loss(trade_off)).policy
 
     def even(self, place: float) -> GroupThresholds | StaticResQ:
         """The constant at a place, from 0 (most BOPs) to 1 (fewest), counting those of one keyframe interval."""
@@ -104,8 +100,7 @@ def prepare_training(world: World) -> tuple[World, Start | None]:
         and scheme.kind == "region_thresholds"
         and scheme.by_group
     ):
-        found = searched_thresholds(world, start, training.search_frames, "greedy")
-        start = replace(start, searched=tuple(found), frames=start.frames + training.search_frames)
+        start = search(world, start, training.search_frames, "greedy")
     return world, start
 
 
@@ -119,32 +114,27 @@ def measure_constants(world: World, scheme: ActionScheme) -> Start:
     ]
     with stage("constant fields", len(policies) * store.frames) as advance:
         results = [few.measure(policy, "train", advance) for policy in policies]
-    tried = (
-        Tried(policy, mean_error(result, store), result.bops, result.accuracy)
-        for policy, result in zip(policies, results, strict=True)
-    )
-    return Start(tuple(tried), frames=len(policies) * store.frames)
+    tried = (_tried(policy, result, store) for policy, result in zip(policies, results, strict=True))
+    return Start(tuple(tried), clip_frames=store.frames)
 
 
-def searched_thresholds(world: World, start: Start, frames: int, strategy: Strategy) -> list[Tried]:
-    """Static thresholds per layer group that are best for some lambda, searched on a few training clips.
+def search(world: World, start: Start, frames: int, strategy: Strategy) -> Start:
+    """Search static thresholds per layer group on a few training clips.
 
     Args:
-        start: constants, from which the search begins.
-        frames: environment frames that it may spend.
+        start: thresholds, from which the search begins.
+        frames: environment frames to spend, rounded up to whole settings.
+
+    Returns:
+        The start with what was tried besides.
     """
     settings, few = world.settings, _few_clips(world)
     store, environment = few.stores["train"], settings.environment
-    evaluations = frames // store.frames
+    evaluations = math.ceil(frames / store.frames)
     with stage(f"{strategy} search", evaluations * store.frames) as advance:
-
-        def evaluate(policy: GroupThresholds) -> tuple[float, float]:
-            result = few.measure(policy, "train", advance)
-            return mean_error(result, store), result.bops
-
         found = search_group_thresholds(
-            evaluate,
-            {t.policy: (t.error, t.bops) for t in start.constants if isinstance(t.policy, GroupThresholds)},
+            lambda policy: _tried(policy, few.measure(policy, "train", advance), store),
+            (*start.constants, *start.searched),
             environment.thresholds,
             environment.keyframe_intervals,
             settings.training.spread(environment.trade_off_range),
@@ -152,7 +142,13 @@ def searched_thresholds(world: World, start: Start, frames: int, strategy: Strat
             strategy=strategy,
             seed=settings.seed,
         )
-    return [Tried(f.policy, f.error, f.bops) for f in found]
+    if len(found) < evaluations:
+        log.info("There are no more than %d thresholds per layer group to try.", len(found))
+    return replace(start, searched=(*start.searched, *found))
+
+
+def _tried(policy: GroupThresholds | StaticResQ, result: Measurement, store: ClipStore) -> Tried:
+    return Tried(policy, mean_error(result, store), result.bops, result.accuracy)
 
 
 def first_choices(world: World, start: Start | None) -> Callable[[float], Sequence[int]] | None:
@@ -176,11 +172,11 @@ def choices_of(scheme: ActionScheme, policy: GroupThresholds | StaticResQ) -> Se
     return [scheme.thresholds.index(tau) for tau in policy.taus]
 
 
-def _constant(scheme: ActionScheme, choice: int, interval: int, reference: object) -> GroupThresholds | StaticResQ:
+def _constant(scheme: ActionScheme, choice: int, interval: int, reference: Reference) -> GroupThresholds | StaticResQ:
     if scheme.kind == "region_thresholds":
         taus = (scheme.thresholds[choice],) * scheme.groups
-        return GroupThresholds(reference, interval, taus=taus, kappa=scheme.kappa)  # type: ignore[arg-type]
-    return StaticResQ(reference, interval, level=choice)  # type: ignore[arg-type]
+        return GroupThresholds(reference, interval, taus=taus, kappa=scheme.kappa)
+    return StaticResQ(reference, interval, level=choice)
 
 
 def _few_clips(world: World) -> World:

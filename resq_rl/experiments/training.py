@@ -1,5 +1,6 @@
 """Training a policy with progress, tracking and checkpoints; used by `train` and `compare`."""
 
+import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from resq_rl.experiments.settings import Settings
 from resq_rl.experiments.start import Start, first_choices
 from resq_rl.experiments.tracking import Tracker
 from resq_rl.experiments.world import World
+from resq_rl.files import write_atomic
 from resq_rl.policies import LearnedPolicy
 from resq_rl.policies.ppo import PPOSettings, Progress, TrainingReport, train_ppo
 
@@ -74,18 +76,28 @@ def train_policy(
     first = first_choices(world, start)
     run = _Run(seed, tracker, resume)
     policy = run.train(f"training PPO, seed {seed}", world.agents(), settings, folder / "checkpoints", first)
-    if training.keyframe_frames:
-        if run.trained:  # what learned its keyframes before was another policy
-            shutil.rmtree(folder / "keyframes", ignore_errors=True)
-        never = None if training.warm_start == "none" else lambda _: [0] * policy.scheme.groups
-        agents, ppo = world.agents(policy), keyframe_settings(world.settings)
-        keyframes = run.train(f"training keyframes, seed {seed}", agents, ppo, folder / "keyframes", never)
-        policy = replace(policy, keyframes=keyframes)
     policy.save(folder)
+    if training.keyframe_frames:
+        _forget_other_keyframes(folder / "keyframes", policy)
+        few = None if training.warm_start == "none" else lambda _: [0] * policy.scheme.groups
+        agents, ppo = world.agents(policy), keyframe_settings(world.settings)
+        keyframes = run.train(f"training keyframes, seed {seed}", agents, ppo, folder / "keyframes", few)
+        policy = replace(policy, keyframes=keyframes)
+        policy.save(folder)
     tracker.log_parameters({"seed": seed, **asdict(settings), "keyframe_frames": training.keyframe_frames})
     for name in ("policy.safetensors", "policy.json"):
         tracker.log_artifact(folder / name, "policy")
     return policy, run.report
+
+
+def _forget_other_keyframes(checkpoints: Path, policy: LearnedPolicy) -> None:
+    """Remove checkpoints of keyframes that were learned beside other region agents."""
+    weights = b"".join(tensor.numpy().tobytes() for tensor in (*policy.weights, *policy.biases))
+    mark, digest = checkpoints / "beside.txt", hashlib.sha256(weights).hexdigest()
+    if not mark.exists() or mark.read_text() != digest:
+        if checkpoints.exists():
+            shutil.rmtree(checkpoints)
+        write_atomic(mark, digest)
 
 
 class _Run:
@@ -94,7 +106,6 @@ class _Run:
     def __init__(self, seed: int, tracker: Tracker, resume: bool) -> None:
         self.seed, self.tracker, self.resume = seed, tracker, resume
         self.report = TrainingReport()
-        self.trained = False  # whether any rollout was run, rather than read from a checkpoint
 
     def train(
         self,
@@ -111,7 +122,7 @@ class _Run:
             def on_rollout(progress: Progress) -> None:
                 nonlocal done
                 advance(progress.frames - done)
-                done, self.trained = progress.frames, True
+                done = progress.frames
                 self._track(before, progress)
 
             policy, report = train_ppo(

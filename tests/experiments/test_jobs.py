@@ -28,6 +28,7 @@ TINY = [
     "training.seeds=[0,1]",
     "training.n_steps=5",
     "training.trade_offs=3",
+    "training.search_frames=30",
     "training.checkpoint_every=2",
     "heuristic.intervals=[4]",
     "heuristic.references=[previous,keyframe]",
@@ -128,8 +129,8 @@ def test_compare_learns_keyframes_and_counts_their_frames(tmp_path: Path) -> Non
     assert frames[0] >= 60
     assert frames[1] >= 150
     comparison = Comparison.read(folder / "comparison.json")
-    constant = 12 * 18  # every threshold on the training clips, for the warm start
-    assert comparison.env_frames_used_for_training == sum(frames) + constant
+    start = (12 + 2) * 18  # every threshold on the training clips, and two searched settings
+    assert comparison.env_frames_used_for_training == sum(frames) + start
     for point in comparison.fronts["ppo"]:
         learned = point.settings.get("keyframes") == "learned"
         assert learned != ("interval" in point.settings)

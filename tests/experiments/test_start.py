@@ -5,10 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resq_rl.envs import ActionScheme
+from resq_rl.envs import ActionScheme, Measurement, Policy
 from resq_rl.errors import SettingsError
-from resq_rl.experiments.start import Start, Tried, choices_of
-from resq_rl.policies import GroupThresholds, StaticResQ
+from resq_rl.experiments.composition import load_settings
+from resq_rl.experiments.progress import Advance
+from resq_rl.experiments.start import Start, choices_of, first_choices, prepare_training
+from resq_rl.experiments.world import World, build_world
+from resq_rl.policies import GroupThresholds, StaticResQ, Tried
+from resq_rl.video import Split
 
 
 def fields(*points: tuple[float, float, float]) -> Start:
@@ -87,3 +91,60 @@ def test_constants_are_spread_evenly_from_most_to_fewest_bops() -> None:
     start = Start(tuple(constants))
     places = [start.even(p) for p in (0.0, 0.2, 0.3, 0.5, 0.7, 0.8, 1.0)]
     assert [p.taus[0] for p in places if isinstance(p, GroupThresholds)] == [0.5, 0.5, 1.0, 1.0, 1.0, 2.0, 2.0]
+
+
+# On a world --------------------------------------------------------------------------------------------------------
+
+SMALL = [
+    "threads=1",
+    "video.size=[32,48]",
+    "video.frames=6",
+    "video.train=2",
+    "environment.grid=[2,3]",
+    "environment.keyframe_intervals=[4,0]",
+    "environment.trade_off=[0.05,1.0]",
+    "environment.thresholds=[0.3,1.0,100.0]",
+    "quantization.calibration_clips=1",
+]
+CASES = {
+    "constants and searched": (["training.search_frames=30"], 2 * 3 + 3),
+    "a share of one setting counts as a whole": (["training.search_frames=1"], 2 * 3 + 1),
+    "constants": (["training.search_frames=0"], 2 * 3),
+    "even": (["training.warm_start=even", "training.search_frames=30"], 2 * 3),
+    "one lambda": (["environment.trade_off=0.3", "training.search_frames=12"], 2 * 3 + 1),
+    "even with one lambda": (["environment.trade_off=0.3", "training.warm_start=even"], 2 * 3),
+    "frame agents do not search": (["environment.agents=frame", "training.search_frames=30"], 2 * 3),
+    "levels": (["environment=region_bits", "environment.grid=[2,3]", "environment.trade_off=[0.05,1.0]"], 2 * 4),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_training_begins_from(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes, settings = CASES[case]
+    simulated = 0
+    measure = World.measure
+
+    def counted(self: World, policy: Policy, split: Split, advance: Advance | None = None) -> Measurement:
+        nonlocal simulated
+        simulated += self.stores[split].frames
+        return measure(self, policy, split, advance)
+
+    monkeypatch.setattr(World, "measure", counted)
+    world, start = prepare_training(build_world(load_settings("train", [*SMALL, *changes]), ["train"]))
+    assert start is not None
+    assert start.frames == simulated == settings * 2 * 6
+    first = first_choices(world, start)
+    assert first is not None
+    scheme = world.scheme()
+    for trade_off in (0.05, 0.3, 1.0):
+        choices = first(trade_off)
+        assert len(choices) == scheme.groups
+        assert scheme.uniform_action(choices) is not None
+
+
+def test_at_random_without_a_warm_start() -> None:
+    world, start = prepare_training(
+        build_world(load_settings("train", [*SMALL, "training.warm_start=none"]), ["train"])
+    )
+    assert start is None
+    assert first_choices(world, start) is None

@@ -7,15 +7,18 @@ from typing import Any
 import pytest
 
 from resq_rl.errors import SettingsError
-from resq_rl.policies import GroupThresholds, search_group_thresholds
+from resq_rl.policies import GroupThresholds, Tried, best_for, search_group_thresholds
 
 THRESHOLDS = (0.5, 1.0, 2.0, 4.0)
 GROUPS = 3
 
 
-def known() -> dict[GroupThresholds, tuple[float, float]]:
-    constants = [GroupThresholds("previous", 16, taus=(t,) * GROUPS) for t in THRESHOLDS]
-    return {policy: separable(policy) for policy in constants}
+def known() -> list[Tried]:
+    return [measured(GroupThresholds("previous", 16, taus=(t,) * GROUPS)) for t in THRESHOLDS]
+
+
+def measured(policy: GroupThresholds) -> Tried:
+    return Tried(policy, *separable(policy))
 
 
 def separable(policy: GroupThresholds) -> tuple[float, float]:
@@ -25,28 +28,25 @@ def separable(policy: GroupThresholds) -> tuple[float, float]:
     return error - (0.02 if policy.interval else 0.0), bops
 
 
-def recorded(calls: list[GroupThresholds]) -> Callable[[GroupThresholds], tuple[float, float]]:
-    def evaluate(policy: GroupThresholds) -> tuple[float, float]:
+def recorded(calls: list[GroupThresholds]) -> Callable[[GroupThresholds], Tried]:
+    def evaluate(policy: GroupThresholds) -> Tried:
         calls.append(policy)
-        return separable(policy)
+        return measured(policy)
 
     return evaluate
 
 
 @pytest.mark.parametrize("trade_off", [0.05, 0.3, 2.0])
 def test_greedy_search_finds_the_optimum_that_brute_force_finds(trade_off: float) -> None:
-    found = search_group_thresholds(separable, known(), THRESHOLDS, (16, 0), [trade_off], evaluations=100)
+    found = search_group_thresholds(measured, known(), THRESHOLDS, (16, 0), [trade_off], evaluations=100)
     every = [
         GroupThresholds("previous", interval, taus=taus)
         for taus in itertools.product(THRESHOLDS, repeat=GROUPS)
         for interval in (16, 0)
     ]
 
-    def loss(policy: GroupThresholds) -> float:
-        error, bops = separable(policy)
-        return error + trade_off * bops
-
-    assert min(loss(f.policy) for f in found) == pytest.approx(min(loss(p) for p in every))
+    best = min(measured(p).loss(trade_off) for p in every)
+    assert min(t.loss(trade_off) for t in found) == pytest.approx(best)
 
 
 @pytest.mark.parametrize("strategy", ["greedy", "random"])
@@ -58,7 +58,7 @@ def test_the_budget_is_kept_nothing_is_tried_twice_and_seeds_repeat(strategy: An
             recorded(calls), known(), THRESHOLDS, (16, 0), (0.1, 1.0), evaluations=30, strategy=strategy, seed=seed
         )
         assert len(calls) == len(set(calls)) == 30
-        assert not set(calls) & set(known())
+        assert not set(calls) & {t.policy for t in known()}
         runs.append(calls)
     assert runs[0] == runs[1] != runs[2]
 
@@ -66,39 +66,42 @@ def test_the_budget_is_kept_nothing_is_tried_twice_and_seeds_repeat(strategy: An
 @pytest.mark.parametrize("strategy", ["greedy", "random"])
 def test_a_small_space_is_searched_to_the_end_and_then_no_more(strategy: Any) -> None:
     calls: list[GroupThresholds] = []
-    first = {GroupThresholds("previous", 0, taus=(1.0,)): (1.0, 1.0)}
+    first = [Tried(GroupThresholds("previous", 0, taus=(1.0,)), 1.0, 1.0)]
     search_group_thresholds(recorded_small(calls), first, (1.0, 2.0), (0,), (0.1,), evaluations=500, strategy=strategy)
     assert [p.taus for p in calls] == [(2.0,)]
 
 
-def recorded_small(calls: list[GroupThresholds]) -> Callable[[GroupThresholds], tuple[float, float]]:
-    def evaluate(policy: GroupThresholds) -> tuple[float, float]:
+def recorded_small(calls: list[GroupThresholds]) -> Callable[[GroupThresholds], Tried]:
+    def evaluate(policy: GroupThresholds) -> Tried:
         calls.append(policy)
-        return policy.taus[0], 1.0
+        return Tried(policy, policy.taus[0], 1.0)
 
     return evaluate
 
 
-def test_the_result_is_a_front() -> None:
-    found = search_group_thresholds(separable, known(), THRESHOLDS, (16, 0), (0.02, 0.2, 2.0), evaluations=60)
-    assert len(found) >= 3
-    bops = [f.bops for f in found]
-    errors = [f.error for f in found]
+def test_all_evaluations_are_used_while_settings_are_left() -> None:
+    """Neighbours of the best settings run out long before all settings do."""
+    left = 2 * len(THRESHOLDS) ** GROUPS - len(known())
+    for evaluations in (left // 2, left):
+        found = search_group_thresholds(measured, known(), THRESHOLDS, (16, 0), (0.1, 1.0), evaluations=evaluations)
+        assert len({t.policy for t in found}) == evaluations
+
+
+def test_the_best_for_some_lambda_are_a_front() -> None:
+    found = search_group_thresholds(measured, known(), THRESHOLDS, (16, 0), (0.02, 0.2, 2.0), evaluations=60)
+    front = best_for([*known(), *found], (0.02, 2.0))
+    assert len(front) >= 3
+    bops, errors = [t.bops for t in front], [t.error for t in front]
     assert bops == sorted(bops)
     assert errors == sorted(errors, reverse=True)
-    assert all((f.error, f.bops) == separable(f.policy) for f in found)
-
-
-def test_without_evaluations_what_is_known_is_the_front() -> None:
-    found = search_group_thresholds(separable, known(), THRESHOLDS, (16,), (0.02, 2.0), evaluations=0)
-    assert {f.policy for f in found} <= set(known())
+    assert min(t.loss(0.02) for t in found) >= min(t.loss(0.02) for t in front)
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"known": {}}, {"trade_offs": ()}, {"intervals": ()}, {"thresholds": (2.0, 1.0)}, {"evaluations": -1}],
+    [{"known": []}, {"trade_offs": ()}, {"intervals": ()}, {"thresholds": (2.0, 1.0)}, {"evaluations": -1}],
 )
 def test_nothing_to_search(changes: dict[str, Any]) -> None:
     arguments: dict[str, Any] = {"known": known(), "thresholds": THRESHOLDS, "intervals": (16,), "trade_offs": (0.1,)}
     with pytest.raises(SettingsError, match="A search needs"):
-        search_group_thresholds(separable, **({"evaluations": 9} | arguments | changes))
+        search_group_thresholds(measured, **({"evaluations": 9} | arguments | changes))
