@@ -27,9 +27,8 @@ class EpisodeSettings:
         intervals: keyframe intervals, one of which is drawn for every clip; used by region agents only (0: no keyframe
             but the first).
         reward_scale: factor on the rewards.
-        relative: rewards for learning: the float network's error is taken off the error, and the result is divided by
-            the square root of lambda. Neither changes which action is best, but what no action can mend is no longer
-            noise, and episodes of all lambdas weigh alike.
+        relative: rewards for learning: the float network's error is taken off the error. Which action is best stays,
+            but what no action can mend is no longer noise.
         frame_share: share of the frame's reward in a region agent's; the rest is its own region's.
         shuffle: whether clips come in random order; otherwise in turn.
     """
@@ -188,7 +187,7 @@ class BatchedEnvironment:
         trade_off, episodes = self.simulator.trade_off, self.episodes
         local = result.region_reward(trade_off)
         if episodes.relative:
-            local = (local - 1 + self.simulator.float_error(result)) / trade_off.sqrt()[:, None, None]
+            local = local - 1 + self.simulator.float_error(result)
             frame = local.mean((1, 2))
         if self.scheme.agents == "frame":
             return frame * episodes.reward_scale

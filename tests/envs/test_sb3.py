@@ -202,8 +202,7 @@ def test_relative_rewards_leave_out_what_the_float_network_gets_wrong(agents: An
     assert env.last is not None
     result, trade_off = env.last.result, env.last.trade_off
     float_error = env.core.simulator.float_error(result).numpy()
-    scale = 3 / np.sqrt(trade_off)[:, None, None]
-    local = scale * (float_error - result.error.numpy() - trade_off[:, None, None] * result.share.numpy())
+    local = 3.0 * (float_error - result.error.numpy() - trade_off[:, None, None] * result.share.numpy())
     expected = local.ravel() if agents == "region" else local.mean((1, 2))
     np.testing.assert_allclose(rewards, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(env.last.frame_rewards, result.reward(torch.tensor(trade_off)).numpy())
