@@ -117,9 +117,9 @@ def main(arguments: Sequence[str] | None = None, commands: Mapping[str, Command]
         what = "Write the command before" if "=" in name or name.startswith("-") else "Unknown command"
         print(f"resq-rl: {what} '{name}'.{did_you_mean(name, commands)} See resq-rl --help.", file=sys.stderr)
         return 2
-    # Read when PyTorch is first imported, which commands do. Threads that wait by spinning were measured to make a step
-    # six times slower where the cores are shared with other work.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Idle OpenMP threads spin shortly and then sleep: for ever, they crawl on shared cores; never, on free ones.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     session = _Session(name, commands[name])
     if {"-h", "--help"} & set(rest):
         print(f"resq-rl {name}: {session.command.help}\n")
