@@ -117,7 +117,8 @@ def main(arguments: Sequence[str] | None = None, commands: Mapping[str, Command]
         what = "Write the command before" if "=" in name or name.startswith("-") else "Unknown command"
         print(f"resq-rl: {what} '{name}'.{did_you_mean(name, commands)} See resq-rl --help.", file=sys.stderr)
         return 2
-    # Idle OpenMP threads spin shortly and then sleep: for ever, they crawl on shared cores; never, on free ones.
+    # Read when PyTorch is first imported, which commands do. Idle threads spin shortly and then sleep: those that only
+    # spin crawl on shared cores, those that only sleep made a step twice as slow on free ones.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     session = _Session(name, commands[name])
