@@ -23,15 +23,16 @@ from resq_rl.quantization import Reference, symmetric_limit
 
 __all__ = ["LearnedPolicy"]
 
-FORMAT = "resq_rl policy 1"
+FORMAT = "resq_rl policy 2"
 
 
 @dataclass(frozen=True, eq=False)
 class LearnedPolicy:
-    """A multi-layer perceptron with tanh between its layers, that picks the likeliest action of every agent.
+    """A multi-layer perceptron with tanh between its layers, that gives the place of every decision among its choices.
 
-    With `bits` below 32 it runs as it is charged: weights symmetric per output row, observations (in [0, 1]) and hidden
-    values (in [-1, 1]) uniform, all at `bits` bits.
+    The nearest choice is taken: thresholds and levels are ordered, and so is keyframe (1) or not (0). With `bits` below
+    32 it runs as it is charged: weights symmetric per output row, observations (in [0, 1]) and hidden values (in
+    [-1, 1]) uniform, all at `bits` bits.
 
     Attributes:
         weights, biases: one per layer, (out, in) and (out,).
@@ -70,10 +71,10 @@ class LearnedPolicy:
                 f"{self.trade_off}, {self.trade_off_range} and {self.interval}."
             )
         inputs, outputs = self.weights[0].shape[1], self.weights[-1].shape[0]
-        if inputs != self.scheme.observation_size or outputs != sum(self.scheme.nvec):
+        if inputs != self.scheme.observation_size or outputs != len(self.scheme.nvec):
             raise PolicyError(
                 f"The policy's network maps {inputs} numbers to {outputs}; its actions need "
-                f"{self.scheme.observation_size} to {sum(self.scheme.nvec)}."
+                f"{self.scheme.observation_size} to {len(self.scheme.nvec)}."
             )
         if self.keyframes is not None:
             self._check_keyframes(self.keyframes)
@@ -134,8 +135,8 @@ class LearnedPolicy:
         keyframes = None if self.keyframes is None else self.keyframes.at(trade_off)
         return replace(self, trade_off=trade_off, keyframes=keyframes)
 
-    def logits(self, observations: Float[Tensor, "n i"]) -> Float[Tensor, "n o"]:
-        """Scores of every choice of every decision, side by side."""
+    def places(self, observations: Float[Tensor, "n i"]) -> Float[Tensor, "n k"]:
+        """Place of every decision on the scale of its choices, 0 to n - 1; it may lie beyond the ends."""
         x = observations
         if self.bits < 32:
             top = 2**self.bits - 1
@@ -160,21 +161,22 @@ class LearnedPolicy:
         return quantized
 
     def decide(self, view: FrameView) -> Decision:
-        """The likeliest action of every agent.
+        """The nearest action of every agent.
 
         Raises:
             PolicyError: it was trained for another network, grid or range of lambda, or its actions are "keyframe",
                 which decide no field.
         """
         if self.keyframes is None:
-            return self.scheme.decide(self._likeliest(view), periodic(view, self.interval))
-        refresh = torch.from_numpy(self.keyframes._likeliest(view)[:, -1] == 1)
-        return self.scheme.decide(self._likeliest(view), refresh)
+            return self.scheme.decide(self._nearest(view), periodic(view, self.interval))
+        refresh = torch.from_numpy(self.keyframes._nearest(view)[:, -1] == 1)
+        return self.scheme.decide(self._nearest(view), refresh)
 
-    def _likeliest(self, view: FrameView) -> Int[np.ndarray, "agents k"]:
+    def _nearest(self, view: FrameView) -> Int[np.ndarray, "agents k"]:
         self._check_view(view)
-        scores = self.logits(torch.from_numpy(self.scheme.observe(view.observation)))
-        chosen: np.ndarray = torch.stack([s.argmax(1) for s in scores.split(list(self.scheme.nvec), 1)], 1).numpy()
+        places = self.places(torch.from_numpy(self.scheme.observe(view.observation)))
+        highest = torch.tensor(self.scheme.nvec) - 1
+        chosen: np.ndarray = places.round().clamp(torch.zeros_like(highest), highest).long().numpy()
         return chosen
 
     def _check_view(self, view: FrameView) -> None:

@@ -1,5 +1,6 @@
 """Training policies with PPO of stable-baselines3."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,11 +18,12 @@ from resq_rl.envs.sb3 import AgentsVecEnv
 from resq_rl.errors import PolicyError, SettingsError
 from resq_rl.policies.checkpoints import TrainingReport, about_run, load_checkpoint, save_checkpoint
 from resq_rl.policies.learned import LearnedPolicy
+from resq_rl.policies.ordinal import OrdinalPolicy
 
 __all__ = ["PPOSettings", "Progress", "TrainingReport", "train_ppo"]
 
-# Of a policy that begins warm and decides on keyframes.
-KEYFRAME_PROBABILITY = 1 / 16
+# Of a policy that begins warm and decides on keyframes: one frame in 16, where the width is 1.
+KEYFRAME_PLACE = 0.5 - math.log(15)
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def train_ppo(
     if model is None:
         model = _new_model(environment, settings, seed)
         if warm_start is not None:
-            _clone_constant(model, environment, warm_start, seed)
+            _fit_first_choices(model, environment, warm_start, seed)
     if not done:
         callback = _Rollouts(environment, about, report, on_rollout, checkpoints)
         remaining = max(0, total - model.num_timesteps)
@@ -143,7 +145,7 @@ def _new_model(environment: AgentsVecEnv, settings: PPOSettings, seed: int) -> P
     rollout = settings.n_steps * environment.num_envs
     batch_size = next(n for n in range(min(settings.batch_size, rollout), 0, -1) if rollout % n == 0)
     return PPO(
-        "MlpPolicy",
+        OrdinalPolicy,
         environment,
         learning_rate=_Falling(settings.learning_rate),
         n_steps=settings.n_steps,
@@ -173,21 +175,22 @@ class _Falling:
         return self.start * (0.1 + 0.9 * progress_remaining)
 
 
-def _clone_constant(
+def _fit_first_choices(
     model: PPO,
     environment: AgentsVecEnv,
     warm_start: Callable[[float], int | Sequence[int]],
     seed: int,
     steps: int = 400,
-    width: float = 1.0,
 ) -> None:
-    """Fit the policy to the choices that suit each lambda, with some probability on neighbouring ones."""
+    """Fit the policy to the choices that suit each lambda, spread over neighbours with a standard deviation of 1."""
     scheme = environment.core.scheme
     generator = np.random.default_rng(seed)
     observations = np.asarray(environment.reset(), dtype=np.float32)
     low, high = environment.core.episodes.trade_off_range
     column = scheme.feature_names.index("trade_off")
-    optimizer = torch.optim.Adam(model.policy.parameters(), lr=3e-3)
+    policy: Any = model.policy
+    policy.action_net.log_width.data.zero_()
+    optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
     for _ in range(steps):
         rows = observations[generator.integers(len(observations), size=256)]
         # After a reset some features never vary; the constant must hold for all values of them.
@@ -196,15 +199,11 @@ def _clone_constant(
         position = generator.uniform(size=256).astype(np.float32)
         rows[:, column] = position if high > low else 0.0
         trade_off = low * (high / low) ** position
-        actions = np.stack([scheme.uniform_action(warm_start(float(t))) for t in trade_off])
-        heads: Any = model.policy.get_distribution(torch.as_tensor(rows)).distribution
-        loss = torch.zeros(())
-        for column_index, (head, chosen) in enumerate(zip(heads, actions.T, strict=True)):
-            distance = torch.arange(scheme.nvec[column_index])[None] - torch.as_tensor(chosen)[:, None]
-            target = torch.softmax(-0.5 * (distance / width) ** 2, 1)
-            if scheme.agents == "frame" and column_index == len(scheme.nvec) - 1:
-                target = torch.tensor([[1 - KEYFRAME_PROBABILITY, KEYFRAME_PROBABILITY]]).expand(len(rows), -1)
-            loss = loss - (target * head.logits).sum(1).mean()
+        wanted = np.stack([scheme.uniform_action(warm_start(float(t))) for t in trade_off]).astype(np.float32)
+        if scheme.agents == "frame":
+            wanted[:, -1] = KEYFRAME_PLACE
+        places = policy.action_net.places(policy.mlp_extractor.forward_actor(torch.as_tensor(rows)))
+        loss = (places - torch.as_tensor(wanted)).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -307,13 +306,14 @@ def choice_figures(
 def deployed(model: PPO, environment: AgentsVecEnv, settings: PPOSettings) -> LearnedPolicy:
     """The policy network of a PPO model, as it runs on a device."""
     policy: Any = model.policy
-    layers = [m for m in policy.mlp_extractor.policy_net if isinstance(m, nn.Linear)] + [policy.action_net]
+    layers = [m for m in policy.mlp_extractor.policy_net if isinstance(m, nn.Linear)]
+    weight, bias = policy.action_net.plain()
     core = environment.core
     low, high = core.episodes.trade_off_range
     scheme: ActionScheme = core.scheme
     return LearnedPolicy(
-        tuple(_plain(layer.weight) for layer in layers),
-        tuple(_plain(layer.bias) for layer in layers),
+        (*(_plain(layer.weight) for layer in layers), weight),
+        (*(_plain(layer.bias) for layer in layers), bias),
         scheme,
         trade_off=float(np.sqrt(low * high)),
         trade_off_range=(low, high),

@@ -26,10 +26,11 @@ RANGE = (0.05, 1.0)
 def made(scheme: ActionScheme, bits: int = 8, seed: int = 0, **more: Any) -> LearnedPolicy:
     """A random policy for a scheme."""
     generator = torch.Generator().manual_seed(seed)
-    widths = [scheme.observation_size, *HIDDEN, sum(scheme.nvec)]
+    widths = [scheme.observation_size, *HIDDEN, len(scheme.nvec)]
     weights = tuple(torch.randn(o, i, generator=generator) for i, o in pairwise(widths))
-    biases = tuple(torch.randn(o, generator=generator) for o in widths[1:])
-    return LearnedPolicy(weights, biases, scheme, 0.2, RANGE, bits=bits, **more)
+    biases = [torch.randn(o, generator=generator) for o in widths[1:]]
+    biases[-1] = biases[-1] + (torch.tensor(scheme.nvec) - 1) / 2
+    return LearnedPolicy(weights, tuple(biases), scheme, 0.2, RANGE, bits=bits, **more)
 
 
 @pytest.fixture
@@ -54,10 +55,10 @@ def test_in_float_it_is_the_multi_layer_perceptron(world: World) -> None:
         layers += [layer, nn.Tanh()]
     network = nn.Sequential(*layers[:-1])
     x = observations(policy)
-    torch.testing.assert_close(policy.logits(x), network(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(policy.places(x), network(x), rtol=1e-5, atol=1e-5)
 
 
-def integer_logits(policy: LearnedPolicy, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def integer_places(policy: LearnedPolicy, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """The same network on integers: int64 sums of products of codes, rescaled once per layer."""
     bits = policy.bits
     top, limit = 2**bits - 1, 2 ** (bits - 1) - 1
@@ -80,14 +81,14 @@ def integer_logits(policy: LearnedPolicy, x: np.ndarray[Any, Any]) -> np.ndarray
 def test_quantized_it_equals_integer_arithmetic(bits: int, world: World) -> None:
     policy = made(world.scheme(), bits=bits)
     x = observations(policy)
-    expected = integer_logits(policy, x.numpy())
-    np.testing.assert_allclose(policy.logits(x).numpy(), expected, rtol=1e-4, atol=1e-4)
+    expected = integer_places(policy, x.numpy())
+    np.testing.assert_allclose(policy.places(x).numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_more_bits_come_closer_to_float(world: World) -> None:
     exact = made(world.scheme(), bits=32)
     x = observations(exact)
-    errors = [float((replace(exact, bits=b).logits(x) - exact.logits(x)).abs().mean()) for b in (2, 4, 8, 16)]
+    errors = [float((replace(exact, bits=b).places(x) - exact.places(x)).abs().mean()) for b in (2, 4, 8, 16)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-3
 
@@ -95,11 +96,11 @@ def test_more_bits_come_closer_to_float(world: World) -> None:
 @pytest.mark.parametrize(
     ("kind", "agents", "macs"),
     [
-        # 12 features of a region and 5 of the frame; 12 thresholds or 4 levels for each of 3 groups; 6 regions.
-        ("region_thresholds", "region", 6 * (17 * 8 + 8 * 5 + 5 * 36)),
-        ("region_bits", "region", 6 * (17 * 8 + 8 * 5 + 5 * 12)),
-        ("frame_bits", "frame", 29 * 8 + 8 * 5 + 5 * 14),
-        ("region_thresholds", "frame", 77 * 8 + 8 * 5 + 5 * (6 * 36 + 2)),
+        # 12 features of a region and 5 of the frame; a place for each of 3 groups; 6 regions.
+        ("region_thresholds", "region", 6 * (17 * 8 + 8 * 5 + 5 * 3)),
+        ("region_bits", "region", 6 * (17 * 8 + 8 * 5 + 5 * 3)),
+        ("frame_bits", "frame", 29 * 8 + 8 * 5 + 5 * (3 + 1)),
+        ("region_thresholds", "frame", 77 * 8 + 8 * 5 + 5 * (6 * 3 + 1)),
     ],
 )
 def test_multiply_accumulates_of_all_agents_count(kind: ActionKind, agents: Agents, macs: int, world: World) -> None:
@@ -122,16 +123,17 @@ def field_values(decision: Decision) -> torch.Tensor:
     return field.levels if isinstance(field, LevelField) else field.thresholds
 
 
-def test_every_agent_takes_its_likeliest_choice(policy: LearnedPolicy, world: World) -> None:
+def test_every_agent_takes_the_choice_nearest_to_its_place(policy: LearnedPolicy, world: World) -> None:
     view = world.view(2)
     values = field_values(policy.decide(view))
     seen = view.observation.per_region()
     for clip in range(2):
         for r in range(world.grid[0]):
             for c in range(world.grid[1]):
-                scores = policy.logits(seen[clip, r, c][None])[0].view(3, -1)
+                places = policy.places(seen[clip, r, c][None])[0].tolist()
                 for group in range(3):
-                    best = policy.scheme.thresholds[int(scores[group].argmax())]
+                    distances = [abs(i - places[group]) for i in range(policy.scheme.choices)]
+                    best = policy.scheme.thresholds[int(np.argmin(distances))]
                     assert values[clip, group, r, c].item() == pytest.approx(best)
 
 
@@ -140,11 +142,11 @@ def test_a_frame_agent_decides_on_keyframes_itself(world: World) -> None:
     *weights, last = policy.weights
     for wanted in (False, True):
         bias = policy.biases[-1].clone()
-        bias[-2:] = torch.tensor([-100.0, 100.0]) if wanted else torch.tensor([100.0, -100.0])
+        bias[-1] = 100.0 if wanted else -100.0
         own = replace(policy, biases=(*policy.biases[:-1], bias))
         assert own.decide(world.view(2)).refresh.tolist() == [wanted, wanted]
     assert len(weights) == 2
-    assert last.shape[0] == 3 * 4 + 2
+    assert last.shape[0] == 3 + 1
 
 
 def test_region_agents_follow_the_interval(policy: LearnedPolicy, world: World) -> None:
@@ -201,7 +203,7 @@ def test_another_network_is_refused(policy: LearnedPolicy, world: World) -> None
         (lambda p: {"weights": ()}, "do not fit each other"),
         (lambda p: {"weights": p.weights[:-1]}, "do not fit each other"),
         (lambda p: {"biases": p.biases[::-1]}, "do not fit each other"),
-        (lambda p: {"weights": p.weights[:1], "biases": p.biases[:1]}, "maps 17 numbers to 8; .* 17 to 36"),
+        (lambda p: {"weights": p.weights[:1], "biases": p.biases[:1]}, "maps 17 numbers to 8; .* 17 to 3"),
         (lambda p: {"biases": (p.biases[0] * float("nan"), *p.biases[1:])}, "finite"),
         (lambda p: {"biases": (p.biases[0].double(), *p.biases[1:])}, "float32"),
     ],
@@ -221,7 +223,7 @@ def timing(world: World, refresh: bool | None = None, **more: Any) -> LearnedPol
     own = made(world.scheme("keyframe", "frame"), seed=5, frame_size=(32, 48), network=("stem", "body", "head"), **more)
     if refresh is None:
         return own
-    bias = torch.tensor([-1e3, 1e3]) if refresh else torch.tensor([1e3, -1e3])
+    bias = torch.tensor([1e3 if refresh else -1e3])
     return replace(own, biases=(*own.biases[:-1], bias))
 
 
@@ -238,19 +240,17 @@ def test_keyframes_are_learned_and_fields_stay(policy: LearnedPolicy, world: Wor
     keyframes = timing(world)
     view = own.view(8)
     seen = view.observation.per_frame()
-    scores = keyframes.logits(seen)
-    bias = keyframes.biases[-1] + torch.tensor([float((scores[:, 1] - scores[:, 0]).median()), 0.0])
+    bias = keyframes.biases[-1] + 0.5 - keyframes.places(seen).median()
     keyframes = replace(keyframes, biases=(*keyframes.biases[:-1], bias))  # some clips on either side
     decision = replace(policy, keyframes=keyframes).decide(view)
-    scores = keyframes.logits(seen)
-    assert decision.refresh.tolist() == (scores[:, 1] > scores[:, 0]).tolist()
+    assert decision.refresh.tolist() == (keyframes.places(seen)[:, 0] > 0.5).tolist()
     assert 0 < int(decision.refresh.sum()) < 8
     assert (field_values(decision) == field_values(policy.decide(view))).all()
 
 
 def test_both_networks_are_charged(policy: LearnedPolicy, world: World) -> None:
     joint = replace(policy, keyframes=timing(world))
-    macs = 6 * (17 * 8 + 8 * 5 + 5 * 36) + (29 * 8 + 8 * 5 + 5 * 2)
+    macs = 6 * (17 * 8 + 8 * 5 + 5 * 3) + (29 * 8 + 8 * 5 + 5 * 1)
     assert joint.macs == macs
     result = measure(world.model, world.task, world.store, joint, grid=world.grid)
     per_frame = macs * 8 * 8 / world.model.reference_bops()
@@ -300,7 +300,7 @@ def test_learned_keyframes_are_in_the_same_files(policy: LearnedPolicy, world: W
     joint.save(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"policy.safetensors", "policy.json"}
     about, tensors = json.loads((tmp_path / "policy.json").read_text()), load_file(tmp_path / "policy.safetensors")
-    assert about["format"] == "resq_rl policy 1"
+    assert about["format"] == "resq_rl policy 2"
     assert about["keyframes"]["scheme"]["kind"] == "keyframe"
     assert {"weight0", "bias2", "keyframes.weight0", "keyframes.bias2"} <= set(tensors)
     loaded = LearnedPolicy.load(tmp_path)
@@ -309,7 +309,7 @@ def test_learned_keyframes_are_in_the_same_files(policy: LearnedPolicy, world: W
     assert loaded.macs == joint.macs
     for mine, theirs in ((policy, loaded), (timing(world), loaded.keyframes)):
         assert mine.scheme == theirs.scheme
-        assert (mine.logits(observations(mine)) == theirs.logits(observations(mine))).all()
+        assert (mine.places(observations(mine)) == theirs.places(observations(mine))).all()
     policy.save(tmp_path)
     assert "keyframes" not in json.loads((tmp_path / "policy.json").read_text()), "as before there were any"
     assert LearnedPolicy.load(tmp_path).keyframes is None
@@ -348,7 +348,7 @@ def test_a_saved_policy_comes_back_the_same(kind: ActionKind, agents: Agents, wo
         assert getattr(loaded, name) == getattr(policy, name), name
     assert hash(loaded.scheme) == hash(policy.scheme)
     assert loaded.settings == policy.settings
-    assert (loaded.logits(observations(policy)) == policy.logits(observations(policy))).all()
+    assert (loaded.places(observations(policy)) == policy.places(observations(policy))).all()
 
 
 def test_a_loaded_policy_decides_the_same(policy: LearnedPolicy, world: World, tmp_path: Path) -> None:
@@ -400,7 +400,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a scheme that is none": (lambda f: edit(f, lambda a: a.update(scheme="x")), "cannot be used"),
     "an unknown key": (lambda f: edit(f, lambda a: a["scheme"].update(colour=1)), "cannot be used.*colour"),
     "an unknown kind": (lambda f: edit(f, lambda a: a["scheme"].update(kind="x")), "cannot be used.*'x'"),
-    "other actions": (lambda f: edit(f, lambda a: a["scheme"].update(thresholds=[1.0])), "cannot be used.*17 to 3"),
+    "other actions": (lambda f: edit(f, lambda a: a["scheme"].update(by_group=False)), "cannot be used.*17 to 1"),
     "other features": (
         lambda f: edit(f, lambda a: a["features"].reverse()),
         "observations are not those of this version",

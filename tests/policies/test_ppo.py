@@ -111,8 +111,7 @@ def clips_with_cuts(world: World, cuts: Sequence[int]) -> World:
 def skipping(world: World, trade_off: float) -> LearnedPolicy:
     """Region agents that spend nothing on any residual."""
     scheme = world.scheme("region_bits")
-    weight = torch.zeros(sum(scheme.nvec), scheme.observation_size)
-    bias = torch.tensor([1.0, 0.0, 0.0, 0.0]).repeat(scheme.groups)
+    weight, bias = torch.zeros(scheme.groups, scheme.observation_size), torch.zeros(scheme.groups)
     span = (trade_off, trade_off)
     return LearnedPolicy((weight,), (bias,), scheme, trade_off, span, network=world.model.groups)
 
@@ -277,7 +276,7 @@ def test_figures_of_choices_belong_to_the_observations_they_were_made_for(
     assert len(chosen) == TINY.n_steps
     assert [row[f"choice_{i}"] for i in range(scheme.choices)] == pytest.approx(counts / counts.sum())
     assert row["choice_residual_correlation"] == pytest.approx(np.corrcoef(means, residuals)[0, 1], abs=1e-6)
-    assert row["entropy"] == pytest.approx(1.0, abs=0.02), "a new network chooses evenly"
+    assert 0.9 < row["entropy"] <= 1.0, "a new network chooses almost evenly"
 
 
 def test_a_collapsed_policy_shows(moving: World) -> None:
@@ -304,7 +303,7 @@ def test_the_deployed_policy_knows_what_it_was_trained_for(moving: World) -> Non
     assert (policy.interval, policy.reference, policy.bits) == (5, "previous", 4)
     assert policy.frame_size == (32, 48)
     assert policy.network == ("stem", "body", "head")
-    assert [tuple(w.shape) for w in policy.weights] == [(6, 17), (7, 6), (4, 7), (36, 4)]
+    assert [tuple(w.shape) for w in policy.weights] == [(6, 17), (7, 6), (4, 7), (3, 4)]
 
 
 @pytest.mark.parametrize("batch_size", [5, 84, 100, 10_000])
@@ -520,11 +519,11 @@ def test_a_trained_policy_survives_its_files(moving: World, tmp_path: Path) -> N
     loaded = LearnedPolicy.load(tmp_path)
     assert same_policy(policy, loaded)
     x = torch.rand(5, policy.scheme.observation_size)
-    assert first_difference(policy.logits(x), loaded.logits(x)) is None
+    assert first_difference(policy.places(x), loaded.places(x)) is None
 
 
 def test_the_deployed_network_is_the_trained_one(moving: World) -> None:
-    """In float its likeliest choices are those that the library's own model predicts."""
+    """In float its nearest choices are those that the library's own model predicts."""
     kept: list[PPO] = []
     env = agents_of(moving)
     original = PPO.learn
@@ -538,6 +537,6 @@ def test_the_deployed_network_is_the_trained_one(moving: World) -> None:
         policy, _ = train_ppo(env, replace(TINY, bits=32), seed=0)
     observations = env.reset()
     expected, _ = kept[0].predict(observations, deterministic=True)
-    scores = policy.logits(torch.from_numpy(observations)).split(list(policy.scheme.nvec), 1)
-    chosen = torch.stack([s.argmax(1) for s in scores], 1).numpy()
+    places = policy.places(torch.from_numpy(observations)).numpy()
+    chosen = np.clip(np.rint(places), 0, np.array(policy.scheme.nvec) - 1)
     assert first_difference(chosen, expected) is None
