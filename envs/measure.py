@@ -36,6 +36,20 @@ class FrameView:
         """The observation of every clip."""
         return self._simulator.observe()
 
+    def preview(self, first: Decision, then: "Policy", frames: int) -> list[FrameResult]:
+        """What the next frames would give, of which none is run: for bounds, no device can do this.
+
+        Args:
+            first: how the next frame would run.
+            then: decides for the frames after it.
+            frames: how many; fewer where a clip ends before.
+        """
+        branch = self._simulator.branch()
+        results = [branch.step(first)]
+        while len(results) < frames and not bool(results[-1].last.any()):
+            results.append(branch.step(then.decide(FrameView(branch))))
+        return results
+
 
 @runtime_checkable
 class Policy(Protocol):

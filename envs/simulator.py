@@ -1,5 +1,6 @@
 """The batched simulator under every environment: B clips step in one forward pass."""
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -200,6 +201,15 @@ class Simulator:
             over = torch.nonzero(self.time >= self.length)[:, 0].tolist()
             raise PolicyError(f"The clips of slots {over} are over: call start() for them (reset the environment).")
         return self._run(torch.arange(self.slots), self.state, decision)
+
+    def branch(self) -> "Simulator":
+        """A copy that runs on from here by itself; network, task and clips are shared."""
+        other = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(other, name, value.clone())
+        other.state = self.state.clone()
+        return other
 
     def _run(self, rows: Tensor, state: StreamState, decision: Decision) -> FrameResult:
         """Run the next frame of the slots in `rows`, whose state is `state`."""

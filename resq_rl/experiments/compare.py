@@ -26,8 +26,8 @@ from resq_rl.experiments.start import Start, measure_constants, prepare_training
 from resq_rl.experiments.tracking import Tracker
 from resq_rl.experiments.training import front_candidates, train_policy
 from resq_rl.experiments.world import World, build_world
-from resq_rl.policies import LearnedPolicy, PerFrame, RandomLevels
-from resq_rl.policies.search import Strategy, best_for
+from resq_rl.policies import Clairvoyant, GroupThresholds, LearnedPolicy, PerFrame, RandomLevels
+from resq_rl.policies.search import Strategy, Tried, best_for
 from resq_rl.policies.tuning import (
     best_of,
     best_policies,
@@ -240,6 +240,27 @@ def _measure_searches(bench: _Bench, start: Start | None) -> None:
         method = SEARCHES[strategy]
         chosen = _tuned(bench, method, [tried.policy for tried in found])
         bench.add(method, bench.measure(method, [policy for policy, _ in chosen]))
+        if strategy == "greedy" and settings.heuristic.clairvoyant_points:
+            _measure_clairvoyant(bench, found)
+
+
+def _measure_clairvoyant(bench: _Bench, found: Sequence[Tried]) -> None:
+    """What regions that know the errors ahead save when they choose among searched thresholds."""
+    settings = bench.world.settings
+    heuristic, policies = settings.heuristic, []
+    losses = {tried.policy: tried.loss for tried in found if isinstance(tried.policy, GroupThresholds)}
+    for trade_off in map(float, np.geomspace(*settings.environment.trade_off_range, heuristic.clairvoyant_points)):
+        best = min(losses, key=lambda policy: losses[policy](trade_off))
+        skip = replace(best, taus=(max(settings.environment.thresholds),) * len(best.taus))
+        candidates = (best, *(policy for policy in losses if policy != best), skip)
+        policies.append(Clairvoyant(candidates, trade_off, heuristic.clairvoyant_horizon))
+    bench.add("oracle", bench.measure("oracle", policies))
+    bench.deltas["oracle_vs_searched_thresholds"] = compare_fronts(
+        {settings.seed: bench.measured["oracle"]},
+        bench.measured["searched_thresholds"],
+        float_accuracy=bench.world.stores[settings.split].float_accuracy,
+        seed=settings.seed,
+    )
 
 
 def _measure_ppo(

@@ -225,6 +225,9 @@ class HeuristicSettings(_Group):
         frame_taus: for frame-level decisions, mean residuals of a frame (square root, 0..1) at which it takes a higher
             level; `frame_kappa` are the multipliers by level.
         searches: how static thresholds per layer group are searched, with as many frames as the training of one policy.
+        clairvoyant_points: values of lambda for which a choice by region that knows the errors ahead is measured beside
+            the greedy search; each takes (fields x horizon) times as long as a policy.
+        clairvoyant_horizon: frames it looks ahead.
     """
 
     _prefix: ClassVar[str] = "heuristic."
@@ -238,6 +241,8 @@ class HeuristicSettings(_Group):
     frame_taus: Annotated[tuple[float, ...], Bounds(above=0)]
     frame_kappa: Annotated[tuple[float, ...], Bounds(above=0)]
     searches: tuple[Literal["greedy", "random"], ...]
+    clairvoyant_points: Annotated[int, Bounds(at_least=0)]
+    clairvoyant_horizon: Annotated[int, Bounds(at_least=1)]
 
     def _check(self) -> None:
         for field in ("intervals", "references", "taus", "frame_taus"):

@@ -27,6 +27,11 @@ class StreamState:
     outputs: list[Tensor] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
 
+    def clone(self) -> "StreamState":
+        """A copy that runs on by itself."""
+        inputs, outputs = [x.clone() for x in self.inputs], [y.clone() for y in self.outputs]
+        return StreamState(self.reference, self.age.clone(), inputs, outputs, [y._version for y in outputs])
+
     def put(self, rows: Tensor, other: "StreamState") -> None:
         """Replace the clips in `rows` by those of `other`, in order; `other` may share memory and must not run on."""
         self.age[rows] = other.age

@@ -47,7 +47,8 @@ def run(tmp_path: Path, command: str, *overrides: str) -> Path:
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(tmp_path_factory.mktemp("results"), "compare")
+    bound = ["heuristic.clairvoyant_points=2", "heuristic.clairvoyant_horizon=2"]
+    return run(tmp_path_factory.mktemp("results"), "compare", *bound)
 
 
 def test_compare_writes_every_promised_name(compared: Path) -> None:
@@ -64,10 +65,15 @@ def test_compare_writes_every_promised_name(compared: Path) -> None:
             assert {
                 "accuracy", "accuracy_ci95", "bops", "bops_ci95", "peak_bops", "policy_bops", "state_bytes", "settings"
             } == set(point)  # fmt: skip
-    assert {"ppo_vs_dynamic_resq"} <= set(values["bd_bops"])
+    assert {"ppo_vs_dynamic_resq", "oracle_vs_searched_thresholds"} <= set(values["bd_bops"])
     assert (compared / "fronts.png").stat().st_size > 1000
     assert (compared / "training.svg").exists()
     assert (compared / "decisions.png").stat().st_size > 1000
+
+
+def test_the_bound_of_regions_spans_the_range_of_lambda(compared: Path) -> None:
+    settings = [point.settings for point in Comparison.read(compared / "comparison.json").fronts["oracle"]]
+    assert [(s["trade_off"], s["horizon"]) for s in settings] == [(pytest.approx(0.05), 2), (pytest.approx(1.0), 2)]
 
 
 def test_per_frame_is_the_unit_of_all_bops(compared: Path) -> None:
