@@ -101,8 +101,8 @@ class ResQEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         maximum of the absolute pixel residual against the reference frame, the same mean against the last keyframe, the
         mean residual of the neighbourhood, uncertainty, boundary density (own and of the neighbourhood) and foreground
         share of the last output, texture, and the share of W8A8 spent there last by layer group. Per frame: age of the
-        keyframe / 64, place of lambda in its range (log scale), share of the budget left, mean residual, foreground
-        share. Never the labels, the float output or the current output.
+        keyframe (log2(1 + frames) / 6), place of lambda in its range (log scale), share of the budget left, mean
+        residual, foreground share. Never the labels, the float output or the current output.
 
     Reward:
         accuracy_t - lambda * BOPs_t / BOPs_W8A8, accuracy being 1 minus the mean error cost of the pixels

@@ -11,7 +11,7 @@ from resq_rl.quantization.fields import cells_of
 __all__ = ["FRAME_FEATURES", "Observation", "pool_mean", "region_features"]
 
 FRAME_FEATURES = (
-    "keyframe_age",  # frames since the keyframe / 64, at most 1
+    "keyframe_age",  # log2(1 + frames since the keyframe) / 6, at most 1
     "trade_off",  # position of lambda in its range, on a log scale
     "budget_left",  # share of the clip's budget of BOPs that is left; 1 without a budget
     "frame_residual_mean",  # square root of the mean pixel residual of the frame

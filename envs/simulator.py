@@ -35,7 +35,8 @@ from resq_rl.quantization.fields import cells_of
 
 __all__ = ["Decision", "FrameResult", "Simulator"]
 
-LONGEST_AGE = 64
+# Octaves of the age of a keyframe that are told apart.
+AGE_OCTAVES = 6
 
 
 @dataclass(frozen=True)
@@ -311,7 +312,7 @@ class Simulator:
         if self.budget is not None:
             budget = (1 - self.spent / (self.budget * self.length)).float()
         parts = [
-            self.age.clamp(0, LONGEST_AGE) / LONGEST_AGE,
+            (1 + self.age.clamp_min(0)).log2() / AGE_OCTAVES,
             position,
             budget,
             residual.mean((1, 2)).sqrt_(),

@@ -15,15 +15,18 @@ from torch import Tensor, nn
 
 from resq_rl.envs import ActionScheme
 from resq_rl.envs.sb3 import AgentsVecEnv
+from resq_rl.envs.simulator import AGE_OCTAVES
 from resq_rl.errors import PolicyError, SettingsError
 from resq_rl.policies.checkpoints import TrainingReport, about_run, load_checkpoint, save_checkpoint
 from resq_rl.policies.learned import LearnedPolicy
 from resq_rl.policies.ordinal import OrdinalPolicy
 
-__all__ = ["PPOSettings", "Progress", "TrainingReport", "train_ppo"]
+__all__ = ["FirstChoice", "PPOSettings", "Progress", "TrainingReport", "train_ppo"]
 
-# Of a policy that begins warm and decides on keyframes: one frame in 16, where the width is 1.
-KEYFRAME_PLACE = 0.5 - math.log(15)
+# Of a policy that begins warm, for or against a keyframe: one decision in 16 is the other one, where the width is 1.
+SURE = math.log(15)
+# Values of lambda at which a policy that begins warm is fitted.
+POSITIONS = 65
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,19 @@ class PPOSettings:
 
 
 @dataclass(frozen=True)
+class FirstChoice:
+    """What a policy begins as.
+
+    Attributes:
+        choices: threshold index or level for all layer groups, or one for each.
+        interval: frames between keyframes, for agents that decide on them; 0 for few.
+    """
+
+    choices: int | Sequence[int]
+    interval: int = 0
+
+
+@dataclass(frozen=True)
 class Progress:
     """Where training stands after a rollout: frames done and the rollout's figures by name.
 
@@ -96,7 +112,7 @@ def train_ppo(
     settings: PPOSettings,
     *,
     seed: int = 0,
-    warm_start: Callable[[float], int | Sequence[int]] | None = None,
+    warm_start: Callable[[float], FirstChoice] | None = None,
     on_rollout: Callable[[Progress], None] | None = None,
     checkpoints: Path | None = None,
     resume: bool = False,
@@ -105,8 +121,7 @@ def train_ppo(
 
     Args:
         environment: agents of one scheme; its episodes draw lambda, so that one network serves the whole range.
-        warm_start: for a lambda, the choice (threshold index or level) for all layer groups, or one for each, as which
-            the policy begins, in all regions. Agents that decide on keyframes begin with few of them.
+        warm_start: for a lambda, what the policy begins as in all regions.
         on_rollout: called after every rollout.
         checkpoints: folder for checkpoints; written every `checkpoint_every` rollouts and at the end.
         resume: go on from the newest checkpoint in `checkpoints`, if there is one.
@@ -178,32 +193,38 @@ class _Falling:
 def _fit_first_choices(
     model: PPO,
     environment: AgentsVecEnv,
-    warm_start: Callable[[float], int | Sequence[int]],
+    warm_start: Callable[[float], FirstChoice],
     seed: int,
-    steps: int = 400,
+    steps: int = 1000,
 ) -> None:
     """Fit the policy to the choices that suit each lambda, spread over neighbours with a standard deviation of 1."""
     scheme = environment.core.scheme
     generator = np.random.default_rng(seed)
     observations = np.asarray(environment.reset(), dtype=np.float32)
     low, high = environment.core.episodes.trade_off_range
-    column = scheme.feature_names.index("trade_off")
+    lambdas, ages = (scheme.feature_names.index(name) for name in ("trade_off", "keyframe_age"))
+    positions = np.linspace(0, 1, POSITIONS) if high > low else np.zeros(1)
+    first = [warm_start(float(low * (high / low) ** p)) for p in positions]
+    actions = np.stack([scheme.uniform_action(own.choices) for own in first]).astype(np.float32)
+    intervals = np.array([own.interval or np.inf for own in first])
     policy: Any = model.policy
     policy.action_net.log_width.data.zero_()
-    optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=5e-3)
     for _ in range(steps):
         rows = observations[generator.integers(len(observations), size=256)]
-        # After a reset some features never vary; the constant must hold for all values of them.
+        # After a reset some features never vary; the choices must hold for all values of them.
         anything = generator.uniform(size=rows.shape).astype(np.float32)
         rows = np.where(generator.uniform(size=rows.shape) < 0.5, anything, rows)
-        position = generator.uniform(size=256).astype(np.float32)
-        rows[:, column] = position if high > low else 0.0
-        trade_off = low * (high / low) ** position
-        wanted = np.stack([scheme.uniform_action(warm_start(float(t))) for t in trade_off]).astype(np.float32)
-        if scheme.agents == "frame":
-            wanted[:, -1] = KEYFRAME_PLACE
+        drawn = generator.integers(len(first), size=256)
+        age = np.floor(2.0 ** generator.uniform(0, AGE_OCTAVES, size=256)) - 1
+        rows[:, lambdas], rows[:, ages] = positions[drawn], np.log2(1 + age) / AGE_OCTAVES
         places = policy.action_net.places(policy.mlp_extractor.forward_actor(torch.as_tensor(rows)))
-        loss = (places - torch.as_tensor(wanted)).square().mean()
+        error = places - torch.as_tensor(actions[drawn])
+        if scheme.agents == "frame":
+            sign = torch.as_tensor(np.where(age + 1 >= intervals[drawn], 1.0, -1.0)).float()
+            unsure = torch.relu(SURE - sign * (places[:, -1] - 0.5))  # nothing is lost by being surer
+            error = torch.cat([error[:, :-1], unsure[:, None]], 1)
+        loss = error.square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

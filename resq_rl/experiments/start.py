@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 
@@ -12,10 +12,11 @@ from resq_rl.experiments.progress import stage
 from resq_rl.experiments.statistics import MAXIMUM_ACCURACY_LOSS
 from resq_rl.experiments.world import World
 from resq_rl.policies import GroupThresholds, StaticResQ
+from resq_rl.policies.ppo import FirstChoice
 from resq_rl.policies.search import Strategy, Tried, search_group_thresholds
 from resq_rl.quantization import Reference
 
-__all__ = ["Start", "first_choices", "measure_constants", "prepare_training", "search"]
+__all__ = ["Start", "first_choice", "first_choices", "measure_constants", "prepare_training", "search"]
 
 log = logging.getLogger(__name__)
 
@@ -151,25 +152,25 @@ def _tried(policy: GroupThresholds | StaticResQ, result: Measurement, store: Cli
     return Tried(policy, mean_error(result, store), result.bops, result.accuracy)
 
 
-def first_choices(world: World, start: Start | None) -> Callable[[float], Sequence[int]] | None:
-    """For a lambda, the choice of every layer group as which training begins; None to begin at random."""
+def first_choices(world: World, start: Start | None) -> Callable[[float], FirstChoice] | None:
+    """For a lambda, what training begins as; None to begin at random."""
     scheme, kind = world.scheme(), world.settings.training.warm_start
     if start is None or kind == "none":
         return None
     low, high = world.settings.environment.trade_off_range
 
-    def even(trade_off: float) -> Sequence[int]:
+    def even(trade_off: float) -> FirstChoice:
         place = math.log(trade_off / low) / math.log(high / low) if high > low else 0.5
-        return choices_of(scheme, start.even(min(max(place, 0.0), 1.0)))
+        return first_choice(scheme, start.even(min(max(place, 0.0), 1.0)))
 
-    return even if kind == "even" else lambda trade_off: choices_of(scheme, start.best(trade_off))
+    return even if kind == "even" else lambda trade_off: first_choice(scheme, start.best(trade_off))
 
 
-def choices_of(scheme: ActionScheme, policy: GroupThresholds | StaticResQ) -> Sequence[int]:
-    """The choice of every layer group by which a scheme's agents act as the policy."""
+def first_choice(scheme: ActionScheme, policy: GroupThresholds | StaticResQ) -> FirstChoice:
+    """By which a scheme's agents act as the policy."""
     if isinstance(policy, StaticResQ):
-        return [policy.level] * scheme.groups
-    return [scheme.thresholds.index(tau) for tau in policy.taus]
+        return FirstChoice(policy.level, policy.interval)
+    return FirstChoice([scheme.thresholds.index(tau) for tau in policy.taus], policy.interval)
 
 
 def _constant(scheme: ActionScheme, choice: int, interval: int, reference: Reference) -> GroupThresholds | StaticResQ:

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from resq_rl.experiments.tracking import Tracker
 from resq_rl.experiments.world import World
 from resq_rl.files import write_atomic
 from resq_rl.policies import LearnedPolicy
-from resq_rl.policies.ppo import PPOSettings, Progress, TrainingReport, train_ppo
+from resq_rl.policies.ppo import FirstChoice, PPOSettings, Progress, TrainingReport, train_ppo
 
 __all__ = ["front_candidates", "keyframe_settings", "ppo_settings", "train_policy"]
 
@@ -79,7 +79,7 @@ def train_policy(
     policy.save(folder)
     if training.keyframe_frames:
         _forget_other_keyframes(folder / "keyframes", policy)
-        few = None if training.warm_start == "none" else lambda _: [0] * policy.scheme.groups
+        few = None if training.warm_start == "none" else lambda _: FirstChoice(0)
         agents, ppo = world.agents(policy), keyframe_settings(world.settings)
         keyframes = run.train(f"training keyframes, seed {seed}", agents, ppo, folder / "keyframes", few)
         policy = replace(policy, keyframes=keyframes)
@@ -113,7 +113,7 @@ class _Run:
         agents: BatchedEnvironment,
         settings: PPOSettings,
         checkpoints: Path,
-        warm_start: Callable[[float], Sequence[int]] | None,
+        warm_start: Callable[[float], FirstChoice] | None,
     ) -> LearnedPolicy:
         """Train one policy, with progress; adds what it took to `report`."""
         before, done = self.report.frames, 0

@@ -452,7 +452,7 @@ def test_frame_features_age_lambda_and_budget(world: World) -> None:
             spent = sum(float(r.cost.total[slot]) for r in results) / world.model.reference_bops()
             left = max(0.0, 1 - spent / (budget * len(world.store.clips[clip])))
             position = math.log(trade_off[slot] / low) / math.log(high / low)
-            expected = [ages[t][slot] / 64, position, left]
+            expected = [math.log2(1 + ages[t][slot]) / 6, position, left]
             assert frame[slot, :3].tolist() == pytest.approx(expected, abs=1e-6), f"after frame {t}, slot {slot}"
         if t < 3:
             results.append(simulator.step(Decision(flags[t], levels(world, 2, t))))

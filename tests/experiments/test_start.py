@@ -9,7 +9,7 @@ from resq_rl.envs import ActionScheme, Measurement, Policy
 from resq_rl.errors import SettingsError
 from resq_rl.experiments.composition import load_settings
 from resq_rl.experiments.progress import Advance
-from resq_rl.experiments.start import Start, choices_of, first_choices, prepare_training
+from resq_rl.experiments.start import Start, first_choice, first_choices, prepare_training
 from resq_rl.experiments.world import World, build_world
 from resq_rl.policies import GroupThresholds, StaticResQ, Tried
 from resq_rl.video import Split
@@ -73,13 +73,15 @@ def test_searched_thresholds_are_taken_where_they_are_better() -> None:
     scheme = ActionScheme("region_thresholds", "region", 2, (2, 2), thresholds=(0.5, 1.0, 2.0))
     constants = [Tried(GroupThresholds(taus=(t, t)), e, b, 0.9) for t, e, b in ((0.5, 0.1, 0.5), (2.0, 0.5, 0.1))]
     start = Start(tuple(constants), (Tried(GroupThresholds(taus=(0.5, 2.0)), 0.15, 0.2),))
-    assert [list(choices_of(scheme, start.best(t))) for t in (0.01, 0.5, 9.0)] == [[0, 0], [0, 2], [2, 2]]
+    assert [first_choice(scheme, start.best(t)).choices for t in (0.01, 0.5, 9.0)] == [[0, 0], [0, 2], [2, 2]]
     assert start.trade_off_range() == pytest.approx((0.25, 1.0)), "constants alone set the range"
 
 
 def test_a_level_stands_for_all_layer_groups() -> None:
     scheme = ActionScheme("frame_bits", "frame", 3, (2, 2))
-    assert list(choices_of(scheme, StaticResQ(level=2))) == [2, 2, 2]
+    own = first_choice(scheme, StaticResQ(interval=5, level=2))
+    assert scheme.uniform_action(own.choices).tolist() == [2, 2, 2, 0]
+    assert own.interval == 5
 
 
 def test_constants_are_spread_evenly_from_most_to_fewest_bops() -> None:
@@ -137,9 +139,8 @@ def test_what_training_begins_from(case: str, monkeypatch: pytest.MonkeyPatch) -
     assert first is not None
     scheme = world.scheme()
     for trade_off in (0.05, 0.3, 1.0):
-        choices = first(trade_off)
-        assert len(choices) == scheme.groups
-        assert scheme.uniform_action(choices) is not None
+        assert scheme.uniform_action(first(trade_off).choices) is not None
+        assert first(trade_off).interval in (4, 0)
 
 
 def test_at_random_without_a_warm_start() -> None:

@@ -15,7 +15,7 @@ from resq_rl.envs import ActionKind, Agents, ClipStore, Decision, EpisodeSetting
 from resq_rl.envs.sb3 import AgentsVecEnv
 from resq_rl.errors import PolicyError, ResultsError, SettingsError
 from resq_rl.policies import DynamicResQ, LearnedPolicy
-from resq_rl.policies.ppo import PPOSettings, Progress, TrainingReport, choice_figures, train_ppo
+from resq_rl.policies.ppo import FirstChoice, PPOSettings, Progress, TrainingReport, choice_figures, train_ppo
 from resq_rl.quantization import LevelField
 from resq_rl.video import Clip
 from tests.envs.worlds import World, first_difference, moving_frames
@@ -123,7 +123,7 @@ def test_ppo_learns_to_run_a_keyframe_at_a_cut_where_it_pays(trade_off: float, a
     own, fields = clips_with_cuts(world, cuts), skipping(world, trade_off)
     core = own.core(8, "keyframe", "frame", episodes=EpisodeSettings(trade_off=trade_off, relative=True), fields=fields)
     settings = replace(FAST, frames=3000, n_steps=16, batch_size=64, gamma=0.9)
-    keyframes, report = train_ppo(AgentsVecEnv(core), settings, seed=0, warm_start=lambda _: 0)
+    keyframes, report = train_ppo(AgentsVecEnv(core), settings, seed=0, warm_start=lambda _: FirstChoice(0))
     assert report.curve[0]["keyframes"] < 0.15, "few keyframes to begin with"
     joint = replace(fields, keyframes=keyframes)
     simulator = own.simulator(len(cuts), trade_off_range=joint.trade_off_range)
@@ -161,7 +161,7 @@ def test_a_warm_start_begins_as_the_constant_field_for_every_lambda(
 
     env = agents_of(moving, (0.03, 3.0), kind=kind, agents=agents)
     settings = replace(TINY, frames=1, n_steps=2, learning_rate=1e-9)
-    policy, report = train_ppo(env, settings, seed=0, warm_start=best)
+    policy, report = train_ppo(env, settings, seed=0, warm_start=lambda t: FirstChoice(best(t)))
     scheme = policy.scheme
     for trade_off in (0.03, 0.1, 1.0, 3.0):
         recorded = Recorded(policy.at(trade_off))
@@ -172,11 +172,24 @@ def test_a_warm_start_begins_as_the_constant_field_for_every_lambda(
     assert report.curve[0]["keyframes"] < 0.3, "few keyframes to begin with"
 
 
+@pytest.mark.parametrize("interval", [2, 3, 5])
+def test_a_warm_start_with_an_interval_begins_with_keyframes_at_it(interval: int, moving: World) -> None:
+    env = agents_of(moving, (0.03, 3.0), kind="frame_level", agents="frame")
+    settings = replace(TINY, frames=1, n_steps=2, learning_rate=1e-9)
+    policy, _ = train_ppo(env, settings, seed=0, warm_start=lambda t: FirstChoice(1, interval if t < 0.3 else 0))
+    own = moving.with_clips([11, 11])
+    for trade_off, count in ((0.03, -(-11 // interval)), (3.0, 1)):
+        result = measure(own.model, own.task, own.store, policy.at(trade_off), grid=own.grid)
+        assert result.keyframes.tolist() == [count, count]
+
+
 # The run itself ----------------------------------------------------------------------------------------------------
 
 
 def test_the_same_seed_trains_the_same_policy(moving: World) -> None:
-    runs = [train_ppo(agents_of(moving, (0.1, 1.0)), TINY, seed=s, warm_start=lambda _: 4) for s in (3, 3, 4)]
+    runs = [
+        train_ppo(agents_of(moving, (0.1, 1.0)), TINY, seed=s, warm_start=lambda _: FirstChoice(4)) for s in (3, 3, 4)
+    ]
     assert same_policy(runs[0][0], runs[1][0])
     assert runs[0][1].curve == runs[1][1].curve
     assert not same_policy(runs[0][0], runs[2][0])
