@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Literal, get_args
 
 import numpy as np
@@ -36,6 +38,8 @@ class ActionScheme:
         groups, grid, levels: layer groups, regions (rows, columns) and number of levels of the model.
         by_group: whether a region's choice is made for each layer group on its own.
         thresholds, kappa: values behind threshold indices, and the multipliers of the rule.
+        ignored: features that agents see as 0, by their names of `resq_rl.envs.observation` or patterns such as
+            "spent_*": to learn what each is worth.
     """
 
     kind: ActionKind
@@ -46,6 +50,7 @@ class ActionScheme:
     by_group: bool = True
     thresholds: tuple[float, ...] = DEFAULT_THRESHOLDS
     kappa: tuple[float, ...] = DEFAULT_KAPPA
+    ignored: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(ActionKind) or self.agents not in get_args(Agents):
@@ -57,6 +62,12 @@ class ActionScheme:
             raise SettingsError(f"{self.kind} decides for the whole frame: use agents='frame', or a region action.")
         if list(self.thresholds) != sorted(self.thresholds) or min(self.thresholds, default=-1) <= 0:
             raise SettingsError(f"thresholds must be positive and ascending, got {list(self.thresholds)}.")
+        known = (*region_features(self.groups), *FRAME_FEATURES)
+        for pattern in self.ignored:
+            if not any(fnmatchcase(name, pattern) for name in known):
+                raise SettingsError(
+                    f"No observed feature is named {pattern!r}, to be ignored. There are {list(known)}."
+                )
 
     @property
     def _whole_frame(self) -> bool:
@@ -109,7 +120,14 @@ class ActionScheme:
         else:
             view = observation.per_frame() if self._whole_frame else observation.whole()
         array: np.ndarray = view.numpy()
-        return array
+        return array * self._seen if self.ignored else array
+
+    @cached_property
+    def _seen(self) -> Float[np.ndarray, " n"]:
+        """0 for features to ignore, 1 for the others."""
+        names = (_plain_name(name) for name in self.feature_names)
+        ignored = [any(fnmatchcase(name, pattern) for pattern in self.ignored) for name in names]
+        return 1 - np.array(ignored, dtype=np.float32)
 
     def decide(
         self,
@@ -179,3 +197,8 @@ class ActionScheme:
         else:
             values = [*(per_group if self.by_group else per_group[:1]) * self.regions, 0]
         return np.array(values, dtype=np.int64)
+
+
+def _plain_name(name: str) -> str:
+    """The name of an agent's feature without the region or the pooling over regions in it."""
+    return name.removeprefix("mean_").removeprefix("max_").split("[")[0]

@@ -24,9 +24,9 @@ from resq_rl.experiments.results import BdEntry, Comparison, Point, print_compar
 from resq_rl.experiments.settings import Settings
 from resq_rl.experiments.start import Start, measure_constants, prepare_training, search
 from resq_rl.experiments.tracking import Tracker
-from resq_rl.experiments.training import front_candidates, train_policy
+from resq_rl.experiments.training import front_candidates, load_policies, train_policy
 from resq_rl.experiments.world import World, build_world
-from resq_rl.policies import Clairvoyant, GroupThresholds, LearnedPolicy, PerFrame, RandomLevels
+from resq_rl.policies import Clairvoyant, GroupThresholds, PerFrame, RandomLevels
 from resq_rl.policies.search import Strategy, Tried, best_for
 from resq_rl.policies.tuning import (
     best_of,
@@ -141,7 +141,7 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
     float_accuracy = world.stores[settings.split].float_accuracy
     if frame_level:
         bench.add("oracle", oracle_front(world, settings.split))
-        policies = {seed: LearnedPolicy.load(run_dir / f"seed{seed}") for seed in by_seed}
+        policies = load_policies(Path(settings.policy) if settings.policy else run_dir)
         bench.deltas["gap_to_oracle_closed_by_ppo"] = gap_closed(world, policies, settings.split)
     for anchor in (a for a in ANCHORS if a in bench.measured):
         bench.deltas[f"ppo_vs_{anchor}"] = compare_fronts(
@@ -150,7 +150,8 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
     comparison = bench.write()
     tracker.log_artifact(run_dir / "comparison.json")
     tracker.log_figure(plot_fronts(comparison), "fronts")
-    tracker.log_figure(plot_curves(curves), "training")
+    if curves:
+        tracker.log_figure(plot_curves(curves), "training")
     for name, entry in bench.deltas.items():
         if entry.value is not None:
             tracker.log_metrics({f"bd_bops/{name}": entry.value})
@@ -266,15 +267,21 @@ def _measure_clairvoyant(bench: _Bench, found: Sequence[Tried]) -> None:
 def _measure_ppo(
     bench: _Bench, start: Start | None
 ) -> tuple[dict[int, list[Measurement]], dict[str, list[dict[str, float]]]]:
+    """Measure a policy for each training seed: trained here, or those of the setting `policy`."""
     world, settings = bench.world, bench.world.settings
     by_seed: dict[int, list[Measurement]] = {}
     curves: dict[str, list[dict[str, float]]] = {}
-    for seed in settings.training.seeds:
+    given = load_policies(Path(settings.policy)) if settings.policy else {}
+    for seed in given or settings.training.seeds:
         folder = bench.run_dir / f"seed{seed}"
         with bench.tracker.child(f"ppo seed {seed}", {"seed": seed, "method": "ppo"}) as child:
-            policy, report = train_policy(world, seed, folder, child, start=start, resume=False)
-            used = report.frames + (start.frames if start else 0)
-            bench.training_frames = max(bench.training_frames, used)
+            frames = settings.training.frames
+            if given:
+                policy = given[seed]
+            else:
+                policy, report = train_policy(world, seed, folder, child, start=start, resume=False)
+                frames, curves[f"seed {seed}"] = report.frames, report.curve
+            bench.training_frames = max(bench.training_frames, frames + (start.frames if start else 0))
             candidates = front_candidates(world, policy)
             chosen = _tuned(bench, "lambda", candidates)
             tuned = [policy for policy, _ in chosen]
@@ -282,6 +289,5 @@ def _measure_ppo(
             by_seed[seed] = [replace(m, settings={**m.settings, "seed": seed}) for m in results]
             for m in by_seed[seed]:
                 child.log_metrics({"accuracy": m.accuracy, "bops": m.bops}, step=int(np.round(1e6 * m.bops)))
-        curves[f"seed {seed}"] = report.curve
         bench.add("ppo", by_seed[seed], tuned)
     return by_seed, curves

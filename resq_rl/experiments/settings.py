@@ -118,6 +118,7 @@ class EnvironmentSettings(_Group):
         trade_off: lambda of the reward: one number, a range to draw from log-uniformly per episode, or "auto" for a
             range chosen on training clips.
         thresholds: what a threshold action may choose, increasing.
+        ignored: features of the observation that agents see as 0, or patterns of their names.
     """
 
     _prefix: ClassVar[str] = "environment."
@@ -132,6 +133,7 @@ class EnvironmentSettings(_Group):
     weighting: Literal["iou", "pixel"]
     trade_off: Annotated[Literal["auto"] | float | tuple[float, float], Bounds(above=0)]
     thresholds: Annotated[tuple[float, ...], Bounds(above=0)]
+    ignored: tuple[str, ...]
 
     def _check(self) -> None:
         self._check_increasing("thresholds")
@@ -283,7 +285,8 @@ class Settings(_Group):
     Attributes:
         video, model, task: made with `Target.build`.
         pretraining: how `pretrain` trains the network.
-        policy: folder of a trained policy, for `evaluate`.
+        policy: folder of a trained policy, for `evaluate`; or of policies by seed, which `compare` measures instead of
+            training.
         split: clips that `compare` and `evaluate` report on.
         results: folder of all results; each run has its own folder in it.
         seed: of everything random but training runs, which have `training.seeds`.

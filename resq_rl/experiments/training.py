@@ -18,7 +18,7 @@ from resq_rl.files import write_atomic
 from resq_rl.policies import LearnedPolicy
 from resq_rl.policies.ppo import FirstChoice, PPOSettings, Progress, TrainingReport, train_ppo
 
-__all__ = ["front_candidates", "keyframe_settings", "ppo_settings", "train_policy"]
+__all__ = ["front_candidates", "keyframe_settings", "load_policies", "ppo_settings", "train_policy"]
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +148,16 @@ class _Run:
         if progress.rollout % 20 == 0:
             shown = ", ".join(f"{k} {v:.3f}" for k, v in progress.metrics.items() if k in ("reward", "bops", "error"))
             log.debug("seed %d, %d frames: %s", self.seed, before + progress.frames, shown)
+
+
+def load_policies(folder: Path) -> dict[int, LearnedPolicy]:
+    """The trained policies of a run's folder by seed, or the one of a folder that holds a policy itself, as seed 0.
+
+    Raises:
+        PolicyError: there is none, or one is damaged.
+    """
+    seeds = {int(p.parent.name[4:]): p.parent for p in folder.glob("seed*/policy.json") if p.parent.name[4:].isdigit()}
+    return {seed: LearnedPolicy.load(seeds[seed]) for seed in sorted(seeds)} or {0: LearnedPolicy.load(folder)}
 
 
 def front_candidates(world: World, policy: LearnedPolicy) -> list[LearnedPolicy]:

@@ -112,6 +112,7 @@ class World:
             environment.agents == "region",
             environment.thresholds,
             self.settings.heuristic.kappa,
+            environment.ignored,
         )
 
     def agents(self, fields: Policy | None = None) -> BatchedEnvironment:

@@ -1,5 +1,6 @@
 """Numbers chosen by agents, and the decisions that they make."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resq_rl.envs import FRAME_FEATURES, ActionScheme, region_features
+from resq_rl.envs import FRAME_FEATURES, ActionKind, ActionScheme, Agents, Observation, region_features
 from resq_rl.errors import PolicyError, SettingsError
 from resq_rl.quantization import LevelField, ThresholdField
 
@@ -161,3 +162,26 @@ def test_actions_are_integers(value: Any, unchecked_types: None) -> None:
 def test_impossible_schemes_are_refused(settings: dict[str, Any], message: str, unchecked_types: None) -> None:
     with pytest.raises(SettingsError, match=message):
         scheme(**({"kind": "region_bits", "agents": "region"} | settings))
+
+
+@pytest.mark.parametrize(
+    ("kind", "agents"), [("region_thresholds", "region"), ("region_bits", "frame"), ("frame_bits", "frame")]
+)
+def test_agents_do_not_see_what_is_ignored(kind: ActionKind, agents: Agents) -> None:
+    groups, grid = 2, (2, 3)
+    generator = torch.Generator().manual_seed(0)
+    regions = torch.rand(4, *grid, len(region_features(groups)), generator=generator) + 0.1
+    observation = Observation(regions, torch.rand(4, len(FRAME_FEATURES), generator=generator) + 0.1)
+    every = scheme(kind, agents, groups=groups, grid=grid)
+    some = replace(every, ignored=("uncertainty", "spent_*", "trade_off"))
+    seen, full = some.observe(observation), every.observe(observation)
+    hidden = [any(part in name for part in ("uncertainty", "spent_group", "trade_off")) for name in some.feature_names]
+    assert 0 < sum(hidden) < len(hidden)
+    assert (seen[:, hidden] == 0).all()
+    assert (seen[:, ~np.array(hidden)] == full[:, ~np.array(hidden)]).all()
+    assert (full > 0).all()
+
+
+def test_only_known_features_can_be_ignored() -> None:
+    with pytest.raises(SettingsError, match=r"named 'uncertain', to be ignored.*'residual_mean'"):
+        scheme("region_bits", ignored=("uncertain",))

@@ -107,6 +107,23 @@ def test_evaluate_agrees_with_compare(compared: Path, tmp_path: Path) -> None:
         assert (twin["accuracy"], twin["bops"]) == (point.accuracy, point.bops)
 
 
+def test_compare_measures_policies_of_another_run(compared: Path, tmp_path: Path) -> None:
+    """On the same video it gives what that run gave."""
+    few = ["heuristic.references=[previous]", "heuristic.taus=[1.0]", "heuristic.other_kappas=[]"]
+    few += ["heuristic.scene_changes=[]", "heuristic.searches=[]"]
+    again = Comparison.read(run(tmp_path / "a", "compare", f"policy={compared}", *few) / "comparison.json")
+    before = Comparison.read(compared / "comparison.json")
+    first, second = ([(p.accuracy, p.bops, p.settings["seed"]) for p in c.fronts["ppo"]] for c in (before, again))
+    assert first == second
+    start = (2 * 12 + 2) * 18  # every threshold at both intervals on the training clips, and two searched settings
+    assert again.env_frames_used_for_training == start + 120, "so many frames as training would take"
+    one = run(tmp_path / "b", "compare", f"policy={compared / 'seed1'}", "video.speed=3.0", *few)
+    other = Comparison.read(one / "comparison.json")
+    assert {p.settings["seed"] for p in other.fronts["ppo"]} == {0}
+    assert not (one / "seed0").exists()
+    assert other.float_accuracy != before.float_accuracy
+
+
 def test_evaluate_without_a_policy_says_what_to_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", *TINY, f"results={tmp_path}"]) == 2
     assert "policy=FOLDER" in capsys.readouterr().err
