@@ -131,6 +131,7 @@ class BatchedEnvironment:
         self.interval = torch.zeros(simulator.slots, dtype=torch.int64)
         self._generators: list[np.random.Generator] = []
         self._queues: list[list[int]] = []
+        self._view = FrameView(simulator)
 
     @property
     def clips(self) -> int:
@@ -160,7 +161,7 @@ class BatchedEnvironment:
             PolicyError: the actions do not fit, or a clip is over (without `autoreset`) or `reset` was not called.
         """
         due = (self.interval > 0) & (self.simulator.age + 1 >= self.interval)
-        field = None if self.fields is None else self.fields.decide(FrameView(self.simulator)).field
+        field = None if self.fields is None else self.fields.decide(self._view).field
         result = self.simulator.step(self.scheme.decide(actions, due, field))
         trade_off = self.simulator.trade_off.clone()  # clips that start below get another
         frame = result.reward(trade_off)
@@ -195,7 +196,8 @@ class BatchedEnvironment:
         return mixed.flatten() * episodes.reward_scale
 
     def _observe(self) -> Float[np.ndarray, "agents n"]:
-        return self.scheme.observe(self.simulator.observe())
+        self._view = FrameView(self.simulator)  # its observation is also that of the fields' policy
+        return self.scheme.observe(self._view.observation)
 
     def _start(self, slots: list[int]) -> None:
         low, high = (math.log(v) for v in self.episodes.trade_off_range)

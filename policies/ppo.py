@@ -53,7 +53,7 @@ class PPOSettings:
     gae_lambda: float = 0.9
     ent_coef: float = 0.003
     clip_range: float = 0.2
-    hidden: tuple[int, ...] = (32, 32)
+    hidden: tuple[int, ...] = (16, 16)
     value_hidden: tuple[int, ...] = (64, 64)
     bits: int = 8
     checkpoint_every: int = 20
