@@ -42,11 +42,11 @@ class FrameView:
         Args:
             first: how the next frame would run.
             then: decides for the frames after it.
-            frames: how many; fewer where a clip ends before.
+            frames: how many, fewer where a clip ends before; 0 for all that are left.
         """
         branch = self._simulator.branch()
         results = [branch.step(first)]
-        while len(results) < frames and not bool(results[-1].last.any()):
+        while len(results) != frames and not bool(results[-1].last.any()):
             results.append(branch.step(then.decide(FrameView(branch))))
         return results
 

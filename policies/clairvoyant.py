@@ -1,4 +1,4 @@
-"""A bound for region agents: a choice by region that knows the errors ahead."""
+"""What choosing by region can save with perfect knowledge of the errors ahead."""
 
 from dataclasses import dataclass, replace
 
@@ -16,30 +16,32 @@ __all__ = ["Clairvoyant"]
 
 @dataclass(frozen=True)
 class Clairvoyant:
-    """Greedy choice among static thresholds in every region, by what the next frames would give under each.
+    """Choice among static thresholds in every region and frame, by what the next frames would give.
 
-    Before every frame each candidate runs in all regions, and the first candidate for the `horizon - 1` frames after
-    it; then every region takes the candidate with the highest sum of its own rewards. It looks at labels and at the
-    future, so no device can run it: it shows about how much choosing by region can save. It is no strict bound, because
-    it looks a few frames ahead, and regions choose as if their neighbours chose the same.
+    Before every frame each candidate runs in all regions, and the first candidate for the rest of the horizon. Every
+    region takes the candidate with the highest sum of its own rewards; what these choices give together is looked at in
+    the same way, and each clip runs them or one candidate everywhere, whichever gives it most. With a horizon to the
+    end of the clip this never does worse than the first candidate alone (policy improvement by rollout). It looks at
+    labels and at the future, so no device can run it: it shows what choosing by region can save at least, with perfect
+    knowledge.
 
     Attributes:
         candidates: what regions choose from; the first also gives the keyframe interval and the reference.
         trade_off: lambda of the reward.
-        horizon: frames looked at.
+        horizon: frames looked at; 0 for all to the end of the clip.
 
     Raises:
-        PolicyError: no candidates or horizon, a lambda that is not positive, or candidates of several kappas.
+        PolicyError: no candidates, a negative horizon, a lambda that is not positive, or candidates of several kappas.
     """
 
     candidates: tuple[GroupThresholds, ...]
     trade_off: float
-    horizon: int = 8
+    horizon: int = 0
 
     def __post_init__(self) -> None:
-        if not self.candidates or self.horizon < 1 or not self.trade_off > 0:
+        if not self.candidates or self.horizon < 0 or not self.trade_off > 0:
             raise PolicyError(
-                "A clairvoyant needs candidates, a horizon of 1 frame or more and a positive lambda, got "
+                "A clairvoyant needs candidates, a horizon of 0 frames or more and a positive lambda, got "
                 f"{len(self.candidates)}, {self.horizon} and {self.trade_off}."
             )
         if len({c.kappa for c in self.candidates}) > 1:
@@ -76,15 +78,18 @@ class Clairvoyant:
         }
 
     def decide(self, view: FrameView) -> Decision:
-        """The best candidate of every region; the first where they are equal."""
+        """The best choice of every region, or of the clip; the first candidate where they are equal."""
         base = self.candidates[0]
         # All candidates keep to the first one's keyframes.
-        fields = [replace(c, interval=base.interval).decide(view) for c in self.candidates]
-        values = torch.stack([self._value(view, decision) for decision in fields], 1)
-        best = values.argmax(1)
-        thresholds = torch.stack([_thresholds(decision, view) for decision in fields], 1)
-        index = best[:, None, None].expand(-1, 1, *thresholds.shape[2:])
-        return Decision(fields[0].refresh, ThresholdField(thresholds.gather(1, index)[:, 0], base.kappa))
+        decisions = [replace(c, interval=base.interval).decide(view) for c in self.candidates]
+        values = torch.stack([self._value(view, decision) for decision in decisions], 1)
+        thresholds = torch.stack([_thresholds(decision, view) for decision in decisions], 1)
+        by_region = values.argmax(1)[:, None, None].expand(-1, 1, *thresholds.shape[2:])
+        mixed = Decision(decisions[0].refresh, ThresholdField(thresholds.gather(1, by_region)[:, 0], base.kappa))
+        values = torch.cat([values, self._value(view, mixed)[:, None]], 1)
+        thresholds = torch.cat([thresholds, _thresholds(mixed, view)[:, None]], 1)
+        by_clip = values.mean((2, 3)).argmax(1)
+        return Decision(mixed.refresh, ThresholdField(thresholds[torch.arange(view.clips), by_clip], base.kappa))
 
     def _value(self, view: FrameView, decision: Decision) -> Float[Tensor, "b gh gw"]:
         """Sum of each region's rewards over the horizon."""

@@ -229,7 +229,7 @@ class HeuristicSettings(_Group):
         searches: how static thresholds per layer group are searched, with as many frames as the training of one policy.
         clairvoyant_points: values of lambda for which a choice by region that knows the errors ahead is measured beside
             the greedy search; each takes (fields x horizon) times as long as a policy.
-        clairvoyant_horizon: frames it looks ahead.
+        clairvoyant_horizon: frames it looks ahead; 0 for all to the end of the clip.
     """
 
     _prefix: ClassVar[str] = "heuristic."
@@ -244,7 +244,7 @@ class HeuristicSettings(_Group):
     frame_kappa: Annotated[tuple[float, ...], Bounds(above=0)]
     searches: tuple[Literal["greedy", "random"], ...]
     clairvoyant_points: Annotated[int, Bounds(at_least=0)]
-    clairvoyant_horizon: Annotated[int, Bounds(at_least=1)]
+    clairvoyant_horizon: Annotated[int, Bounds(at_least=0)]
 
     def _check(self) -> None:
         for field in ("intervals", "references", "taus", "frame_taus"):

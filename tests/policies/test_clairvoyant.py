@@ -33,27 +33,47 @@ def test_where_there_is_one_choice_it_is_the_best_candidate(trade_off: float, wo
     torch.testing.assert_close(objective(own, policy, trade_off), best)
 
 
-def test_every_region_takes_what_gave_it_most_over_the_horizon(world: World) -> None:
-    own, trade_off = world.with_clips([6] * 4), 0.3
-    policy = Clairvoyant(CANDIDATES, trade_off, 3)
-    simulator = own.simulator(4, trade_off_range=policy.trade_off_range)
-    simulator.start(range(4), range(4))
+@pytest.mark.parametrize("trade_off", [0.02, 0.3, 3.0])
+def test_it_takes_the_best_of_the_mixture_and_every_candidate(trade_off: float, world: World) -> None:
+    own, horizon = world.with_clips([6] * 8), 3
+    policy = Clairvoyant(CANDIDATES, trade_off, horizon)
+    simulator = own.simulator(8, trade_off_range=policy.trade_off_range)
+    simulator.start(range(8), range(8))
     field = policy.decide(FrameView(simulator)).field
     assert isinstance(field, ThresholdField)
-    sums = []
-    for candidate in CANDIDATES:
-        fresh = own.simulator(4, trade_off_range=policy.trade_off_range)
-        fresh.start(range(4), range(4))
-        following = [candidate, CANDIDATES[0], CANDIDATES[0]]
-        results = [fresh.step(p.decide(FrameView(fresh))) for p in following]
-        sums.append(torch.stack([r.region_reward(torch.full((4,), trade_off)) for r in results]).sum(0))
-    chosen = set()
-    for clip, row, column in product(range(4), range(own.grid[0]), range(own.grid[1])):
+
+    def tried(first: Decision) -> torch.Tensor:
+        """Sums of rewards by clip and region, on a simulator of its own."""
+        fresh = own.simulator(8, trade_off_range=policy.trade_off_range)
+        fresh.start(range(8), range(8))
+        results = [fresh.step(first)]
+        results += [fresh.step(CANDIDATES[0].decide(FrameView(fresh))) for _ in range(horizon - 1)]
+        return torch.stack([r.region_reward(torch.full((8,), trade_off)) for r in results]).sum(0)
+
+    sums = [tried(candidate.decide(FrameView(simulator))) for candidate in CANDIDATES]
+    mixture = torch.zeros(8, 3, *own.grid)
+    for clip, row, column in product(range(8), range(own.grid[0]), range(own.grid[1])):
         values = [float(s[clip, row, column]) for s in sums]
-        tau = TAUS[values.index(max(values))]
-        chosen.add(tau)
-        assert field.thresholds[clip, :, row, column].tolist() == pytest.approx([tau] * 3)
-    assert len(chosen) > 1
+        mixture[clip, :, row, column] = TAUS[values.index(max(values))]
+    still = torch.zeros(8, dtype=torch.bool)
+    totals = [s.mean((1, 2)) for s in (*sums, tried(Decision(still, ThresholdField(mixture, CANDIDATES[0].kappa))))]
+    fields = [*(torch.full((8, 3, *own.grid), tau) for tau in TAUS), mixture]
+    for clip in range(8):
+        own_totals = [float(total[clip]) for total in totals]
+        expected = fields[own_totals.index(max(own_totals))][clip]
+        assert first_difference(field.thresholds[clip], expected) is None
+
+
+@pytest.mark.parametrize("trade_off", [0.02, 0.3, 3.0])
+@pytest.mark.parametrize("first", [0, 2])
+def test_seeing_to_the_end_it_never_does_worse_than_its_first_candidate(
+    trade_off: float, first: int, world: World
+) -> None:
+    own = world.with_clips([7] * 6)
+    candidates = (CANDIDATES[first], *(c for c in CANDIDATES if c != CANDIDATES[first]))
+    gained = objective(own, Clairvoyant(candidates, trade_off), trade_off) - objective(own, candidates[0], trade_off)
+    assert float(gained.min()) > -1e-5
+    assert float(gained.max()) > 1e-3
 
 
 def test_looking_ahead_changes_nothing(world: World) -> None:
@@ -86,10 +106,11 @@ def test_a_preview_ends_with_the_clip(world: World) -> None:
     first: Decision = CANDIDATES[0].decide(FrameView(simulator))
     assert len(FrameView(simulator).preview(first, CANDIDATES[0], 2)) == 2
     assert len(FrameView(simulator).preview(first, CANDIDATES[0], 9)) == 3
+    assert len(FrameView(simulator).preview(first, CANDIDATES[0], 0)) == 3
 
 
 def test_impossible_clairvoyants_are_refused() -> None:
-    for candidates, trade_off, horizon in [((), 0.3, 8), (CANDIDATES, 0.0, 8), (CANDIDATES, 0.3, 0)]:
+    for candidates, trade_off, horizon in [((), 0.3, 8), (CANDIDATES, 0.0, 8), (CANDIDATES, 0.3, -1)]:
         with pytest.raises(PolicyError, match="needs candidates, a horizon"):
             Clairvoyant(candidates, trade_off, horizon)
     with pytest.raises(PolicyError, match="one kappa"):
