@@ -289,7 +289,7 @@ def test_figures_of_choices_belong_to_the_observations_they_were_made_for(
     assert len(chosen) == TINY.n_steps
     assert [row[f"choice_{i}"] for i in range(scheme.choices)] == pytest.approx(counts / counts.sum())
     assert row["choice_residual_correlation"] == pytest.approx(np.corrcoef(means, residuals)[0, 1], abs=1e-6)
-    assert 0.9 < row["entropy"] <= 1.0, "a new network chooses almost evenly"
+    assert 0.9 < row["entropy"] < 1.05, "a new network chooses almost evenly"
 
 
 def test_a_collapsed_policy_shows(moving: World) -> None:
@@ -302,7 +302,7 @@ def test_a_collapsed_policy_shows(moving: World) -> None:
     actions = np.random.default_rng(0).integers(scheme.choices, size=(2, 5, len(scheme.nvec)))
     assert "choice_residual_correlation" not in choice_figures(scheme, still, actions)
     env = agents_of(moving, 30.0, kind="frame_level", agents="frame", slots=8, reward_scale=0.1)
-    _, report = train_ppo(env, FAST, seed=0)
+    _, report = train_ppo(env, replace(FAST, frames=5000), seed=0)
     assert report.curve[-1]["entropy"] < 0.5 * report.curve[0]["entropy"]
     assert report.curve[-1]["choice_0"] > 0.9
 
@@ -478,7 +478,7 @@ def test_a_new_run_in_an_old_folder_can_be_resumed(moving: World, tmp_path: Path
     ("change", "message"),
     [
         ({"settings": replace(TINY, learning_rate=1e-5)}, r"settings.learning_rate was 0.003 and is 1e-05"),
-        ({"settings": replace(TINY, hidden=(8,))}, r"settings.hidden was \[32, 32\] and is \[8\]"),
+        ({"settings": replace(TINY, hidden=(8,))}, r"settings.hidden was \[16, 16\] and is \[8\]"),
         ({"seed": 2}, "seed was 1 and is 2"),
         ({"trade_off": 0.3}, "episodes.trade_off was"),
         ({"slots": 2}, "clips was 4 and is 2"),

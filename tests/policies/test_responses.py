@@ -49,7 +49,9 @@ def learned(world: World, seed: int, trade_off: float = 0.2) -> LearnedPolicy:
     policy = made(world.scheme("frame_level", "frame"), seed=seed, reference="keyframe")
     seen = policy.scheme.observe(world.view(len(world.store), reference="keyframe").observation)
     first, *others = policy.weights
-    biases = -10 * first @ torch.from_numpy(seen).mean(0), *(torch.zeros_like(b) for b in policy.biases[1:])
+    hidden = [torch.zeros_like(b) for b in policy.biases[1:-1]]
+    middle = (torch.tensor(policy.scheme.nvec) - 1) / 2
+    biases = (-10 * first @ torch.from_numpy(seen).mean(0), *hidden, middle)
     return replace(policy, weights=(10 * first, *others), biases=biases, trade_off=trade_off)
 
 
