@@ -26,7 +26,7 @@ from resq_rl.experiments.start import Start, measure_constants, prepare_training
 from resq_rl.experiments.tracking import Tracker
 from resq_rl.experiments.training import front_candidates, load_policies, train_policy
 from resq_rl.experiments.world import World, build_world
-from resq_rl.policies import Clairvoyant, GroupThresholds, PerFrame, RandomLevels
+from resq_rl.policies import Clairvoyant, GroupThresholds, LearnedPolicy, PerFrame, RandomLevels
 from resq_rl.policies.search import Strategy, Tried, best_for
 from resq_rl.policies.tuning import (
     best_of,
@@ -124,6 +124,7 @@ class _Bench:
 def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
     """Run the comparison; writes `comparison.json`, plots, and a trained policy for each seed."""
     started = time.monotonic()
+    given = load_policies(Path(settings.policy)) if settings.policy else {}
     world, start = prepare_training(build_world(settings, ["train", "validation", settings.split]))
     frame_level = is_frame_level(world)
     world = tabulated(world) if frame_level else world
@@ -135,13 +136,13 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
     else:
         _measure_random(bench)
         _measure_heuristics(bench)
-    by_seed, curves = _measure_ppo(bench, start)
+    by_seed, curves = _measure_ppo(bench, start, given)
     if settings.heuristic.searches and not frame_level:
         _measure_searches(bench, start)
     float_accuracy = world.stores[settings.split].float_accuracy
     if frame_level:
         bench.add("oracle", oracle_front(world, settings.split))
-        policies = load_policies(Path(settings.policy) if settings.policy else run_dir)
+        policies = given or load_policies(run_dir)
         bench.deltas["gap_to_oracle_closed_by_ppo"] = gap_closed(world, policies, settings.split)
     for anchor in (a for a in ANCHORS if a in bench.measured):
         bench.deltas[f"ppo_vs_{anchor}"] = compare_fronts(
@@ -265,13 +266,12 @@ def _measure_clairvoyant(bench: _Bench, found: Sequence[Tried]) -> None:
 
 
 def _measure_ppo(
-    bench: _Bench, start: Start | None
+    bench: _Bench, start: Start | None, given: Mapping[int, LearnedPolicy]
 ) -> tuple[dict[int, list[Measurement]], dict[str, list[dict[str, float]]]]:
-    """Measure a policy for each training seed: trained here, or those of the setting `policy`."""
+    """Measure a policy for each training seed: those given, or else trained here."""
     world, settings = bench.world, bench.world.settings
     by_seed: dict[int, list[Measurement]] = {}
     curves: dict[str, list[dict[str, float]]] = {}
-    given = load_policies(Path(settings.policy)) if settings.policy else {}
     for seed in given or settings.training.seeds:
         folder = bench.run_dir / f"seed{seed}"
         with bench.tracker.child(f"ppo seed {seed}", {"seed": seed, "method": "ppo"}) as child:

@@ -131,6 +131,15 @@ def test_evaluate_without_a_policy_says_what_to_set(tmp_path: Path, capsys: pyte
     assert "policy.json" in capsys.readouterr().err
 
 
+def test_compare_looks_for_given_policies_before_anything_is_computed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", *TINY, f"results={tmp_path}", f"policy={tmp_path}/none"]) == 2
+    error = capsys.readouterr().err
+    assert "No policy in" in error
+    assert "reading video" not in error
+
+
 def test_training_resumes_from_its_checkpoints(tmp_path: Path) -> None:
     first = run(tmp_path, "train", "training.seeds=[0]", "training.frames=60")
     state = json.loads((first / "seed0" / "checkpoints" / "state.json").read_text())
