@@ -3,12 +3,15 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Num, UInt8
 from torch import Tensor
 
 from resq_rl.quantization.fields import cells_of
 
-__all__ = ["FRAME_FEATURES", "Observation", "pool_mean", "region_features"]
+__all__ = ["AGE_OCTAVES", "FRAME_FEATURES", "Observation", "age_feature", "pool_mean", "region_features"]
+
+# Octaves of the age of a keyframe that are told apart.
+AGE_OCTAVES = 6
 
 FRAME_FEATURES = (
     "keyframe_age",  # log2(1 + frames since the keyframe) / 6, at most 1
@@ -60,6 +63,11 @@ class Observation:
     def whole(self) -> Float[Tensor, "b n"]:
         """All region features, row by row, followed by the frame's."""
         return torch.cat([self.regions.flatten(1), self.frame], 1)
+
+
+def age_feature(age: Num[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """`keyframe_age` of keyframes so many frames old, before it is held to 1; 0 without a keyframe (age -1)."""
+    return (1 + age.clamp_min(0)).log2() / AGE_OCTAVES
 
 
 def pool_mean(x: Float[Tensor, "b h w"], grid: tuple[int, int]) -> Float[Tensor, "b gh gw"]:

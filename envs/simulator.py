@@ -12,6 +12,7 @@ from torch import Tensor
 from resq_rl.envs.clips import ClipStore, gather
 from resq_rl.envs.observation import (
     Observation,
+    age_feature,
     around,
     difference,
     frame_texture,
@@ -34,9 +35,6 @@ from resq_rl.quantization import (
 from resq_rl.quantization.fields import cells_of
 
 __all__ = ["Decision", "FrameResult", "Simulator"]
-
-# Octaves of the age of a keyframe that are told apart.
-AGE_OCTAVES = 6
 
 
 @dataclass(frozen=True)
@@ -312,7 +310,7 @@ class Simulator:
         if self.budget is not None:
             budget = (1 - self.spent / (self.budget * self.length)).float()
         parts = [
-            (1 + self.age.clamp_min(0)).log2() / AGE_OCTAVES,
+            age_feature(self.age),
             position,
             budget,
             residual.mean((1, 2)).sqrt_(),

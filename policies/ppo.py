@@ -14,8 +14,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor, nn
 
 from resq_rl.envs import ActionScheme
+from resq_rl.envs.observation import AGE_OCTAVES, age_feature
 from resq_rl.envs.sb3 import AgentsVecEnv
-from resq_rl.envs.simulator import AGE_OCTAVES
 from resq_rl.errors import PolicyError, SettingsError
 from resq_rl.policies.checkpoints import TrainingReport, about_run, load_checkpoint, save_checkpoint
 from resq_rl.policies.learned import LearnedPolicy
@@ -217,7 +217,7 @@ def _fit_first_choices(
         rows = np.where(generator.uniform(size=rows.shape) < 0.5, anything, rows)
         drawn = generator.integers(len(first), size=256)
         age = np.floor(2.0 ** generator.uniform(0, AGE_OCTAVES, size=256)) - 1
-        rows[:, lambdas], rows[:, ages] = positions[drawn], np.log2(1 + age) / AGE_OCTAVES
+        rows[:, lambdas], rows[:, ages] = positions[drawn], age_feature(torch.from_numpy(age)).numpy()
         places = policy.action_net.places(policy.mlp_extractor.forward_actor(torch.as_tensor(rows)))
         error = places - torch.as_tensor(actions[drawn])
         if scheme.agents == "frame":
