@@ -8,7 +8,16 @@ from torch import Tensor
 
 from resq_rl.quantization.fields import cells_of
 
-__all__ = ["AGE_OCTAVES", "FRAME_FEATURES", "Observation", "age_feature", "pool_mean", "region_features"]
+__all__ = [
+    "AGE_OCTAVES",
+    "FRAME_FEATURES",
+    "Observation",
+    "age_feature",
+    "pool_mean",
+    "pool_over_regions",
+    "region_features",
+    "region_values",
+]
 
 # Octaves of the age of a keyframe that are told apart.
 AGE_OCTAVES = 6
@@ -57,12 +66,32 @@ class Observation:
 
     def per_frame(self) -> Float[Tensor, "b n"]:
         """Mean and maximum of the region features over the regions, followed by the frame's."""
-        flat = self.regions.flatten(1, 2)
-        return torch.cat([flat.mean(1), flat.amax(1), self.frame], 1)
+        return torch.cat([pool_over_regions(self.regions).flatten(1), self.frame], 1)
 
     def whole(self) -> Float[Tensor, "b n"]:
         """All region features, row by row, followed by the frame's."""
         return torch.cat([self.regions.flatten(1), self.frame], 1)
+
+
+def region_values(
+    residual_mean: Float[Tensor, "b gh gw"],
+    residual_max: Float[Tensor, "b gh gw"],
+    drift_mean: Float[Tensor, "b gh gw"],
+    output: Float[Tensor, "b gh gw 3"],
+    texture: Float[Tensor, "b gh gw"],
+    spent: Float[Tensor, "b gh gw g"],
+) -> Float[Tensor, "b gh gw f"]:
+    """The features of `region_features`, made of those that are measured; `output` is of `output_features`."""
+    uncertainty, boundary, foreground = output.unbind(-1)
+    seen = [residual_mean, residual_max, drift_mean, around(residual_mean)]
+    parts = [*seen, uncertainty, boundary, around(boundary), foreground, texture]
+    return torch.cat([torch.stack(parts, -1), spent], -1).clamp_(0, 1)
+
+
+def pool_over_regions(values: Float[Tensor, "b gh gw f"]) -> Float[Tensor, "b 2 f"]:
+    """Mean and maximum of features over the regions."""
+    flat = values.flatten(1, 2)
+    return torch.stack([flat.mean(1), flat.amax(1)], 1)
 
 
 def age_feature(age: Num[Tensor, "*n"]) -> Float[Tensor, "*n"]:

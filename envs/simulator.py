@@ -13,12 +13,12 @@ from resq_rl.envs.clips import ClipStore, gather
 from resq_rl.envs.observation import (
     Observation,
     age_feature,
-    around,
     difference,
     frame_texture,
     output_features,
     pool_max,
     pool_mean,
+    region_values,
 )
 from resq_rl.errors import NetworkError, PolicyError, SettingsError
 from resq_rl.perception import Segmentation
@@ -130,7 +130,7 @@ class Simulator:
         self.trade_off = torch.full((slots,), trade_off_range[0])
         self.spent = torch.zeros(slots, dtype=torch.float64)
         self._frame = torch.zeros(slots, 3, height, width, dtype=torch.uint8)
-        self._reference_frame, self._key_frame = self._frame.clone(), self._frame.clone()
+        self._reference_frame, self._key_frame = torch.zeros_like(self._frame), torch.zeros_like(self._frame)
         self._output = torch.zeros(slots, *grid, 3)
         self._spent_there = torch.zeros(slots, *grid, self.groups)
         self._group_bops = self._reference_bops_by_group()
@@ -248,22 +248,32 @@ class Simulator:
         self, rows: Tensor, frames: Tensor, prediction: Tensor, error: Tensor, features: Tensor, cost: FrameCost
     ) -> FrameResult:
         """Remember what the next observations need of the frames that ran."""
-        clips, times = self.clip[rows], self.time[rows]
-        regions = self.grid[0] * self.grid[1]
-        share = (cost.per_region * (regions / self.reference_bops)).float()
-        by_group = cost.per_group(self.model.group_of_site, self.groups)
-        spent = (by_group / self._group_bops[:, None, None] * regions).float()
-        self._spent_there[rows] = spent.permute(0, 2, 3, 1).clamp_(0, 1)
-        self._output[rows] = features
+        share, spent = self._spending_of(cost)
+        self._output[rows], self._spent_there[rows] = features, spent
         self._frame[rows] = frames
-        self.spent[rows] += cost.total / self.reference_bops
         key = rows[cost.keyframe]
         self._key_frame[key] = self._frame[key]
         moved = rows if self.reference == "previous" else key
         self._reference_frame[moved] = self._frame[moved]
+        return self._advance(rows, prediction, error, cost, share, cost.total / self.reference_bops)
+
+    def _spending_of(self, cost: FrameCost) -> tuple[Float[Tensor, "b gh gw"], Float[Tensor, "b gh gw g"]]:
+        """`FrameResult.share`, and the features of what layer groups spent."""
+        regions = self.grid[0] * self.grid[1]
+        share = (cost.per_region * (regions / self.reference_bops)).float()
+        by_group = cost.per_group(self.model.group_of_site, self.groups)
+        spent = (by_group / self._group_bops[:, None, None] * regions).float()
+        return share, spent.permute(0, 2, 3, 1).clamp_(0, 1)
+
+    def _advance(
+        self, rows: Tensor, prediction: Tensor, error: Tensor, cost: FrameCost, share: Tensor, total: Tensor
+    ) -> FrameResult:
+        """Move the slots in `rows` on by the frame that ran, which cost the share `total` of W8A8."""
+        clips, times = self.clip[rows], self.time[rows]
+        self.spent[rows] += total
         self.time[rows] += 1
         last = self.time[rows] >= self.length[rows]
-        return FrameResult(prediction, error, cost, share, clips.clone(), times.clone(), last)
+        return FrameResult(prediction, error, cost, share, clips, times, last)
 
     def _error(self, prediction: UInt8[Tensor, "b h w"], target: UInt8[Tensor, "b h w"]) -> Float[Tensor, "b gh gw"]:
         cost = self.store.error_by_pair[target.int() * self.task.classes + prediction.int()]
@@ -278,44 +288,26 @@ class Simulator:
 
     def observe(self) -> Observation:
         """The observation before each slot's next frame; after a clip's end, of its last frame once more."""
-        rows = torch.arange(self.slots)
         time = torch.minimum(self.time, self.length - 1)
         frame = gather(self.store.frame_tensors, self.clip, time)
         residual = difference(frame, self._reference_frame)
-        residual_mean = pool_mean(residual, self.grid).sqrt_()
-        drift = (
-            residual_mean
-            if self.reference == "keyframe"
-            else pool_mean(difference(frame, self._key_frame), self.grid).sqrt_()
+        residual_mean, texture = pool_mean(residual, self.grid).sqrt_(), frame_texture(frame, self.grid)
+        drift = residual_mean
+        if self.reference == "previous":
+            drift = pool_mean(difference(frame, self._key_frame), self.grid).sqrt_()
+        regions = region_values(
+            residual_mean, pool_max(residual, self.grid), drift, self._output, texture, self._spent_there
         )
-        boundary = self._output[rows, ..., 1]
-        parts = [
-            residual_mean,
-            pool_max(residual, self.grid),
-            drift,
-            around(residual_mean),
-            self._output[..., 0],
-            boundary,
-            around(boundary),
-            self._output[..., 2],
-            frame_texture(frame, self.grid),
-        ]
-        regions = torch.cat([torch.stack(parts, -1), self._spent_there], -1).clamp_(0, 1)
-        return Observation(regions, self._frame_features(residual))
+        frame_residual, foreground = residual.mean((1, 2)).sqrt_(), self._output[..., 2].mean((1, 2))
+        return Observation(regions, self._frame_features(frame_residual, foreground))
 
-    def _frame_features(self, residual: Float[Tensor, "b h w"]) -> Float[Tensor, "b k"]:
+    def _frame_features(self, residual: Float[Tensor, " b"], foreground: Float[Tensor, " b"]) -> Float[Tensor, "b k"]:
         low, high = (math.log(v) for v in self.trade_off_range)
         position = (self.trade_off.log() - low) / (high - low) if high > low else torch.zeros(self.slots)
         budget = torch.ones(self.slots)
         if self.budget is not None:
             budget = (1 - self.spent / (self.budget * self.length)).float()
-        parts = [
-            age_feature(self.age),
-            position,
-            budget,
-            residual.mean((1, 2)).sqrt_(),
-            self._output[..., 2].mean((1, 2)),
-        ]
+        parts = [age_feature(self.age), position, budget, residual, foreground]
         return torch.stack(parts, 1).clamp_(0, 1)
 
 

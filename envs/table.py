@@ -2,12 +2,22 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Bool, Float, Float64, Int64, UInt8
 from torch import Tensor
 
 from resq_rl.envs.clips import ClipStore, gather
+from resq_rl.envs.observation import (
+    Observation,
+    difference,
+    frame_texture,
+    pool_max,
+    pool_mean,
+    pool_over_regions,
+    region_values,
+)
 from resq_rl.envs.simulator import Decision, FrameResult, Simulator
 from resq_rl.errors import PolicyError, SettingsError
 from resq_rl.perception import Segmentation
@@ -16,6 +26,7 @@ from resq_rl.quantization import FrameCost, LevelField, ResQModel, StreamState
 __all__ = ["ResponseTable", "TableSimulator", "respond"]
 
 CHUNK = 32  # rows that run in one forward pass
+POOLED_TOGETHER = 4096  # rows
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,10 @@ class ResponseTable:
         confusion: pixels by target class and predicted class.
         region_error: `FrameResult.error`, the cost of the errors by region.
         output: the output's features by region, as the next observation shows them (`output_features`).
+        residual: the features residual_mean and residual_max of frame k + a against keyframe k.
+        frame_residual: its feature frame_residual_mean.
+        texture: the feature texture of each frame.
+        float_error: the cost of the float network's errors in each frame.
         cost: BOPs and elementwise operations at each level, and last of a keyframe (L + 1 rows): a level that is the
             same everywhere costs the same in every frame.
         bops: their BOPs as a share of W8A8 (L + 1).
@@ -39,6 +54,10 @@ class ResponseTable:
     confusion: Int64[Tensor, "t a l k k"]
     region_error: Float[Tensor, "t a l gh gw"]
     output: Float[Tensor, "t a l gh gw 3"]
+    residual: Float[Tensor, "t a gh gw 2"]
+    frame_residual: Float[Tensor, "t a"]
+    texture: Float[Tensor, "t gh gw"]
+    float_error: Float[Tensor, "t gh gw"]
     cost: FrameCost
     bops: Float64[Tensor, "l+1"]
     state_bytes: int
@@ -97,26 +116,44 @@ def respond(
     if longest is not None and longest < 0:
         raise SettingsError(f"longest must be 0 frames or more, or None for the whole clip, got {longest}.")
     clip = _Clip(model, task, store.subset([index]), grid, progress)
-    frames, levels = len(store.clips[index]), len(model.config.levels)
+    pixels, levels = store.clips[index].frames, len(model.config.levels)
+    frames = len(pixels)
     ages = frames if longest is None else min(longest + 1, frames)
     confusion = torch.zeros(frames, ages, levels, task.classes, task.classes, dtype=torch.int64)
     error = torch.full((frames, ages, levels, *grid), torch.nan)
     output = torch.full((frames, ages, levels, *grid, 3), torch.nan)
+    residual, frame_residual = torch.full((frames, ages, *grid, 2), torch.nan), torch.full((frames, ages), torch.nan)
+    float_error = torch.zeros(frames, *grid)
     costs: list[FrameCost] = []
     for key in range(frames):
         state = model.new_state(1, "keyframe")
         own, confusion[key, 0], output[key, 0] = clip.run(state, torch.tensor([key]), torch.tensor([0]))
         error[key, 0] = own.error
+        float_error[key] = clip.simulator(1).float_error(own)[0]
+        known = min(ages, frames - key)
+        residual[key, :known], frame_residual[key, :known] = _residuals(pixels[key : key + known], pixels[key], grid)
         if not costs:
             costs = [clip.run(state, torch.zeros(levels, dtype=torch.int64), torch.arange(levels))[0].cost, own.cost]
-        later = torch.cartesian_prod(torch.arange(1, min(ages, frames - key)), torch.arange(levels))
+        later = torch.cartesian_prod(torch.arange(1, known), torch.arange(levels))
         for age, level in (part.T for part in later.split(CHUNK) if len(part)):
             result, confusion[key, age, level], output[key, age, level] = clip.run(state, key + age, level)
             error[key, age, level] = result.error
     names = ("bops", "keyframe", "elementwise")
     cost = FrameCost(*(torch.cat([getattr(c, name) for c in costs]) for name in names))
     bops = cost.total / model.reference_bops()
-    return ResponseTable(confusion, error, output, cost, bops, model.state_bytes("keyframe"))
+    texture, state_bytes = frame_texture(pixels, grid), model.state_bytes("keyframe")
+    return ResponseTable(
+        confusion, error, output, residual, frame_residual, texture, float_error, cost, bops, state_bytes
+    )
+
+
+def _residuals(
+    frames: UInt8[Tensor, "n 3 h w"], keyframe: UInt8[Tensor, "3 h w"], grid: tuple[int, int]
+) -> tuple[Float[Tensor, "n gh gw 2"], Float[Tensor, " n"]]:
+    """Features of the pixel residuals against a keyframe, as `Simulator.observe` computes them."""
+    residual = difference(frames, keyframe.expand_as(frames))
+    parts = [pool_mean(residual, grid).sqrt_(), pool_max(residual, grid)]
+    return torch.stack(parts, -1), residual.mean((1, 2)).sqrt_()
 
 
 @dataclass(frozen=True)
@@ -129,11 +166,15 @@ class _Clip:
     grid: tuple[int, int]
     progress: Callable[[int], None] | None
 
+    def simulator(self, slots: int) -> Simulator:
+        """A simulator of the clip."""
+        return Simulator(self.model, self.task, self.store, slots=slots, grid=self.grid, reference="keyframe")
+
     def run(
         self, state: StreamState, times: Int64[Tensor, " b"], levels: Int64[Tensor, " b"]
     ) -> tuple[FrameResult, Int64[Tensor, "b k k"], Float[Tensor, "b gh gw 3"]]:
         """Frames against the keyframe in `state`, or as it where there is none: result, confusion, output features."""
-        simulator = Simulator(self.model, self.task, self.store, slots=len(times), grid=self.grid, reference="keyframe")
+        simulator = self.simulator(len(times))
         refresh = torch.full((len(times),), not state.inputs)
         simulator.state = state if not state.inputs else _spread(state, len(times))
         simulator.time, simulator.length[:] = times.clone(), len(self.store.clips[0])
@@ -149,6 +190,92 @@ def _spread(state: StreamState, clips: int) -> StreamState:
     """The state of one clip for many; they share its memory, which residuals against a keyframe only read."""
     inputs, outputs = ([x.expand(clips, *x.shape[1:]) for x in own] for own in (state.inputs, state.outputs))
     return StreamState("keyframe", state.age.expand(clips), inputs, outputs, list(state.versions))
+
+
+class _Rows:
+    """The tables of all clips, one below the other, and what agents that see the whole frame observe of them.
+
+    Row [k, a] of a clip is at first + k * ages + a; of frames alone (texture, float error), row t is at frame + t.
+    """
+
+    def __init__(self, tables: Sequence[ResponseTable], spent: Float[Tensor, "n gh gw g"]) -> None:
+        def joined(name: str, dims: int) -> Tensor:
+            return torch.cat([getattr(table, name).flatten(0, dims - 1) for table in tables])
+
+        self.error: Float[Tensor, "n l gh gw"] = joined("region_error", 2)
+        self.output: Float[Tensor, "n l gh gw 3"] = joined("output", 2)
+        self.residual: Float[Tensor, "n gh gw 2"] = joined("residual", 2)
+        self.frame_residual: Float[Tensor, " n"] = joined("frame_residual", 2)
+        self.texture: Float[Tensor, "f gh gw"] = joined("texture", 1)
+        self.float_error: Float[Tensor, "f gh gw"] = joined("float_error", 1)
+        self.spent = spent
+        self.foreground: Float[Tensor, "n l"] = self.output[..., 2].mean((2, 3))
+        self.ages = torch.tensor([table.ages for table in tables])
+        frames = torch.tensor([table.frames for table in tables])
+        self.frame = frames.cumsum(0) - frames
+        self.first = (frames * self.ages).cumsum(0) - frames * self.ages
+        self._pool()
+
+    def _pool(self) -> None:
+        """Features pooled over the regions; those of other parts are 0, so that the parts' sum holds them all."""
+        parts = self.residual, self.output.flatten(0, 1), self.texture, self.spent
+        empty = [torch.zeros_like(values[:1]) for values in parts]
+        pooled: list[Float[Tensor, "n 2 f"]] = []
+        for i, own in enumerate(parts):
+            chunks = []
+            for some in own.split(POOLED_TOGETHER):
+                alone = (some if j == i else v.expand(len(some), *v.shape[1:]) for j, v in enumerate(empty))
+                chunks.append(pool_over_regions(_region_values(*alone)))
+            pooled.append(torch.cat(chunks))
+        self.pooled_residual, output, self.pooled_texture, self.pooled_spent = pooled
+        self.pooled_output = output.unflatten(0, self.output.shape[:2])
+
+    def row(
+        self, clip: Int64[Tensor, " b"], key: Int64[Tensor, " b"], time: Int64[Tensor, " b"]
+    ) -> Int64[Tensor, " b"]:
+        """Rows of frames `time` against keyframes `key`."""
+        return self.first[clip] + key * self.ages[clip] + time - key
+
+
+def _region_values(residual: Tensor, output: Tensor, texture: Tensor, spent: Tensor) -> Float[Tensor, "b gh gw f"]:
+    """`region_values` against the keyframe, where the residual is the drift."""
+    mean, largest = residual.unbind(-1)
+    return region_values(mean, largest, mean, output, texture, spent)
+
+
+class _LookedUpObservation(Observation):
+    """An observation whose regions are looked up when asked for: agents that see the whole frame need them pooled."""
+
+    def __init__(
+        self, frame: Float[Tensor, "b k"], pooled: Float[Tensor, "b 2 f"], regions: Callable[[], Tensor]
+    ) -> None:
+        vars(self).update(frame=frame, _pooled=pooled, _regions=regions)
+
+    @cached_property
+    def regions(self) -> Float[Tensor, "b gh gw f"]:
+        found: Tensor = vars(self)["_regions"]()
+        return found
+
+    def per_frame(self) -> Float[Tensor, "b n"]:
+        """Mean and maximum of the region features over the regions, followed by the frame's."""
+        return torch.cat([vars(self)["_pooled"].flatten(1), self.frame], 1)
+
+
+class _LookedUpCost(FrameCost):
+    """Costs that are looked up in a table when asked for: by layer and region they are many numbers."""
+
+    def __init__(self, table: FrameCost, row: Int64[Tensor, " b"], keyframe: Bool[Tensor, " b"]) -> None:
+        vars(self).update(_table=table, _row=row, keyframe=keyframe)
+
+    @cached_property
+    def bops(self) -> Float64[Tensor, "b s gh gw"]:
+        found: Tensor = vars(self)["_table"].bops[vars(self)["_row"]]
+        return found
+
+    @cached_property
+    def elementwise(self) -> Float64[Tensor, " b"]:
+        found: Tensor = vars(self)["_table"].elementwise[vars(self)["_row"]]
+        return found
 
 
 class TableSimulator(Simulator):
@@ -195,19 +322,48 @@ class TableSimulator(Simulator):
             budget=budget,
         )
         self.tables = tuple(tables)
+        self._share, spent = self._spending_of(tables[0].cost)
+        self._rows = _Rows(tables, spent)
+        self._row = torch.zeros(slots, dtype=torch.int64)  # of the frame that ran last
+        self._ran_at = torch.zeros(slots, dtype=torch.int64)  # its level
+        self._spent_row = torch.zeros(slots, dtype=torch.int64)  # its level, or beyond the last for a keyframe
+
+    def last_frame(self, slot: int) -> UInt8[Tensor, "3 h w"]:
+        """The frame that ran last in a slot."""
+        return self.store.clips[int(self.clip[slot])].frames[int(self.time[slot]) - 1]
 
     def _run(self, rows: Tensor, state: StreamState, decision: Decision) -> FrameResult:
-        level = self._level(rows, state, decision)
+        level, table = self._level(rows, state, decision), self._rows
         state.age = torch.where(decision.refresh, 0, state.age + 1)
-        clips, keys = self.clip[rows], self.time[rows] - state.age
-        at = list(zip(clips.tolist(), keys.tolist(), state.age.tolist(), level.tolist(), strict=True))
-        error = torch.stack([self.tables[c].region_error[k, a, n] for c, k, a, n in at])
-        output = torch.stack([self.tables[c].output[k, a, n] for c, k, a, n in at])
-        spent = self.tables[0].cost
-        row = torch.where(decision.refresh, self.tables[0].levels, level)
-        cost = FrameCost(spent.bops[row], decision.refresh, spent.elementwise[row])
+        clip, time = self.clip[rows], self.time[rows]
+        row = table.row(clip, time - state.age, time)
+        spent = torch.where(decision.refresh, self.tables[0].levels, level)
+        self._row[rows], self._ran_at[rows], self._spent_row[rows] = row, level, spent
+        cost = _LookedUpCost(self.tables[0].cost, spent, decision.refresh)
         prediction = torch.zeros(len(rows), 0, 0, dtype=torch.uint8)
-        return self._finish(rows, self._frames(rows), prediction, error, output, cost)
+        total = self.tables[0].bops[spent]
+        return self._advance(rows, prediction, table.error[row, level], cost, self._share[spent], total)
+
+    def float_error(self, result: FrameResult) -> Float[Tensor, "b gh gw"]:
+        """The error that the float network makes on the frames of `result`."""
+        return self._rows.float_error[self._rows.frame[result.clip] + result.time]
+
+    def observe(self) -> Observation:
+        """The observation before each slot's next frame; after a clip's end, of its last frame once more."""
+        table, time = self._rows, torch.minimum(self.time, self.length - 1)
+        row = table.row(self.clip, self.time - 1 - self.age, time)
+        last, level, spent = self._row.clone(), self._ran_at.clone(), self._spent_row.clone()
+        frame = table.frame[self.clip] + time
+
+        def regions() -> Tensor:
+            output = table.output[last, level]
+            return _region_values(table.residual[row], output, table.texture[frame], table.spent[spent])
+
+        pooled = table.pooled_residual[row] + table.pooled_output[last, level]
+        pooled += table.pooled_texture[frame]
+        pooled += table.pooled_spent[spent]
+        features = self._frame_features(table.frame_residual[row], table.foreground[last, level])
+        return _LookedUpObservation(features, pooled, regions)
 
     def _level(self, rows: Tensor, state: StreamState, decision: Decision) -> Int64[Tensor, " b"]:
         """The one level of each decision.
@@ -223,7 +379,7 @@ class TableSimulator(Simulator):
                 f"Tables hold frames at one level for all layer groups and regions: a LevelField of {len(rows)} clips "
                 f"with levels 0 to {levels - 1} is needed. Use the actions 'frame_level', or a Simulator."
             )
-        known = torch.tensor([self.tables[c].ages for c in self.clip[rows].tolist()])
+        known = self._rows.ages[self.clip[rows]]
         old = ~decision.refresh & (state.age + 1 >= known)
         if bool(old.any()):
             raise PolicyError(

@@ -1,6 +1,5 @@
 """Tabulated responses against really running the network."""
 
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -263,9 +262,7 @@ def test_tables_must_fit_the_clips(world: World, uneven_world: World) -> None:
     for tables in ([first], [first, *reversed(others)], []):
         with pytest.raises(SettingsError, match=r"Clips of \[5, 7, 5, 6\] frames need tables"):
             TableSimulator(world.model, world.task, world.store, tables, slots=1)
-    coarse = replace(
-        first, region_error=first.region_error.mean((3, 4), keepdim=True), output=first.output[..., :1, :1, :]
-    )
+    coarse = respond(world.model, world.task, world.store, 0, grid=(1, 1))
     with pytest.raises(SettingsError, match="one grid"):
         TableSimulator(world.model, world.task, world.store, [coarse, *others], slots=1)
 
