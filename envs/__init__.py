@@ -17,6 +17,7 @@ from resq_rl.envs.measure import FrameView, Measurement, Policy, Trace, frames_o
 from resq_rl.envs.observation import FRAME_FEATURES, Observation, region_features
 from resq_rl.envs.simulator import Decision, FrameResult, Simulator
 from resq_rl.envs.table import ResponseTable, TableSimulator, respond
+from resq_rl.envs.table_cache import TableCache
 
 __all__ = [
     "DEFAULT_THRESHOLDS",
@@ -43,6 +44,7 @@ __all__ = [
     "ResQVectorEnv",
     "ResponseTable",
     "Simulator",
+    "TableCache",
     "TableSimulator",
     "Trace",
     "Transition",

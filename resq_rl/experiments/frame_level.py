@@ -9,12 +9,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int
 
-from resq_rl.envs import Measurement, respond
+from resq_rl.envs import Measurement, TableCache
 from resq_rl.experiments.progress import stage
 from resq_rl.experiments.results import BdEntry
 from resq_rl.experiments.statistics import bootstrap_interval
@@ -35,14 +36,15 @@ def is_frame_level(world: World) -> bool:
 
 
 def tabulated(world: World) -> World:
-    """The world with the tables of all its clips."""
+    """The world with the tables of all its clips, kept in the folder `tables` of the settings."""
     responses: dict[Split, Responses] = {}
-    grid = world.settings.environment.grid
+    grid, folder = world.settings.environment.grid, world.settings.tables
+    cache = TableCache(Path(folder) if folder else None)
     for split, store in world.stores.items():
         with stage(f"responses of {split} clips", len(store)) as advance:
             tables = []
             for index in range(len(store)):
-                tables.append(respond(world.model, world.task, store, index, grid=grid))
+                tables.append(cache.respond(world.model, world.task, store, index, grid=grid))
                 advance(1)
         responses[split] = Responses(world.model, world.task, store, tuple(tables))
     return replace(world, responses=responses)

@@ -289,6 +289,7 @@ class Settings(_Group):
             training.
         split: clips that `compare` and `evaluate` report on.
         results: folder of all results; each run has its own folder in it.
+        tables: folder where the responses of frame-level decisions are kept from one run to the next; None for nowhere.
         seed: of everything random but training runs, which have `training.seeds`.
         threads: CPU threads for tensor operations.
     """
@@ -305,6 +306,7 @@ class Settings(_Group):
     policy: str | None
     split: Literal["train", "validation", "test"]
     results: str
+    tables: str | None
     seed: Annotated[int, Bounds(at_least=0)]
     threads: Count
 

@@ -1,0 +1,157 @@
+"""Tables of responses kept on disk: the same clip, network, ranges and grid are run once."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as read_tensors
+from safetensors.torch import save as pack_tensors
+from torch import Tensor
+
+from resq_rl.envs.clips import ClipStore
+from resq_rl.envs.table import ResponseTable, respond
+from resq_rl.errors import ResultsError
+from resq_rl.files import write_atomic
+from resq_rl.perception import Segmentation
+from resq_rl.quantization import FrameCost, ResQModel, to_float
+
+__all__ = ["TableCache", "fingerprint"]
+
+log = logging.getLogger(__name__)
+
+FORMAT = "resq_rl table 1"
+DIGEST_BYTES = 32
+# By row of the table (frame, age, level); the rest are whole.
+_BY_ROW = ("confusion", "region_error", "output", "residual", "frame_residual")
+_WHOLE = ("texture", "float_error", "bops")
+_COST = ("bops", "keyframe", "elementwise")
+
+
+class TableCache:
+    """A folder of tables, one file each, named by what it was computed from.
+
+    A file begins with the SHA-256 of its content; one that is damaged is computed anew. Nothing is ever deleted.
+
+    Args:
+        folder: made when the first table is written; None to keep nothing.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+
+    def respond(
+        self,
+        model: ResQModel,
+        task: Segmentation,
+        store: ClipStore,
+        index: int,
+        *,
+        grid: tuple[int, int] = (6, 10),
+        longest: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> ResponseTable:
+        """What `resq_rl.envs.respond` gives, from the folder where it is known."""
+        if self.folder is None:
+            return respond(model, task, store, index, grid=grid, longest=longest, progress=progress)
+        path = self.folder / f"{fingerprint(model, task, store, index, grid, longest)}.table"
+        known = _read(path)
+        if known is not None:
+            return known
+        table = respond(model, task, store, index, grid=grid, longest=longest, progress=progress)
+        try:
+            write_atomic(path, _packed(table))
+        except ResultsError as error:
+            log.warning("A table of responses is not kept. %s", error)
+        return table
+
+
+def fingerprint(
+    model: ResQModel, task: Segmentation, store: ClipStore, index: int, grid: tuple[int, int], longest: int | None
+) -> str:
+    """SHA-256 of all that a table depends on.
+
+    Of the network that is its operators with their integer weights and ranges, and for what lies between them, which is
+    code, its float output on the clip's first frame and its predictions on all.
+    """
+    digest = hashlib.sha256()
+    for part in _parts(model, task, store, index, grid, longest):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _parts(
+    model: ResQModel, task: Segmentation, store: ClipStore, index: int, grid: tuple[int, int], longest: int | None
+) -> Iterator[bytes]:
+    about = [FORMAT, torch.__version__, type(task).__qualname__, repr(task), grid, longest, model.groups]
+    yield repr([*about, model.config, [site.operator.geometry for site in model.sites], model.ranges]).encode()
+    yield _bytes(model.group_of_site)
+    for site in model.sites:
+        for residual in (False, True):
+            yield from map(_bytes, model.integer_weights(site.operator, residual=residual))
+        yield b"" if site.operator.bias is None else _bytes(site.operator.bias)
+    clip = store.clips[index]
+    raw = model.float_forward(to_float(clip.frames[:1].to(model.device)))
+    yield from map(_bytes, (task.output(raw, model.frame_size), clip.frames, store.targets[index]))
+    yield from map(_bytes, (store.teacher[index], store.error_table))
+
+
+def _bytes(values: Tensor) -> bytes:
+    """Type, shape and values."""
+    values = values.detach().cpu().contiguous()
+    return f"{values.dtype} {tuple(values.shape)} ".encode() + values.numpy().tobytes()
+
+
+def _packed(table: ResponseTable) -> bytes:
+    inside = _inside(table.frames, table.ages)
+    tensors = {name: getattr(table, name)[inside] for name in _BY_ROW}
+    tensors["confusion"] = tensors["confusion"].to(torch.int32)  # pixels of a frame, without loss
+    tensors |= {name: getattr(table, name) for name in _WHOLE}
+    tensors |= {f"cost.{name}": getattr(table.cost, name) for name in _COST}
+    about = {"about": json.dumps([FORMAT, table.frames, table.ages, table.state_bytes])}  # several keys have no order
+    content = pack_tensors({name: values.contiguous() for name, values in tensors.items()}, about)
+    return hashlib.sha256(content).digest() + content
+
+
+def _read(path: Path) -> ResponseTable | None:
+    """The table in a file; None where there is none, or only a damaged one."""
+    try:
+        whole = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        log.warning("Cannot read %s: %s. The table is computed anew.", path, error.strerror or error)
+        return None
+    digest, content = whole[:DIGEST_BYTES], whole[DIGEST_BYTES:]
+    if hashlib.sha256(content).digest() != digest:
+        log.warning("%s is damaged. The table is computed anew.", path)
+        return None
+    try:
+        return _unpacked(content)
+    except (SafetensorError, KeyError, ValueError) as error:
+        log.warning("%s is of another version (%s). The table is computed anew.", path, error)
+        return None
+
+
+def _unpacked(content: bytes) -> ResponseTable:
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    _, frames, ages, state_bytes = json.loads(header["__metadata__"]["about"])
+    tensors = read_tensors(content)
+    inside, parts = _inside(frames, ages), {}
+    for name in _BY_ROW:
+        rows = tensors[name].long() if name == "confusion" else tensors[name]
+        empty = 0 if name == "confusion" else torch.nan
+        parts[name] = torch.full((frames, ages, *rows.shape[1:]), empty, dtype=rows.dtype)
+        parts[name][inside] = rows
+    parts |= {name: tensors[name] for name in _WHOLE}
+    cost = FrameCost(*(tensors[f"cost.{name}"] for name in _COST))
+    return ResponseTable(**parts, cost=cost, state_bytes=state_bytes)
+
+
+def _inside(frames: int, ages: int) -> Tensor:
+    """Which rows lie before the end of the clip."""
+    return torch.arange(frames)[:, None] + torch.arange(ages) < frames
