@@ -80,6 +80,8 @@ class QuantizationSettings(_Group):
         groups: "auto", or patterns of layer names by name of the group.
         bops_convention: what one multiplication of w by a bits costs.
         calibration_clips: how many training clips are used.
+        compile: fuse the simulation's elementwise work by `torch.compile`, where the machine has a compiler; results
+            stay the same.
     """
 
     _prefix: ClassVar[str] = "quantization."
@@ -94,6 +96,7 @@ class QuantizationSettings(_Group):
     groups: Literal["auto"] | Mapping[str, tuple[str, ...]]
     bops_convention: Literal["product", "max", "clipped"]
     calibration_clips: Count
+    compile: bool
 
     def _check(self) -> None:
         self._check_increasing("levels")

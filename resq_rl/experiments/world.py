@@ -196,6 +196,7 @@ def _stores(
 def _calibrated(settings: Settings, network: nn.Module, clips: Sequence[Clip]) -> ResQModel:
     with stage("calibration", 1):
         model = ResQModel(network, _example(clips), _config(settings))
+        model = model.compile() if settings.quantization.compile else model
         model.calibrate([clip.frames for clip in clips])
         if settings.quantization.residual_weight_bits == "auto":
             few = [clip.frames for clip in clips[:4]]

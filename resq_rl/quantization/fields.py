@@ -109,8 +109,8 @@ def carry(values: Num[Tensor, "b gh gw"], size: tuple[int, int], finest: str) ->
     `finest` is "max" for levels (more bits) and "min" for thresholds.
     """
     (h, w), (gh, gw) = size, (values.shape[1], values.shape[2])
-    if (gh, gw) == (1, 1):
-        return values.expand(-1, h, w)
+    if h % gh == 0 and w % gw == 0:
+        return values[:, :, None, :, None].expand(-1, -1, h // gh, -1, w // gw).reshape(-1, h, w)
     rows, columns = cells_of(h, gh)[0].to(values.device), cells_of(w, gw)[0].to(values.device)
     if rows.shape[1] == 1 and columns.shape[1] == 1:
         return values[:, rows[:, 0]][:, :, columns[:, 0]]

@@ -14,6 +14,7 @@ from resq_rl.quantization.checks import check_clips, check_decision, check_frame
 from resq_rl.quantization.config import QuantizationConfig
 from resq_rl.quantization.fields import Field, LevelField, carry, cells_of
 from resq_rl.quantization.groups import layer_groups
+from resq_rl.quantization.kernels import PLAIN, Kernels, compiled
 from resq_rl.quantization.ledger import FrameCost, bit_cost
 from resq_rl.quantization.operators import LayerKind, ResidualOperator, Switch
 from resq_rl.quantization.residual import ResidualTable, largest_code, threshold_row
@@ -76,6 +77,12 @@ class ResQModel:
         self._quantized: dict[tuple[ResidualOperator, Part, int], IntegerWeight] = {}
         self._round_weights()
         self.ranges: list[SiteRanges] = []
+        self.kernels: Kernels = PLAIN
+
+    def compile(self) -> "ResQModel":
+        """Fuse the elementwise work of steps by `torch.compile` where this machine can; results stay bit for bit."""
+        self.kernels = compiled(self.device)
+        return self
 
     @property
     def operators(self) -> list[ResidualOperator]:
@@ -324,52 +331,60 @@ class _Execution:
         return y.clone() if site.overwritten else y
 
     def _keyframe(self, site: Site, ranges: SiteRanges, x: Tensor, rows: Any) -> Tensor:
-        operator = site.operator
-        codes = ranges.keyframe.integers(x)
+        operator, state = site.operator, self.state
+        step, low, high = ranges.keyframe.bounds(x.device)
+        codes, values = self.model.kernels.encode_keyframe(x, step, low, high)
+        if isinstance(rows, slice):
+            state.inputs[self.position] = values
+        else:
+            state.inputs[self.position][rows] = values
         weights = self.model._weights["keyframe"][operator]
         scale = weights.scale * ranges.keyframe.step
         total = operator.geometry.apply(codes, weights.codes)
-        self.state.inputs[self.position][rows] = codes.mul_(ranges.keyframe.step)
         if operator.bias is None:
             return total.mul_(scale)
-        return torch.addcmul(operator.per_channel(operator.bias), total, scale)
+        return torch.addcmul(operator.per_channel(operator.bias), total, scale, out=total)
 
     def _residual(self, site: Site, ranges: SiteRanges, x: Tensor, rows: Any) -> tuple[Tensor, Tensor]:
-        operator, table = site.operator, ranges.residual[self.state.reference]
-        reference = self.state.inputs[self.position]
-        residual = x - reference[rows]
-        levels, row = self._levels(site, residual, table)
-        shape = (-1, 1, *levels.shape[1:]) if operator.channel_axis == 1 else (-1, *[1] * (x.dim() - 1))
-        kappa = tuple(getattr(self.decision, "kappa", ()))
-        codes = table.codes(residual, levels.reshape(shape), None if row is None else row.reshape(shape), kappa)
+        operator, table, state = site.operator, ranges.residual[self.state.reference], self.state
+        reference = state.inputs[self.position][rows]  # of all clips a view, of some a copy
+        kernels = self.model.kernels if operator.channel_axis == 1 else PLAIN
+        *steps, cost = self._steps(site, kernels, x, reference, table)
+        shape = (-1, 1, *cost.shape[1:]) if operator.channel_axis == 1 else (-1, *[1] * (x.dim() - 1))
+        inverse, limit, unit = (part.reshape(shape) for part in steps)
+        if state.reference == "previous":
+            step = torch.tensor(table.step, device=x.device)
+            codes = kernels.encode_and_follow(x, reference, inverse, limit, unit, step)
+            if not isinstance(rows, slice):
+                state.inputs[self.position][rows] = reference
+        else:
+            codes = kernels.encode(x, reference, inverse, limit, unit)
         weights = self.model._weights["residual"][operator]
         total = operator.geometry.apply(codes, weights.codes)
-        output = torch.addcmul(self.state.outputs[self.position][rows], total, weights.scale * table.step)
-        if self.state.reference == "previous":
-            if isinstance(rows, slice):
-                reference.add_(codes, alpha=table.step)
-            else:
-                reference[rows] = torch.add(reference[rows], codes, alpha=table.step)
-        return output, self._residual_bops(site, levels)
+        output = torch.addcmul(state.outputs[self.position][rows], total, weights.scale * table.step, out=total)
+        return output, self._residual_bops(site, cost)
 
-    def _levels(self, site: Site, residual: Tensor, table: ResidualTable) -> tuple[Tensor, Tensor | None]:
-        """Level of each pixel and, for thresholds, its row in the table: (b, h, w), or (b, 1, 1) for a linear layer."""
-        size = site.map_size(residual)
-        decision, group = self.rest_decision, int(self.model.group_of_site[self.position])
+    def _steps(
+        self, site: Site, kernels: Kernels, x: Tensor, reference: Tensor, table: ResidualTable
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """1 / step, largest code, units and cost of a multiply-accumulate of each pixel; h = w = 1 for linear."""
+        config, decision, group = self.model.config, self.rest_decision, int(self.model.group_of_site[self.position])
+        width = config.weight_bits(site.operator.layer_kind)
+        costs = tuple(float(bit_cost(width, bits, config.bops_convention)) for bits in config.levels)
+        size = site.map_size(x)
         if (group, size) not in self._carried:
             self._carried[group, size] = _carried(decision, group, size)
         carried, row = self._carried[group, size]
         if row is None:
-            return carried, None
+            inverse, limit, unit, cost = table.lookup(None, costs, x.device)
+            return inverse[carried], limit[carried], unit[carried], cost[carried]
         if site.operator.channel_axis == 1:
-            magnitude = torch.maximum(residual.amax(1), -residual.amin(1))
+            magnitude = kernels.magnitude(x, reference)
         else:
-            magnitude = residual.flatten(1).abs().amax(1)[:, None, None]
-        tau = carried * table.sigma
-        levels = torch.zeros(magnitude.shape, dtype=torch.int64, device=residual.device)
-        for kappa in getattr(decision, "kappa", ()):
-            levels += magnitude > tau * kappa
-        return levels, row
+            magnitude = (x - reference).flatten(1).abs().amax(1)[:, None, None]
+        kappa = tuple(getattr(decision, "kappa", ()))
+        factors, sigma = torch.tensor(kappa, device=x.device), torch.tensor(table.sigma, device=x.device)
+        return kernels.choose(magnitude, carried, row, sigma, factors, table.lookup(kappa, costs, x.device))
 
     def _share(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         if size not in self._shares:
@@ -377,17 +392,16 @@ class _Execution:
             self._shares[size] = (_exact_share(h, gh), _exact_share(w, gw).T.contiguous())
         return self._shares[size]
 
-    def _residual_bops(self, site: Site, levels: Tensor) -> Tensor:
+    def _residual_bops(self, site: Site, cost: Float[Tensor, "b h w"]) -> Float64[Tensor, "b gh gw"]:
         """BOPs by clip and region: sum over pixels of cost(w, a(p)) n(p), shared among the regions."""
-        config = self.model.config
-        width = config.weight_bits(site.operator.layer_kind)
-        costs = torch.tensor([float(bit_cost(width, b, config.bops_convention)) for b in config.levels])
-        size, grid = (levels.shape[1], levels.shape[2]), self.decision.grid
-        coverage = site.coverage(size)
+        size, grid = (cost.shape[1], cost.shape[2]), self.decision.grid
+        config, coverage = self.model.config, site.coverage(size)
+        width, convention = config.weight_bits(site.operator.layer_kind), config.bops_convention
+        highest = max(bit_cost(width, bits, convention) for bits in config.levels)
         whole = size[0] >= grid[0] and size[1] >= grid[1]  # no pixel is shared between regions
-        small = coverage.numel() * float(coverage.max() * costs.max()) < 2**24
+        small = coverage.numel() * float(coverage.max()) * highest < 2**24
         exact = torch.float32 if whole and small else torch.float64
-        spent = costs.to(exact)[levels.cpu()] * coverage.to(exact)
+        spent = cost.cpu().to(exact) * coverage.to(exact)
         rows, columns = self._share(size)
         return (rows.to(exact) @ spent @ columns.to(exact)).double() * site.macs_per_pixel
 
@@ -438,5 +452,5 @@ def _carried(decision: Field, group: int, size: tuple[int, int]) -> tuple[Tensor
     """A group's decisions at a layer's resolution: levels, or thresholds with their rows in the residual tables."""
     if isinstance(decision, LevelField):
         return carry(decision.levels[:, group], size, "max"), None
-    tau = carry(decision.thresholds[:, group], size, "min")
-    return tau, threshold_row(tau)
+    tau = decision.thresholds[:, group]
+    return carry(tau, size, "min").contiguous(), carry(threshold_row(tau), size, "min").contiguous()

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from resq_rl.errors import CalibrationError
+from resq_rl.quantization.kernels import affine_codes
 
 __all__ = ["AffineQuantizer", "SymmetricQuantizer", "symmetric_limit"]
 
@@ -61,8 +62,15 @@ class AffineQuantizer:
 
     def integers(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Integer codes of `x` minus the zero point, in [-z, 2^bits - 1 - z], as float32."""
-        high = 2**self.bits - 1 - self.zero_point
-        return torch.round(x / self.step).clamp_(-self.zero_point, high)
+        return affine_codes(x, *self.bounds(x.device))
+
+    def bounds(
+        self, device: torch.device | str = "cpu"
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, ""]]:
+        """Step, lowest and highest code less the zero point."""
+        low, high = -self.zero_point, 2**self.bits - 1 - self.zero_point
+        step, lowest, highest = (torch.tensor(float(value), device=device) for value in (self.step, low, high))
+        return step, lowest, highest
 
     def __call__(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Quantize and dequantize `x`."""

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from resq_rl.quantization.kernels import encode
 from resq_rl.quantization.quantizer import symmetric_limit
 from resq_rl.quantization.ranges import RangeEstimator, symmetric_step
 
@@ -67,10 +68,22 @@ class ResidualTable:
             kappa: multipliers of tau, for a threshold field.
         """
         index = levels if row is None else levels + row * len(self.units)
-        inverse, limit, unit = self.steps(None if row is None else kappa, residual.device)
-        limits = limit.flatten()[index]
-        codes = (residual * inverse.flatten()[index]).round_()
-        return torch.clamp(codes, -limits, limits, out=codes).mul_(unit.flatten()[index])
+        inverse, limit, unit, _ = self.lookup(None if row is None else kappa, device=residual.device)[:, index]
+        return encode(residual, torch.zeros((), device=residual.device), inverse, limit, unit)
+
+    def lookup(
+        self,
+        kappa: tuple[float, ...] | None = None,
+        costs: tuple[float, ...] = (),
+        device: torch.device | str = "cpu",
+    ) -> Float[Tensor, "4 n"]:
+        """1 / step, largest code, units and cost of level l under `threshold_row` r at index r * levels + l.
+
+        Args:
+            kappa: multipliers of tau, for a threshold field; None for a bit field, which has one row.
+            costs: a cost for each level; 0 if not given.
+        """
+        return _lookup(self, kappa, costs, torch.device(device))
 
     def steps(
         self, kappa: tuple[float, ...] | None = None, device: torch.device | str = "cpu"
@@ -94,6 +107,15 @@ def _steps(
     limit = torch.tensor(table.limits, dtype=torch.float32).expand(len(rows), -1).contiguous()
     inverse = torch.where(unit > 0, 1.0 / (table.step * unit), 0.0)
     return inverse.to(device), limit.to(device), unit.to(device)
+
+
+@lru_cache(maxsize=4096)
+def _lookup(
+    table: ResidualTable, kappa: tuple[float, ...] | None, costs: tuple[float, ...], device: torch.device
+) -> Tensor:
+    parts = _steps(table, kappa, torch.device("cpu"))
+    cost = torch.tensor(costs or (0.0,) * len(table.units)).expand_as(parts[0])
+    return torch.stack([part.flatten() for part in (*parts, cost.contiguous())]).to(device)
 
 
 def _half_octaves() -> list[float]:
