@@ -1,7 +1,7 @@
 # make demo    the main job on its embedded default: calibrate, tune, train, compare, plot
 # make test    the tests            make test ARGS="tests/video -k davis"
 # make lint    ruff, mypy --strict, import-linter
-# make bench   the benchmarks
+# make bench   how fast the simulation is on this machine
 # make format  let ruff mend what it can
 # make venv    set up .venv and no more
 # make clean   remove .venv, builds and caches (results of runs stay)
@@ -10,7 +10,7 @@
 #   PYTHON      interpreter to build .venv from, 3.11 or newer (default python3)
 #   TORCH_ARGS  pip options for PyTorch alone, such as an --index-url with builds for another device
 #   TASK        experiment that `make demo` runs (configs/experiment/TASK.yaml)
-#   ARGS        further arguments of `make demo` (Hydra overrides), `make test` (pytest) or `make bench`
+#   ARGS        further arguments of `make demo` (Hydra overrides), `make test` (pytest) or `make bench` (Hydra overrides)
 
 SHELL := /bin/bash -o pipefail
 .DEFAULT_GOAL := help
@@ -61,7 +61,7 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 bench: $(STAMP)
-	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; done
+	@$(BIN)/resq-rl bench $(ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -21,7 +21,7 @@ from resq_rl.policies.checkpoints import TrainingReport, about_run, load_checkpo
 from resq_rl.policies.learned import LearnedPolicy
 from resq_rl.policies.ordinal import OrdinalPolicy
 
-__all__ = ["FirstChoice", "PPOSettings", "Progress", "TrainingReport", "train_ppo"]
+__all__ = ["FirstChoice", "PPOSettings", "Progress", "TrainingReport", "train_ppo", "untrained"]
 
 # Of a policy that begins warm, for or against a keyframe: one decision in 16 is the other one, where the width is 1.
 SURE = math.log(15)
@@ -144,7 +144,7 @@ def train_ppo(
     if resume and checkpoints is not None and (checkpoints / "state.json").exists():
         model, done = load_checkpoint(checkpoints, environment, about, report)
     if model is None:
-        model = _new_model(environment, settings, seed)
+        model = untrained(environment, settings, seed)
         if warm_start is not None:
             _fit_first_choices(model, environment, warm_start, seed)
     if not done:
@@ -156,7 +156,8 @@ def train_ppo(
     return deployed(model, environment, settings), report
 
 
-def _new_model(environment: AgentsVecEnv, settings: PPOSettings, seed: int) -> PPO:
+def untrained(environment: AgentsVecEnv, settings: PPOSettings, seed: int) -> PPO:
+    """PPO before its first rollout."""
     rollout = settings.n_steps * environment.num_envs
     batch_size = next(n for n in range(min(settings.batch_size, rollout), 0, -1) if rollout % n == 0)
     return PPO(

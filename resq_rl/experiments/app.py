@@ -50,6 +50,7 @@ COMMANDS: Mapping[str, Command] = {
         "compare",
         "resq_rl.experiments.compare:run",
     ),
+    "bench": Command("measure how fast the simulation is on this machine", "bench", "resq_rl.experiments.bench:run"),
     "pretrain": Command(
         "train the segmentation network that the package ships", "pretrain", "resq_rl.experiments.pretrain:run"
     ),

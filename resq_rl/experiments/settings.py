@@ -21,6 +21,7 @@ from resq_rl.experiments.targets import Target, make_target
 from resq_rl.perception import PretrainSettings
 
 __all__ = [
+    "BenchmarkSettings",
     "EnvironmentSettings",
     "HeuristicSettings",
     "QuantizationSettings",
@@ -282,12 +283,36 @@ class TrackingSettings(_Group):
 
 
 @dataclass(frozen=True)
+class BenchmarkSettings(_Group):
+    """What `bench` measures.
+
+    Attributes:
+        batches: clips that one step runs.
+        rounds: how often all that is compared runs in turn.
+        processes: environments of one clip, each in a process of its own, that region agents are compared with.
+        soak_steps: over which memory must not grow.
+    """
+
+    _prefix: ClassVar[str] = "benchmark."
+
+    batches: Annotated[tuple[int, ...], Bounds(at_least=1)]
+    rounds: Count
+    processes: Count
+    soak_steps: Count
+
+    def _check(self) -> None:
+        if not self.batches:
+            raise self._refuse("batches", "a list of at least one value")
+
+
+@dataclass(frozen=True)
 class Settings(_Group):
     """Every setting of one command.
 
     Attributes:
         video, model, task: made with `Target.build`.
         pretraining: how `pretrain` trains the network.
+        benchmark: what `bench` measures.
         policy: folder of a trained policy, for `evaluate`; or of policies by seed, which `compare` measures instead of
             training.
         split: clips that `compare` and `evaluate` report on.
@@ -306,6 +331,7 @@ class Settings(_Group):
     heuristic: HeuristicSettings
     tracking: TrackingSettings
     pretraining: PretrainSettings
+    benchmark: BenchmarkSettings
     policy: str | None
     split: Literal["train", "validation", "test"]
     results: str

@@ -1,4 +1,4 @@
-"""The four commands on a world so small that they end in seconds, through the command line as a user would."""
+"""The commands on a world so small that they end in seconds, through the command line as a user would."""
 
 import json
 from pathlib import Path
