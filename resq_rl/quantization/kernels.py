@@ -14,14 +14,31 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-__all__ = ["PLAIN", "Kernels", "compiled"]
+__all__ = ["PLAIN", "Kernels", "affine_codes", "choose", "compiled", "encode"]
 
 log = logging.getLogger(__name__)
 
+Chosen = tuple[Tensor, Tensor, Tensor, Tensor]
+"""1 / step, largest code, units and cost of each pixel."""
 
-def magnitude(x: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h w"]:
-    """Largest magnitude of the residual over the channels."""
-    return (x - reference).abs_().amax(1)
+
+def encode(
+    x: Float[Tensor, "*n"],
+    reference: Float[Tensor, "*#n"],
+    inverse: Float[Tensor, "*#n"],
+    limit: Float[Tensor, "*#n"],
+    unit: Float[Tensor, "*#n"],
+    step: Float[Tensor, ""] | None = None,
+) -> Float[Tensor, "*n"]:
+    """Integer codes of the residual: clamp(round((x - reference) * inverse), -limit, limit) * unit.
+
+    With `step` the reference moves by codes * step, in place (the closed loop).
+    """
+    codes = (x - reference).mul_(inverse).round_()
+    codes = codes.clamp_(-limit, limit).mul_(unit)
+    if step is not None:
+        reference.addcmul_(codes, step)
+    return codes
 
 
 def choose(
@@ -31,7 +48,7 @@ def choose(
     sigma: Float[Tensor, ""],
     kappa: Float[Tensor, " k"],
     steps: Float[Tensor, "4 n"],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Chosen:
     """`ResidualTable.lookup` of each pixel under thresholds tau, whose level is #{j : m > tau * sigma * kappa_j}.
 
     Returns:
@@ -45,30 +62,23 @@ def choose(
     return inverse[index], limit[index], unit[index], cost[index]
 
 
-def encode(
-    x: Float[Tensor, "*n"],
-    reference: Float[Tensor, "*#n"],
-    inverse: Float[Tensor, "*#n"],
-    limit: Float[Tensor, "*#n"],
-    unit: Float[Tensor, "*#n"],
-) -> Float[Tensor, "*n"]:
-    """Integer codes of the residual: clamp(round((x - reference) * inverse), -limit, limit) * unit."""
-    codes = (x - reference).mul_(inverse).round_()
-    return codes.clamp_(-limit, limit).mul_(unit)
+def encode_by_thresholds(
+    x: Float[Tensor, "b c h w"],
+    reference: Float[Tensor, "b c h w"],
+    tau: Float[Tensor, "b h w"],
+    row: Int64[Tensor, "b h w"],
+    sigma: Float[Tensor, ""],
+    kappa: Float[Tensor, " k"],
+    steps: Float[Tensor, "4 n"],
+    step: Float[Tensor, ""] | None = None,
+) -> tuple[Float[Tensor, "b c h w"], Chosen]:
+    """`encode` with what `choose` takes for the largest magnitude of each pixel's residual over the channels.
 
-
-def encode_and_follow(
-    x: Float[Tensor, "*n"],
-    reference: Float[Tensor, "*n"],
-    inverse: Float[Tensor, "*#n"],
-    limit: Float[Tensor, "*#n"],
-    unit: Float[Tensor, "*#n"],
-    step: Float[Tensor, ""],
-) -> Float[Tensor, "*n"]:
-    """`encode`, after which the reference moves by codes * step, in place (the closed loop)."""
-    codes = encode(x, reference, inverse, limit, unit)
-    reference.addcmul_(codes, step)
-    return codes
+    What was chosen is returned, so that the compiler keeps it instead of working it out again for every channel.
+    """
+    chosen = choose((x - reference).abs_().amax(1), tau, row, sigma, kappa, steps)
+    inverse, limit, unit, _ = (part[:, None] for part in chosen)
+    return encode(x, reference, inverse, limit, unit, step), chosen
 
 
 def affine_codes(
@@ -90,14 +100,14 @@ def encode_keyframe(
 class Kernels:
     """One way to run the functions of this module."""
 
-    magnitude: Callable[..., Tensor] = magnitude
-    choose: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = choose
     encode: Callable[..., Tensor] = encode
-    encode_and_follow: Callable[..., Tensor] = encode_and_follow
+    encode_by_thresholds: Callable[..., tuple[Tensor, Chosen]] = encode_by_thresholds
     encode_keyframe: Callable[..., tuple[Tensor, Tensor]] = encode_keyframe
 
 
 PLAIN = Kernels()
+
+RECOMPILE_LIMIT = 64
 
 # Without contraction, a * b + c would round twice; with a pool of compilers, short runs would wait for it to start.
 _OPTIONS: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast", "compile_threads": 1}
@@ -111,12 +121,16 @@ def compiled(device: torch.device | str = "cpu") -> Kernels:
     """
     if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
         return PLAIN
-    functions: list[Callable[..., Any]] = [magnitude, choose, encode, encode_and_follow, encode_keyframe]
+    # Sizes of 1 are compiled apart, for each argument that may have them.
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)
+    functions: list[Callable[..., Any]] = [encode, encode_by_thresholds, encode_keyframe]
     kernels = Kernels(*(torch.compile(function, dynamic=True, options=_OPTIONS) for function in functions))
     example = torch.zeros(2, 2, 2, 2, device=device)
+    one = torch.ones((), device=device)
     try:
         with torch.no_grad():
-            kernels.magnitude(example, example)
+            kernels.encode_keyframe(example, one, -one, one)
     except Exception as error:  # a compiler can fail in many ways
         reason = str(error).strip().split("\n")[0][:200]
         log.info("Kernels run uncompiled, which is slower: %s (%s).", reason, type(error).__name__)

@@ -14,7 +14,7 @@ from resq_rl.quantization.checks import check_clips, check_decision, check_frame
 from resq_rl.quantization.config import QuantizationConfig
 from resq_rl.quantization.fields import Field, LevelField, carry, cells_of
 from resq_rl.quantization.groups import layer_groups
-from resq_rl.quantization.kernels import PLAIN, Kernels, compiled
+from resq_rl.quantization.kernels import PLAIN, Kernels, choose, compiled
 from resq_rl.quantization.ledger import FrameCost, bit_cost
 from resq_rl.quantization.operators import LayerKind, ResidualOperator, Switch
 from resq_rl.quantization.residual import ResidualTable, largest_code, threshold_row
@@ -297,7 +297,7 @@ class _Execution:
         self.position = 0
         self.bops: list[Tensor] = []
         self.elementwise = torch.zeros(len(refresh), dtype=torch.float64)
-        self._carried: dict[tuple[int, tuple[int, int]], tuple[Tensor, Tensor | None]] = {}
+        self._carried: dict[tuple[int, tuple[int, int]], tuple[Tensor, Tensor]] = {}
         self._shares: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, operator: ResidualOperator, x: Tensor) -> Tensor:
@@ -348,26 +348,19 @@ class _Execution:
     def _residual(self, site: Site, ranges: SiteRanges, x: Tensor, rows: Any) -> tuple[Tensor, Tensor]:
         operator, table, state = site.operator, ranges.residual[self.state.reference], self.state
         reference = state.inputs[self.position][rows]  # of all clips a view, of some a copy
-        kernels = self.model.kernels if operator.channel_axis == 1 else PLAIN
-        *steps, cost = self._steps(site, kernels, x, reference, table)
-        shape = (-1, 1, *cost.shape[1:]) if operator.channel_axis == 1 else (-1, *[1] * (x.dim() - 1))
-        inverse, limit, unit = (part.reshape(shape) for part in steps)
-        if state.reference == "previous":
-            step = torch.tensor(table.step, device=x.device)
-            codes = kernels.encode_and_follow(x, reference, inverse, limit, unit, step)
-            if not isinstance(rows, slice):
-                state.inputs[self.position][rows] = reference
-        else:
-            codes = kernels.encode(x, reference, inverse, limit, unit)
+        step = torch.tensor(table.step, device=x.device) if state.reference == "previous" else None
+        codes, cost = self._encode(site, x, reference, table, step)
+        if step is not None and not isinstance(rows, slice):
+            state.inputs[self.position][rows] = reference
         weights = self.model._weights["residual"][operator]
         total = operator.geometry.apply(codes, weights.codes)
         output = torch.addcmul(state.outputs[self.position][rows], total, weights.scale * table.step, out=total)
         return output, self._residual_bops(site, cost)
 
-    def _steps(
-        self, site: Site, kernels: Kernels, x: Tensor, reference: Tensor, table: ResidualTable
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """1 / step, largest code, units and cost of a multiply-accumulate of each pixel; h = w = 1 for linear."""
+    def _encode(
+        self, site: Site, x: Tensor, reference: Tensor, table: ResidualTable, step: Tensor | None
+    ) -> tuple[Tensor, Float[Tensor, "b h w"]]:
+        """Codes of the residual, and the cost of a multiply-accumulate by pixel (h = w = 1 for a linear layer)."""
         config, decision, group = self.model.config, self.rest_decision, int(self.model.group_of_site[self.position])
         width = config.weight_bits(site.operator.layer_kind)
         costs = tuple(float(bit_cost(width, bits, config.bops_convention)) for bits in config.levels)
@@ -375,16 +368,23 @@ class _Execution:
         if (group, size) not in self._carried:
             self._carried[group, size] = _carried(decision, group, size)
         carried, row = self._carried[group, size]
-        if row is None:
-            inverse, limit, unit, cost = table.lookup(None, costs, x.device)
-            return inverse[carried], limit[carried], unit[carried], cost[carried]
-        if site.operator.channel_axis == 1:
-            magnitude = kernels.magnitude(x, reference)
+        images = site.operator.channel_axis == 1
+        kernels = self.model.kernels if images else PLAIN
+        if isinstance(decision, LevelField):
+            inverse, limit, unit, cost = table.lookup(None, costs, x.device)[:, carried]
         else:
+            kappa, sigma = tuple(decision.kappa), torch.tensor(table.sigma, device=x.device)
+            factors, steps = torch.tensor(kappa, device=x.device), table.lookup(kappa, costs, x.device)
+            if images:
+                codes, (*_, cost) = kernels.encode_by_thresholds(
+                    x, reference, carried, row, sigma, factors, steps, step
+                )
+                return codes, cost
             magnitude = (x - reference).flatten(1).abs().amax(1)[:, None, None]
-        kappa = tuple(getattr(decision, "kappa", ()))
-        factors, sigma = torch.tensor(kappa, device=x.device), torch.tensor(table.sigma, device=x.device)
-        return kernels.choose(magnitude, carried, row, sigma, factors, table.lookup(kappa, costs, x.device))
+            inverse, limit, unit, cost = choose(magnitude, carried, row, sigma, factors, steps)
+        shape = (-1, 1, *cost.shape[1:]) if images else (-1, *[1] * (x.dim() - 1))
+        inverse, limit, unit = (part.reshape(shape) for part in (inverse, limit, unit))
+        return kernels.encode(x, reference, inverse, limit, unit, step), cost
 
     def _share(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         if size not in self._shares:
@@ -448,9 +448,10 @@ def _exact_share(length: int, cells: int) -> Float64[Tensor, "cells length"]:
     return members / members.sum(0)
 
 
-def _carried(decision: Field, group: int, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-    """A group's decisions at a layer's resolution: levels, or thresholds with their rows in the residual tables."""
+def _carried(decision: Field, group: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """A group's decisions at a layer's resolution, levels or thresholds; and their rows in the residual tables."""
     if isinstance(decision, LevelField):
-        return carry(decision.levels[:, group], size, "max"), None
+        levels = carry(decision.levels[:, group], size, "max")
+        return levels, torch.zeros_like(levels)
     tau = decision.thresholds[:, group]
     return carry(tau, size, "min").contiguous(), carry(threshold_row(tau), size, "min").contiguous()
