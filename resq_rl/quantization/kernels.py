@@ -98,11 +98,19 @@ def encode_keyframe(
 
 @dataclass(frozen=True)
 class Kernels:
-    """One way to run the functions of this module."""
+    """One way to run the functions of this module.
+
+    Attributes:
+        device: for which they were compiled; None for the plain ones. A copy in another process is compiled there.
+    """
 
     encode: Callable[..., Tensor] = encode
     encode_by_thresholds: Callable[..., tuple[Tensor, Chosen]] = encode_by_thresholds
     encode_keyframe: Callable[..., tuple[Tensor, Tensor]] = encode_keyframe
+    device: torch.device | None = None
+
+    def __reduce__(self) -> tuple[Callable[..., "Kernels"], tuple[Any, ...]]:
+        return (Kernels, ()) if self.device is None else (compiled, (self.device,))
 
 
 PLAIN = Kernels()
@@ -124,8 +132,9 @@ def compiled(device: torch.device | str = "cpu") -> Kernels:
     # Sizes of 1 are compiled apart, for each argument that may have them.
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)
-    functions: list[Callable[..., Any]] = [encode, encode_by_thresholds, encode_keyframe]
-    kernels = Kernels(*(torch.compile(function, dynamic=True, options=_OPTIONS) for function in functions))
+    functions: tuple[Callable[..., Any], ...] = (encode, encode_by_thresholds, encode_keyframe)
+    fused = [torch.compile(function, dynamic=True, options=_OPTIONS) for function in functions]
+    kernels = Kernels(fused[0], fused[1], fused[2], torch.device(device))
     example = torch.zeros(2, 2, 2, 2, device=device)
     one = torch.ones((), device=device)
     try:

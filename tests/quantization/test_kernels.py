@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 STEPS = """
-import itertools, torch
+import copy, itertools, pickle, torch
 from resq_rl.quantization import LevelField, ResQModel, ThresholdField
 from resq_rl.quantization.kernels import PLAIN
 
@@ -46,6 +46,9 @@ for clips, reference, thresholds in itertools.product((1, 3), ("previous", "keyf
         assert torch.equal(a, b) and torch.equal(cost.bops, other.bops), (clips, reference, thresholds, t)
         for mine, its in zip(states[0].inputs + states[0].outputs, states[1].inputs + states[1].outputs):
             assert torch.equal(mine, its), (clips, reference, thresholds, t)
+again = pickle.loads(pickle.dumps(fused))
+assert again.kernels is not PLAIN and again.kernels.device == fused.kernels.device, "not compiled after pickling"
+assert copy.deepcopy(plain).kernels == PLAIN
 print("equal")
 """
 
