@@ -54,7 +54,7 @@ TAU = 0.5
 REFERENCE = "float forward"
 # Of the table environment.
 TABLE_CLIPS, TABLE_FRAMES, TABLE_SLOTS, TABLE_STEPS = 2, 12, 1024, 100
-SINGLE_STEPS = 20  # of environments in processes of their own, in one round
+RATE_STEPS = 20  # of region agents, and of environments in processes of their own
 
 
 @dataclass(frozen=True)
@@ -265,13 +265,13 @@ def _processes(world: World) -> dict[str, Any]:
     """Frames per second of region agents in one batch, and of a process with an environment of its own per clip."""
     count = world.settings.benchmark.processes
     core = _agents(world)
-    rate = _rate(AgentsVecEnv(core), core.clips)
+    rate = _rate(AgentsVecEnv(core), core.clips, RATE_STEPS)
     alone: list[Callable[[], Any]] = [
         _Alone(world.model, world.task, world.stores["train"], core.scheme) for _ in range(count)
     ]
     separate = SubprocVecEnv(alone, start_method="spawn")
     try:
-        single = _rate(separate, 1)
+        single = _rate(separate, count, RATE_STEPS)
     finally:
         separate.close()
     return {
@@ -303,18 +303,16 @@ class _Alone:
         )
 
 
-def _rate(environment: Any, clips: int) -> float:
-    """Frames of all clips per second, under the same random actions again and again."""
+def _rate(environment: Any, clips: int, steps: int) -> float:
+    """Frames of all clips per second over some steps, under the same random actions again and again."""
     environment.seed(0)
     environment.reset()
-    space = environment.action_space
-    actions = np.stack([space.sample() for _ in range(environment.num_envs)])
+    actions = np.stack([environment.action_space.sample() for _ in range(environment.num_envs)])
     environment.step(actions)
-    frames = SINGLE_STEPS * (clips if isinstance(environment, AgentsVecEnv) else environment.num_envs)
     started = time.perf_counter()
-    for _ in range(SINGLE_STEPS):
+    for _ in range(steps):
         environment.step(actions)
-    return frames / (time.perf_counter() - started)
+    return steps * clips / (time.perf_counter() - started)
 
 
 def _tables(world: World) -> dict[str, Any]:
@@ -327,13 +325,7 @@ def _tables(world: World) -> dict[str, Any]:
     simulator = TableSimulator(world.model, world.task, store, tables, slots=TABLE_SLOTS)
     scheme = ActionScheme("frame_level", "frame", simulator.groups, grid, len(world.model.config.levels))
     environment = AgentsVecEnv(BatchedEnvironment(simulator, scheme, EpisodeSettings()))
-    environment.reset()
-    actions = np.stack([environment.action_space.sample() for _ in range(TABLE_SLOTS)])
-    environment.step(actions)
-    started = time.perf_counter()
-    for _ in range(TABLE_STEPS):
-        environment.step(actions)
-    return {f"{TABLE_SLOTS:,} clips, steps a second": TABLE_STEPS * TABLE_SLOTS / (time.perf_counter() - started)}
+    return {f"{TABLE_SLOTS:,} clips, steps a second": _rate(environment, TABLE_SLOTS, TABLE_STEPS)}
 
 
 def _shortened(clip: Clip) -> Clip:
