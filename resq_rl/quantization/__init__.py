@@ -3,8 +3,9 @@
 from resq_rl.quantization.calibration import Reference, SiteRanges
 from resq_rl.quantization.config import QuantizationConfig
 from resq_rl.quantization.fields import DEFAULT_KAPPA, Field, LevelField, ThresholdField
+from resq_rl.quantization.inputs import Inputs, as_tuple, to_float
 from resq_rl.quantization.ledger import BopsConvention, FrameCost, bit_cost
-from resq_rl.quantization.model import ResQModel, to_float
+from resq_rl.quantization.model import ResQModel
 from resq_rl.quantization.operators import LayerKind, ResidualOperator
 from resq_rl.quantization.quantizer import AffineQuantizer, SymmetricQuantizer, symmetric_limit
 from resq_rl.quantization.ranges import RangeEstimator
@@ -18,6 +19,7 @@ __all__ = [
     "BopsConvention",
     "Field",
     "FrameCost",
+    "Inputs",
     "LayerKind",
     "LevelField",
     "QuantizationConfig",
@@ -30,6 +32,7 @@ __all__ = [
     "StreamState",
     "SymmetricQuantizer",
     "ThresholdField",
+    "as_tuple",
     "bit_cost",
     "choose_residual_weight_bits",
     "symmetric_limit",

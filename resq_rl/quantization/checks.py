@@ -8,23 +8,26 @@ from torch import Tensor
 
 from resq_rl.errors import CalibrationError, PolicyError, VideoError
 from resq_rl.quantization.fields import Field, LevelField
+from resq_rl.quantization.inputs import Inputs, as_tuple
 from resq_rl.quantization.state import StreamState
 
-__all__ = ["check_clips", "check_decision", "check_frames"]
+__all__ = ["check_clips", "check_decision", "check_inputs"]
 
 
-def check_clips(clips: Sequence[Tensor], shape: tuple[int, ...]) -> None:
-    """Raise CalibrationError unless the clips are uint8 frames of `shape` (c, h, w) and one has two frames."""
-    if not any(len(clip) > 1 for clip in clips):
+def check_clips(clips: Sequence[Inputs], shapes: Sequence[tuple[int, ...]]) -> None:
+    """Raise CalibrationError unless the clips are uint8 tensors for inputs of `shapes` and one has two frames."""
+    parts = [as_tuple(clip) for clip in clips]
+    if not any(len(own[0]) > 1 for own in parts):
         raise CalibrationError(
             f"Calibration needs at least one clip with two frames, got {len(clips)} clips of "
-            f"{sorted({len(clip) for clip in clips})} frames."
+            f"{sorted({len(own[0]) for own in parts})} frames."
         )
-    for i, clip in enumerate(clips):
-        if clip.dtype != torch.uint8 or tuple(clip.shape[1:]) != shape:
+    for i, own in enumerate(parts):
+        fits = [tuple(part.shape[1:]) for part in own] == list(shapes) and len({len(part) for part in own}) == 1
+        if not fits or any(part.dtype != torch.uint8 for part in own):
             raise CalibrationError(
-                f"Calibration clip {i} holds {clip.dtype} frames of shape {tuple(clip.shape[1:])}; the model was "
-                f"wrapped for uint8 frames of {shape}."
+                f"Calibration clip {i} holds {_described(own)}; the model was wrapped for uint8 frames of "
+                f"{_listed(shapes)}."
             )
 
 
@@ -49,13 +52,24 @@ def check_decision(decision: Field, refresh: Tensor, state: StreamState, clips: 
         raise PolicyError("A clip without a keyframe cannot run a residual frame: refresh it first.")
 
 
-def check_frames(frames: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise VideoError unless the frames are finite and of `shape` (c, h, w)."""
-    if not frames.is_floating_point() or tuple(frames.shape[1:]) != shape:
+def check_inputs(inputs: tuple[Tensor, ...], shapes: Sequence[tuple[int, ...]]) -> None:
+    """Raise VideoError unless the inputs are finite, of `shapes` and of one number of clips."""
+    fits = [tuple(part.shape[1:]) for part in inputs] == list(shapes) and len({len(part) for part in inputs}) == 1
+    if not fits or not all(part.is_floating_point() for part in inputs):
+        wanted = " and ".join(f"(clips, {', '.join(map(str, shape))})" for shape in shapes)
         raise VideoError(
-            f"Frames must be float of shape (clips, {', '.join(map(str, shape))}), as the example was, got "
-            f"{frames.dtype} of shape {tuple(frames.shape)}. Use to_float for uint8 frames."
+            f"Frames must be float of shape {wanted}, as the example was, got {_described(inputs)}. Use to_float for "
+            "uint8 frames."
         )
-    if not math.isfinite(float(frames.sum())):  # a sum shows NaN and infinity at a tenth of isfinite's cost
-        bad = torch.nonzero(~torch.isfinite(frames).flatten(1).all(1))[:, 0].tolist()
-        raise VideoError(f"The frames of clips {bad} hold NaN or infinity. Repair or drop these frames.")
+    for part in inputs:
+        if not math.isfinite(float(part.sum())):  # a sum shows NaN and infinity at a tenth of isfinite's cost
+            bad = torch.nonzero(~torch.isfinite(part).flatten(1).all(1))[:, 0].tolist()
+            raise VideoError(f"The frames of clips {bad} hold NaN or infinity. Repair or drop these frames.")
+
+
+def _described(parts: Sequence[Tensor]) -> str:
+    return " and ".join(f"{part.dtype} of shape {tuple(part.shape)}" for part in parts)
+
+
+def _listed(shapes: Sequence[tuple[int, ...]]) -> str:
+    return " and ".join(str(shape) for shape in shapes)

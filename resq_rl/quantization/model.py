@@ -5,15 +5,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Float64, UInt8
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
 from resq_rl.errors import CalibrationError, NetworkError, SettingsError
 from resq_rl.quantization.calibration import Reference, SiteRanges, SiteRecorder
-from resq_rl.quantization.checks import check_clips, check_decision, check_frames
+from resq_rl.quantization.checks import check_clips, check_decision, check_inputs
 from resq_rl.quantization.config import QuantizationConfig
 from resq_rl.quantization.fields import Field, LevelField, carry, cells_of
 from resq_rl.quantization.groups import layer_groups
+from resq_rl.quantization.inputs import Inputs, as_tuple, float_frames
 from resq_rl.quantization.kernels import PLAIN, Kernels, choose, compiled
 from resq_rl.quantization.ledger import FrameCost, bit_cost
 from resq_rl.quantization.operators import LayerKind, ResidualOperator, Switch
@@ -23,12 +24,7 @@ from resq_rl.quantization.state import StreamState
 from resq_rl.quantization.tracing import Site, check_agreement, float_outputs, trace
 from resq_rl.quantization.wrapping import copy_of, fold_batch_norm, insert_operators
 
-__all__ = ["ResQModel", "to_float"]
-
-
-def to_float(frames: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Frames of 0..255 as float in 0..1."""
-    return frames.to(torch.float32, copy=True).div_(255.0)
+__all__ = ["ResQModel"]
 
 
 class ResQModel:
@@ -44,7 +40,8 @@ class ResQModel:
 
     Args:
         network: any `nn.Module` or the module of an exported program; it is copied and frozen, never changed.
-        example: frames the network accepts, (1 or more, C, H, W), float in 0..1; sets the resolution of all frames.
+        example: frames the network accepts, (1 or more, C, H, W), float in 0..1, or a tuple of frames and what else it
+            takes by position, such as the previous mask; sets the resolution of all inputs.
         config: bit-widths, ranges, cost convention and layer groups.
 
     Raises:
@@ -52,25 +49,25 @@ class ResQModel:
     """
 
     @torch.inference_mode(False)  # stored references are versioned, which inference tensors are not
-    def __init__(
-        self, network: nn.Module, example: Float[Tensor, "b c h w"], config: QuantizationConfig | None = None
-    ) -> None:
+    def __init__(self, network: nn.Module, example: Inputs, config: QuantizationConfig | None = None) -> None:
         self.config = config or QuantizationConfig()
         self._switch = Switch()
-        if example.dim() != 4 or not len(example) or not example.is_floating_point():
+        inputs = as_tuple(example)
+        if not inputs or inputs[0].dim() != 4 or not all(len(x) and x.is_floating_point() for x in inputs):
             raise NetworkError(
-                "The example must be frames as float, (1 or more, C, H, W), got "
-                f"{example.dtype} {tuple(example.shape)}."
+                "The example must be frames as float, (1 or more, C, H, W), and what else the network takes, got "
+                f"{', '.join(f'{x.dtype} {tuple(x.shape)}' for x in inputs) or 'nothing'}."
             )
-        copied = copy_of(network)
-        noise = torch.rand(2, *example.shape[1:], generator=torch.Generator().manual_seed(0)).to(example)
-        expected = float_outputs(copied, noise[:1].clone())
+        copied, generator = copy_of(network), torch.Generator().manual_seed(0)
+        noise = tuple(torch.rand(2, *x.shape[1:], generator=generator).to(x) for x in inputs)
+        expected = float_outputs(copied, tuple(x[:1].clone() for x in noise))
         self.unfolded = fold_batch_norm(copied)
         self.network = insert_operators(copied, self._switch)
-        self.device = example.device
-        self.frame_size = (example.shape[-2], example.shape[-1])
-        self.frame_shape = tuple(example.shape[1:])
-        self.sites: list[Site] = trace(self.network, self._switch, example)
+        self.device = inputs[0].device
+        self.frame_size = (inputs[0].shape[-2], inputs[0].shape[-1])
+        self.input_shapes = tuple(tuple(x.shape[1:]) for x in inputs)
+        self.frame_shape = self.input_shapes[0]
+        self.sites: list[Site] = trace(self.network, self._switch, inputs)
         check_agreement(type(network).__name__, expected, float_outputs(self.network, noise))
         self.groups, self.group_of_site = layer_groups(self.sites, self.config.groups)
         self._moments: dict[tuple[ResidualOperator, Part], Tensor] = {}
@@ -142,11 +139,10 @@ class ResQModel:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def calibrate(
-        self, clips: Sequence[UInt8[Tensor, "_ c h w"]], *, interval: int = 8, frames: int = 24, seed: int = 0
-    ) -> "ResQModel":
+    def calibrate(self, clips: Sequence[Inputs], *, interval: int = 8, frames: int = 24, seed: int = 0) -> "ResQModel":
         """Fit all ranges and the rounding of weights on clips run through the float network.
 
+        A clip is the bytes of its frames, (t, C, H, W), with a tuple's further inputs likewise, of 0..255 for 0..1.
         Keyframes lie `interval` frames apart, and the first `frames` frames of each clip are used.
 
         Raises:
@@ -156,12 +152,12 @@ class ResQModel:
         """
         if interval < 2 or frames < 2:
             raise SettingsError(f"Calibration needs an interval and frames of 2 or more, got {interval} and {frames}.")
-        check_clips(clips, self.frame_shape)
+        check_clips(clips, self.input_shapes)
         generator = torch.Generator().manual_seed(seed)
         recorders = [SiteRecorder(site, self._weighed) for site in self.sites]
         for clip in clips:
-            for t, frame in enumerate(clip[:frames]):
-                self._record(to_float(frame[None].to(self.device)), recorders, t % interval, generator)
+            for t, inputs in enumerate(float_frames(clip, frames, self.device)):
+                self._record(inputs, recorders, t % interval, generator)
         if not any(sum(recorder.square_sum.values()) for recorder in recorders):
             raise CalibrationError("The calibration clips do not move, so residuals have no range: give other clips.")
         self.ranges = [
@@ -179,7 +175,9 @@ class ResQModel:
             return ()
         return ("keyframe", "residual") if self.config.key_weight_bits < FINE else ("residual",)
 
-    def _record(self, x: Tensor, recorders: list[SiteRecorder], age: int, generator: torch.Generator) -> None:
+    def _record(
+        self, inputs: tuple[Tensor, ...], recorders: list[SiteRecorder], age: int, generator: torch.Generator
+    ) -> None:
         position = 0
 
         def record(operator: ResidualOperator, value: Tensor) -> Tensor:
@@ -189,14 +187,14 @@ class ResQModel:
             position += 1
             return operator.float_output(value)
 
-        self._run(x, record)
+        self._run(inputs, record)
 
     # Running ---------------------------------------------------------------------------------------------------------
 
-    def _run(self, x: Tensor, execute: Any) -> Any:
+    def _run(self, inputs: tuple[Tensor, ...], execute: Any) -> Any:
         before, self._switch.execute = self._switch.execute, execute
         try:
-            return self.network(x)
+            return self.network(*inputs)
         finally:
             self._switch.execute = before
 
@@ -208,9 +206,9 @@ class ResQModel:
             )
 
     @torch.no_grad()
-    def float_forward(self, frames: Float[Tensor, "b c h w"]) -> Any:
+    def float_forward(self, inputs: Inputs) -> Any:
         """The float network's own output (BatchNorm folded)."""
-        return self._run(frames, ResidualOperator.float_output)
+        return self._run(as_tuple(inputs), ResidualOperator.float_output)
 
     def new_state(self, clips: int, reference: Reference = "previous") -> StreamState:
         """An empty state for a batch of clips; the first step must refresh every clip."""
@@ -222,7 +220,7 @@ class ResQModel:
     @torch.no_grad()
     def step(
         self,
-        frames: Float[Tensor, "b c h w"],
+        inputs: Inputs,
         state: StreamState,
         refresh: Bool[Tensor, " b"],
         decision: Field,
@@ -230,7 +228,7 @@ class ResQModel:
         """Run one frame of every clip: as a keyframe where `refresh`, else as a residual under `decision`.
 
         Args:
-            frames: one frame per clip, in 0..1.
+            inputs: one frame per clip, in 0..1, with what else the network takes.
             state: changed in place.
             refresh: which clips run a keyframe; it must be all of them on the first step.
             decision: levels or thresholds by clip, layer group and region; ignored where `refresh`.
@@ -245,10 +243,11 @@ class ResQModel:
         """
         if not self.ranges:
             raise CalibrationError("The model is not calibrated: call calibrate(clips) first.")
-        check_frames(frames, self.frame_shape)
-        check_decision(decision, refresh, state, len(frames), len(self.groups), len(self.config.levels))
+        given = as_tuple(inputs)
+        check_inputs(given, self.input_shapes)
+        check_decision(decision, refresh, state, len(given[0]), len(self.groups), len(self.config.levels))
         execution = _Execution(self, state, refresh, decision)
-        output = self._run(frames, execution)
+        output = self._run(given, execution)
         execution.finish()
         state.age = torch.where(refresh, 0, state.age + 1)
         return output, execution.cost()

@@ -113,8 +113,8 @@ class _Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def trace(network: nn.Module, switch: Switch, example: Float[Tensor, "b c h w"]) -> list[Site]:
-    """Run `example` once in float and list the operator calls in order.
+def trace(network: nn.Module, switch: Switch, example: tuple[Tensor, ...]) -> list[Site]:
+    """Run the inputs in `example` once in float and list the operator calls in order.
 
     Raises:
         UnsupportedOperatorError: multiply-accumulates outside the operators, named by layer.
@@ -124,7 +124,7 @@ def trace(network: nn.Module, switch: Switch, example: Float[Tensor, "b c h w"])
     outputs: list[tuple[Tensor, int]] = []
     watch = _Watch()
     clips = 2
-    frames = example[:1].expand(clips, -1, -1, -1).contiguous()
+    inputs = tuple(part[:1].expand(clips, *part.shape[1:]).contiguous() for part in example)
 
     def record(operator: ResidualOperator, x: Tensor) -> Tensor:
         if len(x) != clips or x.dim() < 2 or (operator.channel_axis == 1 and x.dim() != 4):
@@ -145,12 +145,12 @@ def trace(network: nn.Module, switch: Switch, example: Float[Tensor, "b c h w"])
             for name, module in network.named_modules():
                 _follow(stack, watch, name, module)
             stack.enter_context(watch)
-            returned = network(frames)
+            returned = network(*inputs)
     except NetworkError:
         raise
     except Exception as error:
         raise NetworkError(
-            f"{type(network).__name__} cannot run on frames of shape {tuple(frames.shape)}: {error} "
+            f"{type(network).__name__} cannot run on frames of shape {_shapes(inputs)}: {error} "
             "It must take any number of clips (export programs with a dynamic batch dimension)."
         ) from error
     finally:
@@ -164,19 +164,23 @@ def trace(network: nn.Module, switch: Switch, example: Float[Tensor, "b c h w"])
 
 
 @torch.no_grad()
-def float_outputs(network: nn.Module, frames: Float[Tensor, "b c h w"]) -> list[Tensor]:
+def float_outputs(network: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     """The floating-point tensors among a network's outputs, one row per clip or more.
 
     Raises:
         NetworkError: the network does not accept the frames.
     """
     try:
-        leaves = tree_leaves(network(frames))
+        leaves = tree_leaves(network(*inputs))
     except Exception as error:
         raise NetworkError(
-            f"{type(network).__name__} cannot run on frames of shape {tuple(frames.shape)}: {error}"
+            f"{type(network).__name__} cannot run on frames of shape {_shapes(inputs)}: {error}"
         ) from error
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 0]
+
+
+def _shapes(inputs: tuple[Tensor, ...]) -> str:
+    return " and ".join(str(tuple(part.shape)) for part in inputs)
 
 
 def check_agreement(name: str, alone: list[Tensor], batch: list[Tensor]) -> None:

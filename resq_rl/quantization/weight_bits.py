@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import UInt8
 from torch import Tensor
 
 from resq_rl.quantization.checks import check_clips
 from resq_rl.quantization.fields import LevelField
-from resq_rl.quantization.model import ResQModel, to_float
+from resq_rl.quantization.inputs import Inputs, as_tuple, float_frames
+from resq_rl.quantization.model import ResQModel
 from resq_rl.quantization.operators import LayerKind
 
 __all__ = ["choose_residual_weight_bits"]
@@ -20,7 +20,7 @@ TOLERANCE = 1.5
 
 
 def choose_residual_weight_bits(
-    model: ResQModel, clips: Sequence[UInt8[Tensor, "_ c h w"]], *, frames: int = 8, tolerance: float = TOLERANCE
+    model: ResQModel, clips: Sequence[Inputs], *, frames: int = 8, tolerance: float = TOLERANCE
 ) -> dict[LayerKind, int]:
     """The fewest residual weight bits per layer kind that leave the output nearly as good as 8 bits everywhere.
 
@@ -31,20 +31,20 @@ def choose_residual_weight_bits(
 
     Args:
         model: a calibrated model.
-        clips: calibration clips.
+        clips: calibration clips, as `ResQModel.calibrate` takes them.
         frames: frames used of each clip.
         tolerance: largest growth of the squared error.
 
     Raises:
         CalibrationError: no clip has two frames, or they do not fit the network.
     """
-    check_clips([clip[:frames] for clip in clips], model.frame_shape)
+    check_clips([tuple(part[:frames] for part in as_tuple(clip)) for clip in clips], model.input_shapes)
     macs: dict[LayerKind, int] = {}
     for site in model.sites:
         kind = site.operator.layer_kind
         macs[kind] = macs.get(kind, 0) + site.macs
     chosen: dict[LayerKind, int] = dict.fromkeys(macs, FINEST)
-    wanted = [_outputs(model, clip[:frames]) for clip in clips]
+    wanted = [_outputs(model, clip, frames) for clip in clips]
     limit = tolerance * _error(model, clips, wanted, chosen, frames)
     for kind in sorted(macs, key=lambda k: -macs[k]):
         for bits in CANDIDATES:
@@ -55,13 +55,13 @@ def choose_residual_weight_bits(
     return chosen
 
 
-def _outputs(model: ResQModel, frames: Tensor) -> list[Tensor]:
-    return [_flat(model.float_forward(to_float(frame[None].to(model.device)))) for frame in frames]
+def _outputs(model: ResQModel, clip: Inputs, frames: int) -> list[Tensor]:
+    return [_flat(model.float_forward(inputs)) for inputs in float_frames(clip, frames, model.device)]
 
 
 def _error(
     model: ResQModel,
-    clips: Sequence[Tensor],
+    clips: Sequence[Inputs],
     wanted: Sequence[Sequence[Tensor]],
     bits: dict[LayerKind, int],
     frames: int,
@@ -72,9 +72,9 @@ def _error(
     total = 0.0
     for clip, targets in zip(clips, wanted, strict=True):
         state = model.new_state(1)
-        for t, frame in enumerate(clip[:frames]):
+        for t, inputs in enumerate(float_frames(clip, frames, model.device)):
             refresh = torch.tensor([t == 0])
-            output, _ = model.step(to_float(frame[None].to(model.device)), state, refresh, finest)
+            output, _ = model.step(inputs, state, refresh, finest)
             if t:
                 total += float((_flat(output) - targets[t]).square().sum())
     return total
