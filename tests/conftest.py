@@ -18,7 +18,6 @@ jaxtyping.install_import_hook("resq_rl", "beartype.beartype(conf=beartype.Bearty
 from tests.envs.worlds import World, make_world  # noqa: E402
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # tests talk to nothing outside this machine
-os.environ["TORCH_COMPILE_DISABLE"] = "1"  # run-time type checks are no code to compile; test_kernels.py compiles
 
 hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
 hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)

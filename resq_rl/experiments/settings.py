@@ -81,8 +81,7 @@ class QuantizationSettings(_Group):
         groups: "auto", or patterns of layer names by name of the group.
         bops_convention: what one multiplication of w by a bits costs.
         calibration_clips: how many training clips are used.
-        compile: fuse the simulation's elementwise work by `torch.compile`, where the machine has a compiler; results
-            stay the same.
+        compile: run the simulation's elementwise work in C, where the machine has a compiler; results stay the same.
     """
 
     _prefix: ClassVar[str] = "quantization."

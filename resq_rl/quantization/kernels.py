@@ -1,95 +1,98 @@
 """The elementwise work around an operator: magnitudes, codes and references, in as few passes over memory as can be.
 
-The functions are plain PyTorch. `compiled` gives the same ones fused by `torch.compile` into a loop each. Both give the
-same numbers bit for bit: every step rounds once, and the multiply-adds, which round once as well, stay contracted.
+The functions are plain PyTorch, for any device. `native` gives the same ones in C (native.c) for the CPU, compiled once
+per machine. Both give the same numbers bit for bit: every step rounds once, and so do the multiply-adds.
 """
 
+import ctypes
+import hashlib
 import logging
 import os
-from collections.abc import Callable
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from ctypes import POINTER, c_float, c_int, c_int64
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-__all__ = ["PLAIN", "Kernels", "affine_codes", "choose", "compiled", "encode"]
+__all__ = ["PLAIN", "Kernels", "affine_codes", "encode", "encode_keyframe", "native", "quantize"]
 
 log = logging.getLogger(__name__)
 
-Chosen = tuple[Tensor, Tensor, Tensor, Tensor]
-"""1 / step, largest code, units and cost of each pixel."""
 
-
-def encode(
-    x: Float[Tensor, "*n"],
-    reference: Float[Tensor, "*#n"],
+def quantize(
+    residual: Float[Tensor, "*n"],
     inverse: Float[Tensor, "*#n"],
     limit: Float[Tensor, "*#n"],
     unit: Float[Tensor, "*#n"],
-    step: Float[Tensor, ""] | None = None,
 ) -> Float[Tensor, "*n"]:
-    """Integer codes of the residual: clamp(round((x - reference) * inverse), -limit, limit) * unit.
-
-    With `step` the reference moves by codes * step, in place (the closed loop).
-    """
-    codes = (x - reference).mul_(inverse).round_()
-    codes = codes.clamp_(-limit, limit).mul_(unit)
-    if step is not None:
-        reference.addcmul_(codes, step)
-    return codes
+    """Integer codes of a residual: clamp(round(residual * inverse), -limit, limit) * unit."""
+    return (residual * inverse).round_().clamp_(-limit, limit).mul_(unit)
 
 
 def choose(
     magnitude: Float[Tensor, "b h w"],
-    tau: Float[Tensor, "b h w"],
     row: Int64[Tensor, "b h w"],
-    sigma: Float[Tensor, ""],
-    kappa: Float[Tensor, " k"],
-    steps: Float[Tensor, "4 n"],
-) -> Chosen:
-    """`ResidualTable.lookup` of each pixel under thresholds tau, whose level is #{j : m > tau * sigma * kappa_j}.
-
-    Returns:
-        1 / step, largest code, units and cost, each (b, h, w).
-    """
+    tau: Float[Tensor, "b h w"],
+    sigma: float,
+    kappa: tuple[float, ...],
+) -> Int64[Tensor, "b h w"]:
+    """Entry of each pixel in `ResidualTable.lookup`: row * (k + 1) + level, level #{j : m > tau * sigma * kappa_j}."""
     bound = tau * sigma
     index = row * (len(kappa) + 1)
-    for factor in kappa.unbind():
+    for factor in kappa:
         index = index + (magnitude > bound * factor)
-    inverse, limit, unit, cost = steps.unbind()
-    return inverse[index], limit[index], unit[index], cost[index]
+    return index
 
 
-def encode_by_thresholds(
-    x: Float[Tensor, "b c h w"],
-    reference: Float[Tensor, "b c h w"],
-    tau: Float[Tensor, "b h w"],
-    row: Int64[Tensor, "b h w"],
-    sigma: Float[Tensor, ""],
-    kappa: Float[Tensor, " k"],
-    steps: Float[Tensor, "4 n"],
-    step: Float[Tensor, ""] | None = None,
-) -> tuple[Float[Tensor, "b c h w"], Chosen]:
-    """`encode` with what `choose` takes for the largest magnitude of each pixel's residual over the channels.
+def encode(
+    x: Float[Tensor, "b *n"],
+    reference: Float[Tensor, "b *n"],
+    steps: Float[Tensor, "4 k"],
+    index: Int64[Tensor, "b h w"],
+    step: float | None = None,
+    tau: Float[Tensor, "b h w"] | None = None,
+    sigma: float = 1.0,
+    kappa: tuple[float, ...] = (),
+) -> tuple[Float[Tensor, "b *n"], Float[Tensor, "b h w"]]:
+    """Integer codes of the residual x - reference, and the cost of each pixel.
 
-    What was chosen is returned, so that the compiler keeps it instead of working it out again for every channel.
+    Args:
+        x, reference: inputs of an operator, of shape (b, c, h, w), or with h = w = 1 of any.
+        steps: `ResidualTable.lookup`.
+        index: entry of `steps` for each pixel; with `tau`, `threshold_row` of it.
+        step: with it the reference moves by codes * step, in place (the closed loop).
+        tau, sigma, kappa: thresholds, under which `choose` picks the entry for the largest magnitude over the channels.
     """
-    chosen = choose((x - reference).abs_().amax(1), tau, row, sigma, kappa, steps)
-    inverse, limit, unit, _ = (part[:, None] for part in chosen)
-    return encode(x, reference, inverse, limit, unit, step), chosen
+    shape = (-1, 1, *index.shape[1:]) if x.dim() == 4 else (-1, *[1] * (x.dim() - 1))
+    residual = x - reference
+    if tau is not None:
+        magnitude = residual.abs().amax(1) if x.dim() == 4 else residual.flatten(1).abs().amax(1)[:, None, None]
+        index = choose(magnitude, index, tau, sigma, kappa)
+    inverse, limit, unit, cost = (part[index] for part in steps.unbind())
+    codes = quantize(residual, inverse.reshape(shape), limit.reshape(shape), unit.reshape(shape))
+    if step is not None:
+        reference.addcmul_(codes, torch.tensor(step, device=x.device))
+    return codes, cost
 
 
-def affine_codes(
-    x: Float[Tensor, "*n"], step: Float[Tensor, ""], low: Float[Tensor, ""], high: Float[Tensor, ""]
-) -> Float[Tensor, "*n"]:
+def affine_codes(x: Float[Tensor, "*n"], step: float, low: float, high: float) -> Float[Tensor, "*n"]:
     """Integer codes clamp(round(x / step), low, high)."""
     return (x / step).round_().clamp_(low, high)
 
 
 def encode_keyframe(
-    x: Float[Tensor, "*n"], step: Float[Tensor, ""], low: Float[Tensor, ""], high: Float[Tensor, ""]
+    x: Float[Tensor, "*n"], step: float, low: float, high: float
 ) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n"]]:
     """`affine_codes` and their values."""
     codes = affine_codes(x, step, low, high)
@@ -98,50 +101,165 @@ def encode_keyframe(
 
 @dataclass(frozen=True)
 class Kernels:
-    """One way to run the functions of this module.
+    """One way to run `encode` and `encode_keyframe`; a copy in another process is compiled there."""
 
-    Attributes:
-        device: for which they were compiled; None for the plain ones. A copy in another process is compiled there.
-    """
-
-    encode: Callable[..., Tensor] = encode
-    encode_by_thresholds: Callable[..., tuple[Tensor, Chosen]] = encode_by_thresholds
+    encode: Callable[..., tuple[Tensor, Tensor]] = encode
     encode_keyframe: Callable[..., tuple[Tensor, Tensor]] = encode_keyframe
-    device: torch.device | None = None
 
     def __reduce__(self) -> tuple[Callable[..., "Kernels"], tuple[Any, ...]]:
-        return (Kernels, ()) if self.device is None else (compiled, (self.device,))
+        return (Kernels, ()) if self == PLAIN else (native, ())
 
 
 PLAIN = Kernels()
 
-RECOMPILE_LIMIT = 64
+# No contraction: the C code says where a multiply-add rounds once. Errno and traps would keep loops from vector units.
+_FLAGS = ["-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
+# Wider instructions and threads where the compiler has them.
+_EXTRAS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
 
-# Without contraction, a * b + c would round twice; with a pool of compilers, short runs would wait for it to start.
-_OPTIONS: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast", "compile_threads": 1}
+
+class _Shape(ctypes.Structure):
+    _fields_ = [(name, c_int64) for name in ("clips", "channels", "pixels", "channels_last", "threads")]
 
 
-def compiled(device: torch.device | str = "cpu") -> Kernels:
-    """Fused kernels; the plain ones, and a line in the log, where nothing on this machine can compile for `device`.
+class _Steps(ctypes.Structure):
+    _fields_ = [(name, POINTER(c_float)) for name in ("inverse", "limit", "unit", "cost")]
 
-    The first use on a machine compiles for some seconds; later ones find the result on disk. PyTorch's own switch,
-    TORCH_COMPILE_DISABLE=1 in the environment, is heeded.
+
+@lru_cache(maxsize=1)
+def native() -> Kernels:
+    """The kernels in C; the plain ones, and a line in the log, where nothing on this machine can compile them.
+
+    The compiler is that of the variable CC, or cc, gcc or clang. What it makes is kept in the folder of
+    XDG_CACHE_HOME (~/.cache), under a name that depends on source, compiler and processor.
     """
-    if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
-        return PLAIN
-    # Sizes of 1 are compiled apart, for each argument that may have them.
-    dynamo = torch._dynamo.config
-    dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)
-    functions: tuple[Callable[..., Any], ...] = (encode, encode_by_thresholds, encode_keyframe)
-    fused = [torch.compile(function, dynamic=True, options=_OPTIONS) for function in functions]
-    kernels = Kernels(fused[0], fused[1], fused[2], torch.device(device))
-    example = torch.zeros(2, 2, 2, 2, device=device)
-    one = torch.ones((), device=device)
     try:
-        with torch.no_grad():
-            kernels.encode_keyframe(example, one, -one, one)
-    except Exception as error:  # a compiler can fail in many ways
-        reason = str(error).strip().split("\n")[0][:200]
+        library = ctypes.CDLL(str(_compiled()))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip().split("\n")[0][:200]
         log.info("Kernels run uncompiled, which is slower: %s (%s).", reason, type(error).__name__)
         return PLAIN
-    return kernels
+    return _Native(library).kernels()
+
+
+def _compiled() -> Path:
+    """The shared library, compiled unless it is there."""
+    source = files("resq_rl.quantization").joinpath("native.c").read_bytes()
+    compiler = shlex.split(os.environ.get("CC", "")) or [_found("cc", "gcc", "clang")]
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    parts = [source, version.encode(), repr((compiler, _FLAGS, _EXTRAS)).encode(), _processor().encode()]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resq_rl"
+    path = folder / f"kernels-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:20]}.so"
+    if path.exists():
+        return path
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        made = Path(tempfile.mkdtemp(dir=folder)) / path.name
+    except OSError:  # read-only: compile anew in every process
+        path = made = Path(tempfile.mkdtemp()) / path.name
+    made.with_suffix(".c").write_bytes(source)
+    for extras in _EXTRAS:
+        command = [*compiler, *_FLAGS, *extras, str(made.with_suffix(".c")), "-o", str(made), "-lm"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        if done.returncode == 0:
+            break
+    done.check_returncode()
+    if made != path:
+        made.replace(path)
+        shutil.rmtree(made.parent, ignore_errors=True)
+    return path
+
+
+def _found(*names: str) -> str:
+    for name in names:
+        if path := shutil.which(name):
+            return path
+    raise FileNotFoundError(f"no C compiler ({', '.join(names)})")
+
+
+def _processor() -> str:
+    """What decides which instructions `-march=native` may use."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    return "".join(
+        [platform.machine(), platform.processor(), *{x for x in lines if x.startswith(("flags", "model name"))}]
+    )
+
+
+class _Native:
+    """The functions of the shared library, on tensors."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._encode, self._encode_keyframe = library.resq_encode, library.resq_encode_keyframe
+        self._encode.restype = self._encode_keyframe.restype = None
+
+    def kernels(self) -> Kernels:
+        return Kernels(self.encode, self.encode_keyframe)
+
+    def encode(
+        self,
+        x: Tensor,
+        reference: Tensor,
+        steps: Tensor,
+        index: Tensor,
+        step: float | None = None,
+        tau: Tensor | None = None,
+        sigma: float = 1.0,
+        kappa: Sequence[float] = (),
+    ) -> tuple[Tensor, Tensor]:
+        if x.dim() != 4:
+            return encode(x, reference, steps, index, step, tau, sigma, tuple(kappa))
+        layout = _layout(reference)
+        if not reference.is_contiguous(memory_format=layout):  # neither layout: only this copy is dense
+            dense = reference.contiguous()
+            found = self.encode(x, dense, steps, index, step, tau, sigma, kappa)
+            reference.copy_(dense)
+            return found
+        x, index = x.contiguous(memory_format=layout), index.contiguous()
+        codes, cost = torch.empty_like(x), torch.empty(index.shape)
+        thresholds = None if tau is None else tau.contiguous()
+        clips, channels, height, width = x.shape
+        self._encode(
+            ctypes.byref(
+                _Shape(clips, channels, height * width, layout == torch.channels_last, torch.get_num_threads())
+            ),
+            _data(x),
+            _data(reference),
+            _data(codes),
+            _data(cost),
+            ctypes.c_void_p(index.data_ptr()),
+            None if thresholds is None else _data(thresholds),
+            c_float(sigma),
+            (c_float * len(kappa))(*kappa),
+            c_int64(0 if thresholds is None else len(kappa)),
+            ctypes.byref(_Steps(*(ctypes.cast(_data(part), POINTER(c_float)) for part in steps.unbind()))),
+            c_int(step is not None),
+            c_float(step or 0.0),
+        )
+        return codes, cost
+
+    def encode_keyframe(self, x: Tensor, step: float, low: float, high: float) -> tuple[Tensor, Tensor]:
+        x = x.contiguous(memory_format=_layout(x)) if x.dim() == 4 else x.contiguous()
+        codes, values = torch.empty_like(x), torch.empty_like(x)
+        self._encode_keyframe(
+            c_int64(x.numel()),
+            c_int64(torch.get_num_threads()),
+            _data(x),
+            _data(codes),
+            _data(values),
+            c_float(step),
+            c_float(low),
+            c_float(high),
+        )
+        return codes, values
+
+
+def _data(x: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr())
+
+
+def _layout(x: Float[Tensor, "b c h w"]) -> torch.memory_format:
+    """How a tensor lies in memory: channels last, or contiguous."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format

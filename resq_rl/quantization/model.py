@@ -5,20 +5,21 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from resq_rl.errors import CalibrationError, NetworkError, SettingsError
 from resq_rl.quantization.calibration import Reference, SiteRanges, SiteRecorder
 from resq_rl.quantization.checks import check_clips, check_decision, check_inputs
 from resq_rl.quantization.config import QuantizationConfig
-from resq_rl.quantization.fields import Field, LevelField, carry, cells_of
+from resq_rl.quantization.execution import Execution, SitePlan, check_order, plan_site
+from resq_rl.quantization.fields import Field
 from resq_rl.quantization.groups import layer_groups
 from resq_rl.quantization.inputs import Inputs, as_tuple, float_frames
-from resq_rl.quantization.kernels import PLAIN, Kernels, choose, compiled
+from resq_rl.quantization.kernels import PLAIN, Kernels, native
 from resq_rl.quantization.ledger import FrameCost, bit_cost
-from resq_rl.quantization.operators import LayerKind, ResidualOperator, Switch
-from resq_rl.quantization.residual import ResidualTable, largest_code, threshold_row
+from resq_rl.quantization.operators import LayerKind, ResidualOperator, Switch, laid_out
+from resq_rl.quantization.residual import largest_code
 from resq_rl.quantization.rounding import FINE, IntegerWeight, Part, integer_weight
 from resq_rl.quantization.state import StreamState
 from resq_rl.quantization.tracing import Site, check_agreement, float_outputs, trace
@@ -68,17 +69,18 @@ class ResQModel:
         self.input_shapes = tuple(tuple(x.shape[1:]) for x in inputs)
         self.frame_shape = self.input_shapes[0]
         self.sites: list[Site] = trace(self.network, self._switch, inputs)
-        check_agreement(type(network).__name__, expected, float_outputs(self.network, noise))
+        self.layout = _layout_for(self.network, noise)
+        check_agreement(type(network).__name__, expected, float_outputs(self.network, laid_out(noise, self.layout)))
         self.groups, self.group_of_site = layer_groups(self.sites, self.config.groups)
         self._moments: dict[tuple[ResidualOperator, Part], Tensor] = {}
         self._quantized: dict[tuple[ResidualOperator, Part, int], IntegerWeight] = {}
-        self._round_weights()
         self.ranges: list[SiteRanges] = []
         self.kernels: Kernels = PLAIN
+        self._round_weights()
 
     def compile(self) -> "ResQModel":
-        """Fuse the elementwise work of steps by `torch.compile` where this machine can; results stay bit for bit."""
-        self.kernels = compiled(self.device)
+        """Run the elementwise work of steps as compiled C where this machine can; results stay bit for bit."""
+        self.kernels = native() if self.device.type == "cpu" else PLAIN
         return self
 
     @property
@@ -100,6 +102,15 @@ class ResQModel:
             "residual": {o: self._rounded(o, "residual", config.weight_bits(o.layer_kind)) for o in self.operators},
         }
 
+        self._plan()
+
+    def _plan(self) -> None:
+        """Gather what passes need of every site, once it is calibrated."""
+        self._plans: list[SitePlan] = [
+            plan_site(site, ranges, int(group), {p: w[site.operator] for p, w in self._weights.items()}, self.config)
+            for site, ranges, group in zip(self.sites, self.ranges, self.group_of_site, strict=False)
+        ]
+
     def _rounded(self, operator: ResidualOperator, part: Part, bits: int) -> IntegerWeight:
         if bits == self.config.key_weight_bits:
             part = "keyframe"  # the same weights serve for both, so residuals do not drift
@@ -108,7 +119,8 @@ class ResQModel:
             if not all(bool(torch.isfinite(v).all()) for v in (operator.weight, operator.bias) if v is not None):
                 raise NetworkError(f"Layer {operator.name!r} has weights that are not finite: load other weights.")
             moment = self._moments.get((operator, part))
-            self._quantized[key] = integer_weight(operator, bits, self.config.range_estimator, moment)
+            weight = integer_weight(operator, bits, self.config.range_estimator, moment)
+            self._quantized[key] = replace(weight, codes=laid_out((weight.codes,), self.layout)[0])
         return self._quantized[key]
 
     def integer_weights(self, operator: ResidualOperator, *, residual: bool) -> tuple[Tensor, Tensor]:
@@ -182,7 +194,7 @@ class ResQModel:
 
         def record(operator: ResidualOperator, value: Tensor) -> Tensor:
             nonlocal position
-            self._expect(position, operator)
+            check_order(self.sites, position, operator)
             recorders[position].record(value, age, generator)
             position += 1
             return operator.float_output(value)
@@ -197,13 +209,6 @@ class ResQModel:
             return self.network(*inputs)
         finally:
             self._switch.execute = before
-
-    def _expect(self, position: int, operator: ResidualOperator) -> None:
-        if position >= len(self.sites) or self.sites[position].operator is not operator:
-            raise NetworkError(
-                f"The network called layer {operator.name!r} out of the order seen when it was wrapped. Control flow "
-                "that depends on the data is not supported: export the network, or wrap the part without it."
-            )
 
     @torch.no_grad()
     def float_forward(self, inputs: Inputs) -> Any:
@@ -246,11 +251,11 @@ class ResQModel:
         given = as_tuple(inputs)
         check_inputs(given, self.input_shapes)
         check_decision(decision, refresh, state, len(given[0]), len(self.groups), len(self.config.levels))
-        execution = _Execution(self, state, refresh, decision)
-        output = self._run(given, execution)
-        execution.finish()
+        execution = Execution(self._plans, self.config, self.kernels, state, refresh, decision)
+        output = self._run(laid_out(given, self.layout), execution)
+        cost = execution.finish()
         state.age = torch.where(refresh, 0, state.age + 1)
-        return output, execution.cost()
+        return output, cost
 
     # Cost ------------------------------------------------------------------------------------------------------------
 
@@ -284,173 +289,10 @@ def _moments(recorders: Sequence[SiteRecorder]) -> dict[tuple[ResidualOperator, 
     return total
 
 
-class _Execution:
-    """One quantized forward pass."""
-
-    def __init__(self, model: ResQModel, state: StreamState, refresh: Tensor, decision: Field) -> None:
-        self.model, self.state, self.decision = model, state, decision
-        self.refresh = refresh
-        self.key = torch.nonzero(refresh)[:, 0].to(model.device)
-        self.rest = torch.nonzero(~refresh)[:, 0].to(model.device)
-        self.rest_decision = decision.rows(self.rest) if len(self.key) and len(self.rest) else decision
-        self.position = 0
-        self.bops: list[Tensor] = []
-        self.elementwise = torch.zeros(len(refresh), dtype=torch.float64)
-        self._carried: dict[tuple[int, tuple[int, int]], tuple[Tensor, Tensor]] = {}
-        self._shares: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-
-    def __call__(self, operator: ResidualOperator, x: Tensor) -> Tensor:
-        model, state = self.model, self.state
-        model._expect(self.position, operator)
-        site, ranges = model.sites[self.position], model.ranges[self.position]
-        if len(state.inputs) == self.position:
-            state.inputs.append(torch.empty_like(x))
-            state.outputs.append(torch.empty(0))
-            state.versions.append(0)
-        elif len(self.rest):
-            self._check_untouched(site, self.position)
-        grid = self.decision.grid
-        bops = torch.zeros(len(x), *grid, dtype=torch.float64)
-        if not len(self.rest):
-            y = self._keyframe(site, ranges, x, slice(None))
-            bops[:] = self._keyframe_bops(site, x)
-        elif not len(self.key):
-            y, bops = self._residual(site, ranges, x, slice(None))
-        else:
-            y = state.outputs[self.position].clone()
-            y[self.key] = self._keyframe(site, ranges, x[self.key], self.key)
-            bops[self.key.cpu()] = self._keyframe_bops(site, x)
-            y[self.rest], bops[self.rest.cpu()] = self._residual(site, ranges, x[self.rest], self.rest)
-        self._store_output(y)
-        self.bops.append(bops)
-        self.elementwise += torch.where(
-            self.refresh, site.input_elements, 3 * site.input_elements + site.output_elements
-        )
-        self.position += 1
-        return y.clone() if site.overwritten else y
-
-    def _keyframe(self, site: Site, ranges: SiteRanges, x: Tensor, rows: Any) -> Tensor:
-        operator, state = site.operator, self.state
-        step, low, high = ranges.keyframe.bounds(x.device)
-        codes, values = self.model.kernels.encode_keyframe(x, step, low, high)
-        if isinstance(rows, slice):
-            state.inputs[self.position] = values
-        else:
-            state.inputs[self.position][rows] = values
-        weights = self.model._weights["keyframe"][operator]
-        scale = weights.scale * ranges.keyframe.step
-        total = operator.geometry.apply(codes, weights.codes)
-        if operator.bias is None:
-            return total.mul_(scale)
-        return torch.addcmul(operator.per_channel(operator.bias), total, scale, out=total)
-
-    def _residual(self, site: Site, ranges: SiteRanges, x: Tensor, rows: Any) -> tuple[Tensor, Tensor]:
-        operator, table, state = site.operator, ranges.residual[self.state.reference], self.state
-        reference = state.inputs[self.position][rows]  # of all clips a view, of some a copy
-        step = torch.tensor(table.step, device=x.device) if state.reference == "previous" else None
-        codes, cost = self._encode(site, x, reference, table, step)
-        if step is not None and not isinstance(rows, slice):
-            state.inputs[self.position][rows] = reference
-        weights = self.model._weights["residual"][operator]
-        total = operator.geometry.apply(codes, weights.codes)
-        output = torch.addcmul(state.outputs[self.position][rows], total, weights.scale * table.step, out=total)
-        return output, self._residual_bops(site, cost)
-
-    def _encode(
-        self, site: Site, x: Tensor, reference: Tensor, table: ResidualTable, step: Tensor | None
-    ) -> tuple[Tensor, Float[Tensor, "b h w"]]:
-        """Codes of the residual, and the cost of a multiply-accumulate by pixel (h = w = 1 for a linear layer)."""
-        config, decision, group = self.model.config, self.rest_decision, int(self.model.group_of_site[self.position])
-        width = config.weight_bits(site.operator.layer_kind)
-        costs = tuple(float(bit_cost(width, bits, config.bops_convention)) for bits in config.levels)
-        size = site.map_size(x)
-        if (group, size) not in self._carried:
-            self._carried[group, size] = _carried(decision, group, size)
-        carried, row = self._carried[group, size]
-        images = site.operator.channel_axis == 1
-        kernels = self.model.kernels if images else PLAIN
-        if isinstance(decision, LevelField):
-            inverse, limit, unit, cost = table.lookup(None, costs, x.device)[:, carried]
-        else:
-            kappa, sigma = tuple(decision.kappa), torch.tensor(table.sigma, device=x.device)
-            factors, steps = torch.tensor(kappa, device=x.device), table.lookup(kappa, costs, x.device)
-            if images:
-                codes, (*_, cost) = kernels.encode_by_thresholds(
-                    x, reference, carried, row, sigma, factors, steps, step
-                )
-                return codes, cost
-            magnitude = (x - reference).flatten(1).abs().amax(1)[:, None, None]
-            inverse, limit, unit, cost = choose(magnitude, carried, row, sigma, factors, steps)
-        shape = (-1, 1, *cost.shape[1:]) if images else (-1, *[1] * (x.dim() - 1))
-        inverse, limit, unit = (part.reshape(shape) for part in (inverse, limit, unit))
-        return kernels.encode(x, reference, inverse, limit, unit, step), cost
-
-    def _share(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        if size not in self._shares:
-            (h, w), (gh, gw) = size, self.decision.grid
-            self._shares[size] = (_exact_share(h, gh), _exact_share(w, gw).T.contiguous())
-        return self._shares[size]
-
-    def _residual_bops(self, site: Site, cost: Float[Tensor, "b h w"]) -> Float64[Tensor, "b gh gw"]:
-        """BOPs by clip and region: sum over pixels of cost(w, a(p)) n(p), shared among the regions."""
-        size, grid = (cost.shape[1], cost.shape[2]), self.decision.grid
-        config, coverage = self.model.config, site.coverage(size)
-        width, convention = config.weight_bits(site.operator.layer_kind), config.bops_convention
-        highest = max(bit_cost(width, bits, convention) for bits in config.levels)
-        whole = size[0] >= grid[0] and size[1] >= grid[1]  # no pixel is shared between regions
-        small = coverage.numel() * float(coverage.max()) * highest < 2**24
-        exact = torch.float32 if whole and small else torch.float64
-        spent = cost.cpu().to(exact) * coverage.to(exact)
-        rows, columns = self._share(size)
-        return (rows.to(exact) @ spent @ columns.to(exact)).double() * site.macs_per_pixel
-
-    def _keyframe_bops(self, site: Site, x: Tensor) -> Tensor:
-        config = self.model.config
-        coverage = site.coverage(site.map_size(x)).double()
-        rows, columns = self._share((coverage.shape[0], coverage.shape[1]))
-        cost = bit_cost(config.key_weight_bits, config.key_activation_bits, config.bops_convention)
-        return rows @ coverage @ columns * (site.macs_per_pixel * cost)
-
-    def _store_output(self, y: Tensor) -> None:
-        state = self.state
-        if state.reference == "previous" or not len(self.rest):
-            state.outputs[self.position] = y
-        elif len(self.key):
-            state.outputs[self.position][self.key] = y[self.key]
-        state.versions[self.position] = state.outputs[self.position]._version
-
-    def finish(self) -> None:
-        """Check that the pass was whole and left the stored references alone."""
-        if self.position != len(self.model.sites):
-            raise NetworkError(
-                f"The network made {self.position} operator calls instead of the {len(self.model.sites)} seen when it "
-                "was wrapped. Control flow that depends on the data is not supported."
-            )
-        for position, site in enumerate(self.model.sites):
-            self._check_untouched(site, position)
-
-    def _check_untouched(self, site: Site, position: int) -> None:
-        if self.state.outputs[position]._version != self.state.versions[position]:
-            raise NetworkError(
-                f"The output of layer {site.operator.name!r} was overwritten in place by a path not seen when the "
-                "network was wrapped. Use out-of-place operations there."
-            )
-
-    def cost(self) -> FrameCost:
-        """The cost of the pass."""
-        return FrameCost(torch.stack(self.bops, 1), self.refresh.clone(), self.elementwise)
-
-
-def _exact_share(length: int, cells: int) -> Float64[Tensor, "cells length"]:
-    """The share of each position's cost that each cell bears, in double precision: regions must sum to the whole."""
-    members = (cells_of(length, cells)[1] > 0).double()
-    return members / members.sum(0)
-
-
-def _carried(decision: Field, group: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """A group's decisions at a layer's resolution, levels or thresholds; and their rows in the residual tables."""
-    if isinstance(decision, LevelField):
-        levels = carry(decision.levels[:, group], size, "max")
-        return levels, torch.zeros_like(levels)
-    tau = decision.thresholds[:, group]
-    return carry(tau, size, "min").contiguous(), carry(threshold_row(tau), size, "min").contiguous()
+def _layout_for(network: nn.Module, inputs: tuple[Tensor, ...]) -> torch.memory_format:
+    """Channels last, in which the operators are fastest, unless the network needs its features contiguous."""
+    try:
+        float_outputs(network, laid_out(inputs, torch.channels_last))
+    except NetworkError:
+        return torch.contiguous_format
+    return torch.channels_last

@@ -4,17 +4,18 @@ Supported: 2-D convolution (any stride, dilation, groups, depthwise; zero paddin
 linear.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Geometry", "LayerKind", "ResidualOperator"]
+__all__ = ["Geometry", "LayerKind", "Pair", "ResidualOperator", "Switch", "laid_out", "products_in"]
 
 LayerKind = Literal["conv", "depthwise", "grouped", "linear", "pointwise", "transposed"]
 
@@ -153,6 +154,11 @@ class ResidualOperator(nn.Module):
         return per_group * self.out_channels
 
     @property
+    def channels_per_tap(self) -> int:
+        """Input channels that one output reads under each tap."""
+        return self.macs_per_tap // self.out_channels
+
+    @property
     def layer_kind(self) -> LayerKind:
         """Kind of layer, by which residual weight bits can be set."""
         geometry = self.geometry
@@ -190,6 +196,26 @@ class ResidualOperator(nn.Module):
     def channel_axis(self) -> int:
         """Axis of the input's channels."""
         return -1 if self.geometry.operator == "linear" else 1
+
+
+def laid_out(tensors: tuple[Tensor, ...], layout: torch.memory_format) -> tuple[Tensor, ...]:
+    """The tensors, those of images in a memory layout."""
+    return tuple(x.contiguous(memory_format=layout) if x.dim() == 4 else x for x in tensors)
+
+
+@contextmanager
+def products_in(precision: Literal["bf16", "ieee"]) -> Iterator[None]:
+    """Within, convolutions of float32 tensors on a CPU multiply in `precision` and accumulate in float32.
+
+    Integers of up to 8 significant bits are exact in bfloat16, and so are their products in float32. Processors without
+    bfloat16 units multiply in float32 all the same.
+    """
+    mkldnn: Any = torch.backends.mkldnn  # its attributes are made at run time
+    before, mkldnn.conv.fp32_precision = mkldnn.conv.fp32_precision, precision
+    try:
+        yield
+    finally:
+        mkldnn.conv.fp32_precision = before
 
 
 class Switch:

@@ -62,15 +62,12 @@ class AffineQuantizer:
 
     def integers(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Integer codes of `x` minus the zero point, in [-z, 2^bits - 1 - z], as float32."""
-        return affine_codes(x, *self.bounds(x.device))
+        return affine_codes(x, *self.bounds)
 
-    def bounds(
-        self, device: torch.device | str = "cpu"
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, ""]]:
+    @property
+    def bounds(self) -> tuple[float, float, float]:
         """Step, lowest and highest code less the zero point."""
-        low, high = -self.zero_point, 2**self.bits - 1 - self.zero_point
-        step, lowest, highest = (torch.tensor(float(value), device=device) for value in (self.step, low, high))
-        return step, lowest, highest
+        return self.step, float(-self.zero_point), float(2**self.bits - 1 - self.zero_point)
 
     def __call__(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Quantize and dequantize `x`."""

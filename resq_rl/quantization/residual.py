@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from resq_rl.quantization.kernels import encode
+from resq_rl.quantization.kernels import quantize
 from resq_rl.quantization.quantizer import symmetric_limit
 from resq_rl.quantization.ranges import RangeEstimator, symmetric_step
 
@@ -17,6 +17,8 @@ __all__ = ["ResidualTable", "largest_code", "residual_table", "threshold_row"]
 
 # Codes of coarse levels are multiples of a fine unit; this keeps all codes, and so all sums, small integers.
 LARGEST_CODE = 512
+# The largest number of which all smaller ones are exact in bfloat16.
+SIGNIFICANT = 256
 # Units in the finest level's step, as far as LARGEST_CODE allows.
 FINER = 4
 # Steps of threshold fields are made for every half octave of tau from 2^-4 to 2^3.
@@ -29,9 +31,9 @@ OPEN_END = 4.0
 class ResidualTable:
     """The residual quantizers of one operator call: symmetric, one step per level.
 
-    The step of a level is a whole number of units, and that number is 2^k or 3 * 2^k: the codes of all levels are
-    integers in the same unit and one int32 accumulator serves pixels of mixed levels. Hardware needs a shift and at
-    most one addition, no rescaling.
+    The step of a level is a whole number of units, and that number is 2^k, or 3 * 2^k below 8 bits: the codes of all
+    levels are integers in the same unit and one int32 accumulator serves pixels of mixed levels. Hardware needs a shift
+    and at most one addition, no rescaling. Up to 8 bits, all codes have 8 significant bits at most.
 
     Under a bit field, a level has the step that calibration found best for all residuals. Under a threshold field, a
     level gets the pixels whose largest magnitude lies in (tau kappa_l sigma, tau kappa_(l+1) sigma], so its step
@@ -69,7 +71,7 @@ class ResidualTable:
         """
         index = levels if row is None else levels + row * len(self.units)
         inverse, limit, unit, _ = self.lookup(None if row is None else kappa, device=residual.device)[:, index]
-        return encode(residual, torch.zeros((), device=residual.device), inverse, limit, unit)
+        return quantize(residual, inverse, limit, unit)
 
     def lookup(
         self,
@@ -134,12 +136,13 @@ def _units(table: ResidualTable, tau: float, kappa: Sequence[float]) -> tuple[in
 def _whole(units: float, limit: int, most: int) -> int:
     """The number 2^k or 3 * 2^k nearest to `units` by ratio with which codes up to `limit` stay within `most`.
 
-    0 for limit 0.
+    3 * 2^k only where codes keep to 8 significant bits. 0 for limit 0.
     """
     if limit == 0:
         return 0
     powers = [2**k for k in range(most.bit_length())]
-    allowed = [n for n in (*powers, *(3 * p for p in powers)) if n * limit <= most]
+    threefold = [3 * p for p in powers] if 3 * limit <= SIGNIFICANT else []
+    allowed = [n for n in (*powers, *threefold) if n * limit <= most]
     nearest: int = min(allowed, key=lambda n: abs(math.log(n / max(units, 1.0))))
     return nearest
 

@@ -40,8 +40,16 @@ class StreamState:
             self.versions = other.versions
             return
         if not self.inputs:
-            self.inputs = [x.new_zeros(len(self.age), *x.shape[1:]) for x in other.inputs]
-            self.outputs = [y.new_zeros(len(self.age), *y.shape[1:]) for y in other.outputs]
+            self.inputs = [_zeros(len(self.age), x) for x in other.inputs]
+            self.outputs = [_zeros(len(self.age), y) for y in other.outputs]
         for mine, new in zip(self.inputs + self.outputs, other.inputs + other.outputs, strict=True):
             mine[rows] = new
         self.versions = [y._version for y in self.outputs]
+
+
+def _zeros(clips: int, like: Tensor) -> Tensor:
+    """Zeros for so many clips, in the memory layout of `like`."""
+    zeros = like.new_zeros(clips, *like.shape[1:])
+    if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last):
+        return zeros.contiguous(memory_format=torch.channels_last)
+    return zeros

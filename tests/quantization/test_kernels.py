@@ -1,78 +1,163 @@
-"""Fused kernels against the plain ones, in processes of their own: run-time type checks are no code to compile."""
+"""The kernels in C against the plain ones."""
 
-import os
-import shutil
-import subprocess
-import sys
+import copy
+import itertools
+import logging
+import pickle
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
-STEPS = """
-import copy, itertools, pickle, torch
-from resq_rl.quantization import LevelField, ResQModel, ThresholdField
-from resq_rl.quantization.kernels import PLAIN
+from resq_rl.quantization import Field, LevelField, Reference, ResQModel, ThresholdField
+from resq_rl.quantization.kernels import PLAIN, Kernels, native
+from tests.quantization.networks import byte_clips
 
-class Network(torch.nn.Module):
-    def __init__(self):
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+
+
+@pytest.fixture(scope="module")
+def fast() -> Kernels:
+    """The kernels in C."""
+    if native() is PLAIN:
+        pytest.skip("no C compiler on this machine")
+    return native()
+
+
+class Network(nn.Module):
+    """One operator of each kind."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self.stem = torch.nn.Conv2d(3, 8, 3, 2, 1)
-        self.body = torch.nn.Conv2d(8, 8, 3, 1, 1, groups=8)
-        self.up = torch.nn.ConvTranspose2d(8, 4, 2, 2, bias=False)
-        self.head = torch.nn.Linear(4, 2)
-    def forward(self, x):
-        x = self.up(torch.relu(self.body(torch.relu(self.stem(x)))))
-        return self.head(x.mean((2, 3)))
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.body = nn.Conv2d(8, 8, 3, 1, 1, groups=8)
+        self.wide = nn.Conv2d(8, 24, 1)
+        self.up = nn.ConvTranspose2d(24, 4, 2, 2, bias=False)
+        self.head = nn.Linear(4, 2)
 
-torch.manual_seed(0)
-network = Network()
-clips = [torch.randint(0, 256, (8, 3, 20, 28), dtype=torch.uint8) for _ in range(2)]
-plain, fused = (ResQModel(network, torch.zeros(1, 3, 20, 28)).calibrate(clips) for _ in range(2))
-fused.compile()
-assert fused.kernels is not PLAIN, "not compiled"
-for clips, reference, thresholds in itertools.product((1, 3), ("previous", "keyframe"), (True, False)):
-    states = [model.new_state(clips, reference) for model in (plain, fused)]
-    frames = torch.rand(clips, 3, 20, 28)
-    for t in range(4):
-        frames = (frames + 0.2 * torch.randn(frames.shape)).clamp(0, 1)
-        refresh = torch.arange(clips) < (clips if t == 0 else clips - 1 if t == 2 else 0)
-        groups = len(plain.groups)
-        field = (
-            ThresholdField(torch.rand(clips, groups, 2, 3) * 2, (1.0, 1.5 + t, 8.0))
-            if thresholds
-            else LevelField(torch.randint(4, (clips, groups, 2, 3)))
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(torch.relu(self.wide(torch.relu(self.body(torch.relu(self.stem(x)))))))
+        scores: Tensor = self.head(x.mean((2, 3)))
+        return scores
+
+
+class Reshaping(nn.Module):
+    """A network whose features must be contiguous in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        scores: Tensor = self.second(x.view(len(x), 16, -1, x.shape[3]))
+        return scores
+
+
+@pytest.mark.parametrize("network", [Network, Reshaping])
+def test_steps_are_equal_bit_for_bit(network: type[nn.Module], fast: Kernels) -> None:
+    generator = torch.Generator().manual_seed(0)
+    plain = ResQModel(network(), torch.zeros(1, 3, 20, 28)).calibrate(byte_clips(2, 8, 3, (20, 28)))
+    compiled = copy.deepcopy(plain).compile()
+    assert compiled.kernels == fast
+    assert (plain.layout == torch.channels_last) == (network is Network)
+    references: tuple[Reference, ...] = ("previous", "keyframe")
+    for clips, reference, thresholds in itertools.product((1, 3), references, (True, False)):
+        states = [model.new_state(clips, reference) for model in (plain, compiled)]
+        frames = torch.rand(clips, 3, 20, 28, generator=generator)
+        for t in range(4):
+            frames = (frames + 0.2 * torch.randn(frames.shape, generator=generator)).clamp(0, 1)
+            refresh = torch.arange(clips) < (clips if t == 0 else clips - 1 if t == 2 else 0)
+            shape = clips, len(plain.groups), 2, 3
+            field: Field = (
+                ThresholdField(2 * torch.rand(shape, generator=generator), (1.0, 1.5 + t, 8.0))
+                if thresholds
+                else LevelField(torch.randint(4, shape, generator=generator))
+            )
+            (a, cost), (b, other) = (
+                model.step(frames, state, refresh, field)
+                for model, state in zip((plain, compiled), states, strict=True)
+            )
+            assert torch.equal(a, b)
+            assert torch.equal(cost.bops, other.bops)
+            for mine, its in zip(*(state.inputs + state.outputs for state in states), strict=True):
+                assert torch.equal(mine, its)
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_codes_costs_and_references_are_equal_in_every_layout(fast: Kernels, data: st.DataObject) -> None:
+    clips, channels, height, width = (data.draw(st.integers(1, most)) for most in (3, 40, 9, 17))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    x, reference = (
+        torch.randn(clips, channels, height, width, generator=generator).contiguous(
+            memory_format=data.draw(st.sampled_from(LAYOUTS))
         )
-        (a, cost), (b, other) = (m.step(frames, s, refresh, field) for m, s in zip((plain, fused), states))
-        assert torch.equal(a, b) and torch.equal(cost.bops, other.bops), (clips, reference, thresholds, t)
-        for mine, its in zip(states[0].inputs + states[0].outputs, states[1].inputs + states[1].outputs):
-            assert torch.equal(mine, its), (clips, reference, thresholds, t)
-again = pickle.loads(pickle.dumps(fused))
-assert again.kernels is not PLAIN and again.kernels.device == fused.kernels.device, "not compiled after pickling"
-assert copy.deepcopy(plain).kernels == PLAIN
-print("equal")
-"""
-
-FALLBACK = """
-import logging
-logging.basicConfig(level=logging.INFO, format="%(message)s")
-from resq_rl.quantization.kernels import PLAIN, compiled
-assert compiled() is PLAIN
-"""
-
-
-def run(code: str, cache: Path, **environment: str) -> str:
-    """What a script prints, with an empty cache of compiled code."""
-    settings = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"} | environment
-    del settings["TORCH_COMPILE_DISABLE"]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=settings, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
+        for _ in range(2)
+    )
+    steps = torch.rand(4, 12, generator=generator) * torch.tensor([[5.0], [7.0], [3.0], [9.0]])
+    steps[1:3] = steps[1:3].round()
+    row = torch.randint(3, (clips, height, width), generator=generator)
+    tau = 3 * torch.rand(clips, height, width, generator=generator)
+    step = data.draw(st.sampled_from([None, 0.37]))
+    for arguments in ((steps, row, step, tau, 0.8, (1.0, 2.0, 8.0)), (steps, row, step)):
+        references = reference.clone(), reference.clone()
+        codes, cost = PLAIN.encode(x, references[0], *arguments)
+        own_codes, own_cost = fast.encode(x, references[1], *arguments)
+        assert torch.equal(codes, own_codes)
+        assert torch.equal(cost, own_cost)
+        assert torch.equal(*references)
+    for plain, own in zip(*(k.encode_keyframe(x, 0.3, -3.0, 4.0) for k in (PLAIN, fast)), strict=True):
+        assert torch.equal(plain, own)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler (g++) on this machine")
-def test_fused_steps_equal_plain_ones_bit_for_bit(tmp_path: Path) -> None:
-    assert "equal" in run(STEPS, tmp_path)
+def test_a_view_that_is_dense_in_no_layout_is_moved_in_place(fast: Kernels) -> None:
+    whole = torch.randn(2, 6, 5, 8)
+    steps = torch.tensor([[2.0], [7.0], [1.0], [4.0]])
+    x, index = torch.randn(2, 3, 5, 4), torch.zeros(2, 5, 4, dtype=torch.int64)
+    found = []
+    for kernels in (PLAIN, fast):
+        own = whole.clone()
+        found.append((*kernels.encode(x, own[:, ::2, :, ::2], steps, index, 0.5), own))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_without_a_compiler_the_plain_kernels_run_and_a_line_says_so(tmp_path: Path) -> None:
-    assert "Kernels run uncompiled, which is slower" in run(FALLBACK, tmp_path, CXX=str(tmp_path / "no-compiler"))
+def test_copies_of_a_compiled_model_are_compiled(fast: Kernels) -> None:
+    model = ResQModel(Network(), torch.zeros(1, 3, 20, 28)).calibrate(byte_clips(1, 4, 3, (20, 28)))
+    assert pickle.loads(pickle.dumps(model)).kernels == PLAIN
+    assert pickle.loads(pickle.dumps(model.compile())).kernels == fast
+
+
+@pytest.fixture
+def new_process() -> Iterator[None]:
+    """As in a process that has compiled nothing yet."""
+    native.cache_clear()
+    yield
+    native.cache_clear()
+
+
+@pytest.mark.usefixtures("new_process")
+def test_what_was_compiled_is_kept(fast: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert native() is not PLAIN
+    (library,) = (tmp_path / "resq_rl").iterdir()
+    before = library.stat().st_mtime_ns
+    native.cache_clear()
+    assert native() is not PLAIN
+    assert library.stat().st_mtime_ns == before
+
+
+@pytest.mark.usefixtures("new_process")
+@pytest.mark.parametrize("reason", ["no compiler", "broken compiler"])
+def test_without_a_compiler_the_plain_kernels_run_and_a_line_says_so(
+    reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", str(tmp_path / "none") if reason == "no compiler" else "false")
+    with caplog.at_level(logging.INFO):
+        assert native() is PLAIN
+    assert "Kernels run uncompiled, which is slower" in caplog.text

@@ -40,16 +40,22 @@ def limit_of(bits: int) -> int:
     return int(2 ** (bits - 1)) - 1 if bits else 0
 
 
+def threefold(bits: int) -> bool:
+    """Whether three times a code of so many bits has 8 significant bits at most."""
+    return 3 * limit_of(bits) <= 256
+
+
 def most_units(bits: int, levels: tuple[int, ...]) -> int:
     """The largest 2^k or 3 * 2^k with which no code exceeds 512, or the highest level's own codes."""
     room = max(512, limit_of(levels[-1])) / limit_of(bits)
-    return max(n for k in range(16) for n in (1 << k, 3 << k) if n <= room)
+    return max(n for k in range(16) for n in (1 << k, (3 if threefold(bits) else 1) << k) if n <= room)
 
 
 def assert_near(units: float, wanted: float, bits: int, levels: tuple[int, ...]) -> None:
-    """Neighbours are 3:2 apart or less, 2:1 below 2 units; the nearer one by ratio is at most the root of that off."""
+    """Neighbours are 3:2 apart, 2:1 below 2 units or from 8 bits on; the nearer is at most the root of that off."""
     wanted = min(max(wanted, 1), most_units(bits, levels))
-    assert max(units / wanted, wanted / units) <= math.sqrt(1.5 if wanted >= 2 else 2) * (1 + 1e-6)
+    gap = 1.5 if wanted >= 2 and threefold(bits) else 2
+    assert max(units / wanted, wanted / units) <= math.sqrt(gap) * (1 + 1e-6)
 
 
 # Steps ---------------------------------------------------------------------------------------------------------------
