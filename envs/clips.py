@@ -1,18 +1,18 @@
 """Clips made ready for simulation: frames, what predictions are compared with, and how errors are weighted."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int64, Num, UInt8
 from torch import Tensor
 
 from resq_rl.errors import SettingsError, VideoError
-from resq_rl.perception import Segmentation, mean_iou
+from resq_rl.perception import Task
 from resq_rl.quantization import ResQModel, to_float
-from resq_rl.video import IGNORE, Clip
+from resq_rl.video import Clip
 
 __all__ = ["AccuracySource", "ClipStore", "ErrorWeighting", "gather"]
 
@@ -25,20 +25,22 @@ class ClipStore:
     """Clips of one frame size with the targets their predictions are compared with.
 
     Attributes:
+        task: what predictions are of.
         clips: the clips.
-        targets: per clip (t, h, w) class indices: the labels, or the float network's own predictions (teacher
+        targets: per clip the target of each frame: the labels, or the float network's own predictions (teacher
             agreement).
-        teacher: per clip (t, h, w) the float network's predictions.
-        float_confusion: per clip confusion of the float network against the targets, (clips, k, k).
-        error_table: cost of predicting class b where the target is a, (k, k), zero on the diagonal.
+        teacher: per clip the float network's predictions.
+        float_counts: per clip `Task.counts` of the float network against the targets.
+        error_table: what errors cost (`Task.error_table`).
         source: what the targets are.
     """
 
+    task: Task
     clips: tuple[Clip, ...]
-    targets: tuple[UInt8[Tensor, "_ h w"], ...]
-    teacher: tuple[UInt8[Tensor, "_ h w"], ...]
-    float_confusion: Int64[Tensor, "n k k"]
-    error_table: Float[Tensor, "k k"]
+    targets: tuple[Num[Tensor, "_ *target"], ...]
+    teacher: tuple[Num[Tensor, "_ *prediction"], ...]
+    float_counts: Num[Tensor, "n *c"]
+    error_table: Float[Tensor, "*e"]
     source: AccuracySource
 
     def __len__(self) -> int:
@@ -54,35 +56,26 @@ class ClipStore:
         """The frames of each clip."""
         return tuple(clip.frames for clip in self.clips)
 
-    @cached_property
-    def error_by_pair(self) -> Float[Tensor, " pairs"]:
-        """Cost of a pixel at index target * k + prediction; targets beyond the classes are ignored and cost nothing."""
-        classes = len(self.error_table)
-        table = torch.zeros(256, classes)
-        table[:classes] = self.error_table
-        return table.flatten()
-
     @property
     def float_accuracy(self) -> float:
-        """Mean IoU of the float network against the targets; 1 by definition under teacher agreement."""
-        return float(mean_iou(self.float_confusion.sum(0)))
+        """Accuracy of the float network against the targets; 1 by definition under teacher agreement."""
+        return float(self.task.accuracy(self.float_counts.sum(0)))
 
     def subset(self, indices: Sequence[int]) -> "ClipStore":
         """The clips in `indices`, with the same error weights."""
         chosen = list(indices)
-        return ClipStore(
-            tuple(self.clips[i] for i in chosen),
-            tuple(self.targets[i] for i in chosen),
-            tuple(self.teacher[i] for i in chosen),
-            self.float_confusion[chosen],
-            self.error_table,
-            self.source,
+        return replace(
+            self,
+            clips=tuple(self.clips[i] for i in chosen),
+            targets=tuple(self.targets[i] for i in chosen),
+            teacher=tuple(self.teacher[i] for i in chosen),
+            float_counts=self.float_counts[chosen],
         )
 
     @staticmethod
     def prepare(
         model: ResQModel,
-        task: Segmentation,
+        task: Task,
         clips: Sequence[Clip],
         *,
         source: AccuracySource = "labels",
@@ -94,41 +87,38 @@ class ClipStore:
         Args:
             model: its float network gives the teacher's predictions.
             source: "labels", or "teacher" for agreement with the float network.
-            weighting: "pixel" costs every wrong pixel 1; "iou" costs it max(f) / k * (1/f(target) + 1/f(prediction)),
-                with f the frequencies of the k classes among the targets (at least 0.5%): to first order max(f) times
-                what the pixel takes from mean IoU.
+            weighting: of errors, "pixel" or "iou", as `Task.error_table` has it.
             progress: called with the number of frames done.
 
         Raises:
             VideoError: no clips, clips of different sizes, or no labels where they are needed.
         """
-        _check(clips, source)
-        targets, teachers, confusions = [], [], []
+        _check(clips, source, weighting)
+        targets, teachers, counts = [], [], []
         for clip in clips:
             teacher = _predictions(model, task, clip.frames, progress)
-            target = teacher if source == "teacher" or clip.labels is None else clip.labels
-            top = int(torch.where(target == IGNORE, 0, target).max())
-            if top >= task.classes:
-                raise VideoError(
-                    f"{clip.name}: labels reach class {top}, the task has {task.classes} classes. "
-                    f"Set task.classes or map the labels."
-                )
+            target = task.target(teacher)
+            if source == "labels" and clip.labels is not None:
+                task.check(clip)
+                target = clip.labels
             targets.append(target)
             teachers.append(teacher)
-            confusions.append(task.confusion(teacher, target).sum(0))
-        confusion = torch.stack(confusions)
-        table = _error_table(confusion.sum((0, 2)), task.classes, weighting)
-        return ClipStore(tuple(clips), tuple(targets), tuple(teachers), confusion, table, source)
+            counts.append(task.counts(teacher, target).sum(0))
+        float_counts = torch.stack(counts)
+        table = task.error_table(float_counts.sum(0), weighting)
+        return ClipStore(task, tuple(clips), tuple(targets), tuple(teachers), float_counts, table, source)
 
 
 def gather(
-    per_clip: Sequence[UInt8[Tensor, "_ *shape"]], clips: Int64[Tensor, " b"], times: Int64[Tensor, " b"]
-) -> UInt8[Tensor, "b *shape"]:
+    per_clip: Sequence[Num[Tensor, "_ *shape"]], clips: Int64[Tensor, " b"], times: Int64[Tensor, " b"]
+) -> Num[Tensor, "b *shape"]:
     """The frame `times[i]` of clip `clips[i]` for every i, of frames, targets or the like."""
     return torch.stack([per_clip[c][t] for c, t in zip(clips.tolist(), times.tolist(), strict=True)])
 
 
-def _check(clips: Sequence[Clip], source: str) -> None:
+def _check(clips: Sequence[Clip], source: str, weighting: str) -> None:
+    if weighting not in get_args(ErrorWeighting):
+        raise SettingsError(f"weighting is 'iou' or 'pixel', got {weighting!r}.")
     if source not in get_args(AccuracySource):
         raise SettingsError(f"accuracy is 'labels' or 'teacher', got {source!r}.")
     if not clips:
@@ -143,7 +133,7 @@ def _check(clips: Sequence[Clip], source: str) -> None:
 
 @torch.no_grad()
 def _predictions(
-    model: ResQModel, task: Segmentation, frames: Tensor, progress: Callable[[int], None] | None, chunk: int = 16
+    model: ResQModel, task: Task, frames: Tensor, progress: Callable[[int], None] | None, chunk: int = 16
 ) -> Tensor:
     parts = []
     for part in frames.split(chunk):
@@ -152,15 +142,3 @@ def _predictions(
         if progress is not None:
             progress(len(part))
     return torch.cat(parts)
-
-
-def _error_table(pixels: Tensor, classes: int, weighting: str) -> Tensor:
-    if weighting not in get_args(ErrorWeighting):
-        raise SettingsError(f"weighting is 'iou' or 'pixel', got {weighting!r}.")
-    table = torch.ones(classes, classes)
-    if weighting == "iou":
-        # A class rarer than 0.5% of the pixels would drown all others.
-        frequency = (pixels / pixels.sum().clamp_min(1)).clamp_min(0.005).float()
-        inverse = frequency.amax() / frequency / classes
-        table = inverse[:, None] + inverse[None, :]
-    return table.fill_diagonal_(0)

@@ -15,7 +15,7 @@ from resq_rl.envs.batched import BatchedEnvironment, EpisodeSettings, Transition
 from resq_rl.envs.clips import ClipStore
 from resq_rl.envs.simulator import Simulator
 from resq_rl.errors import SettingsError
-from resq_rl.perception import Segmentation, compact_ddrnet
+from resq_rl.perception import Segmentation, Task, compact_ddrnet
 from resq_rl.quantization import DEFAULT_KAPPA, Reference, ResQModel
 from resq_rl.video import GeneratedVideo
 
@@ -30,7 +30,7 @@ __all__ = [
     "register",
 ]
 
-World = tuple[ResQModel, Segmentation, ClipStore]
+World = tuple[ResQModel, Task, ClipStore]
 
 
 @lru_cache(maxsize=2)
@@ -49,7 +49,7 @@ def _core(
     slots: int,
     *,
     model: ResQModel | None = None,
-    task: Segmentation | None = None,
+    task: Task | None = None,
     store: ClipStore | None = None,
     grid: tuple[int, int] = (6, 10),
     reference: Reference = "previous",

@@ -6,14 +6,14 @@ from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int64, UInt8
+from jaxtyping import Bool, Float, Float64, Int64, Num
 from torch import Tensor
 
 from resq_rl.envs.clips import ClipStore, gather
 from resq_rl.envs.observation import Observation
 from resq_rl.envs.simulator import Decision, FrameResult, Simulator
 from resq_rl.errors import SettingsError
-from resq_rl.perception import Segmentation, mean_iou
+from resq_rl.perception import Task
 from resq_rl.quantization import LevelField, Reference, ResQModel
 
 __all__ = ["FrameView", "Measurement", "Policy", "Trace", "batches", "frames_of", "measure", "trace"]
@@ -90,7 +90,9 @@ class Measurement:
     BOPs are shares of the network's W8A8 frame.
 
     Attributes:
-        confusion: pixels by clip, target class and predicted class.
+        task: what was predicted.
+        counts: `Task.counts` by clip.
+        error: by clip, the frames' errors as rewards charge them.
         frames: frames by clip.
         keyframe, residual: BOPs by clip, summed over its frames; `policy` is the policy's own per decided frame.
         peak: the most expensive frame of each clip, policy included.
@@ -100,7 +102,9 @@ class Measurement:
         settings: the policy's.
     """
 
-    confusion: Int64[Tensor, "n k k"]
+    task: Task
+    counts: Num[Tensor, "n *c"]
+    error: Float64[Tensor, " n"]
     frames: Int64[Tensor, " n"]
     keyframe: Float64[Tensor, " n"]
     residual: Float64[Tensor, " n"]
@@ -113,8 +117,13 @@ class Measurement:
 
     @property
     def accuracy(self) -> float:
-        """Mean IoU over all frames."""
-        return float(mean_iou(self.confusion.sum(0)))
+        """Accuracy over all frames (`Task.accuracy`)."""
+        return float(self.task.accuracy(self.counts.sum(0)))
+
+    @property
+    def mean_error(self) -> float:
+        """Mean error of a frame."""
+        return float(self.error.sum() / self.frames.sum())
 
     @property
     def bops(self) -> float:
@@ -128,14 +137,14 @@ class Measurement:
 
     def resampled(self, clips: Int64[Tensor, " m"]) -> tuple[float, float]:
         """Accuracy and BOPs over a resample of the clips."""
-        accuracy = float(mean_iou(self.confusion[clips].sum(0)))
+        accuracy = float(self.task.accuracy(self.counts[clips].sum(0)))
         return accuracy, float(self.clip_bops[clips].sum() / self.frames[clips].sum())
 
 
 @torch.no_grad()
 def measure(
     model: ResQModel,
-    task: Segmentation,
+    task: Task,
     store: ClipStore,
     policy: Policy,
     *,
@@ -155,9 +164,11 @@ def measure(
     if slots < 1:
         raise SettingsError(f"At least one clip must step at a time, got {slots}.")
     clips = len(store)
-    sums = {k: torch.zeros(clips, dtype=torch.float64) for k in ("keyframe", "residual", "elementwise", "peak")}
+    sums = {
+        k: torch.zeros(clips, dtype=torch.float64) for k in ("error", "keyframe", "residual", "elementwise", "peak")
+    }
     frames, keyframes = torch.zeros(clips, dtype=torch.int64), torch.zeros(clips, dtype=torch.int64)
-    confusion = torch.zeros(clips, task.classes, task.classes, dtype=torch.int64)
+    counts = torch.zeros_like(store.float_counts)
     reference = model.reference_bops()
     policy_share = _own_share(model, policy)
     for batch in batches(store, slots):
@@ -167,6 +178,7 @@ def measure(
             rows = index[result.clip]
             total = result.cost.total / reference
             key = result.cost.keyframe
+            sums["error"][rows] += result.error.mean((1, 2))
             sums["keyframe"][rows] += torch.where(key, total, 0.0)
             sums["residual"][rows] += torch.where(key, 0.0, total)
             sums["elementwise"][rows] += result.cost.elementwise
@@ -174,12 +186,14 @@ def measure(
             frames[rows] += 1
             keyframes[rows] += key.long()
             targets = gather(simulator.store.targets, result.clip, result.time)
-            confusion[rows] += task.confusion(result.prediction, targets)
+            counts[rows] += task.counts(result.prediction, targets)
             if progress is not None:
                 progress(len(rows))
     policy_sum = (frames - 1).double() * policy_share
     return Measurement(
-        confusion,
+        task,
+        counts,
+        sums["error"],
         frames,
         sums["keyframe"],
         sums["residual"],
@@ -197,7 +211,7 @@ class Trace:
     """One clip under one policy, frame by frame; BOPs are shares of the network's W8A8 frame.
 
     Attributes:
-        prediction: predicted classes.
+        prediction: what the task predicts.
         share: BOPs by region / (W8A8 BOPs of the frame / regions), without the policy's own.
         bops: BOPs of each frame, the policy's own included.
         keyframe: which frames ran as keyframes.
@@ -205,7 +219,7 @@ class Trace:
             the policy decides for whole frames.
     """
 
-    prediction: UInt8[Tensor, "t h w"]
+    prediction: Num[Tensor, "t *p"]
     share: Float[Tensor, "t gh gw"]
     bops: Float64[Tensor, " t"]
     keyframe: Bool[Tensor, " t"]
@@ -223,7 +237,7 @@ class Trace:
 @torch.no_grad()
 def trace(
     model: ResQModel,
-    task: Segmentation,
+    task: Task,
     store: ClipStore,
     policy: Policy,
     *,
@@ -254,9 +268,7 @@ def trace(
     )
 
 
-def _simulator(
-    model: ResQModel, task: Segmentation, store: ClipStore, policy: Policy, grid: tuple[int, int]
-) -> Simulator:
+def _simulator(model: ResQModel, task: Task, store: ClipStore, policy: Policy, grid: tuple[int, int]) -> Simulator:
     """A simulator in which all clips of the store step together under `policy`."""
     return Simulator(
         model,

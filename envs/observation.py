@@ -27,17 +27,17 @@ FRAME_FEATURES = (
     "trade_off",  # position of lambda in its range, on a log scale
     "budget_left",  # share of the clip's budget of BOPs that is left; 1 without a budget
     "frame_residual_mean",  # square root of the mean pixel residual of the frame
-    "foreground_share",  # share of the last output's pixels that are not class 0
+    "foreground_share",  # mean of `foreground` over the frame
 )
 _REGION_FEATURES = (
     "residual_mean",  # square root of the mean absolute pixel residual against the reference frame
     "residual_max",  # largest absolute pixel residual
     "drift_mean",  # square root of the mean absolute pixel difference to the last keyframe
     "residual_around",  # residual_mean over the region and its eight neighbours
-    "uncertainty",  # mean uncertainty of the last output
-    "boundary",  # share of the last output's pixels that differ from the next pixel right or below
+    "uncertainty",  # mean uncertainty of the last output, as its task defines it (`Task.features`)
+    "boundary",  # mean boundary of the last output; of classes: pixels that differ from the next right or below
     "boundary_around",  # boundary over the region and its eight neighbours
-    "foreground",  # share of the last output's pixels that are not class 0
+    "foreground",  # mean foreground of the last output; of classes: pixels that are not class 0
     "texture",  # square root of the mean absolute difference of neighbouring pixels' luminance
 )
 
@@ -81,7 +81,7 @@ def region_values(
     texture: Float[Tensor, "b gh gw"],
     spent: Float[Tensor, "b gh gw g"],
 ) -> Float[Tensor, "b gh gw f"]:
-    """The features of `region_features`, made of those that are measured; `output` is of `output_features`."""
+    """The features of `region_features`; `output` holds the uncertainty, boundary and foreground of the last output."""
     uncertainty, boundary, foreground = output.unbind(-1)
     seen = [residual_mean, residual_max, drift_mean, around(residual_mean)]
     parts = [*seen, uncertainty, boundary, around(boundary), foreground, texture]
@@ -127,21 +127,6 @@ def difference(a: UInt8[Tensor, "b 3 h w"], b: UInt8[Tensor, "b 3 h w"]) -> Floa
     """Largest absolute difference over the channels, in 0..1."""
     # |a - b| in unsigned bytes, without widening: max - min of the pair.
     return (torch.maximum(a, b) - torch.minimum(a, b)).amax(1).float().div_(255.0)
-
-
-def output_features(
-    prediction: UInt8[Tensor, "b h w"], uncertainty: Float[Tensor, "b u v"], grid: tuple[int, int]
-) -> Float[Tensor, "b gh gw 3"]:
-    """Uncertainty, boundary density and foreground share of an output."""
-    edge = torch.zeros(prediction.shape, dtype=torch.bool, device=prediction.device)
-    edge[:, :, :-1] |= prediction[:, :, 1:] != prediction[:, :, :-1]
-    edge[:, :-1] |= prediction[:, 1:] != prediction[:, :-1]
-    parts = [
-        pool_mean(uncertainty, grid),
-        pool_mean(edge.float(), grid),
-        pool_mean((prediction != 0).float(), grid),
-    ]
-    return torch.stack(parts, -1)
 
 
 def frame_texture(frame: UInt8[Tensor, "b 3 h w"], grid: tuple[int, int]) -> Float[Tensor, "b gh gw"]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int64, UInt8
+from jaxtyping import Bool, Float, Float64, Int64, Num, UInt8
 from torch import Tensor
 
 from resq_rl.envs.clips import ClipStore, gather
@@ -15,13 +15,12 @@ from resq_rl.envs.observation import (
     age_feature,
     difference,
     frame_texture,
-    output_features,
     pool_max,
     pool_mean,
     region_values,
 )
 from resq_rl.errors import NetworkError, PolicyError, SettingsError
-from resq_rl.perception import Segmentation
+from resq_rl.perception import Task
 from resq_rl.quantization import (
     Field,
     FrameCost,
@@ -50,9 +49,9 @@ class FrameResult:
     """What one frame of each clip gave.
 
     Attributes:
-        prediction: predicted classes.
-        error: cost of the errors by region, from the clip store's error table, over the frame's pixels / regions, so
-            that its mean is the frame's mean cost per pixel; 0 is perfect.
+        prediction: what the task predicts.
+        error: cost of the errors by region (`Task.error`), over the frame's pixels / regions, so that its mean is the
+            frame's error; 0 is perfect.
         cost: exact BOPs; `share` is them by region as a share of the region's W8A8 BOPs.
         share: BOPs by region / (W8A8 BOPs of the frame / regions), so that its mean is the frame's share of W8A8.
         clip: index of each slot's clip in the store.
@@ -60,7 +59,7 @@ class FrameResult:
         last: whether it was the last frame of its clip.
     """
 
-    prediction: UInt8[Tensor, "b h w"]
+    prediction: Num[Tensor, "b *p"]
     error: Float[Tensor, "b gh gw"]
     cost: FrameCost
     share: Float[Tensor, "b gh gw"]
@@ -97,7 +96,7 @@ class Simulator:
     def __init__(
         self,
         model: ResQModel,
-        task: Segmentation,
+        task: Task,
         store: ClipStore,
         *,
         slots: int,
@@ -218,7 +217,8 @@ class Simulator:
         self._check_finite(output, rows)
         prediction = self.task.predict(output).cpu()
         error = self._error(prediction, gather(self.store.targets, self.clip[rows], self.time[rows]))
-        features = output_features(prediction, self.task.uncertainty(output).cpu(), self.grid)
+        maps = self.task.features(output, prediction)
+        features = torch.stack([pool_mean(values.cpu(), self.grid) for values in maps], -1)
         return self._finish(rows, frames, prediction, error, features, cost)
 
     def _check_finite(self, output: Tensor, rows: Tensor) -> None:
@@ -275,8 +275,8 @@ class Simulator:
         last = self.time[rows] >= self.length[rows]
         return FrameResult(prediction, error, cost, share, clips, times, last)
 
-    def _error(self, prediction: UInt8[Tensor, "b h w"], target: UInt8[Tensor, "b h w"]) -> Float[Tensor, "b gh gw"]:
-        cost = self.store.error_by_pair[target.int() * self.task.classes + prediction.int()]
+    def _error(self, prediction: Num[Tensor, "b *p"], target: Num[Tensor, "b *t"]) -> Float[Tensor, "b gh gw"]:
+        cost = self.task.error(prediction, target, self.store.error_table, self.model.frame_size)
         return pool_mean(cost, self.grid) * self._area
 
     def float_error(self, result: FrameResult) -> Float[Tensor, "b gh gw"]:

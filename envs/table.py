@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int64, UInt8
+from jaxtyping import Bool, Float, Float64, Int64, Num, UInt8
 from torch import Tensor
 
 from resq_rl.envs.clips import ClipStore, gather
@@ -20,7 +20,7 @@ from resq_rl.envs.observation import (
 )
 from resq_rl.envs.simulator import Decision, FrameResult, Simulator
 from resq_rl.errors import PolicyError, SettingsError
-from resq_rl.perception import Segmentation
+from resq_rl.perception import Task
 from resq_rl.quantization import FrameCost, LevelField, ResQModel, StreamState
 
 __all__ = ["ResponseTable", "TableSimulator", "respond"]
@@ -34,13 +34,13 @@ class ResponseTable:
     """What every frame of a clip gives against every keyframe before it, at one level for all layers and regions.
 
     Row [k, a, l] is frame k + a as a residual against keyframe k at level l. Row [k, 0, l] is keyframe k itself, the
-    same for every l. Rows beyond the end of the clip hold no pixels and NaN. There are T frames, ages 0 to A - 1, L
+    same for every l. Rows beyond the end of the clip hold no counts and NaN. There are T frames, ages 0 to A - 1, L
     levels.
 
     Attributes:
-        confusion: pixels by target class and predicted class.
+        counts: `Task.counts` of each row.
         region_error: `FrameResult.error`, the cost of the errors by region.
-        output: the output's features by region, as the next observation shows them (`output_features`).
+        output: the output's features by region, as the next observation shows them (`Task.features`).
         residual: the features residual_mean and residual_max of frame k + a against keyframe k.
         frame_residual: its feature frame_residual_mean.
         texture: the feature texture of each frame.
@@ -51,7 +51,7 @@ class ResponseTable:
         state_bytes: bytes of reference state.
     """
 
-    confusion: Int64[Tensor, "t a l k k"]
+    counts: Num[Tensor, "t a l *c"]
     region_error: Float[Tensor, "t a l gh gw"]
     output: Float[Tensor, "t a l gh gw 3"]
     residual: Float[Tensor, "t a gh gw 2"]
@@ -84,14 +84,14 @@ class ResponseTable:
 
     @property
     def error(self) -> Float[Tensor, "t a l"]:
-        """Mean cost of the errors per pixel of each row."""
+        """Error of the frame of each row."""
         return self.region_error.mean((3, 4))
 
 
 @torch.no_grad()
 def respond(
     model: ResQModel,
-    task: Segmentation,
+    task: Task,
     store: ClipStore,
     index: int,
     *,
@@ -119,7 +119,8 @@ def respond(
     pixels, levels = store.clips[index].frames, len(model.config.levels)
     frames = len(pixels)
     ages = frames if longest is None else min(longest + 1, frames)
-    confusion = torch.zeros(frames, ages, levels, task.classes, task.classes, dtype=torch.int64)
+    shape = store.float_counts.shape[1:]
+    counts = torch.zeros(frames, ages, levels, *shape, dtype=store.float_counts.dtype)
     error = torch.full((frames, ages, levels, *grid), torch.nan)
     output = torch.full((frames, ages, levels, *grid, 3), torch.nan)
     residual, frame_residual = torch.full((frames, ages, *grid, 2), torch.nan), torch.full((frames, ages), torch.nan)
@@ -127,7 +128,7 @@ def respond(
     costs: list[FrameCost] = []
     for key in range(frames):
         state = model.new_state(1, "keyframe")
-        own, confusion[key, 0], output[key, 0] = clip.run(state, torch.tensor([key]), torch.tensor([0]))
+        own, counts[key, 0], output[key, 0] = clip.run(state, torch.tensor([key]), torch.tensor([0]))
         error[key, 0] = own.error
         float_error[key] = clip.simulator(1).float_error(own)[0]
         known = min(ages, frames - key)
@@ -136,15 +137,13 @@ def respond(
             costs = [clip.run(state, torch.zeros(levels, dtype=torch.int64), torch.arange(levels))[0].cost, own.cost]
         later = torch.cartesian_prod(torch.arange(1, known), torch.arange(levels))
         for age, level in (part.T for part in later.split(CHUNK) if len(part)):
-            result, confusion[key, age, level], output[key, age, level] = clip.run(state, key + age, level)
+            result, counts[key, age, level], output[key, age, level] = clip.run(state, key + age, level)
             error[key, age, level] = result.error
     names = ("bops", "keyframe", "elementwise")
     cost = FrameCost(*(torch.cat([getattr(c, name) for c in costs]) for name in names))
     bops = cost.total / model.reference_bops()
     texture, state_bytes = frame_texture(pixels, grid), model.state_bytes("keyframe")
-    return ResponseTable(
-        confusion, error, output, residual, frame_residual, texture, float_error, cost, bops, state_bytes
-    )
+    return ResponseTable(counts, error, output, residual, frame_residual, texture, float_error, cost, bops, state_bytes)
 
 
 def _residuals(
@@ -161,7 +160,7 @@ class _Clip:
     """A clip (the only one of its store) whose frames run in any order."""
 
     model: ResQModel
-    task: Segmentation
+    task: Task
     store: ClipStore
     grid: tuple[int, int]
     progress: Callable[[int], None] | None
@@ -172,8 +171,8 @@ class _Clip:
 
     def run(
         self, state: StreamState, times: Int64[Tensor, " b"], levels: Int64[Tensor, " b"]
-    ) -> tuple[FrameResult, Int64[Tensor, "b k k"], Float[Tensor, "b gh gw 3"]]:
-        """Frames against the keyframe in `state`, or as it where there is none: result, confusion, output features."""
+    ) -> tuple[FrameResult, Num[Tensor, "b *c"], Float[Tensor, "b gh gw 3"]]:
+        """Frames against the keyframe in `state`, or as it where there is none: result, counts, output features."""
         simulator = self.simulator(len(times))
         refresh = torch.full((len(times),), not state.inputs)
         simulator.state = state if not state.inputs else _spread(state, len(times))
@@ -183,7 +182,7 @@ class _Clip:
         targets = gather(self.store.targets, result.clip, result.time)
         if self.progress is not None:
             self.progress(len(times))
-        return result, self.task.confusion(result.prediction, targets), simulator._output
+        return result, self.task.counts(result.prediction, targets), simulator._output
 
 
 def _spread(state: StreamState, clips: int) -> StreamState:
@@ -282,8 +281,8 @@ class TableSimulator(Simulator):
     """A `Simulator` against the keyframe reference that looks frames up instead of running the network.
 
     Decisions must give each clip one level, the same for all layer groups and regions (the actions "frame_level").
-    Observations, errors, BOPs and rewards are those of a `Simulator`; only `FrameResult.prediction` is empty (0x0
-    pixels), since tables do not keep predictions.
+    Observations, errors, BOPs and rewards are those of a `Simulator`; only `FrameResult.prediction` is empty, since
+    tables do not keep predictions.
 
     Args:
         model, task, store, slots, trade_off_range, budget: as of a `Simulator`.
@@ -297,7 +296,7 @@ class TableSimulator(Simulator):
     def __init__(
         self,
         model: ResQModel,
-        task: Segmentation,
+        task: Task,
         store: ClipStore,
         tables: Sequence[ResponseTable],
         *,
@@ -340,7 +339,8 @@ class TableSimulator(Simulator):
         spent = torch.where(decision.refresh, self.tables[0].levels, level)
         self._row[rows], self._ran_at[rows], self._spent_row[rows] = row, level, spent
         cost = _LookedUpCost(self.tables[0].cost, spent, decision.refresh)
-        prediction = torch.zeros(len(rows), 0, 0, dtype=torch.uint8)
+        teacher = self.store.teacher[0]
+        prediction = teacher.new_zeros(len(rows), *[0] * (teacher.dim() - 1))
         total = self.tables[0].bops[spent]
         return self._advance(rows, prediction, table.error[row, level], cost, self._share[spent], total)
 

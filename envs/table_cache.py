@@ -16,17 +16,17 @@ from resq_rl.envs.clips import ClipStore
 from resq_rl.envs.table import ResponseTable, respond
 from resq_rl.errors import ResultsError
 from resq_rl.files import write_atomic
-from resq_rl.perception import Segmentation
+from resq_rl.perception import Task
 from resq_rl.quantization import FrameCost, ResQModel, to_float
 
 __all__ = ["TableCache", "fingerprint"]
 
 log = logging.getLogger(__name__)
 
-FORMAT = "resq_rl table 1"
+FORMAT = "resq_rl table 2"
 DIGEST_BYTES = 32
 # By row of the table (frame, age, level); the rest are whole.
-_BY_ROW = ("confusion", "region_error", "output", "residual", "frame_residual")
+_BY_ROW = ("counts", "region_error", "output", "residual", "frame_residual")
 _WHOLE = ("texture", "float_error", "bops")
 _COST = ("bops", "keyframe", "elementwise")
 
@@ -46,7 +46,7 @@ class TableCache:
     def respond(
         self,
         model: ResQModel,
-        task: Segmentation,
+        task: Task,
         store: ClipStore,
         index: int,
         *,
@@ -70,7 +70,7 @@ class TableCache:
 
 
 def fingerprint(
-    model: ResQModel, task: Segmentation, store: ClipStore, index: int, grid: tuple[int, int], longest: int | None
+    model: ResQModel, task: Task, store: ClipStore, index: int, grid: tuple[int, int], longest: int | None
 ) -> str:
     """SHA-256 of all that a table depends on.
 
@@ -85,7 +85,7 @@ def fingerprint(
 
 
 def _parts(
-    model: ResQModel, task: Segmentation, store: ClipStore, index: int, grid: tuple[int, int], longest: int | None
+    model: ResQModel, task: Task, store: ClipStore, index: int, grid: tuple[int, int], longest: int | None
 ) -> Iterator[bytes]:
     about = [FORMAT, torch.__version__, type(task).__qualname__, repr(task), grid, longest, model.groups]
     yield repr([*about, model.config, [site.operator.geometry for site in model.sites], model.ranges]).encode()
@@ -109,7 +109,8 @@ def _bytes(values: Tensor) -> bytes:
 def _packed(table: ResponseTable) -> bytes:
     inside = _inside(table.frames, table.ages)
     tensors = {name: getattr(table, name)[inside] for name in _BY_ROW}
-    tensors["confusion"] = tensors["confusion"].to(torch.int32)  # pixels of a frame, without loss
+    if not tensors["counts"].is_floating_point():
+        tensors["counts"] = tensors["counts"].to(torch.int32)  # pixels of a frame or fewer, without loss
     tensors |= {name: getattr(table, name) for name in _WHOLE}
     tensors |= {f"cost.{name}": getattr(table.cost, name) for name in _COST}
     about = {"about": json.dumps([FORMAT, table.frames, table.ages, table.state_bytes])}  # several keys have no order
@@ -143,8 +144,8 @@ def _unpacked(content: bytes) -> ResponseTable:
     tensors = read_tensors(content)
     inside, parts = _inside(frames, ages), {}
     for name in _BY_ROW:
-        rows = tensors[name].long() if name == "confusion" else tensors[name]
-        empty = 0 if name == "confusion" else torch.nan
+        rows = tensors[name] if tensors[name].is_floating_point() else tensors[name].long()
+        empty = 0 if name == "counts" else torch.nan
         parts[name] = torch.full((frames, ages, *rows.shape[1:]), empty, dtype=rows.dtype)
         parts[name][inside] = rows
     parts |= {name: tensors[name] for name in _WHOLE}

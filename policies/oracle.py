@@ -11,7 +11,7 @@ from torch import Tensor
 from resq_rl.envs import ClipStore, Decision, FrameView, Measurement, Policy, ResponseTable, TableSimulator
 from resq_rl.envs.measure import batches
 from resq_rl.errors import PolicyError
-from resq_rl.perception import Segmentation
+from resq_rl.perception import Task
 from resq_rl.quantization import LevelField, Reference, ResQModel
 
 __all__ = [
@@ -80,14 +80,14 @@ def best_schedule(table: ResponseTable, trade_off: float) -> Schedule:
     return Schedule(tuple(levels))
 
 
-def oracle_measurement(tables: Sequence[ResponseTable], trade_off: float) -> Measurement:
+def oracle_measurement(task: Task, tables: Sequence[ResponseTable], trade_off: float) -> Measurement:
     """What the best schedule of every clip gives and spends, without running it.
 
     It knows the whole clip and its targets beforehand and is charged nothing for deciding: a bound, not a policy. What
-    it bounds is the error by the store's error table plus lambda times the BOPs, as in rewards; mean IoU follows that
-    error to first order only.
+    it bounds is the error plus lambda times the BOPs, as in rewards; mean IoU follows that error to first order only.
 
     Args:
+        task: what the tables are of.
         tables: one per clip, in the order of the clips.
         trade_off: lambda.
 
@@ -95,10 +95,11 @@ def oracle_measurement(tables: Sequence[ResponseTable], trade_off: float) -> Mea
         PolicyError: lambda is not positive, or there are no tables.
     """
     schedules = [best_schedule(table, trade_off) for table in tables]
-    return measure_schedules(tables, schedules, {"trade_off": trade_off, "reference": "keyframe"})
+    return measure_schedules(task, tables, schedules, {"trade_off": trade_off, "reference": "keyframe"})
 
 
 def measure_schedules(
+    task: Task,
     tables: Sequence[ResponseTable],
     schedules: Sequence[Schedule],
     settings: dict[str, object],
@@ -107,6 +108,7 @@ def measure_schedules(
     """What a schedule for each clip gives and spends.
 
     Args:
+        task: what the tables are of.
         tables, schedules: one per clip, in the order of the clips.
         settings: what identifies the schedules.
         policy_share: what deciding costs per decided frame, as a share of W8A8.
@@ -120,7 +122,7 @@ def measure_schedules(
             f"A schedule for each clip is needed, of as many frames; tables have {frames}, schedules "
             f"{[len(schedule.levels) for schedule in schedules]}."
         )
-    confusions, sums = [], []
+    counts, sums = [], []
     for table, schedule in zip(tables, schedules, strict=True):
         key, age, level = schedule.rows
         first = age == 0
@@ -128,11 +130,15 @@ def measure_schedules(
         bops, elementwise = table.bops[row], table.cost.elementwise[row].sum()
         charged = bops + policy_share
         charged[0] = bops[0]  # the first keyframe is no decision
-        confusions.append(table.confusion[key, age, level].sum(0))
-        sums.append(torch.stack([bops[first].sum(), bops[~first].sum(), charged.amax(), first.sum(), elementwise]))
-    keyframe, residual, peak, keyframes, elementwise = torch.stack(sums, 1)
+        counts.append(table.counts[key, age, level].sum(0))
+        error = table.error[key, age, level].double().sum()
+        parts = [error, bops[first].sum(), bops[~first].sum(), charged.amax(), first.sum(), elementwise]
+        sums.append(torch.stack(parts))
+    error, keyframe, residual, peak, keyframes, elementwise = torch.stack(sums, 1)
     return Measurement(
-        torch.stack(confusions),
+        task,
+        torch.stack(counts),
+        error,
         torch.tensor(frames),
         keyframe,
         residual,
@@ -155,7 +161,7 @@ class Responses:
     """
 
     model: ResQModel
-    task: Segmentation
+    task: Task
     store: ClipStore
     tables: tuple[ResponseTable, ...]
 
@@ -179,7 +185,8 @@ class Responses:
             )
             schedules |= dict(zip(index, rollout(simulator, policy), strict=True))
         share = policy.macs * policy.bits**2 / self.model.reference_bops()
-        return measure_schedules(self.tables, [schedules[i] for i in range(len(self.store))], policy.settings, share)
+        own = [schedules[i] for i in range(len(self.store))]
+        return measure_schedules(self.task, self.tables, own, policy.settings, share)
 
 
 def rollout(simulator: TableSimulator, policy: Policy) -> list[Schedule]:

@@ -97,14 +97,14 @@ class _Bench:
         fronts: dict[str, Sequence[Point]] = {
             method: points_of(self.measured.get(method, []), seed=seed) for method in METHODS
         }
-        agreement = store.source == "teacher"
+        agreement, metric = store.source == "teacher", self.world.task.metric
         return Comparison(
             task=type(self.world.task).__name__.lower(),
             video=self.world.video,
             split=settings.split,
             clips=len(store),
             frames=store.frames,
-            accuracy_metric="agreement with float (mean IoU)" if agreement else "mean IoU",
+            accuracy_metric=f"agreement with float ({metric})" if agreement else metric,
             float_accuracy=store.float_accuracy,
             bops_convention=settings.quantization.bops_convention,
             reference_bops_per_frame=float(self.world.model.reference_bops()),

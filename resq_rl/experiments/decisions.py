@@ -63,6 +63,7 @@ def decisions_figure(world: World, method: str, heuristic: Measured, learned: Me
         traces[name] = (title, world.trace(policy, split))
     by_threshold = scheme.kind == "region_thresholds"
     return plot_decisions(
+        world.task,
         store.clips[0].frames,
         traces,
         choices=scheme.thresholds if by_threshold else range(scheme.levels),

@@ -63,7 +63,7 @@ def frame_heuristics(world: World) -> dict[str, Sequence[Any]]:
 
 def oracle_front(world: World, split: Split) -> list[Measurement]:
     """What the best schedules of the split's clips give, for values of lambda over its range."""
-    return [oracle_measurement(world.responses[split].tables, t) for t in _trade_offs(world)]
+    return [oracle_measurement(world.task, world.responses[split].tables, t) for t in _trade_offs(world)]
 
 
 def gap_closed(world: World, policies: Mapping[int, LearnedPolicy], split: Split) -> BdEntry:
@@ -80,10 +80,10 @@ def gap_closed(world: World, policies: Mapping[int, LearnedPolicy], split: Split
     tried = [(p, world.measure(p, "validation")) for p in candidates]
     base, best = [], []
     for t in trade_offs:
-        chosen = min(tried, key=lambda pair: float(_objective(world, "validation", pair[1], t).mean()))[0]
-        base.append(_objective(world, split, world.measure(chosen, split), t))
-        best.append(_objective(world, split, oracle_measurement(world.responses[split].tables, t), t))
-    own = [[_objective(world, split, world.measure(p.at(t), split), t) for t in trade_offs] for p in policies.values()]
+        chosen = min(tried, key=lambda pair: float(_objective(pair[1], t).mean()))[0]
+        base.append(_objective(world.measure(chosen, split), t))
+        best.append(_objective(oracle_measurement(world.task, world.responses[split].tables, t), t))
+    own = [[_objective(world.measure(p.at(t), split), t) for t in trade_offs] for p in policies.values()]
     return share_of_gap(np.array(base), np.array(own), np.array(best), seed=world.settings.seed)
 
 
@@ -119,10 +119,7 @@ def _trade_offs(world: World) -> list[float]:
     return world.settings.training.spread(world.settings.environment.trade_off_range)
 
 
-def _objective(world: World, split: Split, result: Measurement, trade_off: float) -> Float64[np.ndarray, " n"]:
+def _objective(result: Measurement, trade_off: float) -> Float64[np.ndarray, " n"]:
     """Error + lambda * BOPs per frame of each clip, the negative of its mean reward but for a constant."""
-    height, width = world.model.frame_size
-    cost = (result.confusion.double() * world.stores[split].error_table).sum((1, 2))
-    error = cost / (result.frames * height * width)  # of all pixels, as in rewards: unlabelled ones cost nothing
-    value: np.ndarray = (error + trade_off * result.clip_bops / result.frames).numpy()
+    value: np.ndarray = ((result.error + trade_off * result.clip_bops) / result.frames).numpy()
     return value

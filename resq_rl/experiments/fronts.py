@@ -6,12 +6,10 @@ from itertools import pairwise
 import numpy as np
 import torch
 from jaxtyping import Float64, Int
-from torch import Tensor
 
 from resq_rl.envs import Measurement
 from resq_rl.experiments.results import BdEntry, Point
 from resq_rl.experiments.statistics import BdResult, bd_bops, bootstrap_interval, bootstrap_intervals
-from resq_rl.perception import mean_iou
 
 __all__ = ["compare_fronts", "points_of"]
 
@@ -26,16 +24,12 @@ def _resampled(measurements: Sequence[Measurement], clips: Int[np.ndarray, "r n"
     draws.scatter_add_(1, index, torch.ones(index.shape, dtype=torch.float64))
     columns = []
     for m in measurements:
-        classes = m.confusion.shape[-1]
-        confusion = (draws @ m.confusion.double().flatten(1)).view(-1, classes, classes)
+        counts = (draws @ m.counts.double().flatten(1)).view(-1, *m.counts.shape[1:])
+        counts = counts if m.counts.is_floating_point() else counts.round().to(m.counts.dtype)
         bops = (draws @ m.clip_bops) / (draws @ m.frames.double())
-        columns.append(torch.stack([_iou(confusion), bops], 1))
+        columns.append(torch.stack([m.task.accuracy(counts), bops], 1))
     stacked: np.ndarray = torch.stack(columns, 1).numpy()
     return stacked
-
-
-def _iou(confusion: Tensor) -> Tensor:
-    return mean_iou(confusion.round().long())
 
 
 def points_of(measurements: Sequence[Measurement], *, seed: int) -> list[Point]:

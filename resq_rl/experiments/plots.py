@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from torch import Tensor
@@ -19,6 +18,7 @@ from resq_rl.envs import Trace
 from resq_rl.experiments.results import TITLES, Comparison, Point
 from resq_rl.experiments.statistics import pareto_envelope
 from resq_rl.files import write_atomic
+from resq_rl.perception import Task
 
 __all__ = ["plot_curves", "plot_decisions", "plot_fronts", "save_figure"]
 
@@ -106,6 +106,7 @@ def plot_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
 
 
 def plot_decisions(
+    task: Task,
     frames: UInt8[Tensor, "t 3 h w"],
     traces: Mapping[str, tuple[str, Trace]],
     *,
@@ -120,6 +121,7 @@ def plot_decisions(
     scale of colours, which ends at the dearest region of the residual frames shown: keyframes go beyond it.
 
     Args:
+        task: draws predictions over frames.
         frames: the clip's.
         traces: title and trace by method, of the same clip; the choices of the last are counted.
         choices, meaning: thresholds or levels among which the last chose, and what to call them.
@@ -145,7 +147,7 @@ def plot_decisions(
         # As a title, the heading's width would part the columns; an empty one keeps room for its height.
         own[0, 0].set_title(" ", fontsize="small")
         own[0, 0].text(0.0, 1.05, name, transform=own[0, 0].transAxes, fontsize="small", in_layout=False)
-        image = _draw_trace(own, frames, times, trace, top)
+        image = _draw_trace(own, task, frames, times, trace, top)
     label = "BOPs by region, share of W8A8"
     upper.colorbar(image, ax=axes.ravel().tolist(), label=label, extend="max", fraction=0.03, aspect=40)
     left, right = lower.subplots(1, 2)
@@ -156,29 +158,20 @@ def plot_decisions(
 
 
 def _draw_trace(
-    axes: np.ndarray, frames: UInt8[Tensor, "t 3 h w"], times: np.ndarray, trace: Trace, top: float
+    axes: np.ndarray, task: Task, frames: UInt8[Tensor, "t 3 h w"], times: np.ndarray, trace: Trace, top: float
 ) -> AxesImage:
     """Two rows of axes: predictions over the frames, and BOPs by region up to `top`."""
     height, width = frames.shape[2:]
     axes[0, 0].set_ylabel("prediction", fontsize="small")
     axes[1, 0].set_ylabel("BOPs", fontsize="small")
     for above, below, t in zip(*axes, times, strict=True):
-        above.imshow(_overlay(frames[t], trace.prediction[t]))
+        above.imshow(task.overlay(frames[t].float() / 255, trace.prediction[t]).permute(1, 2, 0).clamp(0, 1).numpy())
         image: AxesImage = below.imshow(
             trace.share[t].numpy(), cmap="cividis", vmin=0.0, vmax=top, extent=(0, width, height, 0)
         )
         kind = ", keyframe" if trace.keyframe[t] else ""
         below.set_xlabel(f"{float(trace.bops[t]):.3f} of W8A8{kind}", fontsize="small")
     return image
-
-
-def _overlay(frame: UInt8[Tensor, "3 h w"], prediction: UInt8[Tensor, "h w"]) -> Float[np.ndarray, "h w 3"]:
-    """The frame in grey, tinted where the predicted class is not 0."""
-    grey = frame.float().mean(0).numpy()[..., None].repeat(3, 2) / 255
-    palette = np.array([to_rgb(color) for color, _ in STYLES.values() if color not in ("#000000", "#999999")])
-    classes = prediction.numpy().astype(int)
-    mixed: np.ndarray = np.where(classes[..., None] > 0, 0.4 * grey + 0.6 * palette[classes % len(palette)], grey)
-    return mixed
 
 
 def _draw_choices(

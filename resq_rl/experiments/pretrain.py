@@ -1,8 +1,8 @@
-"""`resq-rl pretrain`: train the segmentation network on labelled clips."""
+"""`resq-rl pretrain`: train a network on labelled clips."""
 
 import logging
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -11,7 +11,15 @@ from resq_rl.experiments.progress import stage
 from resq_rl.experiments.results import write_summary
 from resq_rl.experiments.settings import Settings
 from resq_rl.experiments.tracking import Tracker
-from resq_rl.perception import PretrainProgress, Segmentation, mean_iou, measure_confusion, pretrain
+from resq_rl.perception import (
+    PretrainProgress,
+    PretrainReport,
+    Segmentation,
+    Trainable,
+    class_iou,
+    measure_counts,
+    pretrain,
+)
 
 __all__ = ["run"]
 
@@ -21,9 +29,10 @@ log = logging.getLogger(__name__)
 def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
     """Train; the run folder then holds `weights.safetensors` and `summary.json`."""
     video, network, task = settings.video.build(), settings.model.build(), settings.task.build()
-    if not isinstance(network, nn.Module) or not isinstance(task, Segmentation):
+    if not isinstance(network, nn.Module) or not isinstance(task, Trainable):
         raise (NetworkError if not isinstance(network, nn.Module) else SettingsError)(
-            "Pretraining needs model to make an nn.Module and task to make a Segmentation."
+            f"Pretraining needs model to make an nn.Module and task a Trainable, got a {type(network).__name__} and a "
+            f"{type(task).__name__}."
         )
     clips = {split: video.clips(split) for split in ("train", "validation", "test")}
     weights = run_dir / "weights.safetensors"
@@ -31,11 +40,11 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
 
         def on_step(progress: PretrainProgress) -> None:
             advance(1)
-            if progress.step % 20 == 0 or progress.validation_miou is not None:
+            if progress.step % 20 == 0 or progress.validation is not None:
                 metrics = {"loss": progress.loss, "learning_rate": progress.learning_rate}
-                if progress.validation_miou is not None:
-                    metrics["validation_miou"] = progress.validation_miou
-                    log.info("step %d: validation mean IoU %.4f", progress.step, progress.validation_miou)
+                if progress.validation is not None:
+                    metrics["validation_accuracy"] = progress.validation
+                    log.info("step %d: validation %s %.4f", progress.step, task.metric, progress.validation)
                 tracker.log_metrics(metrics, progress.step)
 
         report = pretrain(
@@ -48,8 +57,16 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
             checkpoint=run_dir / "checkpoint.pt",
             weights=weights,
         )
-    test = float(mean_iou(measure_confusion(network, clips["test"], task).sum(0)))
-    write_summary(run_dir / "summary.json", {**asdict(report), "test_miou": test, "weights": str(weights)})
+    test = float(task.accuracy(measure_counts(network, clips["test"], task).sum(0)))
+    write_summary(run_dir / "summary.json", {**_summary(task, report, test), "weights": str(weights)})
     for path in (weights, run_dir / "summary.json"):
         tracker.log_artifact(path)
-    log.info("mean IoU: %.4f on validation, %.4f on test; weights in %s", report.validation_miou, test, weights)
+    log.info("%s: %.4f on validation, %.4f on test; weights in %s", task.metric, report.validation, test, weights)
+
+
+def _summary(task: Trainable, report: PretrainReport, test: float) -> dict[str, Any]:
+    summary = {"metric": task.metric, "validation_accuracy": report.validation, "test_accuracy": test}
+    if isinstance(task, Segmentation):  # names from when this was the only task
+        summary |= {"validation_miou": report.validation, "test_miou": test}
+        summary |= {"class_iou": class_iou(report.counts).tolist()}
+    return {**summary, "best_step": report.best_step, "history": report.history, "seconds": report.seconds}

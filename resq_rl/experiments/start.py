@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 
-from resq_rl.envs import ActionScheme, ClipStore, Measurement
+from resq_rl.envs import ActionScheme, Measurement
 from resq_rl.errors import SettingsError
 from resq_rl.experiments.progress import stage
 from resq_rl.experiments.statistics import MAXIMUM_ACCURACY_LOSS
@@ -115,7 +115,7 @@ def measure_constants(world: World, scheme: ActionScheme) -> Start:
     ]
     with stage("constant fields", len(policies) * store.frames) as advance:
         results = [few.measure(policy, "train", advance) for policy in policies]
-    tried = (_tried(policy, result, store) for policy, result in zip(policies, results, strict=True))
+    tried = (_tried(policy, result) for policy, result in zip(policies, results, strict=True))
     return Start(tuple(tried), clip_frames=store.frames)
 
 
@@ -134,7 +134,7 @@ def search(world: World, start: Start, frames: int, strategy: Strategy) -> Start
     evaluations = math.ceil(frames / store.frames)
     with stage(f"{strategy} search", evaluations * store.frames) as advance:
         found = search_group_thresholds(
-            lambda policy: _tried(policy, few.measure(policy, "train", advance), store),
+            lambda policy: _tried(policy, few.measure(policy, "train", advance)),
             (*start.constants, *start.searched),
             environment.thresholds,
             environment.keyframe_intervals,
@@ -148,8 +148,8 @@ def search(world: World, start: Start, frames: int, strategy: Strategy) -> Start
     return replace(start, searched=(*start.searched, *found))
 
 
-def _tried(policy: GroupThresholds | StaticResQ, result: Measurement, store: ClipStore) -> Tried:
-    return Tried(policy, mean_error(result, store), result.bops, result.accuracy)
+def _tried(policy: GroupThresholds | StaticResQ, result: Measurement) -> Tried:
+    return Tried(policy, result.mean_error, result.bops, result.accuracy)
 
 
 def first_choices(world: World, start: Start | None) -> Callable[[float], FirstChoice] | None:
@@ -183,9 +183,3 @@ def _constant(scheme: ActionScheme, choice: int, interval: int, reference: Refer
 def _few_clips(world: World) -> World:
     store = world.stores["train"]
     return replace(world, stores={"train": store.subset(range(min(SEARCH_CLIPS, len(store))))}, responses={})
-
-
-def mean_error(result: Measurement, store: ClipStore) -> float:
-    """Mean cost of a pixel under the store's error table, as in the reward."""
-    pixels = result.confusion.sum(0).double()
-    return float((pixels * store.error_table).sum() / pixels.sum())

@@ -25,7 +25,7 @@ from resq_rl.envs import (
 from resq_rl.errors import NetworkError, SettingsError, VideoError
 from resq_rl.experiments.progress import Advance, stage
 from resq_rl.experiments.settings import Settings
-from resq_rl.perception import Segmentation
+from resq_rl.perception import Task
 from resq_rl.policies import Responses
 from resq_rl.quantization import QuantizationConfig, ResQModel, choose_residual_weight_bits
 from resq_rl.video import Clip, Split
@@ -60,7 +60,7 @@ class World:
     settings: Settings
     network: nn.Module
     model: ResQModel
-    task: Segmentation
+    task: Task
     stores: dict[Split, ClipStore]
     calibration: tuple[Clip, ...]
     video: str
@@ -160,8 +160,8 @@ def build_world(settings: Settings, splits: Sequence[Split]) -> World:
     video, network, task = settings.video.build(), settings.model.build(), settings.task.build()
     if not isinstance(network, nn.Module):
         raise NetworkError(f"Setting 'model' must make an nn.Module, got {type(network).__name__}.")
-    if not isinstance(task, Segmentation):
-        raise SettingsError(f"Setting 'task' must make a Segmentation, got {type(task).__name__}.")
+    if not isinstance(task, Task):
+        raise SettingsError(f"Setting 'task' must make a resq_rl.perception.Task, got {type(task).__name__}.")
     clips: dict[Split, list[Clip]] = {}
     names: list[Split] = list(dict.fromkeys(["train", *splits]))
     with stage("reading video", len(names)) as advance:
@@ -176,9 +176,7 @@ def build_world(settings: Settings, splits: Sequence[Split]) -> World:
     return World(settings, network, model, task, stores, calibration, type(video).__name__)
 
 
-def _stores(
-    settings: Settings, model: ResQModel, task: Segmentation, clips: dict[Split, list[Clip]]
-) -> dict[Split, ClipStore]:
+def _stores(settings: Settings, model: ResQModel, task: Task, clips: dict[Split, list[Clip]]) -> dict[Split, ClipStore]:
     stores: dict[Split, ClipStore] = {}
     with stage("float network", sum(len(c) for own in clips.values() for c in own)) as advance:
         for name, own in clips.items():

@@ -1,4 +1,4 @@
-"""Perception networks: the segmentation task, the shipped network, loading others, and pretraining."""
+"""Perception networks: tasks, the shipped networks, loading others, and pretraining."""
 
 from resq_rl.perception.ddrnet import CompactDDRNet
 from resq_rl.perception.networks import (
@@ -11,11 +11,11 @@ from resq_rl.perception.networks import (
 from resq_rl.perception.pretrain import (
     PretrainProgress,
     PretrainReport,
-    PretrainSettings,
-    measure_confusion,
+    measure_counts,
     pretrain,
 )
-from resq_rl.perception.task import OutputKind, Segmentation, class_iou, mean_iou, pixel_accuracy
+from resq_rl.perception.segmentation import OutputKind, Segmentation, class_iou, mean_iou, pixel_accuracy
+from resq_rl.perception.task import PretrainSettings, Task, Trainable
 
 __all__ = [
     "CompactDDRNet",
@@ -24,12 +24,14 @@ __all__ = [
     "PretrainReport",
     "PretrainSettings",
     "Segmentation",
+    "Task",
+    "Trainable",
     "class_iou",
     "compact_ddrnet",
     "load_network",
     "load_weights",
     "mean_iou",
-    "measure_confusion",
+    "measure_counts",
     "pixel_accuracy",
     "pretrain",
     "save_weights",

@@ -1,10 +1,10 @@
 """Training batches: single frames drawn from clips, and their augmentation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Num
 from torch import Tensor
 
 from resq_rl.errors import VideoError
@@ -12,10 +12,18 @@ from resq_rl.video import IGNORE, Clip
 
 __all__ = ["FrameSampler", "class_shares", "labels_of"]
 
+Mirror = Callable[[Tensor, int], Tensor]
+"""From labels of frames and their width to those of the frames mirrored left to right."""
+
 _STREAM = 1_000_003  # a prime far above any number of steps, so that streams of seeds do not meet
 
 
-def labels_of(clip: Clip, purpose: str) -> UInt8[Tensor, "t h w"]:
+def mirrored_map(labels: Num[Tensor, "b h w"], width: int) -> Num[Tensor, "b h w"]:
+    """A label for every pixel, mirrored left to right."""
+    return labels.flip(-1)
+
+
+def labels_of(clip: Clip, purpose: str) -> Num[Tensor, "t *l"]:
     """Labels of a clip.
 
     Raises:
@@ -63,6 +71,7 @@ class FrameSampler:
         batch: frames per batch.
         seed: of the drawing and the augmentation.
         augment: mirror left to right; change brightness, contrast, colour balance and noise.
+        mirror: how labels are mirrored.
 
     Raises:
         VideoError: the clips have several sizes.
@@ -72,6 +81,7 @@ class FrameSampler:
     batch: int
     seed: int
     augment: bool
+    mirror: Mirror = mirrored_map
 
     def __post_init__(self) -> None:
         sizes = sorted({clip.size for clip in self.clips})
@@ -86,8 +96,8 @@ class FrameSampler:
         """Frames in all clips."""
         return sum(len(clip) for clip in self.clips)
 
-    def draw(self, step: int) -> tuple[Float[Tensor, "b 3 h w"], Int64[Tensor, "b h w"]]:
-        """Frames in 0..1 and labels of the batch of `step`."""
+    def draw(self, step: int) -> tuple[Float[Tensor, "b 3 h w"], Num[Tensor, "b *l"]]:
+        """Frames in 0..1 and labels of the batch of `step`; classes as indices."""
         generator = torch.Generator().manual_seed(self.seed * _STREAM + step)
         ends = torch.tensor([len(clip) for clip in self.clips]).cumsum(0)
         chosen = torch.randint(int(ends[-1]), (self.batch,), generator=generator)
@@ -98,13 +108,17 @@ class FrameSampler:
             time = place - int(ends[owner]) + len(clip)
             frames.append(clip.frames[time])
             labels.append(labels_of(clip, "training")[time])
-        images, targets = torch.stack(frames).float() / 255, torch.stack(labels).long()
-        return augmented(images, targets, generator) if self.augment else (images, targets)
+        images, targets = torch.stack(frames).float() / 255, torch.stack(labels)
+        targets = targets if targets.is_floating_point() else targets.long()
+        return augmented(images, targets, generator, self.mirror) if self.augment else (images, targets)
 
 
 def augmented(
-    images: Float[Tensor, "b 3 h w"], labels: Int64[Tensor, "b h w"], generator: torch.Generator
-) -> tuple[Float[Tensor, "b 3 h w"], Int64[Tensor, "b h w"]]:
+    images: Float[Tensor, "b 3 h w"],
+    labels: Num[Tensor, "b _ _"],
+    generator: torch.Generator,
+    mirror: Mirror = mirrored_map,
+) -> tuple[Float[Tensor, "b 3 h w"], Num[Tensor, "b _ _"]]:
     """Mirror half of the frames; change contrast, brightness, colour balance and noise of each."""
     count = images.shape[0]
 
@@ -113,7 +127,7 @@ def augmented(
 
     mirrored = torch.rand(count, generator=generator) < 0.5
     images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-    labels = torch.where(mirrored[:, None, None], labels.flip(-1), labels)
+    labels = torch.where(mirrored[:, None, None], mirror(labels, images.shape[-1]), labels)
     gain, shift = uniform(0.7, 1.3) * uniform(0.9, 1.1, 3), uniform(-0.1, 0.1)
     noise = torch.randn(images.shape, generator=generator) * uniform(0.0, 0.02)
     return ((images - 0.5) * gain + 0.5 + shift + noise).clamp(0, 1), labels

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, Protocol, get_args, runtime_checkable
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float32, UInt8
 from torch import Tensor
 
 from resq_rl.errors import VideoError
@@ -27,8 +27,10 @@ class Clip:
 
     Attributes:
         frames: RGB values 0..255, (t, 3, h, w).
-        labels: class index of each pixel, `IGNORE` (255) where unlabelled, (t, h, w); None for video
-            without labels.
+        labels: what a task compares predictions with, in one of two forms, or None for video without labels:
+            a class or object of each pixel, uint8 of (t, h, w), `IGNORE` (255) where unlabelled; or points,
+            float32 of (t, k, 3): x and y in pixels from the centre of the upper left one, and 1 where the
+            point counts or 0 where it does not.
         fps: frames per second.
         name: short name that is unique within its dataset, such as "davis2016/kite-surf".
         origin: where the clip comes from: a path, or the settings of a generator.
@@ -39,7 +41,7 @@ class Clip:
     """
 
     frames: UInt8[Tensor, "t 3 h w"]
-    labels: UInt8[Tensor, "t h w"] | None
+    labels: UInt8[Tensor, "t h w"] | Float32[Tensor, "t k 3"] | None
     fps: float
     name: str
     origin: str
@@ -63,12 +65,16 @@ class Clip:
             )
         if self.labels is None:
             return
-        expected = (shape[0], *shape[2:])
-        if tuple(self.labels.shape) != expected or self.labels.dtype != torch.uint8:
+        found, expected = tuple(self.labels.shape), (shape[0], *shape[2:])
+        if self.labels.dtype == torch.float32:
+            fits = len(found) == 3 and (found[0], found[2]) == (shape[0], 3)
+        else:
+            fits = self.labels.dtype == torch.uint8 and found == expected
+        if not fits:
             raise VideoError(
                 f"Labels of {where} must be uint8 of shape {expected} to match its frames, got "
-                f"{self.labels.dtype} of shape {tuple(self.labels.shape)}. Give one label map per frame, "
-                "of the size of the frame."
+                f"{self.labels.dtype} of shape {found}. Give one label map per frame, of the size of the frame; or "
+                f"points as float32 of shape ({shape[0]}, k, 3)."
             )
 
     def __len__(self) -> int:

@@ -56,7 +56,7 @@ def test_confusion_counts_targets_by_row(world: World) -> None:
     for i, (target, teacher) in enumerate(zip(world.store.targets, world.store.teacher, strict=True)):
         for a in range(CLASSES):
             for b in range(CLASSES):
-                assert world.store.float_confusion[i, a, b] == ((target == a) & (teacher == b)).sum()
+                assert world.store.float_counts[i, a, b] == ((target == a) & (teacher == b)).sum()
 
 
 def test_every_wrong_pixel_costs_one_under_pixel_weighting(world: World) -> None:
@@ -97,7 +97,7 @@ def test_labels_to_ignore_have_no_weight(world: World) -> None:
     labels = torch.full((1, *SIZE), IGNORE, dtype=torch.uint8)
     clip = Clip(moving_frames(1), labels, 25.0, "void", "test")
     store = ClipStore.prepare(world.model, world.task, [clip])
-    assert not store.float_confusion.any()
+    assert not store.float_counts.any()
     assert torch.isfinite(store.error_table).all()
 
 
@@ -110,7 +110,7 @@ def test_progress_counts_every_frame(world: World) -> None:
 def test_a_subset_keeps_order_and_weights(world: World) -> None:
     subset = world.store.subset([2, 0])
     assert [c.name for c in subset.clips] == ["tiny/2", "tiny/0"]
-    assert (subset.float_confusion == world.store.float_confusion[[2, 0]]).all()
+    assert (subset.float_counts == world.store.float_counts[[2, 0]]).all()
     assert (subset.targets[0] == world.store.targets[2]).all()
     assert (subset.teacher[1] == world.store.teacher[0]).all()
     assert subset.error_table is world.store.error_table

@@ -39,9 +39,7 @@ def run(world: World, policy: Policy, **settings: Any) -> Measurement:
 
 def by_hand(world: World, policy: Any, decide: Any) -> dict[str, list[Any]]:
     """Each clip on its own, frame by frame."""
-    out: dict[str, list[Any]] = {
-        k: [] for k in ("confusion", "keyframe", "residual", "peak", "keyframes", "elementwise")
-    }
+    out: dict[str, list[Any]] = {k: [] for k in ("counts", "keyframe", "residual", "peak", "keyframes", "elementwise")}
     reference = world.model.reference_bops()
     own = policy.macs * policy.bits**2 / reference
     for clip, targets in zip(world.store.clips, world.store.targets, strict=True):
@@ -59,7 +57,7 @@ def by_hand(world: World, policy: Any, decide: Any) -> dict[str, list[Any]]:
             sums["elementwise"] += float(cost.elementwise[0])
             sums["peak"] = max(sums["peak"], total + (own if t else 0.0))
             keyframes += int(refresh)
-        for name, value in {**sums, "confusion": confusion, "keyframes": keyframes}.items():
+        for name, value in {**sums, "counts": confusion, "keyframes": keyframes}.items():
             out[name].append(value)
     return out
 
@@ -77,12 +75,12 @@ POLICIES: list[tuple[Any, Any]] = [
 @pytest.mark.parametrize(("policy", "decide"), POLICIES, ids=[repr(p) for p, _ in POLICIES])
 def test_counts_equal_a_loop_over_clips(policy: Any, decide: Any, world: World) -> None:
     result, expected = run(world, policy), by_hand(world, policy, decide)
-    assert (result.confusion == torch.stack(expected["confusion"])).all()
+    assert (result.counts == torch.stack(expected["counts"])).all()
     assert result.keyframes.tolist() == expected["keyframes"]
     assert result.frames.tolist() == [len(c) for c in world.store.clips]
     for name in ("keyframe", "residual", "peak", "elementwise"):
         assert getattr(result, name).tolist() == pytest.approx(expected[name], rel=1e-12), name
-    assert result.accuracy == float(mean_iou(torch.stack(expected["confusion"]).sum(0)))
+    assert result.accuracy == float(mean_iou(torch.stack(expected["counts"]).sum(0)))
     assert result.settings == policy.settings
     assert result.state_bytes == world.model.state_bytes(policy.reference)
 
@@ -91,7 +89,7 @@ def test_counts_equal_a_loop_over_clips(policy: Any, decide: Any, world: World) 
 def test_the_number_of_slots_does_not_matter(slots: int, world: World) -> None:
     policy = Watching("previous", 4)
     expected, result = run(world, policy, slots=32), run(world, policy, slots=slots)
-    assert (result.confusion == expected.confusion).all()
+    assert (result.counts == expected.counts).all()
     for name in ("keyframe", "residual", "peak", "elementwise", "policy"):
         torch.testing.assert_close(getattr(result, name), getattr(expected, name), rtol=1e-12, atol=0)
     assert expected.residual.std() > 0
@@ -142,7 +140,7 @@ def test_resamples_weigh_clips_by_their_frames(world: World) -> None:
     accuracy, bops = result.resampled(torch.tensor([1, 1, 3]))
     total = 2 * result.clip_bops[1] + result.clip_bops[3]
     assert bops == pytest.approx(float(total) / (7 + 7 + 6))
-    assert accuracy == pytest.approx(float(mean_iou(2 * result.confusion[1] + result.confusion[3])))
+    assert accuracy == pytest.approx(float(mean_iou(2 * result.counts[1] + result.counts[3])))
 
 
 def test_progress_counts_every_frame(world: World) -> None:
@@ -166,7 +164,7 @@ def test_a_trace_is_what_is_measured(policy: Policy, clip: int, world: World) ->
     assert float(found.bops.max()) == pytest.approx(float(result.peak[clip]), rel=1e-12)
     assert int(found.keyframe.sum()) == int(result.keyframes[clip])
     confusion = world.task.confusion(found.prediction, world.store.targets[clip]).sum(0)
-    assert (confusion == result.confusion[clip]).all()
+    assert (confusion == result.counts[clip]).all()
     own = float(result.policy[clip]) / (frames - 1)
     by_region = found.share.double().mean((1, 2))
     assert (by_region[1:] + own).tolist() == pytest.approx(found.bops[1:].tolist(), rel=1e-5)

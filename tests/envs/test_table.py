@@ -84,7 +84,7 @@ def test_a_table_holds_what_the_simulator_gives_under_any_schedule(
             row = LEVELS if key == t else level
             targets = own.store.targets[clip][t : t + 1]
             for name, mine, expected in (
-                ("confusion", table.confusion[key, t - key, level], own.task.confusion(result.prediction, targets)[0]),
+                ("confusion", table.counts[key, t - key, level], own.task.confusion(result.prediction, targets)[0]),
                 ("error", table.region_error[key, t - key, level], result.error[0]),
                 ("bops", table.bops[row], result.cost.total[0] / own.model.reference_bops()),
                 ("bops by layer and region", table.cost.bops[row], result.cost.bops[0]),
@@ -107,7 +107,7 @@ def test_rows_beyond_the_clip_are_empty(world: World) -> None:
     assert (table.frames, table.ages, table.levels, table.grid) == (5, 5, LEVELS, world.grid)
     beyond = torch.arange(5)[:, None] + torch.arange(5)[None] >= 5
     assert (torch.isnan(table.error) == beyond[..., None]).all()
-    pixels = table.confusion.sum((3, 4))
+    pixels = table.counts.sum((3, 4))
     assert not pixels[beyond].any()
     assert (pixels[~beyond] > 0).all()
 
@@ -124,7 +124,7 @@ def test_longest_bounds_the_age_of_keyframes(longest: int, world: World) -> None
     seen: list[int] = []
     table = respond(world.model, world.task, world.store, 1, grid=world.grid, longest=longest, progress=seen.append)
     assert table.ages == min(longest + 1, 7)
-    for name in ("confusion", "region_error", "output"):
+    for name in ("counts", "region_error", "output"):
         mine, expected = getattr(table, name), getattr(whole, name)[:, : table.ages]
         assert torch.equal(torch.nan_to_num(mine), torch.nan_to_num(expected)), name
     pairs = sum(1 for k in range(7) for t in range(k + 1, 7) if t - k <= longest)

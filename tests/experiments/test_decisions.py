@@ -12,9 +12,11 @@ from matplotlib.patches import Rectangle
 from resq_rl.envs import Measurement, Trace, trace
 from resq_rl.experiments.decisions import Measured, comparable_pair
 from resq_rl.experiments.plots import plot_decisions, save_figure
+from resq_rl.perception import Segmentation
 from resq_rl.policies import DynamicResQ, PerFrame
 from tests.envs.worlds import World, make_world
 
+TASK = Segmentation(classes=2)
 GROUPS = ("stem", "body", "head")
 
 
@@ -31,7 +33,9 @@ def at(accuracy: float) -> Measured:
         confusion = torch.tensor([[[10_000 - wrong, wrong], [0, 0]]])
     zeros = torch.zeros(1, dtype=torch.float64)
     count = torch.ones(1, dtype=torch.int64)
-    return DynamicResQ(tau=accuracy), Measurement(confusion, count, zeros, zeros, zeros, zeros, count, zeros, 0, {})
+    return DynamicResQ(tau=accuracy), Measurement(
+        TASK, confusion, zeros, count, zeros, zeros, zeros, zeros, count, zeros, 0, {}
+    )
 
 
 @pytest.mark.parametrize(
@@ -63,7 +67,8 @@ def traced(world: World, policy: DynamicResQ | PerFrame, clip: int = 0) -> Trace
 
 def drawn(world: World, traces: dict[str, tuple[str, Trace]], clip: int = 0) -> Figure:
     frames = world.store.clips[clip].frames
-    return plot_decisions(frames, traces, choices=(0.5, 1.0), meaning="threshold", groups=GROUPS, title="tiny")
+    choices = (0.5, 1.0)
+    return plot_decisions(world.task, frames, traces, choices=choices, meaning="threshold", groups=GROUPS, title="tiny")
 
 
 def test_the_figure_shows_what_the_traces_hold(world: World) -> None:

@@ -351,11 +351,11 @@ def test_nothing_comes_below_the_oracle(trade_off: float, compared: Compared) ->
     table = world.stores["test"].error_table.double()
 
     def total(result: Measurement) -> float:
-        pixels = result.confusion.double()
+        pixels = result.counts.double()
         assert int(pixels.sum()) == 3 * 6 * 48 * 64
         return float((pixels * table).sum()) / (48 * 64) + trade_off * float(result.clip_bops.sum())
 
-    least = total(oracle_measurement(world.responses["test"].tables, trade_off))
+    least = total(oracle_measurement(world.task, world.responses["test"].tables, trade_off))
     heuristics = [p for own in frame_heuristics(world).values() for p in own]
     for policy in (*heuristics, *(p.at(trade_off) for p in compared.policies.values()), PerFrame("keyframe")):
         assert least <= total(world.measure(policy, "test")) + 1e-6, f"{policy.settings}"

@@ -17,11 +17,11 @@ from resq_rl.perception import (
     Segmentation,
     load_weights,
     mean_iou,
-    measure_confusion,
+    measure_counts,
     pretrain,
 )
-from resq_rl.perception.pretrain import segmentation_loss
 from resq_rl.perception.sampling import FrameSampler, augmented
+from resq_rl.perception.segmentation import class_iou, segmentation_loss
 from resq_rl.video import IGNORE, Clip, GeneratedVideo
 
 TASK = Segmentation(classes=3)
@@ -69,21 +69,21 @@ def test_training_learns_colours(tmp_path: Path) -> None:
         notes={"video": "colours"},
     )
     assert [p.step for p in seen] == list(range(1, 61))
-    assert [p.step for p in seen if p.validation_miou is not None] == [20, 40, 60]
+    assert [p.step for p in seen if p.validation is not None] == [20, 40, 60]
     losses = [p.loss for p in seen]
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
-    assert report.validation_miou > 0.9
-    assert report.validation_miou == max(miou for _, _, miou in report.history)
-    assert len(report.class_iou) == 3
-    measured = float(mean_iou(measure_confusion(model, VALIDATION, TASK).sum(0)))
-    assert measured == pytest.approx(report.validation_miou)
+    assert report.validation > 0.9
+    assert report.validation == max(miou for _, _, miou in report.history)
+    assert len(class_iou(report.counts)) == 3
+    measured = float(mean_iou(measure_counts(model, VALIDATION, TASK).sum(0)))
+    assert measured == pytest.approx(report.validation)
     fresh = network()
     metadata = load_weights(fresh, tmp_path / "w.safetensors")
     assert same(weights_of(fresh), weights_of(model))
     assert (metadata["architecture"], metadata["video"]) == ("Sequential", "colours")
     assert metadata["input"] == "RGB in 0..1, 16x24"
     assert json.loads(metadata["settings"]) == dataclasses.asdict(settings)
-    assert float(metadata["validation_miou"]) == pytest.approx(report.validation_miou, abs=1e-4)
+    assert float(metadata["validation_accuracy"]) == pytest.approx(report.validation, abs=1e-4)
 
 
 def test_training_lowers_the_loss_on_generated_video(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_training_lowers_the_loss_on_generated_video(tmp_path: Path) -> None:
     metadata = load_weights(CompactDDRNet(width=8), tmp_path / "w.safetensors")
     assert metadata["architecture"] == "CompactDDRNet"
     assert (metadata["classes"], metadata["width"]) == ("6", "8")
-    assert len(report.class_iou) == 6
+    assert len(class_iou(report.counts)) == 6
 
 
 def test_training_repeats_itself() -> None:
@@ -299,10 +299,10 @@ def test_augmentation_keeps_range_and_mirrors_frames_with_their_labels() -> None
 def test_measuring_gives_one_matrix_per_clip_whatever_the_batch() -> None:
     model = network().eval()
     clips = [clip(5, frames=5), clip(6, frames=3, size=(24, 16))]
-    whole = measure_confusion(model, clips, TASK)
-    assert torch.equal(whole, measure_confusion(model, clips, TASK, batch=2))
+    whole = measure_counts(model, clips, TASK)
+    assert torch.equal(whole, measure_counts(model, clips, TASK, batch=2))
     assert whole.sum((1, 2)).tolist() == [5 * 16 * 24, 3 * 24 * 16]
     with pytest.raises(VideoError, match="no clips to measure on"):
-        measure_confusion(model, [], TASK)
+        measure_counts(model, [], TASK)
     with pytest.raises(VideoError, match="which measuring needs"):
-        measure_confusion(model, [unlabelled(clips[0])], TASK)
+        measure_counts(model, [unlabelled(clips[0])], TASK)

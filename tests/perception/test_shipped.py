@@ -12,7 +12,7 @@ from resq_rl.perception import (
     compact_ddrnet,
     load_weights,
     mean_iou,
-    measure_confusion,
+    measure_counts,
     shipped_weights,
 )
 from resq_rl.video import Clip, GeneratedVideo
@@ -28,7 +28,7 @@ def clips() -> list[Clip]:
 
 
 def test_shipped_network_reaches_its_accuracy(clips: list[Clip]) -> None:
-    confusion = measure_confusion(compact_ddrnet(), clips, Segmentation()).sum(0)
+    confusion = measure_counts(compact_ddrnet(), clips, Segmentation()).sum(0)
     assert float(mean_iou(confusion)) >= FLOOR
     assert float(class_iou(confusion).min()) >= FLOOR - 0.15
 

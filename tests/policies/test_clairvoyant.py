@@ -80,7 +80,7 @@ def test_looking_ahead_changes_nothing(world: World) -> None:
     own, single = world.with_clips([5, 5]), CANDIDATES[1]
     plain = measure(own.model, own.task, own.store, single, grid=own.grid)
     ahead = measure(own.model, own.task, own.store, Clairvoyant((single,), 0.3), grid=own.grid)
-    assert first_difference(plain.confusion, ahead.confusion) is None
+    assert first_difference(plain.counts, ahead.counts) is None
     assert ahead.clip_bops.tolist() == pytest.approx(plain.clip_bops.tolist(), rel=1e-12)
     simulator = own.simulator(2)
     simulator.start(range(2), range(2))

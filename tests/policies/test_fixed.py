@@ -28,7 +28,7 @@ def run(world: World, policy: Policy) -> Measurement:
 
 
 def assert_same(a: Measurement, b: Measurement) -> None:
-    for name in ("confusion", "keyframe", "residual", "peak", "keyframes"):
+    for name in ("counts", "keyframe", "residual", "peak", "keyframes"):
         difference = first_difference(getattr(a, name), getattr(b, name))
         assert difference is None, f"{name}: {difference}"
 

@@ -143,10 +143,10 @@ def test_lambda_is_positive() -> None:
 
 
 def same(mine: Measurement, expected: Measurement) -> None:
-    for name in ("confusion", "frames", "keyframes"):
+    for name in ("counts", "frames", "keyframes"):
         difference = first_difference(getattr(mine, name), getattr(expected, name))
         assert difference is None, f"{name}: {difference}"
-    for name in ("keyframe", "residual", "policy", "peak", "elementwise"):
+    for name in ("error", "keyframe", "residual", "policy", "peak", "elementwise"):
         torch.testing.assert_close(getattr(mine, name), getattr(expected, name), rtol=1e-12, atol=0, msg=name)
     assert mine.state_bytes == expected.state_bytes
     assert mine.accuracy == expected.accuracy
@@ -163,7 +163,7 @@ def test_the_network_gives_what_the_oracle_says(trade_off: float, slots: int, wo
     tables = tables_of(world)
     schedules = tuple(best_schedule(table, trade_off) for table in tables)
     assert len(set(schedules)) > 1 or trade_off == 1.0
-    same(oracle_measurement(tables, trade_off), run(world, Scheduled(world.store, schedules), slots=slots))
+    same(oracle_measurement(world.task, tables, trade_off), run(world, Scheduled(world.store, schedules), slots=slots))
 
 
 def test_random_schedules_cost_what_the_table_says(world: World) -> None:
@@ -177,7 +177,7 @@ def test_random_schedules_cost_what_the_table_says(world: World) -> None:
         assert float(result.clip_bops[index]) == pytest.approx(walk(table, schedule.levels)[1], rel=1e-12)
         assert int(result.keyframes[index]) == schedule.levels.count(None)
         key, age, level = schedule.rows
-        assert (result.confusion[index] == table.confusion[key, age, level].sum(0)).all()
+        assert (result.counts[index] == table.counts[key, age, level].sum(0)).all()
 
 
 @pytest.mark.parametrize("trade_off", TRADE_OFFS)
@@ -187,24 +187,24 @@ def test_no_static_policy_is_better_on_the_network(trade_off: float, world: Worl
     def total(result: Measurement) -> float:
         weights = world.store.error_table.double()
         height, width = world.model.frame_size
-        error = float((result.confusion.double() * weights).sum()) / (height * width)
+        error = float((result.counts.double() * weights).sum()) / (height * width)
         return error + trade_off * float(result.clip_bops.sum())
 
-    least = total(oracle_measurement(tables_of(world), trade_off))
+    least = total(oracle_measurement(world.task, tables_of(world), trade_off))
     for interval, level in product((0, 1, 2, 3), range(4)):
         assert least <= total(run(world, StaticResQ("keyframe", interval, level=level))) + 1e-6
 
 
 def test_the_oracle_stands_beside_policies(world: World) -> None:
-    result = oracle_measurement(tables_of(world), 0.1)
+    result = oracle_measurement(world.task, tables_of(world), 0.1)
     assert result.settings == {"trade_off": 0.1, "reference": "keyframe"}
     assert result.frames.tolist() == [5, 7, 5, 6]
     assert not result.policy.any()
     assert result.state_bytes == world.model.state_bytes("keyframe")
-    assert result.accuracy == float(mean_iou(result.confusion.sum(0)))
+    assert result.accuracy == float(mean_iou(result.counts.sum(0)))
     assert result.peak.tolist() == pytest.approx([1.0] * 4)
     with pytest.raises(PolicyError, match="A schedule for each clip is needed"):
-        oracle_measurement([], 0.1)
+        oracle_measurement(world.task, [], 0.1)
 
 
 # Schedules ---------------------------------------------------------------------------------------------------------

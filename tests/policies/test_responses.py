@@ -9,6 +9,7 @@ import torch
 
 from resq_rl.envs import Measurement, Policy, TableSimulator
 from resq_rl.errors import PolicyError
+from resq_rl.perception import Segmentation
 from resq_rl.policies import (
     DynamicResQ,
     FrameMagnitude,
@@ -38,6 +39,7 @@ MAGNITUDES = [
 ]
 
 SEEDS = (1, 3, 4, 5)
+TASK = Segmentation(classes=2)
 
 
 def responses_of(world: World) -> Responses:
@@ -149,8 +151,8 @@ def test_a_policy_of_more_than_one_level_is_refused(world: World) -> None:
 def test_every_frame_but_the_first_is_charged_for_the_decision(levels: tuple[int | None, ...], dearest: float) -> None:
     table = random_table(len(levels), 3, seed=1)
     table.bops[:] = table.bops.new_tensor([0.1, 0.2, 0.4, 1.0])
-    result = measure_schedules([table], [Schedule(levels)], {"a": 1}, policy_share=0.25)
-    free = measure_schedules([table], [Schedule(levels)], {"a": 1})
+    result = measure_schedules(TASK, [table], [Schedule(levels)], {"a": 1}, policy_share=0.25)
+    free = measure_schedules(TASK, [table], [Schedule(levels)], {"a": 1})
     assert result.policy.tolist() == [0.25 * (len(levels) - 1)]
     assert result.peak.tolist() == pytest.approx([dearest])
     assert not free.policy.any()
@@ -165,7 +167,7 @@ def test_every_frame_but_the_first_is_charged_for_the_decision(levels: tuple[int
 def test_a_dear_policy_makes_a_residual_the_dearest_frame() -> None:
     table = random_table(2, 3, seed=1)
     table.bops[:] = table.bops.new_tensor([0.1, 0.2, 0.4, 1.0])
-    result = measure_schedules([table], [Schedule((None, 2))], {}, policy_share=0.7)
+    result = measure_schedules(TASK, [table], [Schedule((None, 2))], {}, policy_share=0.7)
     assert result.peak.tolist() == pytest.approx([1.1])
 
 
@@ -173,4 +175,4 @@ def test_a_dear_policy_makes_a_residual_the_dearest_frame() -> None:
 def test_each_table_needs_a_schedule(tables: int, schedules: int) -> None:
     table, schedule = random_table(3, 2, seed=0), Schedule((None, 1, 0))
     with pytest.raises(PolicyError, match="A schedule for each clip is needed"):
-        measure_schedules([table] * tables, [schedule] * schedules, {})
+        measure_schedules(TASK, [table] * tables, [schedule] * schedules, {})

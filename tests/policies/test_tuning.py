@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resq_rl.envs import Measurement
+from resq_rl.perception import Segmentation
 from resq_rl.policies import (
     DynamicResQ,
     SkipGate,
@@ -17,6 +18,7 @@ from resq_rl.policies import (
 )
 
 PIXELS = 10
+TASK = Segmentation(classes=2)
 
 
 def measurement(right: int, bops: int) -> Measurement:
@@ -24,7 +26,7 @@ def measurement(right: int, bops: int) -> Measurement:
     confusion = torch.tensor([[[right, PIXELS - right], [0, PIXELS]]])
     one, zero = torch.ones(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
     spent = torch.tensor([float(bops)], dtype=torch.float64)
-    return Measurement(confusion, one, spent, zero, zero, spent, one, zero, 0, {})
+    return Measurement(TASK, confusion, zero, one, spent, zero, zero, spent, one, zero, 0, {})
 
 
 @given(st.lists(st.tuples(st.integers(0, PIXELS), st.integers(1, 6)), max_size=12))
