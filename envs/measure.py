@@ -213,6 +213,7 @@ class Trace:
     Attributes:
         prediction: what the task predicts.
         share: BOPs by region / (W8A8 BOPs of the frame / regions), without the policy's own.
+        layers: BOPs by site (operator call) of the network, without the policy's own.
         bops: BOPs of each frame, the policy's own included.
         keyframe: which frames ran as keyframes.
         chosen: threshold or level of each layer group and region on each of the n residual frames; one region where
@@ -221,6 +222,7 @@ class Trace:
 
     prediction: Num[Tensor, "t *p"]
     share: Float[Tensor, "t gh gw"]
+    layers: Float64[Tensor, "t s"]
     bops: Float64[Tensor, " t"]
     keyframe: Bool[Tensor, " t"]
     chosen: Float[Tensor, "n g rows columns"]
@@ -255,13 +257,15 @@ def trace(
     simulator = _simulator(model, task, store.subset([clip]), policy, grid)
     decisions: list[Decision] = []
     results = list(frames_of(simulator, policy, on_decision=decisions.append))
-    bops = torch.cat([result.cost.total for result in results]) / model.reference_bops()
+    layers = torch.cat([result.cost.per_layer for result in results]) / model.reference_bops()
+    bops = layers.sum(1)
     bops[1:] += _own_share(model, policy)
     fields = [decision.field for decision in decisions if not bool(decision.refresh)]
     chosen = [field.levels.float() if isinstance(field, LevelField) else field.thresholds for field in fields]
     return Trace(
         torch.cat([result.prediction for result in results]),
         torch.cat([result.share for result in results]),
+        layers,
         bops,
         torch.cat([result.cost.keyframe for result in results]),
         torch.cat(chosen) if chosen else torch.zeros(0, simulator.groups, 1, 1),

@@ -15,11 +15,12 @@ import numpy as np
 from rich.console import Console
 
 from resq_rl.envs import Measurement, Policy
-from resq_rl.experiments.decisions import Measured, comparable_pair, decisions_figure
+from resq_rl.experiments.decisions import Measured, Pair, comparable_pair, decisions_figure, trace_pair
 from resq_rl.experiments.frame_level import frame_heuristics, gap_closed, is_frame_level, oracle_front, tabulated
 from resq_rl.experiments.fronts import compare_fronts, points_of
 from resq_rl.experiments.plots import plot_curves, plot_fronts
 from resq_rl.experiments.progress import stage
+from resq_rl.experiments.report import write_report
 from resq_rl.experiments.results import BdEntry, Comparison, Point, print_comparison
 from resq_rl.experiments.settings import Settings
 from resq_rl.experiments.start import Start, measure_constants, prepare_training, search
@@ -157,20 +158,27 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
         if entry.value is not None:
             tracker.log_metrics({f"bd_bops/{name}": entry.value})
     print_comparison(comparison, Console(width=None if sys.stdout.isatty() else 110))
-    _draw_decisions(bench)
+    pair = _traced_pair(bench)
+    if pair is not None:
+        tracker.log_figure(decisions_figure(world, pair), "decisions")
+    with stage("report", 1):
+        report = write_report(run_dir, world, comparison, curves=curves, pair=pair)
+    tracker.log_artifact(report)
+    log.info("Report: %s", report.name)
     log.info("Plots: %s", ", ".join(str(p.name) for p in sorted(run_dir.glob("*.png"))))
 
 
-def _draw_decisions(bench: _Bench) -> None:
-    """Draw `decisions.png`, with the first tuned heuristic among the anchors."""
+def _traced_pair(bench: _Bench) -> Pair | None:
+    """The first tuned heuristic among the anchors and a learned policy, of about equal accuracy, traced."""
     world = bench.world
     anchor = next((method for method in ANCHORS if bench.tuned.get(method)), "")
     float_accuracy = world.stores[world.settings.split].float_accuracy
     pair = comparable_pair(bench.tuned.get(anchor, []), bench.tuned["ppo"], float_accuracy)
     if pair is None:
         log.info("No decisions.png: it needs a tuned heuristic and a learned policy with an accuracy.")
-        return
-    bench.tracker.log_figure(decisions_figure(world, anchor, *pair), "decisions")
+        return None
+    with stage("tracing two policies", 1):
+        return trace_pair(world, anchor, *pair)
 
 
 def _measure_fixed(bench: _Bench) -> None:

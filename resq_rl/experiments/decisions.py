@@ -1,22 +1,41 @@
-"""Where a heuristic and a learned policy of about equal accuracy spend their bits on one clip: `decisions.png`."""
+"""A heuristic and a learned policy of about equal accuracy, traced to show where they spend their bits."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
 
 from matplotlib.figure import Figure
 
-from resq_rl.envs import Measurement, Policy
+from resq_rl.envs import Measurement, Policy, Trace
 from resq_rl.experiments.plots import plot_decisions
 from resq_rl.experiments.results import TITLES, short_settings
 from resq_rl.experiments.world import World
 
-__all__ = ["Measured", "comparable_pair", "decisions_figure"]
+__all__ = ["Measured", "Pair", "comparable_pair", "decisions_figure", "trace_pair"]
 
 Measured = tuple[Policy, Measurement]
 
 # Accuracy lost against the float network, on a scale of 0 to 1, at which policies are worth a look.
 LEAST_LOSS, MOST_LOSS = 0.01, 0.02
+# How many of the reported clips are traced, at most.
+TRACED_CLIPS = 3
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A heuristic and a learned policy, and what each did on the first of the reported clips.
+
+    Attributes:
+        method: name of the heuristic in `comparison.json`.
+        heuristic, learned: each with its measurement on all reported clips.
+        traces: of both, by clip.
+    """
+
+    method: str
+    heuristic: Measured
+    learned: Measured
+    traces: tuple[tuple[Trace, Trace], ...]
 
 
 def comparable_pair(
@@ -42,25 +61,35 @@ def comparable_pair(
     return min(pairs, key=distance, default=None)
 
 
-def decisions_figure(world: World, method: str, heuristic: Measured, learned: Measured) -> Figure:
-    """What both policies predict, spend and choose on the first of the reported clips.
+def trace_pair(world: World, method: str, heuristic: Measured, learned: Measured) -> Pair:
+    """Run both policies over the first of the reported clips, keeping every frame.
 
-    The network runs on it even where policies are measured from tables, which know no predictions.
+    The network runs even where policies are measured from tables, which know no predictions.
 
     Args:
         method: name of the heuristic in `comparison.json`.
         heuristic, learned: each with its measurement on the reported clips.
     """
+    split = world.settings.split
+    clips = range(min(TRACED_CLIPS, len(world.stores[split])))
+    traces = tuple((world.trace(heuristic[0], split, clip), world.trace(learned[0], split, clip)) for clip in clips)
+    return Pair(method, heuristic, learned, traces)
+
+
+def decisions_figure(world: World, pair: Pair) -> Figure:
+    """What both policies predict, spend and choose on the first of the reported clips."""
     split, scheme = world.settings.split, world.scheme()
     store = world.stores[split]
     traces = {}
-    for name, (policy, measured) in ((method, heuristic), ("ppo", learned)):
+    for name, (_, measured), trace in zip(
+        (pair.method, "ppo"), (pair.heuristic, pair.learned), pair.traces[0], strict=True
+    ):
         lost = 100 * (store.float_accuracy - measured.accuracy)
         title = (
             f"{TITLES[name]} ({short_settings(measured.settings)}): {measured.bops:.3f} of W8A8 and {lost:.1f} points "
             f"lost over all {split} clips"
         )
-        traces[name] = (title, world.trace(policy, split))
+        traces[name] = (title, trace)
     by_threshold = scheme.kind == "region_thresholds"
     return plot_decisions(
         world.task,

@@ -54,6 +54,7 @@ def points_of(measurements: Sequence[Measurement], *, seed: int) -> list[Point]:
             policy_bops=float(m.policy.sum()) / frames[i],
             state_bytes=m.state_bytes,
             settings=m.settings,
+            keyframe_bops=float(m.keyframe.sum()) / frames[i],
         )
         for i, m in enumerate(measurements)
     ]

@@ -20,7 +20,16 @@ from resq_rl.errors import ResultsError
 from resq_rl.experiments.statistics import BdResult, Interval, pareto_envelope
 from resq_rl.files import write_atomic
 
-__all__ = ["BdEntry", "Comparison", "Point", "comparison_table", "print_comparison", "short_settings", "write_summary"]
+__all__ = [
+    "BdEntry",
+    "Comparison",
+    "Point",
+    "comparison_table",
+    "print_comparison",
+    "short_settings",
+    "spread_points",
+    "write_summary",
+]
 
 Range = tuple[float, float]
 
@@ -67,6 +76,7 @@ class Point:
         policy_bops: what of `bops` the policy itself spends.
         state_bytes: bytes of reference state that a device keeps.
         settings: what tells this point from the others of its method.
+        keyframe_bops: what of `bops` keyframes spend; the rest is of residual frames. None in files of older versions.
     """
 
     accuracy: float
@@ -77,6 +87,7 @@ class Point:
     policy_bops: float
     state_bytes: int
     settings: Mapping[str, Any]
+    keyframe_bops: float | None = None
 
 
 @dataclass(frozen=True)
@@ -214,18 +225,18 @@ def comparison_table(comparison: Comparison) -> Group:
     for heading in ("BOPs", "fewer than W8A8", comparison.accuracy_metric, "points lost"):
         table.add_column(heading, justify="right", no_wrap=True)
     for method, points in comparison.fronts.items():
-        shown = _shown(points)
+        shown = spread_points(points)
         for index, point in enumerate(shown):
             name = TITLES.get(method, method) if index == 0 else ""
             table.add_row(name, *_cells(point, comparison), end_section=index == len(shown) - 1)
-    hidden = sum(len(points) - len(_shown(points)) for points in comparison.fronts.values())
+    hidden = sum(len(points) - len(spread_points(points)) for points in comparison.fronts.values())
     lines = [f"{name.replace('_', ' ')}: {_describe(entry)}" for name, entry in comparison.bd_bops.items()]
     if hidden:
         lines.insert(0, f"{hidden} more points in comparison.json")
     return Group(table, *lines)
 
 
-def _shown(points: Sequence[Point]) -> list[Point]:
+def spread_points(points: Sequence[Point]) -> list[Point]:
     """The envelope of a front, thinned evenly, from many BOPs to few; all points of a small front."""
     ordered = sorted(points, key=lambda point: -point.bops)
     if len(ordered) <= ROWS_PER_METHOD:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from mlflow import MlflowClient
+from playwright.sync_api import Browser, Error, sync_playwright
 
 STARTED_WITHIN = 120  # seconds; the server imports much, and test machines are small
 
@@ -83,3 +84,21 @@ def wait_for(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)
     pytest.fail(f"the MLflow server did not start:\n{log.read_text()}")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """A headless Chromium: RESQ_RL_CHROMIUM, the system's, or one that Playwright has installed."""
+    names = (os.environ.get("RESQ_RL_CHROMIUM"), "chromium", "chromium-browser", "google-chrome")
+    path = next((found for name in names if name and (found := shutil.which(name))), None)
+    # What Chromium would otherwise ask of the network at its start; root may not use its sandbox.
+    flags = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+    with sync_playwright() as driver:
+        try:
+            found = driver.chromium.launch(executable_path=path, args=flags, chromium_sandbox=os.getuid() != 0)
+        except Error as error:
+            if path is not None:
+                raise
+            pytest.skip(f"no Chromium (Debian: apt install chromium; or set RESQ_RL_CHROMIUM): {error.message[:60]}")
+        yield found
+        found.close()

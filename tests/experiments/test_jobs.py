@@ -63,7 +63,8 @@ def test_compare_writes_every_promised_name(compared: Path) -> None:
     for points in values["fronts"].values():
         for point in points:
             assert {
-                "accuracy", "accuracy_ci95", "bops", "bops_ci95", "peak_bops", "policy_bops", "state_bytes", "settings"
+                "accuracy", "accuracy_ci95", "bops", "bops_ci95", "peak_bops", "policy_bops", "state_bytes", "settings",
+                "keyframe_bops",
             } == set(point)  # fmt: skip
     assert {"ppo_vs_dynamic_resq", "oracle_vs_searched_thresholds"} <= set(values["bd_bops"])
     assert (compared / "fronts.png").stat().st_size > 1000

@@ -41,6 +41,7 @@ POINT_NAMES = [
     "policy_bops",
     "state_bytes",
     "settings",
+    "keyframe_bops",
 ]
 
 

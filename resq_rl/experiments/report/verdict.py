@@ -1,0 +1,118 @@
+"""What a comparison comes to, in one sentence, and which points to look at when a policy is to be shipped."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from resq_rl.experiments.results import TITLES, BdEntry, Comparison, Point, short_settings
+
+__all__ = ["Choice", "Verdict", "choices_of", "verdict_of"]
+
+Tone = Literal["fewer", "more", "unclear", "none"]
+
+# Points of accuracy (percent) that may be lost against the float network.
+ALLOWED_LOSSES: Final = (0.5, 1.0, 2.0)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A learned method against the heuristic that it is to beat.
+
+    Attributes:
+        sentence: the finding with its interval, or why there is none.
+        scope: over what it was averaged and what it counts.
+        tone: whether the learned policies need fewer or more bit-operations, or the interval holds 0, or no number.
+        anchor: name of the heuristic in `comparison.json`, or an empty string.
+    """
+
+    sentence: str
+    scope: str
+    tone: Tone
+    anchor: str
+
+
+def verdict_of(comparison: Comparison) -> Verdict:
+    """The first delta of `ppo` that has a value, as a sentence; deltas are in order of importance."""
+    deltas = {name.removeprefix("ppo_vs_"): e for name, e in comparison.bd_bops.items() if name.startswith("ppo_vs_")}
+    if not deltas:
+        return Verdict("No learned policy was compared with a heuristic.", "", "none", "")
+    anchor, entry = next(((name, e) for name, e in deltas.items() if e.value is not None), next(iter(deltas.items())))
+    title = TITLES.get(anchor, anchor)
+    if entry.value is None:
+        return Verdict(f"PPO and {title} cannot be compared at equal accuracy: {entry.reason}.", "", "none", anchor)
+    amount = f"{abs(entry.value):.1f}% {'fewer' if entry.value < 0 else 'more'} bit-operations than {title}"
+    tone = _tone(*(entry.ci95 or (entry.value, entry.value)))
+    if tone == "unclear":
+        sentence = f"No clear difference: at equal accuracy PPO needs {amount} ({_interval(entry)})."
+    else:
+        sentence = f"At equal accuracy, PPO needs {amount} ({_interval(entry)})."
+    return Verdict(sentence, _scope(comparison, entry), tone, anchor)
+
+
+def _tone(low: float, high: float) -> Tone:
+    if low <= 0 <= high:
+        return "unclear"
+    return "fewer" if high < 0 else "more"
+
+
+def _interval(entry: BdEntry) -> str:
+    """The interval in the sign that the sentence speaks of."""
+    if entry.ci95 is None or entry.value is None:
+        return f"no interval: {entry.reason}"
+    low, high = entry.ci95
+    if low <= 0 <= high:
+        return f"95% interval from {low:+.1f}% to {high:+.1f}%"
+    return f"95% interval {min(abs(low), abs(high)):.1f}% to {max(abs(low), abs(high)):.1f}%"
+
+
+def _scope(comparison: Comparison, entry: BdEntry) -> str:
+    seeds = len({point.settings.get("seed") for point in comparison.fronts.get("ppo", ())})
+    low, high = entry.accuracy_range or (0.0, 0.0)
+    text = (
+        f"Averaged over the accuracies from {low:.3f} to {high:.3f} that both reach ({comparison.accuracy_metric}), on "
+        f"{comparison.clips} {comparison.split} clips ({comparison.frames:,} frames); keyframes and the policy's own "
+        "network are counted."
+    )
+    if seeds == 1:
+        text += " One training seed: the interval is over clips alone, not over training runs."
+    elif seeds:
+        text += f" {seeds} training seeds; the interval is over clips and seeds."
+    return text
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The cheapest point of each front that loses no more than a limit.
+
+    Attributes:
+        loss: the limit, in points under the float network.
+        heuristic, learned: the points as rows of `Choice.columns`, or None where a front does not reach it.
+    """
+
+    loss: float
+    heuristic: Mapping[str, Any] | None
+    learned: Mapping[str, Any] | None
+
+
+def choices_of(comparison: Comparison, anchor: str) -> list[Choice]:
+    """For each allowed loss, the cheapest point of the heuristic and of the learned policies."""
+    return [
+        Choice(
+            loss,
+            _cheapest(comparison.fronts.get(anchor, ()), comparison.float_accuracy, loss),
+            _cheapest(comparison.fronts.get("ppo", ()), comparison.float_accuracy, loss),
+        )
+        for loss in ALLOWED_LOSSES
+    ]
+
+
+def _cheapest(points: Sequence[Point], float_accuracy: float, loss: float) -> Mapping[str, Any] | None:
+    near = [p for p in points if 100 * (float_accuracy - p.accuracy) <= loss]
+    if not near:
+        return None
+    best = min(near, key=lambda p: p.bops)
+    return {
+        "bops": best.bops,
+        "lost": 100 * (float_accuracy - best.accuracy),
+        "settings": short_settings(best.settings),
+    }
