@@ -173,13 +173,14 @@ class LearnedPolicy:
         return self.scheme.decide(self._nearest(view), refresh)
 
     def _nearest(self, view: FrameView) -> Int[np.ndarray, "agents k"]:
-        self._check_view(view)
+        self.check_view(view)
         places = self.places(torch.from_numpy(self.scheme.observe(view.observation)))
         highest = torch.tensor(self.scheme.nvec) - 1
         chosen: np.ndarray = places.round().clamp(torch.zeros_like(highest), highest).long().numpy()
         return chosen
 
-    def _check_view(self, view: FrameView) -> None:
+    def check_view(self, view: FrameView) -> None:
+        """Raise PolicyError unless it was trained for such a network, grid and range of lambda."""
         if (view.groups, view.grid) != (self.scheme.groups, self.scheme.grid):
             raise PolicyError(
                 f"The policy decides for {self.scheme.groups} layer groups and grid {self.scheme.grid}; the network "
