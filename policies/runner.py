@@ -119,6 +119,11 @@ class Runner:
         if isinstance(self.policy, LearnedPolicy):
             self.policy.check_view(FrameView(self._simulator))
 
+    @property
+    def frame(self) -> UInt8[Tensor, "3 h w"]:
+        """The last frame as the model saw it; the next one overwrites it."""
+        return self._clip.frames[0]
+
     @torch.no_grad()
     def __call__(self, frame: UInt8[np.ndarray, "h w 3"] | UInt8[Tensor, "3 h w"]) -> tuple[Tensor, RunCost]:
         """Run the next frame.

@@ -41,7 +41,7 @@ def save_model(model: ResQModel, folder: Path) -> None:
         raise CalibrationError("Only a calibrated model can be saved: call calibrate(clips) first.")
     about = {
         "format": FORMAT,
-        "frame_shape": list(model.frame_shape),
+        "input_shapes": [list(shape) for shape in model.input_shapes],
         "config": asdict(model.config),
         "groups": list(model.groups),
         "group_of_site": model.group_of_site.tolist(),
@@ -69,7 +69,8 @@ def load_model(folder: Path, network: nn.Module) -> ResQModel:
     try:
         config = dict(about["config"])
         config["levels"] = tuple(config["levels"])
-        model = ResQModel(network, torch.zeros(1, *about["frame_shape"]), QuantizationConfig(**config))
+        example = tuple(torch.zeros(1, *shape) for shape in about["input_shapes"])
+        model = ResQModel(network, example, QuantizationConfig(**config))
         _check_same(folder, model, about)
         model.groups, model.group_of_site = tuple(about["groups"]), torch.tensor(about["group_of_site"])
         model.ranges = [_ranges(site) for site in about["sites"]]
