@@ -150,12 +150,12 @@ def pool_over_regions(values: Float[Tensor, "b gh gw f"]) -> Float[Tensor, "b 2 
 
 def age_feature(age: Num[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     """`keyframe_age` of keyframes so many frames old, before it is held to 1; 0 without a keyframe (age -1)."""
-    return (1 + age.clamp_min(0)).log2() / AGE_OCTAVES
+    return (1 + age.clamp_min(0)).float().log2() / AGE_OCTAVES
 
 
 def pool_mean(x: Float[Tensor, "b h w"], grid: tuple[int, int]) -> Float[Tensor, "b gh gw"]:
     """Mean over each region of the grid."""
-    (h, w), (gh, gw) = (x.shape[1], x.shape[2]), grid
+    (h, w), (gh, gw) = (int(x.shape[1]), int(x.shape[2])), grid
     if h % gh == 0 and w % gw == 0:
         mean: Tensor = x.unflatten(2, (gw, -1)).mean(3).unflatten(1, (gh, -1)).mean(2)
         return mean
@@ -164,12 +164,18 @@ def pool_mean(x: Float[Tensor, "b h w"], grid: tuple[int, int]) -> Float[Tensor,
 
 
 def pool_max(x: Float[Tensor, "b h w"], grid: tuple[int, int]) -> Float[Tensor, "b gh gw"]:
-    """Maximum over each region of the grid (adaptive windows where the grid does not divide the size)."""
-    (h, w), (gh, gw) = (x.shape[1], x.shape[2]), grid
+    """Maximum over each region of the grid (windows that overlap where the grid does not divide the size)."""
+    (h, w), (gh, gw) = (int(x.shape[1]), int(x.shape[2])), grid
     if h % gh == 0 and w % gw == 0:
         largest: Tensor = x.unflatten(2, (gw, -1)).amax(3).unflatten(1, (gh, -1)).amax(2)
         return largest
-    return torch.nn.functional.adaptive_max_pool2d(x[:, None], grid)[:, 0]
+    rows = torch.stack([x[:, start:stop].amax(1) for start, stop in _windows(h, gh)], 1)
+    return torch.stack([rows[:, :, start:stop].amax(2) for start, stop in _windows(w, gw)], 2)
+
+
+def _windows(length: int, cells: int) -> list[tuple[int, int]]:
+    """Where each cell begins and ends, its ends rounded outwards to whole positions."""
+    return [(i * length // cells, -(-(i + 1) * length // cells)) for i in range(cells)]
 
 
 def around(x: Float[Tensor, "b gh gw"]) -> Float[Tensor, "b gh gw"]:

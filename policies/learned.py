@@ -15,7 +15,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from resq_rl.envs import ActionScheme, Decision, FrameView
+from resq_rl.envs import ActionScheme, Decision, FrameView, Observation
 from resq_rl.errors import PolicyError, ResqError
 from resq_rl.files import write_atomic
 from resq_rl.policies.fixed import periodic
@@ -174,10 +174,14 @@ class LearnedPolicy:
 
     def _nearest(self, view: FrameView) -> Int[np.ndarray, "agents k"]:
         self.check_view(view)
-        places = self.places(torch.from_numpy(self.scheme.observe(view.observation)))
-        highest = torch.tensor(self.scheme.nvec) - 1
-        chosen: np.ndarray = places.round().clamp(torch.zeros_like(highest), highest).long().numpy()
+        chosen: np.ndarray = self.chosen(view.observation).numpy()
         return chosen
+
+    def chosen(self, observation: Observation) -> Int[Tensor, "agents k"]:
+        """The nearest choice to every place."""
+        places = self.places(self.scheme.view(observation))
+        highest = torch.tensor(self.scheme.nvec) - 1
+        return places.round().clamp(torch.zeros_like(highest), highest).long()
 
     def check_view(self, view: FrameView) -> None:
         """Raise PolicyError unless it was trained for such a network, grid and range of lambda."""
