@@ -178,8 +178,12 @@ class LearnedPolicy:
         return chosen
 
     def chosen(self, observation: Observation) -> Int[Tensor, "agents k"]:
+        """The choices of every agent, as indices."""
+        return self.nearest(self.scheme.view(observation))
+
+    def nearest(self, observations: Float[Tensor, "n i"]) -> Int[Tensor, "n k"]:
         """The nearest choice to every place."""
-        places = self.places(self.scheme.view(observation))
+        places = self.places(observations)
         highest = torch.tensor(self.scheme.nvec) - 1
         return places.round().clamp(torch.zeros_like(highest), highest).long()
 

@@ -1,22 +1,36 @@
 """What a training run leaves so that its policy can run elsewhere: beside the policy, the frozen model and its making.
 
 A policy's folder holds `policy.safetensors` and `policy.json` (the policy), `model.safetensors` and `model.json` (the
-calibrated network's integers and steps) and `network.json` (which settings make the float network and the task).
+calibrated network's integers and steps) and `network.json` (which settings make the float network, the task and the video).
 """
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from resq_rl.errors import PolicyError, SettingsError
+from resq_rl.envs import ClipStore
+from resq_rl.errors import PolicyError, SettingsError, VideoError
+from resq_rl.experiments.progress import stage
+from resq_rl.experiments.settings import Settings
 from resq_rl.experiments.targets import TARGET, Target, make_target
 from resq_rl.experiments.world import World
 from resq_rl.files import write_atomic
-from resq_rl.quantization import save_model
+from resq_rl.quantization import load_model, save_model
+from resq_rl.video import Split
 
-__all__ = ["FILES", "policy_folder", "save_deployment", "trained_network", "trained_task"]
+__all__ = [
+    "FILES",
+    "deployed_world",
+    "policy_folder",
+    "save_deployment",
+    "trained_network",
+    "trained_task",
+    "trained_video",
+]
 
 FILES = ("policy.safetensors", "policy.json", "model.safetensors", "model.json", "network.json")
 
@@ -28,7 +42,7 @@ def save_deployment(world: World, folder: Path) -> None:
         ResultsError: a file cannot be written.
     """
     save_model(world.model, folder)
-    making = {"model": _plain(world.settings.model), "task": _plain(world.settings.task)}
+    making = {group: _plain(getattr(world.settings, group)) for group in ("model", "task", "video")}
     write_atomic(folder / "network.json", json.dumps(making, indent=2) + "\n")
 
 
@@ -57,6 +71,37 @@ def trained_network(policy: str | None) -> nn.Module:
 def trained_task(policy: str | None) -> Any:
     """The task that a policy was trained for."""
     return _made(policy, "task")
+
+
+def trained_video(policy: str | None) -> Any:
+    """The video that a policy was trained on."""
+    return _made(policy, "video")
+
+
+def deployed_world(settings: Settings, folder: Path, grid: tuple[int, int], splits: Sequence[Split]) -> World:
+    """The frozen model of a policy's folder and the clips of `splits`; nothing is calibrated.
+
+    Args:
+        grid: of the policy.
+
+    Raises:
+        ResqError: a part cannot be built; the message says which and how to mend it.
+    """
+    network, task, video = settings.model.build(), settings.task.build(), settings.video.build()
+    model = load_model(folder, network)
+    model = model.compile() if settings.quantization.compile else model
+    stores: dict[Split, ClipStore] = {}
+    for split in dict.fromkeys(splits):
+        clips = video.clips(split)
+        if not clips:
+            raise VideoError(f"The {split} split has no clips: give it some in the settings of 'video'.")
+        environment = settings.environment
+        with stage(f"float network, {split}", sum(map(len, clips))) as advance:
+            stores[split] = ClipStore.prepare(
+                model, task, clips, source=environment.accuracy, weighting=environment.weighting, progress=advance
+            )
+    settings = replace(settings, environment=replace(settings.environment, grid=grid))
+    return World(settings, network, model, task, stores, (), type(video).__name__)
 
 
 def _made(policy: str | None, group: str) -> Any:

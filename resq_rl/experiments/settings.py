@@ -23,6 +23,7 @@ from resq_rl.perception import PretrainSettings
 __all__ = [
     "BenchmarkSettings",
     "EnvironmentSettings",
+    "ExportSettings",
     "HeuristicSettings",
     "QuantizationSettings",
     "RunningSettings",
@@ -329,6 +330,27 @@ class RunningSettings(_Group):
 
 
 @dataclass(frozen=True)
+class ExportSettings(_Group):
+    """What `export` writes.
+
+    Attributes:
+        formats: "portable" (safetensors and JSON), "thresholds" (a table), "onnx" (needs the extra), "mlflow".
+        trade_offs: rows of the table.
+        name: under which the MLflow model is registered, or None.
+    """
+
+    _prefix: ClassVar[str] = "exporting."
+
+    formats: tuple[Literal["mlflow", "onnx", "portable", "thresholds"], ...]
+    trade_offs: Count
+    name: str | None
+
+    def _check(self) -> None:
+        if not self.formats:
+            raise self._refuse("formats", "a list of at least one format")
+
+
+@dataclass(frozen=True)
 class Settings(_Group):
     """Every setting of one command.
 
@@ -337,8 +359,9 @@ class Settings(_Group):
         pretraining: how `pretrain` trains the network.
         benchmark: what `bench` measures.
         running: how `run` runs a policy.
+        exporting: what `export` writes.
         source: what `run` runs on: path of a video file or of a folder of frames, or index of a camera.
-        policy: folder of a trained policy, for `evaluate` and `run`; or of policies by seed, which `compare` measures instead of
+        policy: folder of a trained policy, for `evaluate`, `run` and `export`; or of policies by seed, which `compare` measures instead of
             training.
         split: clips that `compare` and `evaluate` report on.
         results: folder of all results; each run has its own folder in it.
@@ -358,6 +381,7 @@ class Settings(_Group):
     pretraining: PretrainSettings
     benchmark: BenchmarkSettings
     running: RunningSettings
+    exporting: ExportSettings
     policy: str | None
     source: int | str | None
     split: Literal["train", "validation", "test"]
