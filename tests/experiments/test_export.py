@@ -167,8 +167,11 @@ def test_it_is_served(exported: Path) -> None:
     port, seen = free_port(), observations(exported)
     command = [sys.executable, "-m", "mlflow", "models", "serve", f"--model-uri={exported / 'mlflow_model'}"]
     command += ["--env-manager=local", "--host=127.0.0.1", f"--port={port}", "--workers=1"]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # MLflow starts uvicorn by its name
     with (exported / "serve.log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        server = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"PATH": path}, start_new_session=True
+        )
     try:
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}/invocations",
@@ -184,7 +187,8 @@ def test_it_is_served(exported: Path) -> None:
                 time.sleep(0.5)
         assert answer is not None, (exported / "serve.log").read_text()
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(20)
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait(20)
     expected = choices_of(LearnedPolicy.load(exported / "policy"), seen)
     np.testing.assert_array_equal(np.array(answer["predictions"], np.float32), expected)
