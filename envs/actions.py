@@ -115,19 +115,23 @@ class ActionScheme:
 
     def observe(self, observation: Observation) -> Float[np.ndarray, "agents n"]:
         """Each agent's view, clip by clip and region by region."""
+        array: np.ndarray = self.view(observation).numpy()
+        return array
+
+    def view(self, observation: Observation) -> Float[Tensor, "agents n"]:
+        """`observe` as a tensor."""
         if self.agents == "region":
             view = observation.per_region().flatten(0, 2)
         else:
             view = observation.per_frame() if self._whole_frame else observation.whole()
-        array: np.ndarray = view.numpy()
-        return array * self._seen if self.ignored else array
+        return view * self._seen if self.ignored else view
 
     @cached_property
-    def _seen(self) -> Float[np.ndarray, " n"]:
+    def _seen(self) -> Float[Tensor, " n"]:
         """0 for features to ignore, 1 for the others."""
         names = (_plain_name(name) for name in self.feature_names)
         ignored = [any(fnmatchcase(name, pattern) for pattern in self.ignored) for name in names]
-        return 1 - np.array(ignored, dtype=np.float32)
+        return 1 - torch.tensor(ignored, dtype=torch.float32)
 
     def decide(
         self,
@@ -147,6 +151,12 @@ class ActionScheme:
         """
         chosen = torch.as_tensor(np.asarray(actions))
         self._check(chosen)
+        return self.decision(chosen, due, field)
+
+    def decision(
+        self, chosen: Int[Tensor, "agents k"], due: Bool[Tensor, " b"] | None = None, field: Field | None = None
+    ) -> Decision:
+        """`decide` for actions that are known to be valid."""
         if self.kind == "keyframe":
             if field is None:
                 raise PolicyError(

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Float64, Int64, Num
 from torch import Tensor
 
 from resq_rl.envs.clips import ClipStore, gather
-from resq_rl.envs.observation import Observation
+from resq_rl.envs.observation import Observation, Seen
 from resq_rl.envs.simulator import Decision, FrameResult, Simulator
 from resq_rl.errors import SettingsError
 from resq_rl.perception import Task
@@ -35,6 +35,11 @@ class FrameView:
     def observation(self) -> Observation:
         """The observation of every clip."""
         return self._simulator.observe()
+
+    @property
+    def seen(self) -> Seen:
+        """What the observation is made from."""
+        return self._simulator.seen()
 
     def preview(self, first: Decision, then: "Policy", frames: int) -> list[FrameResult]:
         """What the next frames would give, of which none is run: for bounds, no device can do this.

@@ -1,9 +1,10 @@
 """What a policy sees before a frame runs: only what a device has by then."""
 
+import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Num, UInt8
+from jaxtyping import Float, Int64, Num, UInt8
 from torch import Tensor
 
 from resq_rl.quantization.fields import cells_of
@@ -12,7 +13,10 @@ __all__ = [
     "AGE_OCTAVES",
     "FRAME_FEATURES",
     "Observation",
+    "Seen",
     "age_feature",
+    "frame_values",
+    "observed",
     "pool_mean",
     "pool_over_regions",
     "region_features",
@@ -73,6 +77,56 @@ class Observation:
         return torch.cat([self.regions.flatten(1), self.frame], 1)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a device has of a batch of clips before a frame runs, from which observations are made.
+
+    Attributes:
+        frame: the frame that runs next.
+        reference_frame: against which its residual is taken: the last frame in the closed loop, else the keyframe.
+        key_frame: the last keyframe.
+        output: features of the last output by region (`output_features`): uncertainty, boundary, foreground.
+        spent: BOPs spent there last, as shares of the W8A8 BOPs of region and layer group.
+        age: frames since the keyframe.
+        trade_off: lambda.
+    """
+
+    frame: UInt8[Tensor, "b 3 h w"]
+    reference_frame: UInt8[Tensor, "b 3 h w"]
+    key_frame: UInt8[Tensor, "b 3 h w"]
+    output: Float[Tensor, "b gh gw 3"]
+    spent: Float[Tensor, "b gh gw g"]
+    age: Int64[Tensor, " b"]
+    trade_off: Float[Tensor, " b"]
+
+
+def observed(
+    seen: Seen, grid: tuple[int, int], *, closed_loop: bool
+) -> tuple[Float[Tensor, "b gh gw f"], Float[Tensor, " b"], Float[Tensor, " b"]]:
+    """The features of `region_features`, and `frame_residual_mean` and `foreground_share`."""
+    residual = difference(seen.frame, seen.reference_frame)
+    residual_mean, texture = pool_mean(residual, grid).sqrt_(), frame_texture(seen.frame, grid)
+    drift = residual_mean
+    if closed_loop:
+        drift = pool_mean(difference(seen.frame, seen.key_frame), grid).sqrt_()
+    regions = region_values(residual_mean, pool_max(residual, grid), drift, seen.output, texture, seen.spent)
+    return regions, residual.mean((1, 2)).sqrt_(), seen.output[..., 2].mean((1, 2))
+
+
+def frame_values(
+    age: Int64[Tensor, " b"],
+    trade_off: Float[Tensor, " b"],
+    trade_off_range: tuple[float, float],
+    budget: Float[Tensor, " b"],
+    residual: Float[Tensor, " b"],
+    foreground: Float[Tensor, " b"],
+) -> Float[Tensor, "b k"]:
+    """The features of `FRAME_FEATURES`."""
+    low, high = (math.log(v) for v in trade_off_range)
+    position = (trade_off.log() - low) / (high - low) if high > low else torch.zeros_like(trade_off)
+    return torch.stack([age_feature(age), position, budget, residual, foreground], 1).clamp_(0, 1)
+
+
 def region_values(
     residual_mean: Float[Tensor, "b gh gw"],
     residual_max: Float[Tensor, "b gh gw"],
@@ -96,12 +150,12 @@ def pool_over_regions(values: Float[Tensor, "b gh gw f"]) -> Float[Tensor, "b 2 
 
 def age_feature(age: Num[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     """`keyframe_age` of keyframes so many frames old, before it is held to 1; 0 without a keyframe (age -1)."""
-    return (1 + age.clamp_min(0)).log2() / AGE_OCTAVES
+    return (1 + age.clamp_min(0)).float().log2() / AGE_OCTAVES
 
 
 def pool_mean(x: Float[Tensor, "b h w"], grid: tuple[int, int]) -> Float[Tensor, "b gh gw"]:
     """Mean over each region of the grid."""
-    (h, w), (gh, gw) = (x.shape[1], x.shape[2]), grid
+    (h, w), (gh, gw) = (int(x.shape[1]), int(x.shape[2])), grid
     if h % gh == 0 and w % gw == 0:
         mean: Tensor = x.unflatten(2, (gw, -1)).mean(3).unflatten(1, (gh, -1)).mean(2)
         return mean
@@ -110,12 +164,18 @@ def pool_mean(x: Float[Tensor, "b h w"], grid: tuple[int, int]) -> Float[Tensor,
 
 
 def pool_max(x: Float[Tensor, "b h w"], grid: tuple[int, int]) -> Float[Tensor, "b gh gw"]:
-    """Maximum over each region of the grid (adaptive windows where the grid does not divide the size)."""
-    (h, w), (gh, gw) = (x.shape[1], x.shape[2]), grid
+    """Maximum over each region of the grid (windows that overlap where the grid does not divide the size)."""
+    (h, w), (gh, gw) = (int(x.shape[1]), int(x.shape[2])), grid
     if h % gh == 0 and w % gw == 0:
         largest: Tensor = x.unflatten(2, (gw, -1)).amax(3).unflatten(1, (gh, -1)).amax(2)
         return largest
-    return torch.nn.functional.adaptive_max_pool2d(x[:, None], grid)[:, 0]
+    rows = torch.stack([x[:, start:stop].amax(1) for start, stop in _windows(h, gh)], 1)
+    return torch.stack([rows[:, :, start:stop].amax(2) for start, stop in _windows(w, gw)], 2)
+
+
+def _windows(length: int, cells: int) -> list[tuple[int, int]]:
+    """Where each cell begins and ends, its ends rounded outwards to whole positions."""
+    return [(i * length // cells, -(-(i + 1) * length // cells)) for i in range(cells)]
 
 
 def around(x: Float[Tensor, "b gh gw"]) -> Float[Tensor, "b gh gw"]:

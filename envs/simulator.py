@@ -1,7 +1,6 @@
 """The batched simulator under every environment: B clips step in one forward pass."""
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,12 +11,10 @@ from torch import Tensor
 from resq_rl.envs.clips import ClipStore, gather
 from resq_rl.envs.observation import (
     Observation,
-    age_feature,
-    difference,
-    frame_texture,
-    pool_max,
+    Seen,
+    frame_values,
+    observed,
     pool_mean,
-    region_values,
 )
 from resq_rl.errors import NetworkError, PolicyError, SettingsError
 from resq_rl.perception import Task
@@ -286,29 +283,23 @@ class Simulator:
 
     # Observation -----------------------------------------------------------------------------------------------------
 
-    def observe(self) -> Observation:
-        """The observation before each slot's next frame; after a clip's end, of its last frame once more."""
+    def seen(self) -> Seen:
+        """What a device has before each slot's next frame; after a clip's end, before its last frame once more."""
         time = torch.minimum(self.time, self.length - 1)
         frame = gather(self.store.frame_tensors, self.clip, time)
-        residual = difference(frame, self._reference_frame)
-        residual_mean, texture = pool_mean(residual, self.grid).sqrt_(), frame_texture(frame, self.grid)
-        drift = residual_mean
-        if self.reference == "previous":
-            drift = pool_mean(difference(frame, self._key_frame), self.grid).sqrt_()
-        regions = region_values(
-            residual_mean, pool_max(residual, self.grid), drift, self._output, texture, self._spent_there
-        )
-        frame_residual, foreground = residual.mean((1, 2)).sqrt_(), self._output[..., 2].mean((1, 2))
-        return Observation(regions, self._frame_features(frame_residual, foreground))
+        references = self._reference_frame, self._key_frame
+        return Seen(frame, *references, self._output, self._spent_there, self.age, self.trade_off)
+
+    def observe(self) -> Observation:
+        """The observation before each slot's next frame; after a clip's end, of its last frame once more."""
+        regions, residual, foreground = observed(self.seen(), self.grid, closed_loop=self.reference == "previous")
+        return Observation(regions, self._frame_features(residual, foreground))
 
     def _frame_features(self, residual: Float[Tensor, " b"], foreground: Float[Tensor, " b"]) -> Float[Tensor, "b k"]:
-        low, high = (math.log(v) for v in self.trade_off_range)
-        position = (self.trade_off.log() - low) / (high - low) if high > low else torch.zeros(self.slots)
         budget = torch.ones(self.slots)
         if self.budget is not None:
             budget = (1 - self.spent / (self.budget * self.length)).float()
-        parts = [age_feature(self.age), position, budget, residual, foreground]
-        return torch.stack(parts, 1).clamp_(0, 1)
+        return frame_values(self.age, self.trade_off, self.trade_off_range, budget, residual, foreground)
 
 
 def _relative_area(size: tuple[int, int], grid: tuple[int, int]) -> Float[Tensor, "gh gw"]:

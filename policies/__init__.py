@@ -21,6 +21,7 @@ from resq_rl.policies.oracle import (
     oracle_measurement,
     rollout,
 )
+from resq_rl.policies.runner import RunCost, Runner
 from resq_rl.policies.search import Tried, best_for, search_group_thresholds
 from resq_rl.policies.tuning import (
     best_of,
@@ -40,6 +41,8 @@ __all__ = [
     "PerFrame",
     "RandomLevels",
     "Responses",
+    "RunCost",
+    "Runner",
     "Schedule",
     "Scheduled",
     "SkipGate",

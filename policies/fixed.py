@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from resq_rl.envs import Decision, FrameView
@@ -21,14 +21,18 @@ __all__ = [
     "SkipGate",
     "StaticResQ",
     "periodic",
+    "periodic_at",
 ]
 
 
 def periodic(view: FrameView, interval: int) -> Bool[Tensor, " b"]:
     """Which clips are due a keyframe, with one every `interval` frames; 0 means only the first frame."""
-    if interval == 0:
-        return torch.zeros(view.clips, dtype=torch.bool)
-    return view.age + 1 >= interval
+    return periodic_at(view.age, interval)
+
+
+def periodic_at(age: Int64[Tensor, " b"], interval: int) -> Bool[Tensor, " b"]:
+    """`periodic` for keyframes so many frames old."""
+    return age + 1 >= interval if interval else torch.zeros_like(age, dtype=torch.bool)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from resq_rl.envs import ActionScheme, Decision, FrameView
+from resq_rl.envs import ActionScheme, Decision, FrameView, Observation
 from resq_rl.errors import PolicyError, ResqError
 from resq_rl.files import write_atomic
 from resq_rl.policies.fixed import periodic
@@ -173,13 +173,22 @@ class LearnedPolicy:
         return self.scheme.decide(self._nearest(view), refresh)
 
     def _nearest(self, view: FrameView) -> Int[np.ndarray, "agents k"]:
-        self._check_view(view)
-        places = self.places(torch.from_numpy(self.scheme.observe(view.observation)))
-        highest = torch.tensor(self.scheme.nvec) - 1
-        chosen: np.ndarray = places.round().clamp(torch.zeros_like(highest), highest).long().numpy()
+        self.check_view(view)
+        chosen: np.ndarray = self.chosen(view.observation).numpy()
         return chosen
 
-    def _check_view(self, view: FrameView) -> None:
+    def chosen(self, observation: Observation) -> Int[Tensor, "agents k"]:
+        """The choices of every agent, as indices."""
+        return self.nearest(self.scheme.view(observation))
+
+    def nearest(self, observations: Float[Tensor, "n i"]) -> Int[Tensor, "n k"]:
+        """The nearest choice to every place."""
+        places = self.places(observations)
+        highest = torch.tensor(self.scheme.nvec) - 1
+        return places.round().clamp(torch.zeros_like(highest), highest).long()
+
+    def check_view(self, view: FrameView) -> None:
+        """Raise PolicyError unless it was trained for such a network, grid and range of lambda."""
         if (view.groups, view.grid) != (self.scheme.groups, self.scheme.grid):
             raise PolicyError(
                 f"The policy decides for {self.scheme.groups} layer groups and grid {self.scheme.grid}; the network "

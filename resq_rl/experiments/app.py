@@ -50,6 +50,12 @@ COMMANDS: Mapping[str, Command] = {
         "compare",
         "resq_rl.experiments.compare:run",
     ),
+    "run": Command(
+        "run a trained policy on a video file, a folder of frames or a camera", "run", "resq_rl.experiments.run:run"
+    ),
+    "export": Command(
+        "write a trained policy for other runtimes, and check each file", "export", "resq_rl.experiments.export:run"
+    ),
     "bench": Command("measure how fast the simulation is on this machine", "bench", "resq_rl.experiments.bench:run"),
     "pretrain": Command(
         "train the segmentation network that the package ships", "pretrain", "resq_rl.experiments.pretrain:run"

@@ -31,7 +31,7 @@ FIRST_RETRY, LAST_RETRY = 5.0, 300.0  # seconds
 TRANSIENT = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED"}
 PARENT_TAG = "mlflow.parentRunId"
 
-OperationKind = Literal["start", "metrics", "parameters", "tags", "artifact", "end"]
+OperationKind = Literal["start", "metrics", "parameters", "tags", "artifact", "model", "end"]
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +49,8 @@ class Operation:
         kind: what to do with `payload`.
         run: the run's id, or a local name as long as the store has not made the run.
         payload: of "start" parent, name, tags and time; of "metrics" values as (name, value, time, step); of
-            "parameters" and "tags" values by name; of "artifact" path and folder; of "end" status and time. Times are
-            milliseconds since 1970.
+            "parameters" and "tags" values by name; of "artifact" path and folder; of "model" path and the name to
+            register it under; of "end" status and time. Times are milliseconds since 1970.
     """
 
     kind: OperationKind
@@ -215,6 +215,8 @@ class Outbox:
                 self.client.log_batch(run, tags=tags, synchronous=True)
             case "artifact":
                 self.client.log_artifact(run, payload["path"], payload["folder"] or None)
+            case "model":
+                self._register(run, Path(payload["path"]), payload["name"])
             case "end":
                 self.client.set_terminated(run, payload["status"], payload["time"])
 
@@ -224,6 +226,21 @@ class Outbox:
             tags[PARENT_TAG] = self.run_id(payload["parent"])
         made = self.client.create_run(self.experiment_id, payload["time"], tags, payload["name"])
         self._run_ids[run] = made.info.run_id
+
+    def _register(self, run: str, folder: Path, name: str | None) -> None:
+        """Attach a saved model, and make it the newest version of the registered model of a name."""
+        from mlflow.exceptions import MlflowException
+
+        self.client.log_artifacts(run, str(folder), folder.name)
+        if name is None:
+            return
+        try:
+            self.client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        source = f"{self.client.get_run(run).info.artifact_uri}/{folder.name}"
+        self.client.create_model_version(name, source, run)
 
 
 def reason(error: BaseException) -> str:

@@ -17,10 +17,11 @@ Advance = Callable[[int], None]
 
 
 @contextmanager
-def stage(title: str, total: int) -> Iterator[Advance]:
-    """A part of a job with a known amount of work; yields a function that is told of work done.
+def stage(title: str, total: int | None) -> Iterator[Advance]:
+    """A part of a job; yields a function that is told of work done.
 
-    On a terminal it is a bar with the remaining time; elsewhere one line at the start and one at the end.
+    On a terminal it is a bar with the remaining time, if the amount of work is known; elsewhere one line at the start
+    and one at the end.
     """
     started = time.monotonic()
     if not sys.stderr.isatty():
@@ -30,6 +31,7 @@ def stage(title: str, total: int) -> Iterator[Advance]:
         return
     columns = (TextColumn("{task.description:32}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(title, total=max(1, total))
+        whole = None if total is None else max(1, total)
+        task = progress.add_task(title, total=whole)
         yield lambda amount: progress.advance(task, amount)
-        progress.update(task, completed=max(1, total))
+        progress.update(task, completed=whole)

@@ -23,8 +23,10 @@ from resq_rl.perception import PretrainSettings
 __all__ = [
     "BenchmarkSettings",
     "EnvironmentSettings",
+    "ExportSettings",
     "HeuristicSettings",
     "QuantizationSettings",
+    "RunningSettings",
     "Settings",
     "Target",
     "TrackingSettings",
@@ -305,6 +307,50 @@ class BenchmarkSettings(_Group):
 
 
 @dataclass(frozen=True)
+class RunningSettings(_Group):
+    """How `run` runs a policy on a video.
+
+    Attributes:
+        trade_off: lambda to decide for; None for the middle of the policy's range.
+        interval: frames between keyframes, 0 for the first only; None for the policy's own timing.
+        frames: most frames to run; None for all.
+        overlay: whether to write `overlay.mp4`.
+        height: of the overlay in pixels.
+        records: format of the file with a line per frame.
+    """
+
+    _prefix: ClassVar[str] = "running."
+
+    trade_off: Annotated[float | None, Bounds(above=0)]
+    interval: Annotated[int | None, Bounds(at_least=0)]
+    frames: Annotated[int | None, Bounds(at_least=1)]
+    overlay: bool
+    height: Annotated[int, Bounds(at_least=16, at_most=4320)]
+    records: Literal["jsonl", "csv"]
+
+
+@dataclass(frozen=True)
+class ExportSettings(_Group):
+    """What `export` writes.
+
+    Attributes:
+        formats: "portable" (safetensors and JSON), "thresholds" (a table), "onnx" (needs the extra), "mlflow".
+        trade_offs: rows of the table.
+        name: under which the MLflow model is registered, or None.
+    """
+
+    _prefix: ClassVar[str] = "exporting."
+
+    formats: tuple[Literal["mlflow", "onnx", "portable", "thresholds"], ...]
+    trade_offs: Count
+    name: str | None
+
+    def _check(self) -> None:
+        if not self.formats:
+            raise self._refuse("formats", "a list of at least one format")
+
+
+@dataclass(frozen=True)
 class Settings(_Group):
     """Every setting of one command.
 
@@ -312,7 +358,10 @@ class Settings(_Group):
         video, model, task: made with `Target.build`.
         pretraining: how `pretrain` trains the network.
         benchmark: what `bench` measures.
-        policy: folder of a trained policy, for `evaluate`; or of policies by seed, which `compare` measures instead of
+        running: how `run` runs a policy.
+        exporting: what `export` writes.
+        source: what `run` runs on: path of a video file or of a folder of frames, or index of a camera.
+        policy: folder of a trained policy, for `evaluate`, `run` and `export`; or of policies by seed, which `compare` measures instead of
             training.
         split: clips that `compare` and `evaluate` report on.
         results: folder of all results; each run has its own folder in it.
@@ -331,7 +380,10 @@ class Settings(_Group):
     tracking: TrackingSettings
     pretraining: PretrainSettings
     benchmark: BenchmarkSettings
+    running: RunningSettings
+    exporting: ExportSettings
     policy: str | None
+    source: int | str | None
     split: Literal["train", "validation", "test"]
     results: str
     tables: str | None

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 else:  # slow to import; names that annotations can be checked against
     Figure = MlflowClient = Any
 
-__all__ = ["PARENT_RUN_VARIABLE", "NullTracker", "Tracker", "open_tracker"]
+__all__ = ["PARENT_RUN_VARIABLE", "NullTracker", "Tracker", "open_tracker", "quiet_mlflow"]
 
 PARENT_RUN_VARIABLE = "RESQ_RL_PARENT_RUN"
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -126,6 +126,11 @@ class Tracker:
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """Attach a copy of a file, under `folder` among the run's artifacts. The file must stay until `close`."""
         self._add("artifact", {"path": str(path.absolute()), "folder": folder})
+        self.flush()
+
+    def log_model(self, folder: Path, name: str | None) -> None:
+        """Attach the folder of a saved MLflow model and register it under a name, if one is given."""
+        self._add("model", {"path": str(folder.absolute()), "name": name})
         self.flush()
 
     def log_figure(self, figure: Figure, name: str) -> list[Path]:
@@ -217,9 +222,15 @@ def open_tracker(settings: TrackingSettings, *, results: Path, folder: Path, nam
     return Tracker(outbox, folder, name=name, tags=settings.tags, parent=parent, hint=_hint(uri, experiment))
 
 
-def _make_client(uri: str) -> MlflowClient:
+def quiet_mlflow() -> None:
+    """Keep MLflow from reporting its use and from chatter on the terminal; to be called before it is imported."""
     for variable in ("DISABLE_TELEMETRY", "DISABLE_AGENT_HINT", "SUPPRESS_PRINTING_URL_TO_STDOUT"):
         os.environ.setdefault(f"MLFLOW_{variable}", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+
+def _make_client(uri: str) -> MlflowClient:
+    quiet_mlflow()
     from mlflow import MlflowClient
 
     for logger, level in (

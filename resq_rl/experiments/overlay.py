@@ -1,0 +1,158 @@
+"""A video beside what a policy makes of it: the prediction, where the bits go, and what was spent so far."""
+
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+
+import av
+import numpy as np
+from jaxtyping import Float, UInt8
+from matplotlib import colormaps
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from resq_rl.errors import ResultsError
+from resq_rl.policies.runner import REFERENCE_BITS, RunCost
+
+__all__ = ["OverlayVideo", "Paint", "draw"]
+
+Paint = Callable[[UInt8[Tensor, "3 h w"], Tensor], UInt8[np.ndarray, "h w 3"]]
+"""Draws a prediction over a frame of the model's size."""
+
+# Written piece by piece, so that what is there can be played even where the end is missing.
+_FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
+_CODECS = ("libx264", "mpeg4")
+_COLORS = "cividis"  # even in lightness, and the same to the colour-blind
+# Of the bits by region over the grey frame.
+_TINT = 0.65
+
+
+def draw(
+    painted: UInt8[np.ndarray, "h w 3"],
+    frame: UInt8[Tensor, "3 h w"],
+    cost: RunCost,
+    text: str,
+    size: tuple[int, int],
+) -> Image.Image:
+    """One picture of the overlay: the painted prediction, bits by region with their scale, and a line of text.
+
+    Args:
+        painted: the prediction drawn over the frame.
+        frame: as the model saw it.
+        size: height and width of each of the two panels, in pixels.
+    """
+    height, width = size
+    line = max(12, height // 18)
+    canvas = Image.new("RGB", (2 * width, _even(height + 2 * line)), "black")
+    canvas.paste(Image.fromarray(painted).resize((width, height), Image.Resampling.BILINEAR), (0, 0))
+    canvas.paste(Image.fromarray(_bit_map(frame, cost)).resize((width, height), Image.Resampling.NEAREST), (width, 0))
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(line * 0.75)
+    pen.text((line // 3, height + line), text, fill="white", font=font, anchor="lm")
+    if cost.keyframe:
+        pen.rectangle((0, 0, 2 * width - 1, height - 1), outline="white", width=max(2, line // 6))
+    _draw_scale(canvas, pen, (2 * width, height), line, font)
+    return canvas
+
+
+def _bit_map(frame: UInt8[Tensor, "3 h w"], cost: RunCost) -> UInt8[np.ndarray, "h w 3"]:
+    """The bits of every region as a colour over the grey frame: 0 is dark, `REFERENCE_BITS` and more are light."""
+    height, width = frame.shape[1:]
+    rows, columns = (
+        np.minimum((np.arange(length) + 0.5) * cells // length, cells - 1).astype(int)
+        for length, cells in zip((height, width), cost.regions.shape, strict=True)
+    )
+    share: Float[np.ndarray, "h w"] = cost.regions.numpy()[rows][:, columns]
+    tint = colormaps[_COLORS](np.sqrt(share.clip(0, 1)))[..., :3]
+    grey = frame.float().mean(0).numpy()[..., None] / 255
+    mixed: np.ndarray = (255 * (_TINT * tint + (1 - _TINT) * grey)).round().astype(np.uint8)
+    return mixed
+
+
+def _draw_scale(
+    canvas: Image.Image, pen: ImageDraw.ImageDraw, corner: tuple[int, int], line: int, font: ImageFont.FreeTypeFont
+) -> None:
+    """What the colours of the bit map mean, under its right end."""
+    bar, (right, top) = (6 * line, line // 2), corner
+    ramp = (255 * colormaps[_COLORS](np.linspace(0, 1, bar[0]))[:, :3]).astype(np.uint8)[None].repeat(bar[1], 0)
+    left = right - bar[0] - 2 * line
+    canvas.paste(Image.fromarray(ramp), (left, top + line - bar[1] // 2))
+    pen.text((left - line // 3, top + line), "bits 0", fill="white", font=font, anchor="rm")
+    pen.text((left + bar[0] + line // 3, top + line), f"{REFERENCE_BITS}", fill="white", font=font, anchor="lm")
+
+
+class OverlayVideo:
+    """Writes `path` picture by picture; use it in a `with` statement, whose end completes the file.
+
+    Args:
+        paint: draws a prediction.
+        height: of a panel in pixels; the width follows from the pictures.
+        rate: frames per second.
+
+    Raises:
+        ResultsError: the file cannot be written.
+    """
+
+    def __init__(self, path: Path, paint: Paint, height: int, rate: float) -> None:
+        self._path, self._paint, self._height = path, paint, _even(height)
+        self._size: tuple[int, int] | None = None
+        codec = next((name for name in _CODECS if name in av.codecs_available), _CODECS[-1])
+        try:
+            self._container = av.open(str(path), "w", format="mp4", options=_FRAGMENTS)
+            self._stream = self._container.add_stream(codec, rate=Fraction(rate).limit_denominator(1001))
+        except (av.FFmpegError, OSError) as error:
+            raise self._failed(error) from error
+
+    def add(
+        self,
+        picture: UInt8[np.ndarray, "source_h source_w 3"],
+        frame: UInt8[Tensor, "3 h w"],
+        prediction: Tensor,
+        cost: RunCost,
+        text: str,
+    ) -> None:
+        """Append a frame.
+
+        Args:
+            picture: the frame at the source's size, whose proportions the panels keep.
+            frame: the same at the model's size.
+
+        Raises:
+            ResultsError: the file cannot be written.
+        """
+        first, width = self._size is None, _even(round(self._height * picture.shape[1] / picture.shape[0]))
+        self._size = self._size or (self._height, max(width, _even(self._height // 2)))
+        image = draw(self._paint(frame, prediction), frame, cost, text, self._size)
+        try:
+            if first:
+                self._stream.width, self._stream.height = image.size
+                self._stream.pix_fmt = "yuv420p"
+            self._container.mux(self._stream.encode(av.VideoFrame.from_image(image)))
+        except (av.FFmpegError, OSError) as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> ResultsError:
+        reason = getattr(error, "strerror", None) or error
+        return ResultsError(
+            f"Cannot write {self._path}: {reason}. Free some space, choose a writable folder, or do without: "
+            "running.overlay=false."
+        )
+
+    def __enter__(self) -> "OverlayVideo":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self._size is not None:
+                self._container.mux(self._stream.encode())
+            self._container.close()
+        except (av.FFmpegError, OSError) as failure:
+            if error is None:
+                raise self._failed(failure) from failure
+
+
+def _even(length: int) -> int:
+    """As video encoders want it."""
+    return length + length % 2

@@ -1,0 +1,195 @@
+"""`resq-rl run`: a trained policy and its frozen network on a video file, a folder of frames or a camera."""
+
+import csv
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from jaxtyping import UInt8
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from resq_rl.errors import ResultsError, SettingsError
+from resq_rl.experiments.deployment import policy_folder
+from resq_rl.experiments.overlay import OverlayVideo
+from resq_rl.experiments.plots import overlay
+from resq_rl.experiments.progress import stage
+from resq_rl.experiments.results import write_summary
+from resq_rl.experiments.settings import RunningSettings, Settings
+from resq_rl.experiments.tracking import Tracker
+from resq_rl.policies import RunCost, Runner
+from resq_rl.policies.runner import REFERENCE_BITS
+from resq_rl.video import VideoStream
+
+__all__ = ["run"]
+
+log = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+FIELDS = ("frame", "time", "keyframe", "bops", "policy_bops", "bits", "mean_bops", "total_bops")
+
+
+@dataclass
+class _Totals:
+    """What the frames so far cost, as shares of W8A8."""
+
+    reference_bops: int
+    frames: int = 0
+    keyframes: int = 0
+    keyframe: float = 0.0
+    residual: float = 0.0
+    policy: float = 0.0
+    peak: float = 0.0
+
+    def add(self, cost: RunCost) -> None:
+        self.frames += 1
+        self.keyframes += cost.keyframe
+        self.keyframe += cost.network if cost.keyframe else 0.0
+        self.residual += 0.0 if cost.keyframe else cost.network
+        self.policy += cost.policy
+        self.peak = max(self.peak, cost.bops)
+
+    @property
+    def spent(self) -> float:
+        return self.keyframe + self.residual + self.policy
+
+    @property
+    def mean(self) -> float:
+        return self.spent / max(1, self.frames)
+
+    def summary(self) -> dict[str, Any]:
+        """By the names of `comparison.json`; parts are per frame."""
+        frames = max(1, self.frames)
+        return {
+            "frames": self.frames,
+            "keyframes": self.keyframes,
+            "bops": self.mean,
+            "keyframe_bops": self.keyframe / frames,
+            "residual_bops": self.residual / frames,
+            "policy_bops": self.policy / frames,
+            "peak_bops": self.peak,
+            "bits": REFERENCE_BITS * math.sqrt(self.mean),
+            "total_bops": self.spent * self.reference_bops,
+            "reference_bops_per_frame": self.reference_bops,
+        }
+
+
+def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
+    """Run; writes a line per frame, `summary.json` and, if wanted, `overlay.mp4`. An interrupt keeps what is done."""
+    if settings.source is None:
+        raise SettingsError("On which video? Set source=PATH, a video file or a folder of frames, or a camera's index.")
+    running, folder = settings.running, policy_folder(settings.policy)
+    stream = VideoStream(settings.source)
+    runner = Runner.load(
+        folder, settings.model.build(), settings.task.build(), trade_off=running.trade_off, interval=running.interval
+    )
+    if settings.quantization.compile:
+        runner.model.compile()
+    frames = iter(stream)
+    first = next(frames)  # a source that cannot be read ends here, before anything is written
+    length = running.frames if stream.length is None else min(stream.length, running.frames or stream.length)
+    totals, started, ended = _Totals(runner.model.reference_bops()), time.monotonic(), "failed"
+    try:
+        with ExitStack() as stack:
+            outputs = [stack.enter_context(_records(run_dir, running))]
+            if running.overlay:
+                outputs.append(stack.enter_context(_overlay(run_dir, running, stream.rate)))
+            advance = stack.enter_context(stage(f"running {Path(stream.name).name}", length))
+            for picture in islice(chain([first], frames), running.frames):
+                prediction, cost = runner(picture)
+                record = _record(totals, cost, stream.rate)
+                for output in outputs:
+                    output(record, picture, runner.frame, prediction, cost)
+                advance(1)
+        ended = "finished"
+    except KeyboardInterrupt:
+        ended = "interrupted"
+        raise
+    finally:
+        summary = {"policy": str(folder), "source": stream.name, "settings": runner.policy.settings, "ended": ended}
+        seconds = time.monotonic() - started
+        summary |= totals.summary() | {"seconds": seconds, "frames_per_second": totals.frames / seconds}
+        tracker.log_artifact(write_summary(run_dir / "summary.json", summary))
+        tracker.log_metrics({name: summary[name] for name in ("bops", "peak_bops", "frames_per_second")})
+        _print(summary)
+
+
+Output = Callable[[Record, Any, UInt8[Tensor, "3 h w"], Tensor, RunCost], None]
+
+
+def _record(totals: _Totals, cost: RunCost, rate: float) -> Record:
+    number = totals.frames
+    totals.add(cost)
+    values = (
+        number,
+        round(number / rate, 6),
+        cost.keyframe,
+        cost.bops,
+        cost.policy,
+        cost.bits,
+        totals.mean,
+        totals.spent * totals.reference_bops,
+    )
+    return dict(zip(FIELDS, values, strict=True))
+
+
+@contextmanager
+def _records(run_dir: Path, running: RunningSettings) -> Iterator[Output]:
+    """A line per frame, on disk as soon as the frame is done."""
+    path = run_dir / f"frames.{running.records}"
+    with path.open("w", newline="", encoding="utf-8", buffering=1) as file:
+        write = _writer(file, running.records)
+
+        def add(record: Record, *_: Any) -> None:
+            try:
+                write(record)
+            except OSError as error:
+                raise ResultsError(
+                    f"Cannot write {path}: {error.strerror or error}. Free some space or choose a writable folder with "
+                    "results=FOLDER."
+                ) from error
+
+        yield add
+
+
+def _writer(file: TextIO, kind: str) -> Callable[[Record], Any]:
+    if kind == "jsonl":
+        return lambda record: file.write(json.dumps(record) + "\n")
+    writer = csv.DictWriter(file, FIELDS)
+    writer.writeheader()
+    return writer.writerow
+
+
+@contextmanager
+def _overlay(run_dir: Path, running: RunningSettings, rate: float) -> Iterator[Output]:
+    with OverlayVideo(run_dir / "overlay.mp4", _painted, running.height, rate) as video:
+
+        def write(record: Record, picture: Any, frame: Tensor, prediction: Tensor, cost: RunCost) -> None:
+            kind = "keyframe" if cost.keyframe else "residual"
+            text = (
+                f"frame {record['frame']}  {kind}  {cost.bits:.1f} bits, {cost.bops:.3f} of W8A8   "
+                f"mean {record['mean_bops']:.3f}   {record['total_bops'] / 1e9:.2f} GBOPs so far"
+            )
+            video.add(picture, frame, prediction, cost, text)
+
+        yield write
+
+
+def _painted(frame: Tensor, prediction: Tensor) -> Any:
+    return (overlay(frame, prediction) * 255).round().astype("uint8")
+
+
+def _print(summary: dict[str, Any]) -> None:
+    table = Table("frames", "keyframes", "BOPs, share of W8A8", "peak", "bits", "frames/s", title=summary["source"])
+    names = ("bops", "peak_bops", "bits", "frames_per_second")
+    table.add_row(str(summary["frames"]), str(summary["keyframes"]), *(f"{summary[name]:.3g}" for name in names))
+    Console().print(table)

@@ -1,0 +1,182 @@
+"""`resq-rl run`: what it writes equals what the runner gives, whatever the source, and an interrupt keeps it."""
+
+import csv
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from resq_rl.experiments import run as run_module
+from resq_rl.experiments.app import main
+from resq_rl.perception import Segmentation
+from resq_rl.policies import Runner
+from resq_rl.quantization import save_model
+from resq_rl.video import VideoFiles, VideoStream
+from tests.envs.worlds import CLASSES, World, moving_frames, tiny_network
+from tests.policies.test_learned import made
+
+SIZE = (32, 48)
+TINY = ["tracking=disabled", "threads=1"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, world: World) -> Path:
+    """The folder of a run, as `resq-rl train` leaves it, of a tiny network for frames of 32x48."""
+    folder = tmp_path_factory.mktemp("trained")
+    made(world.scheme(), network=world.model.groups, interval=3).save(folder / "seed0")
+    save_model(world.model, folder / "seed0")
+    model = {"_target_": "tests.envs.worlds.tiny_network"}
+    task = {"_target_": "resq_rl.perception.Segmentation", "classes": CLASSES}
+    (folder / "seed0" / "network.json").write_text(json.dumps({"model": model, "task": task}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A video of 9 frames, larger than the model's and of odd width."""
+    path = tmp_path_factory.mktemp("video") / "clip.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 101, 64, "bgr0"  # type: ignore[union-attr]
+        for pixels in moving_frames(9, (64, 101)):
+            frame = av.VideoFrame.from_ndarray(pixels.permute(1, 2, 0).numpy(), format="rgb24")
+            container.mux(stream.encode(frame))  # type: ignore[union-attr]
+        container.mux(stream.encode())  # type: ignore[union-attr]
+    return path
+
+
+def run(tmp_path: Path, *words: str, code: int = 0) -> Path:
+    assert main(["run", *TINY, f"results={tmp_path}", *words]) == code
+    return next((tmp_path / "run").iterdir())
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "frames.jsonl").read_text().splitlines()]
+
+
+def pictures(path: Path) -> list[np.ndarray[Any, Any]]:
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def test_lines_and_summary_are_what_the_runner_gives(trained: Path, video: Path, tmp_path: Path) -> None:
+    folder = run(tmp_path, f"policy={trained}", f"source={video}", "running.interval=4", "running.trade_off=0.1")
+    runner = Runner.load(trained / "seed0", tiny_network(), Segmentation(CLASSES), trade_off=0.1, interval=4)
+    (clip,) = VideoFiles({"test": [video]}, size=SIZE).clips("test")
+    costs = [runner(frame)[1] for frame in clip.frames]
+    found = records(folder)
+    assert [r["frame"] for r in found] == list(range(9))
+    assert [r["time"] for r in found] == [pytest.approx(t / 10) for t in range(9)]
+    assert [(r["bops"], r["keyframe"], r["policy_bops"]) for r in found] == [
+        (c.bops, c.keyframe, c.policy) for c in costs
+    ]
+    total = sum(c.bops for c in costs)
+    assert found[-1]["total_bops"] == pytest.approx(total * runner.model.reference_bops())
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["frames"], summary["keyframes"], summary["ended"]) == (9, 3, "finished")
+    assert summary["bops"] == pytest.approx(total / 9)
+    assert summary["peak_bops"] == max(c.bops for c in costs)
+    parts = summary["keyframe_bops"] + summary["residual_bops"] + summary["policy_bops"]
+    assert parts == pytest.approx(summary["bops"])
+
+
+def test_the_overlay_shows_every_frame_beside_its_bits(trained: Path, video: Path, tmp_path: Path) -> None:
+    folder = run(tmp_path, f"policy={trained}/seed0", f"source={video}", "running.height=120", "running.interval=4")
+    shown, found = pictures(folder / "overlay.mp4"), records(folder)
+    assert len(shown) == 9
+    height, width = shown[0].shape[:2]
+    assert (height % 2, width % 4) == (0, 0)
+    assert width == 2 * 190  # twice 120 * 101 / 64, even
+    right = [image[5:115, width // 2 + 5 : -5].astype(float) for image in shown]
+    # Dear regions are yellow (little blue), cheap ones blue.
+    warmth = [float(image[..., 0].mean() - image[..., 2].mean()) for image in right]
+    key = [warmth[t] for t, r in enumerate(found) if r["keyframe"]]
+    rest = [warmth[t] for t, r in enumerate(found) if not r["keyframe"]]
+    assert min(key) > max(rest) + 20
+    assert shown[0][120:].max() > 200  # the line of text
+
+
+def test_a_folder_of_one_picture_as_csv_without_overlay(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "frames").mkdir()
+    Image.fromarray(moving_frames(1, (50, 70))[0].permute(1, 2, 0).numpy()).save(tmp_path / "frames" / "a.png")
+    words = [f"policy={trained}", f"source={tmp_path / 'frames'}", "running.overlay=false", "running.records=csv"]
+    folder = run(tmp_path, *words)
+    (row,) = csv.DictReader((folder / "frames.csv").read_text().splitlines())
+    assert (row["frame"], row["keyframe"], row["bops"], row["bits"]) == ("0", "True", "1.0", "8.0")
+    assert {p.name for p in folder.iterdir()} & {"overlay.mp4", "frames.jsonl"} == set()
+
+
+def test_no_more_frames_than_wanted(trained: Path, video: Path, tmp_path: Path) -> None:
+    folder = run(tmp_path, f"policy={trained}", f"source={video}", "running.frames=2", "running.overlay=false")
+    assert len(records(folder)) == 2
+
+
+def test_an_interrupt_keeps_what_is_done(
+    trained: Path, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: VideoStream) -> Iterator[np.ndarray[Any, Any]]:
+        for t, frame in enumerate(frames(self)):
+            if t == 5:
+                raise KeyboardInterrupt
+            yield frame
+
+    frames: Callable[[VideoStream], Iterator[np.ndarray[Any, Any]]] = VideoStream.__iter__
+    monkeypatch.setattr(run_module.VideoStream, "__iter__", interrupted)
+    folder = run(tmp_path, f"policy={trained}", f"source={video}", code=130)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["frames"], summary["ended"]) == (5, "interrupted")
+    assert len(records(folder)) == len(pictures(folder / "overlay.mp4")) == 5
+
+
+def test_a_file_cut_short_is_one_error_and_keeps_what_is_done(
+    trained: Path, video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = video.read_bytes()
+    cut = tmp_path / "cut.mkv"
+    cut.write_bytes(whole[: len(whole) * 6 // 10])
+    folder = run(tmp_path, f"policy={trained}", f"source={cut}", code=2)
+    error = capsys.readouterr().err
+    assert "cut.mkv" in error
+    assert "Traceback" not in error
+    assert json.loads((folder / "summary.json").read_text())["ended"] == "failed"
+    assert 0 < len(records(folder)) == len(pictures(folder / "overlay.mp4")) < 9
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["source=x.mp4"], "Which policy?"),
+        (["policy=nowhere", "source=x.mp4"], "nowhere"),
+        (["policy={trained}"], "On which video?"),
+        (["policy={trained}", "source=x.mp4"], "x.mp4"),
+        (["policy={trained}", "source=987"], "camera"),
+        (["policy={trained}", "source={video}", "running.trade_off=0"], "running.trade_off"),
+        (["policy={trained}", "source={video}", "model=compact_ddrnet"], "another network"),
+        (["policy={bare}", "source={video}"], "model=OPTION"),
+    ],
+)
+def test_mistakes_are_one_line(
+    words: list[str], said: str, trained: Path, video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("policy.json", "policy.safetensors"):
+        shutil.copy(trained / "seed0" / name, bare)
+    run(tmp_path, *(word.format(trained=trained, video=video, bare=bare) for word in words), code=2)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("resq-rl run:")]
+    assert len(lines) == 1
+    assert said in lines[0]
+
+
+def test_another_task_can_be_set(trained: Path, video: Path, tmp_path: Path) -> None:
+    words = ["task=segmentation", f"task.classes={CLASSES}", "running.overlay=false", "running.frames=3"]
+    folder = run(tmp_path, f"policy={trained}", f"source={video}", *words)
+    assert len(records(folder)) == 3
+    assert torch.get_num_threads() == 1

@@ -1,0 +1,109 @@
+"""A policy exported as ONNX decides as it does here, from what a device has."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from resq_rl.envs import ActionKind, Agents, FrameView, measure, trace
+from resq_rl.errors import PolicyError
+from resq_rl.policies import LearnedPolicy
+from resq_rl.policies.onnx_policy import OnnxPolicy, export_onnx
+from resq_rl.quantization import ThresholdField
+from tests.envs.worlds import World
+from tests.policies.test_learned import made
+
+onnx = pytest.importorskip("onnx", reason="the extra 'onnx' is not installed")
+pytest.importorskip("onnxruntime", reason="the extra 'onnx' is not installed")
+
+KINDS: list[tuple[ActionKind, Agents]] = [
+    ("region_thresholds", "region"),
+    ("region_bits", "region"),
+    ("frame_bits", "frame"),
+    ("region_thresholds", "frame"),
+]
+
+
+def policy_of(world: World, kind: ActionKind = "region_thresholds", agents: Agents = "region", **more: object) -> LearnedPolicy:
+    shape = {"frame_size": world.model.frame_size, "network": world.model.groups, "interval": 4}
+    return made(world.scheme(kind, agents, **more), **shape)
+
+
+@pytest.mark.parametrize(("kind", "agents"), KINDS)
+@pytest.mark.parametrize("uneven", [False, True])
+def test_clips_run_the_same(
+    kind: ActionKind, agents: Agents, uneven: bool, world: World, uneven_world: World, tmp_path: Path
+) -> None:
+    world = uneven_world if uneven else world
+    policy = policy_of(world, kind, agents)
+    export_onnx(policy, tmp_path / "policy.onnx")
+    loaded = OnnxPolicy.load(tmp_path / "policy.onnx")
+    mine, theirs = (trace(world.model, world.task, world.store, p, clip=1, grid=world.grid) for p in (policy, loaded))
+    assert torch.equal(mine.keyframe, theirs.keyframe)
+    assert torch.equal(mine.chosen.expand_as(theirs.chosen), theirs.chosen)
+    assert torch.equal(mine.prediction, theirs.prediction)
+    assert torch.equal(mine.bops, theirs.bops)
+    assert loaded.settings == policy.settings
+
+
+@pytest.mark.parametrize("change", ["keyframes", "reference", "lambda", "float", "ignored"])
+def test_every_part_of_a_policy_is_in_the_graph(change: str, world: World, tmp_path: Path) -> None:
+    policy = policy_of(world, ignored=("spent_*", "texture")) if change == "ignored" else policy_of(world)
+    if change == "keyframes":
+        policy = replace(policy, keyframes=made(world.scheme("keyframe", "frame"), seed=13, network=world.model.groups))
+    changes = {"reference": {"reference": "keyframe"}, "lambda": {"trade_off": 0.9}, "float": {"bits": 32}}
+    policy = replace(policy, **changes.get(change, {}))
+    export_onnx(policy, tmp_path / "policy.onnx")
+    loaded = OnnxPolicy.load(tmp_path / "policy.onnx")
+    results = [measure(world.model, world.task, world.store, p, grid=world.grid) for p in (policy, loaded)]
+    assert torch.equal(results[0].clip_bops, results[1].clip_bops)
+    assert torch.equal(results[0].keyframes, results[1].keyframes)
+    assert results[0].accuracy == results[1].accuracy
+
+
+def test_lambda_is_an_input_of_the_graph(world: World, tmp_path: Path) -> None:
+    """One file serves the whole range; what differs for another lambda differs as in the policy."""
+    policy = policy_of(world)
+    export_onnx(policy, tmp_path / "policy.onnx")
+    loaded = OnnxPolicy.load(tmp_path / "policy.onnx")
+    fields = []
+    for trade_off in (0.05, 1.0):
+        simulator = world.simulator(2, trade_off_range=policy.trade_off_range)
+        simulator.start([0, 1], [0, 1], [trade_off] * 2)
+        view = FrameView(simulator)
+        (mine, theirs) = (p.decide(view).field for p in (policy.at(trade_off), loaded))
+        assert isinstance(mine, ThresholdField)
+        assert isinstance(theirs, ThresholdField)
+        assert torch.equal(mine.thresholds, theirs.thresholds)
+        fields.append(mine.thresholds)
+    assert not torch.equal(*fields)
+
+
+def test_the_file_says_what_its_numbers_mean(world: World, tmp_path: Path) -> None:
+    export_onnx(policy_of(world), tmp_path / "policy.onnx")
+    model = onnx.load(tmp_path / "policy.onnx")
+    about = json.loads({p.key: p.value for p in model.metadata_props}["resq_rl"])
+    assert (about["choice"], about["kappa"], about["network"]) == ("threshold", [1.0, 2.0, 8.0], ["stem", "body", "head"])
+    shapes = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in model.graph.input}
+    assert shapes["frame"] == [1, 3, 32, 48]
+    assert shapes["output"] == [1, 2, 3, 3]
+
+
+def test_without_the_extra_it_says_what_to_install(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(PolicyError, match=r"resq-rl\[onnx\]"):
+        export_onnx(policy_of(world), tmp_path / "policy.onnx")
+
+
+@pytest.mark.parametrize("content", [b"", b"no graph" * 20, None])
+def test_what_is_no_policy_is_refused(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "policy.onnx"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(PolicyError, match=r"policy\.onnx"):
+        OnnxPolicy.load(path)
