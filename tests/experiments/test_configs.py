@@ -21,6 +21,7 @@ REQUIRED = {
     ("video", "camvid"): ["video.root=anywhere"],
     ("video", "files"): ["video.paths={train:[a],validation:[b],test:[c]}"],
     ("model", "exported"): ["model.source=network.pt2"],
+    ("model", "ddrnet23_slim"): ["model.weights=best_val_smaller.pth"],
     ("model", "custom"): ["model._target_=resq_rl.perception.CompactDDRNet"],
 }
 
