@@ -1,16 +1,19 @@
 """Clips of video with labels: generated, or read from files."""
 
 from resq_rl.video.camvid import CamVidVideo
+from resq_rl.video.cityscapes import CityscapesVideo
 from resq_rl.video.clip import IGNORE, SPLITS, Clip, Split, VideoDataset
 from resq_rl.video.davis import DavisVideo
 from resq_rl.video.files import VideoFiles, package_video
 from resq_rl.video.generated import GeneratedVideo
 from resq_rl.video.parts import Part
+from resq_rl.video.warped import WarpedVideo
 
 __all__ = [
     "IGNORE",
     "SPLITS",
     "CamVidVideo",
+    "CityscapesVideo",
     "Clip",
     "DavisVideo",
     "GeneratedVideo",
@@ -18,5 +21,6 @@ __all__ = [
     "Split",
     "VideoDataset",
     "VideoFiles",
+    "WarpedVideo",
     "package_video",
 ]
