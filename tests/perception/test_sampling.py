@@ -36,9 +36,29 @@ def test_every_place_of_the_frame_is_seen() -> None:
 def test_a_sampler_zooms_alike_each_time_and_not_at_all_by_default() -> None:
     images, classes = scene()
     clip = Clip((images * 255).byte(), classes.byte(), 1.0, "squares", "test")
-    plain, still = (FrameSampler([clip], 4, 0, False, zoom).draw(3) for zoom in ((1.0, 1.0), (1.0, 1.0)))
+    plain, still = (FrameSampler([clip], 4, 0, False, zoom=zoom).draw(3) for zoom in ((1.0, 1.0), (1.0, 1.0)))
     assert torch.equal(plain[0], still[0])
-    first, second = (FrameSampler([clip], 4, 0, False, (0.5, 2.0)).draw(3) for _ in range(2))
+    first, second = (FrameSampler([clip], 4, 0, False, zoom=(0.5, 2.0)).draw(3) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
     assert not torch.equal(first[1], plain[1])
+
+
+@pytest.mark.parametrize("zoom", [0.6, 1.7])
+def test_points_zoom_with_the_frame(zoom: float) -> None:
+    images, points = torch.zeros(32, 3, 48, 64), torch.zeros(32, 2, 3)
+    for number in range(32):
+        spots = torch.randint(4, 44, (2, 2))  # x, y
+        points[number, :, :2], points[number, :, 2] = spots, 1.0
+        for x, y in spots.tolist():
+            images[number, :, y - 1 : y + 2, x - 1 : x + 2] = 1
+    seen, moved = zoomed(images, points, (zoom, zoom), torch.Generator().manual_seed(0))
+    counted = 0
+    for frame, spots in zip(seen, moved, strict=True):
+        for x, y, counts in spots.tolist():
+            assert (0 <= x + 0.5 <= 64 and 0 <= y + 0.5 <= 48) == bool(counts)
+            if counts and 1 < x < 62 and 1 < y < 46:
+                counted += 1
+                assert frame[0, round(y), round(x)] > 0.5
+    assert counted > 20
+    assert int(moved[..., 2].sum()) == 64 or zoom > 1
