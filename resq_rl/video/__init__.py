@@ -6,7 +6,9 @@ from resq_rl.video.clip import IGNORE, SPLITS, Clip, Split, VideoDataset
 from resq_rl.video.davis import DavisVideo
 from resq_rl.video.files import VideoFiles, package_video
 from resq_rl.video.generated import GeneratedVideo
+from resq_rl.video.jhmdb import JHMDBVideo
 from resq_rl.video.parts import Part
+from resq_rl.video.posetrack import PoseTrackVideo
 from resq_rl.video.warped import WarpedVideo
 
 __all__ = [
@@ -17,7 +19,9 @@ __all__ = [
     "Clip",
     "DavisVideo",
     "GeneratedVideo",
+    "JHMDBVideo",
     "Part",
+    "PoseTrackVideo",
     "Split",
     "VideoDataset",
     "VideoFiles",

@@ -22,7 +22,7 @@ from resq_rl.video.images import (
     resize_labels,
 )
 from resq_rl.video.parts import Part, check_disjoint, listed, split_parts
-from resq_rl.video.tracking import follow, object_box
+from resq_rl.video.tracking import check_crop, follow, object_box
 from resq_rl.video.tree import below, require
 
 __all__ = ["DavisVideo"]
@@ -82,11 +82,7 @@ class DavisVideo:
         check_count(self.crop_thickness, "crop_thickness", reader)
         if self.year not in (None, 2016, 2017):
             raise SettingsError(f"Setting year of {reader} must be 2016, 2017 or None, got {self.year!r}. Choose one.")
-        if self.crop is not None and (self.size is None or not 0 < self.crop <= 100):
-            raise SettingsError(
-                f"Setting crop of {reader} must be a factor above 0 together with a size, got crop "
-                f"{self.crop} and size {self.size}. Set both, such as crop=1.3 and size=(256, 256)."
-            )
+        check_crop(self.crop, self.size, reader)
         available = self._available()
         parts = self._parts()
         names = [part.name for entries in parts.values() for part in entries]

@@ -19,6 +19,8 @@ EXPERIMENTS = [option for group, option in OPTIONS if group == "experiment"]
 REQUIRED = {
     ("video", "davis"): ["video.root=anywhere"],
     ("video", "camvid"): ["video.root=anywhere"],
+    ("video", "jhmdb"): ["video.root=anywhere"],
+    ("video", "posetrack"): ["video.root=anywhere"],
     ("video", "cityscapes"): ["video.root=anywhere"],
     ("video", "camvid_warped"): ["video.source.root=anywhere"],
     ("video", "files"): ["video.paths={train:[a],validation:[b],test:[c]}"],
