@@ -89,8 +89,8 @@ class ClipStore:
             model: its float network gives the teacher's predictions.
             source: "labels", or "teacher" for agreement with the float network.
             weighting: of errors, "pixel" or "iou", as `Task.error_table` has it.
-            fill: compare frames of which nothing is labelled with the float network, so that policies that are trained on
-                sparsely labelled clips do not learn to skip them.
+            fill: compare frames of which nothing is labelled with the float network, so that policies that are trained
+                on sparsely labelled clips do not learn to skip them.
             progress: called with the number of frames done.
 
         Raises:
