@@ -71,6 +71,7 @@ class WarpedVideo:
         shake: standard deviation of its shaking, likewise.
         noise: standard deviation of the sensor noise, of a range of 1.
         seed: another seed gives other motion.
+        fps: frames per second that the clips declare.
 
     Raises:
         SettingsError: a setting out of its range.
@@ -86,6 +87,7 @@ class WarpedVideo:
     shake: float = 0.002
     noise: float = 0.01
     seed: int = 0
+    fps: float = 15.0
 
     def __post_init__(self) -> None:
         reader = "WarpedVideo"
@@ -126,7 +128,7 @@ class WarpedVideo:
         known = (clip.labels[time].float() - IGNORE).expand(self.frames, 1, -1, -1)  # zeros outside mean unlabelled
         seen = F.grid_sample(frame, grid, padding_mode="border", align_corners=False)
         labels = F.grid_sample(known, grid, mode="nearest", padding_mode="zeros", align_corners=False)[:, 0] + IGNORE
-        moved = Clip(_bytes(seen), _bytes(labels), clip.fps, f"warped/{clip.name}#{time}", clip.origin)
+        moved = Clip(_bytes(seen), _bytes(labels), self.fps, f"warped/{clip.name}#{time}", clip.origin)
         return self._resized(moved, generator)
 
     def _draw(self, generator: torch.Generator) -> Drive:

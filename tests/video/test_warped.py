@@ -38,6 +38,7 @@ def test_a_camera_at_rest_sees_the_frame() -> None:
     clips = WarpedVideo(Source(), frames=4, **STILL).clips("train")  # type: ignore[arg-type]
     assert [clip.name for clip in clips[4:6]] == ["warped/stripes#4", "warped/stripes#0"]
     assert len(clips) == 8
+    assert {clip.fps for clip in clips} == {15.0}
     for time in range(4):
         assert torch.equal(clips[2].frames[time], striped(5).frames[2])
         assert torch.equal(torch.as_tensor(clips[2].labels)[time], torch.as_tensor(striped(5).labels)[2])
