@@ -80,6 +80,7 @@ class ClipStore:
         *,
         source: AccuracySource = "labels",
         weighting: ErrorWeighting = "iou",
+        fill: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> "ClipStore":
         """Run the float network over the clips and collect targets.
@@ -88,6 +89,8 @@ class ClipStore:
             model: its float network gives the teacher's predictions.
             source: "labels", or "teacher" for agreement with the float network.
             weighting: of errors, "pixel" or "iou", as `Task.error_table` has it.
+            fill: compare frames of which nothing is labelled with the float network, so that policies that are trained
+                on sparsely labelled clips do not learn to skip them.
             progress: called with the number of frames done.
 
         Raises:
@@ -100,7 +103,7 @@ class ClipStore:
             target = task.target(teacher)
             if source == "labels" and clip.labels is not None:
                 task.check(clip)
-                target = clip.labels
+                target = _filled(task, teacher, clip.labels) if fill else clip.labels
             targets.append(target)
             teachers.append(teacher)
             counts.append(task.counts(teacher, target).sum(0))
@@ -129,6 +132,12 @@ def _check(clips: Sequence[Clip], source: str, weighting: str) -> None:
     for clip in clips:
         if source == "labels" and clip.labels is None:
             raise VideoError(f"{clip.name} has no labels: use accuracy=teacher to compare with the float network.")
+
+
+def _filled(task: Task, teacher: Num[Tensor, "t *p"], labels: Num[Tensor, "t *l"]) -> Num[Tensor, "t *l"]:
+    """Labels, and the float network's predictions for frames in which they count nothing."""
+    empty = task.counts(teacher, labels).flatten(1).sum(1) == 0
+    return torch.where(empty.view(-1, *[1] * (labels.dim() - 1)), task.target(teacher), labels)
 
 
 @torch.no_grad()

@@ -186,6 +186,7 @@ def _stores(settings: Settings, model: ResQModel, task: Task, clips: dict[Split,
                 own,
                 source=settings.environment.accuracy,
                 weighting=settings.environment.weighting,
+                fill=name == "train",
                 progress=advance,
             )
     return stores

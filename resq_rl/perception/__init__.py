@@ -1,6 +1,7 @@
 """Perception networks: tasks, the shipped networks, loading others, and pretraining."""
 
 from resq_rl.perception.ddrnet import CompactDDRNet
+from resq_rl.perception.ddrnet23 import DDRNet23Slim, ddrnet23_slim
 from resq_rl.perception.networks import (
     compact_ddrnet,
     load_network,
@@ -19,6 +20,7 @@ from resq_rl.perception.task import PretrainSettings, Task, Trainable
 
 __all__ = [
     "CompactDDRNet",
+    "DDRNet23Slim",
     "OutputKind",
     "PretrainProgress",
     "PretrainReport",
@@ -28,6 +30,7 @@ __all__ = [
     "Trainable",
     "class_iou",
     "compact_ddrnet",
+    "ddrnet23_slim",
     "load_network",
     "load_weights",
     "mean_iou",

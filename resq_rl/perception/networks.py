@@ -1,19 +1,18 @@
 """Frozen networks: loading them, their weights, and the network that ships with the package."""
 
-import json
-import struct
 import warnings
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as read_tensors
 from safetensors.torch import save as pack_tensors
 from torch import Tensor, nn
 
 from resq_rl.errors import NetworkError, WeightsError
 from resq_rl.files import write_atomic
+from resq_rl.perception.checkpoints import read_weights
 from resq_rl.perception.ddrnet import CompactDDRNet
 
 __all__ = ["compact_ddrnet", "load_network", "load_weights", "save_weights", "shipped_weights"]
@@ -71,32 +70,39 @@ def save_weights(network: nn.Module, path: str | Path, metadata: dict[str, str])
     return write_atomic(Path(path), pack_tensors(tensors, metadata))
 
 
-def load_weights(network: nn.Module, path: str | Path) -> dict[str, str]:
-    """Load a safetensors file into a network, in place, and return the metadata of the file.
+def load_weights(
+    network: nn.Module, path: str | Path, *, ignored: Sequence[str] = (), partial: bool = False
+) -> dict[str, str]:
+    """Load a safetensors file or a checkpoint of PyTorch into a network, in place, and return the file's metadata.
+
+    Arguments:
+        network: the network.
+        path: the file.
+        ignored: patterns of names in the file that the network does not need.
+        partial: load what the file and the network have in common; the rest of the network keeps its weights.
 
     Raises:
         WeightsError: the file is missing, damaged, or holds the weights of another network. The network keeps
             its weights.
     """
     path = Path(path)
-    if not path.is_file():
-        raise WeightsError(f"Cannot load the weights {path}: there is no such file. Check the path.")
-    try:
-        content = path.read_bytes()
-        tensors = read_tensors(content)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise WeightsError(
-            f"Cannot load the weights {path}: the file is damaged or no safetensors file ({error}). Copy it again."
-        ) from error
-    _check_fit(network, tensors, path)
-    network.load_state_dict(tensors)
-    return _metadata(content)
-
-
-def _metadata(content: bytes) -> dict[str, str]:
-    """The `__metadata__` entry of a safetensors header that has been parsed before."""
-    (length,) = struct.unpack("<Q", content[:8])
-    return dict(json.loads(content[8 : 8 + length]).get("__metadata__", {}))
+    tensors, metadata = read_weights(path)
+    own = network.state_dict()
+    fitting = {
+        name: value for name, value in tensors.items() if not any(fnmatchcase(name, pattern) for pattern in ignored)
+    }
+    if partial:
+        fitting = {name: value for name, value in fitting.items() if name in own and own[name].shape == value.shape}
+        if not fitting:
+            raise WeightsError(
+                f"The weights {path} have no layer in common with {type(network).__name__}: "
+                f"{_listing('in the file', sorted(tensors))}; {_listing('in the network', sorted(own))}. Choose "
+                "another file."
+            )
+        fitting = own | fitting
+    _check_fit(network, fitting, path)
+    network.load_state_dict(fitting)
+    return metadata
 
 
 def _check_fit(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:

@@ -157,7 +157,9 @@ class _Run:
         task: Trainable,
         device: torch.device,
     ) -> None:
-        self.sampler = FrameSampler(train, settings.batch, settings.seed, settings.augment, task.mirrored)
+        self.sampler = FrameSampler(
+            train, settings.batch, settings.seed, settings.augment, task.mirrored, settings.zoom
+        )
         self.settings, self.task, self.validation, self.device = settings, task, validation, device
         self.loss = task.objective(train, settings, "training")
         task.objective(validation, settings, "validation")  # a mistake in them must not show after hours

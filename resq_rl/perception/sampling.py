@@ -1,11 +1,13 @@
 """Training batches: single frames drawn from clips, and their augmentation."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Num
 from torch import Tensor
+from torch.nn import functional as F
 
 from resq_rl.errors import VideoError
 from resq_rl.video import IGNORE, Clip
@@ -72,6 +74,7 @@ class FrameSampler:
         seed: of the drawing and the augmentation.
         augment: mirror left to right; change brightness, contrast, colour balance and noise.
         mirror: how labels are mirrored.
+        zoom: least and greatest factor by which frames are enlarged or made smaller, drawn evenly by ratio.
 
     Raises:
         VideoError: the clips have several sizes.
@@ -82,6 +85,7 @@ class FrameSampler:
     seed: int
     augment: bool
     mirror: Mirror = mirrored_map
+    zoom: tuple[float, float] = (1.0, 1.0)
 
     def __post_init__(self) -> None:
         sizes = sorted({clip.size for clip in self.clips})
@@ -110,7 +114,40 @@ class FrameSampler:
             labels.append(labels_of(clip, "training")[time])
         images, targets = torch.stack(frames).float() / 255, torch.stack(labels)
         targets = targets if targets.is_floating_point() else targets.long()
+        if self.zoom != (1.0, 1.0):
+            images, targets = zoomed(images, targets, self.zoom, generator)
         return augmented(images, targets, generator, self.mirror) if self.augment else (images, targets)
+
+
+def zoomed(
+    images: Float[Tensor, "b 3 h w"],
+    labels: Num[Tensor, "b _ _"],
+    limits: tuple[float, float],
+    generator: torch.Generator,
+) -> tuple[Float[Tensor, "b 3 h w"], Num[Tensor, "b _ _"]]:
+    """Enlarge each frame around a place of its own, or make it smaller and repeat its edges around it, unlabelled."""
+    count = images.shape[0]
+    zoom = torch.empty(count).uniform_(math.log(limits[0]), math.log(limits[1]), generator=generator).exp()
+    shift = (1 - 1 / zoom).abs()[:, None] * torch.empty(count, 2).uniform_(-1, 1, generator=generator)
+    windows = torch.cat([torch.eye(2) / zoom[:, None, None], shift[:, :, None]], 2)
+    grid = F.affine_grid(windows, list(images.shape), align_corners=False)
+    images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    if labels.is_floating_point():
+        return images, _zoomed_points(labels, zoom, shift, (images.shape[-1], images.shape[-2]))
+    known = (labels - IGNORE)[:, None].float()  # so that the zeros outside mean unlabelled
+    known = F.grid_sample(known, grid, mode="nearest", padding_mode="zeros", align_corners=False)
+    return images, known[:, 0].long() + IGNORE
+
+
+def _zoomed_points(
+    points: Float[Tensor, "b k 3"], zoom: Float[Tensor, " b"], shift: Float[Tensor, "b 2"], extent: tuple[int, int]
+) -> Float[Tensor, "b k 3"]:
+    """Points of frames of `extent` (width, height) that were zoomed; those outside do not count."""
+    size = torch.tensor(extent)
+    place = (points[..., :2] + 0.5) * 2 / size - 1  # from -1 to 1
+    place = (place - shift[:, None]) * zoom[:, None, None]
+    counts = points[..., 2] * (place.abs() < 1).all(-1)
+    return torch.cat([(place + 1) * size / 2 - 0.5, counts[..., None]], -1)
 
 
 def augmented(

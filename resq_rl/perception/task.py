@@ -103,6 +103,8 @@ class PretrainSettings:
         class_balance: segmentation: cross-entropy weights are class frequency ** -class_balance, scaled to a mean of
             1; 0 for none.
         augment: mirror left to right; change brightness, contrast, colour balance and noise.
+        zoom: least and greatest factor by which frames are enlarged (around a place drawn anew) or made smaller;
+            [1, 1] for none.
         validate_every: steps between measurements on the validation clips, and between checkpoints.
         seed: of the order of frames and of the augmentation. The network's first weights are the caller's.
 
@@ -117,6 +119,7 @@ class PretrainSettings:
     dice: float = 0.5
     class_balance: float = 0.25
     augment: bool = True
+    zoom: tuple[float, float] = (1.0, 1.0)
     validate_every: int = 500
     seed: int = 0
 
@@ -128,6 +131,8 @@ class PretrainSettings:
                 raise SettingsError(f"Pretraining: {name} must be at least {limit}, got {value}.")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise SettingsError(f"Pretraining: learning_rate must be positive, got {self.learning_rate}.")
+        if not 0 < self.zoom[0] <= self.zoom[1]:
+            raise SettingsError(f"Pretraining: zoom must be two increasing positive factors, got {self.zoom}.")
 
 
 @runtime_checkable

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float32, UInt8
 
 from resq_rl.video.clip import Clip
 from resq_rl.video.parts import Part
@@ -19,7 +19,7 @@ class Decoded:
 
     Attributes:
         frames: RGB frames of one size.
-        labels: class indices of each frame, or None.
+        labels: class indices or points of each frame, or None.
         part: what of the source was wanted, under the name that its clips get.
         first: number of the first frame within the source.
         stride: frames of the source from one frame to the next.
@@ -28,7 +28,7 @@ class Decoded:
     """
 
     frames: Sequence[UInt8[np.ndarray, "h w 3"]]
-    labels: Sequence[UInt8[np.ndarray, "h w"]] | None
+    labels: Sequence[UInt8[np.ndarray, "h w"]] | Sequence[Float32[np.ndarray, "k 3"]] | None
     part: Part
     first: int
     stride: int

@@ -24,6 +24,7 @@ from resq_rl.video.images import (
     resize_labels,
 )
 from resq_rl.video.parts import Part, check_disjoint, listed, split_parts
+from resq_rl.video.tree import below, require
 
 __all__ = ["CamVidVideo"]
 
@@ -121,11 +122,7 @@ class CamVidVideo:
         if self.splits is None:
             there = {split: [name] for split, name in _FOLDERS.items() if (self._root / name).is_dir()}
             if not there:
-                found = [path.name for path in self._root.iterdir()] if self._root.is_dir() else []
-                raise VideoError(
-                    f"No CamVid dataset at {self._root}: looked for {', '.join(_FOLDERS.values())}, found "
-                    f"{listed(found)}. Set root to the folder that holds them."
-                )
+                require(self._root, "CamVid", _FOLDERS.values(), "Set root to the folder that holds them.")
             return self._drives(split_parts(there, "CamVidVideo"))
         return self._drives(split_parts(self.splits, "CamVidVideo"))
 
@@ -135,6 +132,8 @@ class CamVidVideo:
         for split, entries in parts.items():
             for part in entries:
                 folder, _, drive = part.name.partition("/")
+                needed = (folder, f"{folder}annot")
+                require(self._root, "CamVid", needed, "Set root to the folder that holds them, or correct splits.")
                 drives = sorted({frame.drive for frame in self._frames(folder)})
                 chosen = [name for name in drives if drive in ("", name)]
                 if not chosen or (len(chosen) > 1 and part != Part(part.name)):
@@ -148,7 +147,7 @@ class CamVidVideo:
     def _frames(self, folder: str) -> list[_Frame]:
         """Images of a folder, ordered by drive and number."""
         frames = []
-        for path in image_paths(self._root / folder):
+        for path in image_paths(below(self._root, folder, "CamVid")):
             found = _NUMBERED.match(path.stem)
             if found is None:
                 raise VideoError(
@@ -168,6 +167,8 @@ class CamVidVideo:
                 f"No frame to take of drive {drive} in {self._root / folder}: it holds {len(frames)} "
                 f"images, wanted {part}. Lower start."
             )
+        labels = [f"{folder}annot/{frame.path.stem}.png" for frame in chosen]
+        require(self._root, "CamVid", labels, "Finish the download, or leave the drive out of splits.")
         clips, first = [], part.start
         runs, step = _runs(chosen)
         for run in runs:

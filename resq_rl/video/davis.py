@@ -22,7 +22,8 @@ from resq_rl.video.images import (
     resize_labels,
 )
 from resq_rl.video.parts import Part, check_disjoint, listed, split_parts
-from resq_rl.video.tracking import follow, object_box
+from resq_rl.video.tracking import check_crop, follow, object_box
+from resq_rl.video.tree import below, require
 
 __all__ = ["DavisVideo"]
 
@@ -81,19 +82,12 @@ class DavisVideo:
         check_count(self.crop_thickness, "crop_thickness", reader)
         if self.year not in (None, 2016, 2017):
             raise SettingsError(f"Setting year of {reader} must be 2016, 2017 or None, got {self.year!r}. Choose one.")
-        if self.crop is not None and (self.size is None or not 0 < self.crop <= 100):
-            raise SettingsError(
-                f"Setting crop of {reader} must be a factor above 0 together with a size, got crop "
-                f"{self.crop} and size {self.size}. Set both, such as crop=1.3 and size=(256, 256)."
-            )
+        check_crop(self.crop, self.size, reader)
         available = self._available()
         parts = self._parts()
-        for part in (part for entries in parts.values() for part in entries):
-            if part.name not in available:
-                raise VideoError(
-                    f"No sequence {part.name!r} of {reader} in {self._frames_root}: found "
-                    f"{listed(available, 100)}. Correct the name, or add the sequence."
-                )
+        names = [part.name for entries in parts.values() for part in entries]
+        wanted = [f"{top}/{self.resolution}/{name}" for name in names for top in ("JPEGImages", "Annotations")]
+        require(self._root, "DAVIS", wanted, "Correct the names, or finish the download.")
         check_disjoint(parts, reader)
         object.__setattr__(self, "year", self.year or self._tell_year(available))
         if self.year == 2016 and self.objects is not None:
@@ -125,24 +119,25 @@ class DavisVideo:
         return [clip for part in parts[split] for clip in self._read(part)]
 
     @property
+    def _root(self) -> Path:
+        return Path(self.root).expanduser()
+
+    @property
     def _frames_root(self) -> Path:
-        return Path(self.root).expanduser() / "JPEGImages" / self.resolution
+        return below(self._root, f"JPEGImages/{self.resolution}", "DAVIS")
 
     @property
     def _labels_root(self) -> Path:
-        return Path(self.root).expanduser() / "Annotations" / self.resolution
+        return below(self._root, f"Annotations/{self.resolution}", "DAVIS")
 
     def _available(self) -> list[str]:
         """Names of all sequences."""
-        for folder in (self._frames_root, self._labels_root):
-            if not folder.is_dir():
-                root = Path(self.root).expanduser()
-                found = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
-                raise VideoError(
-                    f"No DAVIS dataset at {root}: looked for {folder.relative_to(root)}, found "
-                    f"{listed(found)}. Set root to the folder that holds JPEGImages and Annotations, and "
-                    "resolution to a folder in them."
-                )
+        require(
+            self._root,
+            "DAVIS",
+            (f"JPEGImages/{self.resolution}", f"Annotations/{self.resolution}"),
+            "Set root to the folder that holds JPEGImages and Annotations, and resolution to a folder in them.",
+        )
         return sorted(path.name for path in self._frames_root.iterdir() if path.is_dir())
 
     def _tell_year(self, available: list[str]) -> int:
@@ -168,7 +163,7 @@ class DavisVideo:
 
     def _official(self, name: str) -> list[str]:
         """Sequence names of an official list, of either arrangement."""
-        lists = Path(self.root).expanduser() / "ImageSets"
+        lists = self._root / "ImageSets"
         folders = [str(self.year)] if self.year else ["2017", "2016"]
         candidates = [lists / folder / f"{name}.txt" for folder in [*folders, self.resolution]]
         for path in candidates:
@@ -191,6 +186,8 @@ class DavisVideo:
                 f"No frame to take from {self._frames_root / part.name}: it holds {len(paths)} frames, "
                 f"wanted {part}. Lower start."
             )
+        wanted = [f"Annotations/{self.resolution}/{part.name}/{path.stem}.png" for path in chosen]
+        require(self._root, "DAVIS", wanted, "Finish the download, or leave the sequence out of splits.")
         labels, boxes = self._read_labels(part.name, chosen)
         frames = []
         for path, label, box in zip(chosen, labels, boxes, strict=True):

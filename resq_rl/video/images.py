@@ -51,14 +51,15 @@ def check_size(size: Sequence[int] | None, reader: str) -> tuple[int, int] | Non
     return int(size[0]), int(size[1])
 
 
-def check_count(value: int | None, name: str, reader: str, least: int = 1) -> None:
+def check_count(value: int | None, name: str, reader: str, least: int = 1, most: int | None = None) -> None:
     """Check a number of frames; None passes.
 
     Raises:
-        SettingsError: it is below `least`.
+        SettingsError: it is below `least` or above `most`.
     """
-    if value is not None and value < least:
-        raise SettingsError(f"Setting {name} of {reader} must be {least} or more, got {value!r}. Choose another value.")
+    if value is not None and (value < least or (most is not None and value > most)):
+        allowed = f"{least} or more" if most is None else f"from {least} to {most}"
+        raise SettingsError(f"Setting {name} of {reader} must be {allowed}, got {value!r}. Choose another value.")
 
 
 def natural_key(path: Path) -> list[tuple[int, str]]:

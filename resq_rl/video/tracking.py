@@ -4,12 +4,26 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from scipy.ndimage import maximum_filter1d, minimum_filter1d
 
+from resq_rl.errors import SettingsError
 from resq_rl.video.clip import IGNORE
 from resq_rl.video.images import Box
 
-__all__ = ["follow", "object_box"]
+__all__ = ["check_crop", "follow", "object_box"]
 
 _LEAST_HEIGHT = 16.0
+
+
+def check_crop(crop: float | None, size: tuple[int, int] | None, reader: str) -> None:
+    """Check the factor by which a window is larger than what it follows; None passes.
+
+    Raises:
+        SettingsError: it is out of range, or there is no size that the window could be brought to.
+    """
+    if crop is not None and (size is None or not 0 < crop <= 100):
+        raise SettingsError(
+            f"Setting crop of {reader} must be a factor above 0 together with a size, got crop {crop} and size {size}. "
+            "Set both, such as crop=1.3 and size=(256, 256)."
+        )
 
 
 def object_box(labels: UInt8[np.ndarray, "h w"], thickness: int = 1) -> Box | None:

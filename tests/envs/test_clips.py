@@ -45,6 +45,22 @@ def test_unlabelled_clips_need_the_teacher(world: World) -> None:
         ClipStore.prepare(world.model, world.task, clips)
 
 
+def test_frames_without_labels_are_filled_by_the_float_network_if_asked_for(world: World) -> None:
+    (clip,) = tiny_clips([3])
+    assert clip.labels is not None
+    labels = clip.labels.clone()
+    labels[:2] = IGNORE
+    labels[2, 3:] = IGNORE
+    sparse = [replace(clip, labels=labels)]
+    plain, filled = (ClipStore.prepare(world.model, world.task, sparse, fill=fill) for fill in (False, True))
+    assert torch.equal(plain.targets[0], labels)
+    assert torch.equal(filled.targets[0][:2], filled.teacher[0][:2])
+    assert torch.equal(filled.targets[0][2], labels[2])
+    known = int((labels[2] != IGNORE).sum())
+    assert int(plain.float_counts.sum()) == known > 0
+    assert int(filled.float_counts.sum()) == known + 2 * labels[0].numel()
+
+
 def test_float_accuracy_is_the_mean_iou_of_the_float_network(world: World) -> None:
     prediction = torch.cat([t.flatten() for t in world.store.teacher]).long()
     target = torch.cat([t.flatten() for t in world.store.targets]).long()

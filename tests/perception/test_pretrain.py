@@ -82,7 +82,7 @@ def test_training_learns_colours(tmp_path: Path) -> None:
     assert same(weights_of(fresh), weights_of(model))
     assert (metadata["architecture"], metadata["video"]) == ("Sequential", "colours")
     assert metadata["input"] == "RGB in 0..1, 16x24"
-    assert json.loads(metadata["settings"]) == dataclasses.asdict(settings)
+    assert json.loads(metadata["settings"]) == json.loads(json.dumps(dataclasses.asdict(settings)))
     assert float(metadata["validation_accuracy"]) == pytest.approx(report.validation, abs=1e-4)
 
 

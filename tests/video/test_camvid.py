@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -84,11 +85,11 @@ def test_overlapping_splits_are_refused(tree: Path) -> None:
 
 
 def test_missing_things_are_named(tree: Path, tmp_path: Path, unchecked_types: None) -> None:
-    with pytest.raises(VideoError, match=r"No CamVid dataset at .*: looked for train, val, test, found camvid"):
+    with pytest.raises(VideoError, match=r"No CamVid dataset at .*: looked for test, train, val, found camvid in"):
         CamVidVideo(tmp_path)
     with pytest.raises(VideoError, match=r"CamVidVideo has no split test in .*: found train, validation. .*testannot"):
         CamVidVideo(tree).clips("test")
-    with pytest.raises(VideoError, match=r"No folder of frames at .*valid: found train, trainannot, val, valannot"):
+    with pytest.raises(VideoError, match=r"looked for valid, validannot, found train, trainannot, val, valannot"):
         CamVidVideo(tree, {"test": ["valid"]})
     with pytest.raises(VideoError, match=r"No single drive train/0001 of CamVidVideo .*: found 0001TP, 0006R0"):
         CamVidVideo(tree, {"test": ["train/0001"]})
@@ -98,9 +99,22 @@ def test_missing_things_are_named(tree: Path, tmp_path: Path, unchecked_types: N
         CamVidVideo(tree, {"test": ["train/0001TP[3:]"]}).clips("test")
     with pytest.raises(VideoError, match="Unknown split 'val'"):
         CamVidVideo(tree).clips("val")  # type: ignore[arg-type]  # wrong on purpose
-    (tree / "valannot" / "0016E5_01004.png").unlink()
-    with pytest.raises(VideoError, match=r"Missing label .*0016E5_01004\.png: found 0016E5_01000\.png"):
+    with pytest.raises(VideoError, match=r"Name '\.\.' leads out of the CamVid dataset"):
+        CamVidVideo(tree, {"test": ["../camvid/train"]})
+
+
+def test_a_tree_downloaded_in_part_is_described(tree: Path) -> None:
+    for number in (1004, 1008):
+        (tree / "valannot" / f"0016E5_0{number}.png").unlink()
+    with pytest.raises(
+        VideoError,
+        match=r"CamVid dataset at .* is incomplete: of 6 files .* 2 are missing: valannot/0016E5_01004\.png, "
+        r"valannot/0016E5_01008\.png; found 0016E5_01000\.png, 0016E5_01002\.png, .* Finish the download",
+    ):
         CamVidVideo(tree).clips("validation")
+    shutil.rmtree(tree / "valannot")
+    with pytest.raises(VideoError, match=r"incomplete: of 2 .* looked for, 1 are missing: valannot; found train, "):
+        CamVidVideo(tree)
 
 
 def test_bad_labels_and_names_are_named(tree: Path, write_image: WriteImage) -> None:

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -150,13 +151,13 @@ def test_crop_needs_an_object(tree: Path) -> None:
 
 
 def test_missing_things_are_named(tree: Path, tmp_path: Path, unchecked_types: None) -> None:
-    with pytest.raises(VideoError, match=r"No DAVIS dataset at .*looked for JPEGImages.480p, found davis"):
+    with pytest.raises(VideoError, match=r"No DAVIS dataset at .*looked for Annotations/480p, JPEG.*, found davis in"):
         DavisVideo(tmp_path, {"test": ["dog"]})
-    with pytest.raises(VideoError, match=r"No DAVIS dataset at .*nowhere: .* found nothing"):
+    with pytest.raises(VideoError, match=r"No DAVIS dataset at .*nowhere: .* found davis in"):
         DavisVideo(tmp_path / "nowhere", {"test": ["dog"]})
-    with pytest.raises(VideoError, match=r"looked for JPEGImages.1080p, found Annotations, JPEGImages"):
+    with pytest.raises(VideoError, match=r"looked for Annotations/1080p, JPEGImages/1080p, found 480p in"):
         DavisVideo(tree, {"test": ["dog"]}, resolution="1080p")
-    with pytest.raises(VideoError, match=r"No sequence 'dgo' of DavisVideo in .*: found bear, cows, dog, goat, kite"):
+    with pytest.raises(VideoError, match=r"looked for .*JPEGImages/480p/dgo, found bear, cows, dog, goat, kite"):
         DavisVideo(tree, {"test": ["dgo"]})
     with pytest.raises(VideoError, match=r"No official list train\.txt of DAVIS: .*Give splits, with .* bear, cows"):
         DavisVideo(tree)
@@ -166,9 +167,23 @@ def test_missing_things_are_named(tree: Path, tmp_path: Path, unchecked_types: N
         DavisVideo(tree, {"test": ["dog"]}).clips("val")  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(VideoError, match=r"No frame to take from .*dog: it holds 6 frames, wanted dog\[6:\]"):
         DavisVideo(tree, {"test": ["dog[6:]"]}).clips("test")
+
+
+def test_a_tree_downloaded_in_part_is_described(tree: Path, year: int) -> None:
+    write_lists(tree, year)
     (tree / "Annotations" / "480p" / "dog" / "00003.png").unlink()
-    with pytest.raises(VideoError, match=r"Missing label .*dog.00003\.png: found 00000\.png, 00001\.png"):
+    with pytest.raises(
+        VideoError, match=r"incomplete: of 6 .* missing: Annotations/480p/dog/00003\.png; found 00000\.png"
+    ):
         DavisVideo(tree, {"test": ["dog"]}).clips("test")
+    for name in ("bear", "goat"):
+        shutil.rmtree(tree / "JPEGImages" / "480p" / name)
+    with pytest.raises(
+        VideoError,
+        match=r"DAVIS dataset at .* is incomplete: of 14 .* 2 are missing: JPEGImages/480p/bear, JPEGImages/480p/goat; "
+        "found cows, dog",
+    ):
+        DavisVideo(tree)
 
 
 def test_overlapping_splits_are_refused(tree: Path) -> None:
