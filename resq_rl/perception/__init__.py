@@ -1,13 +1,15 @@
 """Perception networks: tasks, the shipped networks, loading others, and pretraining."""
 
-from resq_rl.perception.ddrnet import CompactDDRNet
+from resq_rl.perception.ddrnet import CompactDDRNet, CompactPose
 from resq_rl.perception.networks import (
     compact_ddrnet,
+    compact_pose,
     load_network,
     load_weights,
     save_weights,
     shipped_weights,
 )
+from resq_rl.perception.pose import Pose, PoseKind
 from resq_rl.perception.pretrain import (
     PretrainProgress,
     PretrainReport,
@@ -19,7 +21,10 @@ from resq_rl.perception.task import PretrainSettings, Task, Trainable
 
 __all__ = [
     "CompactDDRNet",
+    "CompactPose",
     "OutputKind",
+    "Pose",
+    "PoseKind",
     "PretrainProgress",
     "PretrainReport",
     "PretrainSettings",
@@ -28,6 +33,7 @@ __all__ = [
     "Trainable",
     "class_iou",
     "compact_ddrnet",
+    "compact_pose",
     "load_network",
     "load_weights",
     "mean_iou",
