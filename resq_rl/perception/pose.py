@@ -182,14 +182,16 @@ class Pose:
         """1 for each point that counts and is wrong, else 0."""
         counted = target[..., 2] > 0
         distance = (prediction[..., :2] - target[..., :2]).norm(dim=2)
-        return (counted & ~(distance <= self.share * self._size(target))).float()
+        wrong: Tensor = counted & ~(distance <= self.share * self._size(target))
+        return wrong.float()
 
     def _size(self, target: Float[Tensor, "b k 3"]) -> Float[Tensor, "b 1"]:
         """Size of the figure in pixels."""
         places, counted = target[..., :2], target[..., 2:] > 0
         if self.normaliser == "torso":
             shoulder, hip = (places[:, self.points.index(name)] for name in TORSO)
-            return (shoulder - hip).norm(dim=1, keepdim=True)
+            torso: Tensor = (shoulder - hip).norm(dim=1, keepdim=True)
+            return torso
         low = places.masked_fill(~counted, torch.inf).amin(1)
         high = places.masked_fill(~counted, -torch.inf).amax(1)
         return (high - low).amax(1, keepdim=True)
@@ -225,7 +227,8 @@ class Pose:
         for places in (target, prediction):
             x, y = (places[..., i].round().long().clamp(0, n - 1) for i, n in ((0, width), (1, height)))
             error.scatter_add_(1, y * width + x, cost)
-        return error.unflatten(1, size)
+        spread: Tensor = error.unflatten(1, size)
+        return spread
 
     def features(
         self, output: Float[Tensor, "b k h w"], prediction: Float[Tensor, "b k 3"]

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import ClassVar, Final
 
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Bool, Float, Float32, UInt8
 
 from resq_rl.video.generated import GeneratedVideo
 from resq_rl.video.motion import Activity, Path, bounce, draw_activity, draw_path
@@ -235,9 +235,9 @@ def render_figure(
     return frames, np.concatenate([joints[..., ::-1], counts[..., None]], -1).astype(np.float32)
 
 
-def _seen(joints: Float[np.ndarray, "k 2"], hidden: np.ndarray) -> np.ndarray:
+def _seen(joints: Float[np.ndarray, "k 2"], hidden: UInt8[np.ndarray, "h w"]) -> Bool[np.ndarray, "k"]:
     """Which joints lie in the frame where nothing hides them."""
     place = np.round(joints).astype(np.intp)
-    inside = ((place >= 0) & (place < hidden.shape)).all(1)
+    inside = np.asarray(((place >= 0) & (place < hidden.shape)).all(1))
     y, x = np.where(inside[:, None], place, 0).T
     return np.asarray(inside & (hidden[y, x] == 0))
