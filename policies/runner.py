@@ -144,9 +144,7 @@ class Runner:
         else:
             result = self._simulator.start([0], [0], [self.policy.trade_off])
         share = float(result.cost.total) / self.model.reference_bops()
-        cost = RunCost(
-            bool(result.cost.keyframe), share, self._own_share if self._begun else 0.0, result.share[0]
-        )
+        cost = RunCost(bool(result.cost.keyframe), share, self._own_share if self._begun else 0.0, result.share[0])
         self._begun = True
         return result.prediction[0], cost
 

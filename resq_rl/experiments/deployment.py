@@ -110,7 +110,9 @@ def _made(policy: str | None, group: str) -> Any:
     try:
         node = json.loads(path.read_text())[group]
     except OSError as error:
-        raise PolicyError(f"Cannot tell the {group} of the policy: {path}: {error.strerror or error}. {mend}") from error
+        raise PolicyError(
+            f"Cannot tell the {group} of the policy: {path}: {error.strerror or error}. {mend}"
+        ) from error
     except (KeyError, TypeError, ValueError) as error:
         raise PolicyError(f"{path} is damaged ({error}). {mend}") from error
     return make_target(node, group).build()

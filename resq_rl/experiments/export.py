@@ -159,7 +159,9 @@ def _thresholds(work: _Export, reference: Trace) -> dict[str, Any]:
     lost = max(row.accuracy_lost for row in table.rows)
     added = float(np.mean([row.bops_added for row in table.rows]))
     checked = f"equal; up to {100 * lost:.1f} points and on average {100 * added:+.0f}% BOPs against the policy"
-    rows = [{"trade_off": r.trade_off, "accuracy_lost": r.accuracy_lost, "bops_added": r.bops_added} for r in table.rows]
+    rows = [
+        {"trade_off": r.trade_off, "accuracy_lost": r.accuracy_lost, "bops_added": r.bops_added} for r in table.rows
+    ]
     return {"path": path.name, "checked": checked, "rows": rows}
 
 

@@ -12,7 +12,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
 from jaxtyping import UInt8
 from rich.console import Console
 from rich.table import Table

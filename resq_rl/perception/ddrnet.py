@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from resq_rl.errors import NetworkError
 
-__all__ = ["CompactDDRNet"]
+__all__ = ["CompactDDRNet", "CompactPose"]
 
 
 @no_type_check
@@ -148,6 +148,11 @@ class CompactDDRNet(nn.Module):
     @no_type_check
     def forward(self, frames: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k h w"]:
         """Logits of `frames`, RGB in 0..1, at the same size."""
+        return resize(self.logits(frames), frames)
+
+    @no_type_check
+    def logits(self, frames: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k _ _"]:
+        """Logits at 1/4 of the size of `frames`, rounded up."""
         shared = self.shared(self.stem(4.0 * frames - 2.0))
         semantic, detail = self.semantic, self.detail
         eighth, fine = semantic.eighth(shared), detail.first(shared)
@@ -155,5 +160,24 @@ class CompactDDRNet(nn.Module):
         eighth = semantic.relu_eighth(eighth + semantic.detail_to_eighth(fine))
         sixteenth, fine = semantic.sixteenth(eighth), detail.second(fine_first)
         sixteenth = semantic.relu_sixteenth(sixteenth + semantic.detail_to_sixteenth(fine))
-        logits = self.head(fine + resize(self.context(sixteenth), fine))
-        return resize(logits, frames)
+        output: Tensor = self.head(fine + resize(self.context(sixteenth), fine))
+        return output
+
+
+class CompactPose(CompactDDRNet):
+    """The same network for human pose: heatmaps of 1/4 of the frame, one for each point.
+
+    Arguments:
+        points: number of points, 2 to 255.
+        width: channels of the fine branch, an even number of at least 8.
+
+    Input: `Float[Tensor, "b 3 h w"]`, RGB in 0..1. Output: logits `Float[Tensor, "b points h/4 w/4"]`, rounded up.
+    """
+
+    def __init__(self, points: int = 13, width: int = 24) -> None:
+        super().__init__(points, width)
+
+    @no_type_check
+    def forward(self, frames: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k _ _"]:
+        """Logits of heatmaps of `frames`, RGB in 0..1."""
+        return self.logits(frames)

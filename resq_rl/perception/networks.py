@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from resq_rl.errors import NetworkError, WeightsError
 from resq_rl.files import write_atomic
 from resq_rl.perception.checkpoints import read_weights
-from resq_rl.perception.ddrnet import CompactDDRNet
+from resq_rl.perception.ddrnet import CompactDDRNet, CompactPose
 
-__all__ = ["compact_ddrnet", "load_network", "load_weights", "save_weights", "shipped_weights"]
+__all__ = ["compact_ddrnet", "compact_pose", "load_network", "load_weights", "save_weights", "shipped_weights"]
 
 _SHOWN = 4  # names listed in a message
 
@@ -135,9 +135,14 @@ def _listing(what: str, names: list[str]) -> str:
     return f"{len(names)} {what} ({', '.join(names[:_SHOWN])}{more})"
 
 
-def shipped_weights() -> Path:
-    """Path of the weights that ship with the package: `CompactDDRNet(6, 32)` trained on `GeneratedVideo`."""
-    return Path(str(resources.files("resq_rl.perception") / "weights" / "compact_ddrnet_generated.safetensors"))
+def shipped_weights(name: str = "compact_ddrnet_generated") -> Path:
+    """Path of weights that ship with the package.
+
+    Arguments:
+        name: `compact_ddrnet_generated`, of `CompactDDRNet(6, 32)` trained on `GeneratedVideo`; or
+            `compact_pose_generated`, of `CompactPose(13, 24)` trained on `FigureVideo`.
+    """
+    return Path(str(resources.files("resq_rl.perception") / "weights" / f"{name}.safetensors"))
 
 
 def compact_ddrnet(
@@ -158,5 +163,27 @@ def compact_ddrnet(
     network = CompactDDRNet(classes, width)
     if pretrained:
         load_weights(network, shipped_weights() if weights is None else weights)
+    load_network(network)
+    return network
+
+
+def compact_pose(
+    pretrained: bool = True, points: int = 13, width: int = 24, weights: str | Path | None = None
+) -> CompactPose:
+    """A frozen `CompactPose`.
+
+    Arguments:
+        pretrained: load weights; otherwise they are random, from torch's global generator.
+        points: number of points; the shipped weights have the 13 of `resq_rl.video.JOINTS`.
+        width: channels of the fine branch; the shipped weights have 24.
+        weights: path of the weights to load; None for those that ship with the package.
+
+    Raises:
+        NetworkError: `points` or `width` is out of range.
+        WeightsError: the weights are missing or do not fit.
+    """
+    network = CompactPose(points, width)
+    if pretrained:
+        load_weights(network, shipped_weights("compact_pose_generated") if weights is None else weights)
     load_network(network)
     return network

@@ -46,7 +46,11 @@ def save_model(model: ResQModel, folder: Path) -> None:
         "groups": list(model.groups),
         "group_of_site": model.group_of_site.tolist(),
         "sites": [
-            {"layer": site.name, "keyframe": asdict(r.keyframe), "residual": {k: asdict(t) for k, t in r.residual.items()}}
+            {
+                "layer": site.name,
+                "keyframe": asdict(r.keyframe),
+                "residual": {k: asdict(t) for k, t in r.residual.items()},
+            }
             for site, r in zip(model.sites, model.ranges, strict=True)
         ],
         "sums": _sums(model),
@@ -138,8 +142,7 @@ def _check_same(folder: Path, model: ResQModel, about: dict[str, Any]) -> None:
     differ += [
         name
         for name, (total, size) in expected.items()
-        if name in sums
-        and max(abs(sums[name][0] - total), abs(sums[name][1] - size)) > SAME * max(size, sums[name][1])
+        if name in sums and max(abs(sums[name][0] - total), abs(sums[name][1] - size)) > SAME * max(size, sums[name][1])
     ]
     if names != own or differ:
         where = f"tensors {differ[:4]}" if differ else f"layers {own[:4]} instead of {names[:4]}"

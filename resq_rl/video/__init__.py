@@ -4,6 +4,7 @@ from resq_rl.video.camvid import CamVidVideo
 from resq_rl.video.cityscapes import CityscapesVideo
 from resq_rl.video.clip import IGNORE, SPLITS, Clip, Split, VideoDataset
 from resq_rl.video.davis import DavisVideo
+from resq_rl.video.figures import JOINTS, FigureVideo
 from resq_rl.video.files import VideoFiles, package_video
 from resq_rl.video.generated import GeneratedVideo
 from resq_rl.video.jhmdb import JHMDBVideo
@@ -14,11 +15,13 @@ from resq_rl.video.warped import WarpedVideo
 
 __all__ = [
     "IGNORE",
+    "JOINTS",
     "SPLITS",
     "CamVidVideo",
     "CityscapesVideo",
     "Clip",
     "DavisVideo",
+    "FigureVideo",
     "GeneratedVideo",
     "JHMDBVideo",
     "Part",

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -59,6 +60,7 @@ class GeneratedVideo:
     shapes: tuple[int, int] = (3, 6)
     distractors: tuple[int, int] = (2, 4)
     fps: float = 24.0
+    prefix: ClassVar[str] = "generated"  # of the names of clips
     _rendered: dict[tuple[Split, int], Clip] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -81,7 +83,8 @@ class GeneratedVideo:
     def _check(self, name: str, valid: bool, rule: str) -> None:
         if not valid:
             raise SettingsError(
-                f"Setting {name} of GeneratedVideo must be {rule}, got {getattr(self, name)!r}. Choose another value."
+                f"Setting {name} of {type(self).__name__} must be {rule}, got {getattr(self, name)!r}. Choose another "
+                "value."
             )
 
     @property
@@ -113,21 +116,24 @@ class GeneratedVideo:
             raise SettingsError(f"Clip index must be 0 or more, got {index}. Count clips from 0.")
         time = np.arange(self.frames, dtype=np.float64) * self.speed
         starts = self._scene_starts(split, index)
-        frames = np.empty((self.frames, 3, *self.size), dtype=np.uint8)
-        labels = np.empty((self.frames, *self.size), dtype=np.uint8)
+        frames, labels = np.empty((self.frames, 3, *self.size), dtype=np.uint8), []
         sensor = self._generator(split, index, _NOISE)
         for number, (start, stop) in enumerate(zip(starts, [*starts[1:], self.frames], strict=True)):
             rng = self._generator(split, index, _SCENE, number)
-            scene = draw_scene(rng, self.size, self.shapes, self.distractors)
-            light, labels[start:stop] = scene.render(time[start:stop])
+            light, own = self._render(rng, time[start:stop])
             frames[start:stop] = self._expose(light, sensor)
+            labels.append(own)
         return Clip(
             frames=torch.from_numpy(frames),
-            labels=torch.from_numpy(labels),
+            labels=torch.from_numpy(np.concatenate(labels)),
             fps=self.fps,
-            name=f"generated/{split}-{index}",
+            name=f"{self.prefix}/{split}-{index}",
             origin=f"{self!r} {split} {index}",
         )
+
+    def _render(self, rng: np.random.Generator, time: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Draw a scene and render it: frames, RGB in [0, 1], and labels at each scene time."""
+        return draw_scene(rng, self.size, self.shapes, self.distractors).render(time)
 
     def _expose(self, light: np.ndarray, sensor: np.random.Generator) -> np.ndarray:
         """Bytes that a noisy sensor gives for `light` in [0, 1], which it overwrites."""

@@ -1,6 +1,7 @@
 """One scene of generated video: a camera over a textured ground, distractors, labelled shapes and light."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,21 +66,31 @@ class Scene:
         """Frames, RGB in [0, 1] up to bright light, and labels at each scene time."""
         frames = np.empty((len(time), 3, *self.size), dtype=np.float32)
         labels = np.zeros((len(time), *self.size), dtype=np.uint8)
+        poses = [(shape, shape.pose(time, self.size)) for shape in self.shapes]
+        for step, shake in self.backdrop(frames, time):
+            for shape, pose in poses:
+                shape.paint_at(frames[step], labels[step], pose, step, shake)
+        return frames, labels
+
+    def backdrop(
+        self, frames: Float[np.ndarray, "t 3 h w"], time: Float[np.ndarray, "t"]
+    ) -> Iterator[tuple[int, tuple[float, float]]]:
+        """Paint what lies behind the shapes, frame after frame, and light over all that was painted in between.
+
+        Yields:
+            The frame whose shapes are to be painted, and the tremble (y, x) in pixels by which the camera misses them.
+        """
         view = self.camera.view(time)
         shake = view[2:4]
         seen = (view[0] + shake[0], view[1] + shake[1])
         patches = [(patch, *patch.centres(time, self.size, seen)) for patch in self.distractors]
-        poses = [(shape, shape.pose(time, self.size)) for shape in self.shapes]
         for step, moment in enumerate(time.tolist()):
             frame = frames[step]
             self._paint_ground(frame, float(seen[0][step]), float(seen[1][step]), float(view[4, step]))
             for patch, y, x in patches:
                 patch.paint(frame, (float(y[step]), float(x[step])), moment)
-            for shape, pose in poses:
-                centre = float(pose.y[step] - shake[0, step]), float(pose.x[step] - shake[1, step])
-                shape.paint(frame, labels[step], centre, float(pose.radius[step]), float(pose.angle[step]))
+            yield step, (float(shake[0, step]), float(shake[1, step]))
             self.light.apply(frame, moment)
-        return frames, labels
 
     def _paint_ground(self, frame: Float[np.ndarray, "3 h w"], y: float, x: float, scale: float) -> None:
         """Sample the ground bilinearly, first along rows and then along columns."""

@@ -114,6 +114,18 @@ class MovingShape:
             angle=self.angle + self.spin * progress,
         )
 
+    def paint_at(
+        self,
+        frame: Float[np.ndarray, "3 h w"],
+        labels: UInt8[np.ndarray, "h w"],
+        pose: Pose,
+        step: int,
+        shake: tuple[float, float],
+    ) -> None:
+        """Draw the shape as it is in frame `step` of its `pose`, missed by the camera by `shake` (y, x) pixels."""
+        centre = float(pose.y[step] - shake[0]), float(pose.x[step] - shake[1])
+        self.paint(frame, labels, centre, float(pose.radius[step]), float(pose.angle[step]))
+
     def paint(
         self,
         frame: Float[np.ndarray, "3 h w"],

