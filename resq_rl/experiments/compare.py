@@ -171,8 +171,8 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
     tracker.log_artifact(report)
     log.info("Plots: %s", ", ".join(str(p.name) for p in sorted(run_dir.glob("*.png"))))
     log.info("Report: %s", os.path.relpath(report))
-    policies = settings.policy or os.path.relpath(run_dir)
-    return f"open the report; the same policies on other video: resq-rl compare policy={policies} video=..."
+    trained = settings.policy or os.path.relpath(run_dir)
+    return f"open the report; run a policy on a video: resq-rl run policy={trained} source=VIDEO"
 
 
 def _traced_pair(bench: _Bench) -> Pair | None:
