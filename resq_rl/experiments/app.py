@@ -8,6 +8,7 @@ and an exit code: 0 done, 1 a failure that is not the user's, 2 a `ResqError`, 1
 import importlib
 import logging
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 
 from resq_rl import __version__
 from resq_rl.errors import ResqError, ResultsError
+from resq_rl.experiments.catalogue import KINDS, print_catalogue
 from resq_rl.experiments.conversion import did_you_mean
 
 __all__ = ["COMMANDS", "Command", "main"]
@@ -32,17 +34,22 @@ class Command:
     Attributes:
         help: what it does, in a line.
         config: name of its primary config in `resq_rl.configs`.
-        job: "module:function" of `function(settings, run_dir, tracker)`.
+        job: "module:function" of `function(settings, run_dir, tracker)`, which may say what is useful next.
+        resume: the setting by which an interrupted run goes on, with {folder} for its folder; empty where it cannot.
     """
 
     help: str
     config: str
     job: str
+    resume: str = ""
 
 
 COMMANDS: Mapping[str, Command] = {
     "train": Command(
-        "train a bit-allocation policy by PPO, with checkpoints", "train", "resq_rl.experiments.train:run"
+        "train a bit-allocation policy by PPO, with checkpoints",
+        "train",
+        "resq_rl.experiments.train:run",
+        resume="training.resume={folder}",
     ),
     "evaluate": Command("measure a trained policy on one split", "evaluate", "resq_rl.experiments.evaluate:run"),
     "compare": Command(
@@ -62,13 +69,17 @@ COMMANDS: Mapping[str, Command] = {
     ),
 }
 
+LIST = "list"
+
 USAGE = """\
 resq-rl {version}: learned bit allocation for residual-quantized video perception
 
 usage: resq-rl COMMAND [flags] [GROUP=OPTION] [NAME=VALUE] [+experiment=OPTION]
+       resq-rl list [KIND]
 
 commands:
 {commands}
+  {list:{width}}  show what can be chosen: {kinds}
 
 flags, after the command:
   --help              its groups, settings and defaults
@@ -77,12 +88,14 @@ flags, after the command:
   --info              where the settings come from
 
 examples:
-  resq-rl compare +experiment=demo
+  resq-rl compare +experiment=demo                 the main job, small: writes report.html
   resq-rl train video=generated training.seeds=[0] training.frames=20000
+  resq-rl evaluate policy=results/train/DATE/seed0
   resq-rl train --multirun environment.trade_off=0.06,0.12
 
 Results go to results/COMMAND/DATE; choose another folder with results=FOLDER.
-RESQ_RL_DEBUG=1 shows the traceback of an error."""
+Ctrl-C stops a command and keeps what is done. RESQ_RL_DEBUG=1 shows the traceback of an error, NO_COLOR=1 leaves
+out colours; where the output is no terminal there are none."""
 
 
 def _debugging() -> bool:
@@ -95,6 +108,7 @@ class _Session:
 
     name: str
     command: Command
+    arguments: Sequence[str] = ()
     debug: bool = field(default_factory=_debugging)
     process: int = field(default_factory=os.getpid)
     run_dir: Path | None = None
@@ -103,11 +117,31 @@ class _Session:
     interrupted: bool = False
 
     def report(self, error: Exception, where: str = "") -> None:
-        """Print an error: one line for a `ResqError`, a traceback for others and for debugging."""
-        if self.debug or not isinstance(error, ResqError):
+        """Print an error as one line; with its traceback for debugging, or for a bug that no log file keeps."""
+        bug, logged = not isinstance(error, ResqError), self._log_file()
+        if self.debug or (bug and logged is None):
             traceback.print_exception(error)
-        else:
-            print(f"resq-rl {self.name}: {' '.join(str(error).split())}{where}", file=sys.stderr)
+            return
+        text = " ".join(str(error).split())
+        if bug:
+            text = f"{type(error).__name__}: {text or 'no message'}. This is a bug; its traceback is in {logged}."
+        print(f"resq-rl {self.name}: {text}{where}", file=sys.stderr)
+
+    def _log_file(self) -> Path | None:
+        """The log of the job that ran last, which keeps tracebacks."""
+        path = None if self.run_dir is None else self.run_dir / f"{self.name}.log"
+        return path if path is not None and path.is_file() else None
+
+    def interruption(self) -> str:
+        """What an interrupted command keeps, and how to go on."""
+        if self.run_dir is None:
+            return "interrupted; nothing had started."
+        text = f"interrupted; what was computed so far is in {self.run_dir}."
+        if not self.command.resume or self.jobs > 1:
+            return text
+        resume = self.command.resume.format(folder=self.run_dir)
+        kept = [word for word in self.arguments if not word.startswith(resume.partition("=")[0])]
+        return f"{text} To go on: {shlex.join(['resq-rl', self.name, *kept, resume])}"
 
 
 def main(arguments: Sequence[str] | None = None, commands: Mapping[str, Command] = COMMANDS) -> int:
@@ -120,24 +154,40 @@ def main(arguments: Sequence[str] | None = None, commands: Mapping[str, Command]
         print(f"resq-rl {__version__}")
         return 0
     name, rest = words[0], words[1:]
+    if name == LIST:
+        return _list(rest)
     if name not in commands:
         what = "Write the command before" if "=" in name or name.startswith("-") else "Unknown command"
-        print(f"resq-rl: {what} '{name}'.{did_you_mean(name, commands)} See resq-rl --help.", file=sys.stderr)
+        near = did_you_mean(name, [*commands, LIST])
+        print(f"resq-rl: {what} '{name}'.{near} See resq-rl --help.", file=sys.stderr)
         return 2
     # Read when PyTorch is first imported, which commands do. Idle threads spin shortly and then sleep: those that only
     # spin crawl on shared cores, those that only sleep made a step twice as slow on free ones.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    session = _Session(name, commands[name])
+    session = _Session(name, commands[name], arguments=rest)
     if {"-h", "--help"} & set(rest):
         print(f"resq-rl {name}: {session.command.help}\n")
     return _run(session, rest)
 
 
 def _usage(commands: Mapping[str, Command]) -> str:
-    width = max(map(len, commands), default=0)
+    width = max(map(len, (*commands, LIST)))
     lines = [f"  {name:{width}}  {command.help}" for name, command in commands.items()]
-    return USAGE.format(version=__version__, commands="\n".join(lines))
+    return USAGE.format(version=__version__, commands="\n".join(lines), list=LIST, width=width, kinds=", ".join(KINDS))
+
+
+def _list(kinds: Sequence[str]) -> int:
+    """`resq-rl list`; flags are for nothing here, but asking for help is no mistake."""
+    if {"-h", "--help"} & set(kinds):
+        print(f"resq-rl {LIST} [KIND]: show what can be chosen, of one kind or all: {', '.join(KINDS)}")
+        return 0
+    try:
+        print_catalogue(kinds)
+    except ResqError as error:
+        print(f"resq-rl {LIST}: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _run(session: _Session, arguments: Sequence[str]) -> int:
@@ -145,8 +195,7 @@ def _run(session: _Session, arguments: Sequence[str]) -> int:
         _run_hydra(session, arguments)
     except KeyboardInterrupt:
         session.interrupted = True
-        kept = f"what was computed so far is in {session.run_dir}" if session.run_dir else "nothing had started"
-        print(f"resq-rl {session.name}: interrupted; {kept}.", file=sys.stderr)
+        print(f"resq-rl {session.name}: {session.interruption()}", file=sys.stderr)
         return 130
     except SystemExit as stop:  # the argument parser's and Hydra's own
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -223,7 +272,7 @@ def _run_job(session: _Session, config: Any, run_dir: Path) -> None:
     values = plain(config)
     settings = make_settings(values)
     module, _, function = session.command.job.partition(":")
-    job: Callable[..., None] = getattr(importlib.import_module(module), function)
+    job: Callable[..., str | None] = getattr(importlib.import_module(module), function)
     resolved = write_atomic(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(values)))
     _set_threads(settings.threads)
     with open_tracker(
@@ -235,10 +284,13 @@ def _run_job(session: _Session, config: Any, run_dir: Path) -> None:
         tracker.set_tags({"command": session.name, "folder": run_dir, "resq_rl": __version__})
         tracker.log_parameters(values)
         tracker.log_artifact(resolved)
-        job(settings, run_dir, tracker)
+        log.info("Will %s. Results go to %s", session.command.help, os.path.relpath(run_dir))
+        following = job(settings, run_dir, tracker)
     log.info("Results: %s", os.path.relpath(run_dir))
     if tracker.hint:
         log.info("Tracking: %s", tracker.hint)
+    if following:
+        log.info("Next: %s", following)
 
 
 def _set_threads(threads: int) -> None:

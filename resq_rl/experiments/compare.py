@@ -4,6 +4,7 @@ All tuning and every choice is made on the validation clips; the test clips are 
 """
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -122,8 +123,12 @@ class _Bench:
         return comparison
 
 
-def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
-    """Run the comparison; writes `comparison.json`, plots, and a trained policy for each seed."""
+def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
+    """Run the comparison; writes `comparison.json`, `report.html`, plots, and a trained policy for each seed.
+
+    Returns:
+        What is useful next.
+    """
     started = time.monotonic()
     given = load_policies(Path(settings.policy)) if settings.policy else {}
     world, start = prepare_training(build_world(settings, ["train", "validation", settings.split]))
@@ -164,8 +169,10 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
     with stage("report", 1):
         report = write_report(run_dir, world, comparison, curves=curves, pair=pair)
     tracker.log_artifact(report)
-    log.info("Report: %s", report.name)
     log.info("Plots: %s", ", ".join(str(p.name) for p in sorted(run_dir.glob("*.png"))))
+    log.info("Report: %s", os.path.relpath(report))
+    trained = settings.policy or os.path.relpath(run_dir)
+    return f"open the report; run a policy on a video: resq-rl run policy={trained} source=VIDEO"
 
 
 def _traced_pair(bench: _Bench) -> Pair | None:

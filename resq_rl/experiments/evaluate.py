@@ -4,13 +4,10 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from resq_rl.errors import SettingsError
 from resq_rl.experiments.fronts import points_of
 from resq_rl.experiments.progress import stage
-from resq_rl.experiments.results import write_summary
+from resq_rl.experiments.results import print_policies, write_summary
 from resq_rl.experiments.settings import Settings
 from resq_rl.experiments.tracking import Tracker
 from resq_rl.experiments.training import front_candidates
@@ -22,8 +19,12 @@ __all__ = ["run"]
 log = logging.getLogger(__name__)
 
 
-def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
-    """Measure; `summary.json` holds a point for each trade-off and each interval or learned timing of keyframes."""
+def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
+    """Measure; `summary.json` holds a point for each trade-off and each interval or learned timing of keyframes.
+
+    Returns:
+        What is useful next.
+    """
     if settings.policy is None:
         raise SettingsError("Which policy? Set policy=FOLDER, a folder that `resq-rl train` or `compare` wrote.")
     policy = LearnedPolicy.load(Path(settings.policy))
@@ -44,10 +45,7 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
         },
     )
     tracker.log_artifact(run_dir / "summary.json")
-    table = Table("lambda", "interval", "BOPs, share of W8A8", "accuracy", "peak", title=f"{settings.policy}")
     for step, point in enumerate(points):
         tracker.log_metrics({"accuracy": point.accuracy, "bops": point.bops}, step)
-        shown = (point.bops, point.accuracy, point.peak_bops)
-        lead = (f"{point.settings['trade_off']:.3g}", str(point.settings.get("interval", "learned")))
-        table.add_row(*lead, *(f"{value:.4f}" for value in shown))
-    Console().print(table)
+    print_policies(f"{settings.policy}, {settings.split} clips", [{**p.settings, **asdict(p)} for p in points])
+    return f"for the same against tuned heuristics: resq-rl compare policy={settings.policy}"

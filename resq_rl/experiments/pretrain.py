@@ -1,6 +1,7 @@
 """`resq-rl pretrain`: train a network on labelled clips."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ __all__ = ["run"]
 log = logging.getLogger(__name__)
 
 
-def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
-    """Train; the run folder then holds `weights.safetensors` and `summary.json`."""
+def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
+    """Train; the run folder then holds `weights.safetensors` and `summary.json`. Returns the next useful command."""
     video, network, task = settings.video.build(), settings.model.build(), settings.task.build()
     if not isinstance(network, nn.Module) or not isinstance(task, Trainable):
         raise (NetworkError if not isinstance(network, nn.Module) else SettingsError)(
@@ -62,6 +63,7 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
     for path in (weights, run_dir / "summary.json"):
         tracker.log_artifact(path)
     log.info("%s: %.4f on validation, %.4f on test; weights in %s", task.metric, report.validation, test, weights)
+    return f"resq-rl compare model.weights={os.path.relpath(weights)}"
 
 
 def _summary(task: Trainable, report: PretrainReport, test: float) -> dict[str, Any]:

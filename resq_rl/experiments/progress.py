@@ -15,18 +15,21 @@ log = logging.getLogger(__name__)
 
 Advance = Callable[[int], None]
 
+# Between lines about one stage, where there is no terminal.
+SPOKEN_SECONDS = 60.0
+
 
 @contextmanager
 def stage(title: str, total: int | None) -> Iterator[Advance]:
     """A part of a job; yields a function that is told of work done.
 
-    On a terminal it is a bar with the remaining time, if the amount of work is known; elsewhere one line at the start
-    and one at the end.
+    On a terminal it is a bar with the remaining time, if the amount of work is known; elsewhere a line at the start,
+    one every minute, and one at the end.
     """
     started = time.monotonic()
     if not sys.stderr.isatty():
         log.info("%s ...", title)
-        yield lambda _: None
+        yield _spoken(title, total, started)
         log.info("%s: %.0f s", title, time.monotonic() - started)
         return
     columns = (TextColumn("{task.description:32}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -35,3 +38,27 @@ def stage(title: str, total: int | None) -> Iterator[Advance]:
         task = progress.add_task(title, total=whole)
         yield lambda amount: progress.advance(task, amount)
         progress.update(task, completed=whole)
+
+
+def _spoken(title: str, total: int | None, started: float) -> Advance:
+    """Reports progress by a line now and then."""
+    done, said = 0, started
+
+    def advance(amount: int) -> None:
+        nonlocal done, said
+        done, now = done + amount, time.monotonic()
+        if now - said < SPOKEN_SECONDS:
+            return
+        said = now
+        if total is None:
+            log.info("%s: %d", title, done)
+        elif 0 < done < total:
+            left = (now - started) * (total - done) / done
+            log.info("%s: %d%%, about %s left", title, 100 * done // total, _duration(left))
+
+    return advance
+
+
+def _duration(seconds: float) -> str:
+    """A rough length of time, in words."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

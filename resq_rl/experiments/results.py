@@ -26,6 +26,7 @@ __all__ = [
     "Point",
     "comparison_table",
     "print_comparison",
+    "print_policies",
     "short_settings",
     "spread_points",
     "write_summary",
@@ -234,6 +235,19 @@ def comparison_table(comparison: Comparison) -> Group:
     if hidden:
         lines.insert(0, f"{hidden} more points in comparison.json")
     return Group(table, *lines)
+
+
+def print_policies(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print policies as measured: rows with their settings, `accuracy`, `bops` and, if known, `peak_bops`."""
+    table = Table("lambda", "keyframe every", title=title)
+    columns = {"seed": "{}", "bops": "{:.4f}", "accuracy": "{:.4f}", "peak_bops": "{:.4f}"}
+    shown = {name: form for name, form in columns.items() if any(name in row for row in rows)}
+    for name in shown:
+        table.add_column({"bops": "BOPs, share of W8A8", "peak_bops": "peak frame"}.get(name, name), justify="right")
+    for row in sorted(rows, key=lambda r: (r.get("seed", 0), -r["bops"])):
+        lead = (f"{row['trade_off']:.3g}", str(row.get("interval", "learned")))
+        table.add_row(*lead, *(form.format(row[name]) if name in row else "" for name, form in shown.items()))
+    Console().print(table)
 
 
 def spread_points(points: Sequence[Point]) -> list[Point]:

@@ -1,9 +1,10 @@
 """`resq-rl train`: train a policy for each seed, and measure it on the validation clips."""
 
-import logging
+import os
 from pathlib import Path
+from typing import Any
 
-from resq_rl.experiments.results import write_summary
+from resq_rl.experiments.results import print_policies, write_summary
 from resq_rl.experiments.settings import Settings
 from resq_rl.experiments.start import prepare_training
 from resq_rl.experiments.tracking import Tracker
@@ -13,15 +14,13 @@ from resq_rl.policies.tuning import best_policies
 
 __all__ = ["run"]
 
-log = logging.getLogger(__name__)
 
-
-def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
-    """Train; `summary.json` holds the validation front of each seed."""
+def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
+    """Train; `summary.json` holds the validation front of each seed. Returns the next useful command."""
     world, start = prepare_training(build_world(settings, ["train", "validation"]))
     resume = settings.training.resume
     base = Path(resume) if resume else run_dir
-    summary = []
+    summary: list[dict[str, Any]] = []
     for seed in settings.training.seeds:
         folder = base / f"seed{seed}"
         with tracker.child(f"ppo seed {seed}", {"seed": seed, "method": "ppo"}) as child:
@@ -31,8 +30,8 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
         frames = report.frames + (start.frames if start else 0)
         summary.append({"seed": seed, "policy": str(folder), "frames": frames, "validation_front": points})
         write_summary(run_dir / "summary.json", {"policies": summary, "curves": {str(seed): report.curve}})
-        for point in points:
-            log.info("seed %d: %.4f of W8A8 BOPs, accuracy %.4f", seed, point["bops"], point["accuracy"])
     tracker.log_artifact(run_dir / "summary.json")
     first = base / f"seed{settings.training.seeds[0]}"
-    log.info("Measure a policy on the test clips: resq-rl evaluate policy=%s", first)
+    rows = [{**p["settings"], **p, "seed": s["seed"]} for s in summary for p in s["validation_front"]]
+    print_policies("validation clips", rows)
+    return f"resq-rl evaluate policy={os.path.relpath(first)}"

@@ -90,7 +90,7 @@ def wait_for(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
 def browser() -> Iterator[Browser]:
     """A headless Chromium: RESQ_RL_CHROMIUM, the system's, or one that Playwright has installed."""
     names = (os.environ.get("RESQ_RL_CHROMIUM"), "chromium", "chromium-browser", "google-chrome")
-    path = next((found for name in names if name and (found := shutil.which(name))), None)
+    path = next((where for name in names if name and (where := shutil.which(name))), None)
     # What Chromium would otherwise ask of the network at its start; root may not use its sandbox.
     flags = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
     with sync_playwright() as driver:

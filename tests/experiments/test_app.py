@@ -9,22 +9,25 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import gymnasium
 import pytest
 from omegaconf import OmegaConf
 
+import resq_rl.configs
 from resq_rl.errors import VideoError
 from resq_rl.experiments.app import COMMANDS, Command, main
+from resq_rl.experiments.catalogue import KINDS
 from resq_rl.experiments.settings import Settings
 from resq_rl.experiments.tracking import PARENT_RUN_VARIABLE, Tracker
 
 Run = Callable[..., int]
 FAKE = {
-    "train": Command("train something", "train", "fake_jobs:run"),
+    "train": Command("train something", "train", "fake_jobs:run", resume="training.resume={folder}"),
     "compare": Command("compare things", "compare", "fake_jobs:run"),
 }
 
 
-def job(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
+def job(settings: Settings, run_dir: Path, tracker: Tracker) -> str | None:
     """Writes what it was given; the seed says how it ends."""
     tracker.log_metrics({"loss": 0.5}, step=1)
     (run_dir / "summary.json").write_text(json.dumps({"seed": settings.seed, "folder": str(run_dir)}))
@@ -36,6 +39,9 @@ def job(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
             raise RuntimeError("a bug")
         case 9:
             raise KeyboardInterrupt
+        case 4:
+            return "resq-rl evaluate policy=here"
+    return None
 
 
 @pytest.fixture
@@ -153,18 +159,74 @@ def test_the_log_keeps_the_traceback(run: Run, tmp_path: Path) -> None:
     assert "VideoError: No such video" in log.read_text()
 
 
-def test_a_bug_shows_its_traceback_and_is_exit_code_1(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bug_is_one_line_that_says_where_its_traceback_is_and_exit_code_1(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("train", "seed=8") == 1
+    (log,) = tmp_path.glob("results/train/*/train.log")
     error = capsys.readouterr().err
-    assert "Traceback" in error
-    assert "RuntimeError: a bug" in error
+    assert error.endswith(f"resq-rl train: RuntimeError: a bug. This is a bug; its traceback is in {log}.\n")
+    assert "Traceback" not in error
+    assert "Traceback" in log.read_text()
+    monkeypatch.setenv("RESQ_RL_DEBUG", "1")
+    assert run("train", "seed=8") == 1
+    assert "Traceback" in capsys.readouterr().err
 
 
-def test_an_interrupt_says_what_is_kept(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("train", "seed=9") == 130
+def test_an_interrupt_says_what_is_kept_and_how_to_go_on(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("train", "seed=9", "training.resume=before") == 130
     (folder,) = (tmp_path / "results" / "train").iterdir()
-    assert f"interrupted; what was computed so far is in {folder}." in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"interrupted; what was computed so far is in {folder}." in error
+    command = f"To go on: resq-rl train seed=9 tracking=disabled training.resume={folder}\n"
+    assert error.endswith(command)
     assert (folder / "summary.json").is_file()
+    assert run("compare", "seed=9") == 130
+    assert "To go on" not in capsys.readouterr().err
+
+
+def test_a_command_says_what_it_does_and_what_is_useful_next(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "seed=4") == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Will train something. Results go to results/train/")
+    assert lines[-1] == "Next: resq-rl evaluate policy=here"
+    assert "\x1b" not in "".join(lines), "no colours where there is no terminal"
+
+
+# What can be chosen --------------------------------------------------------------------------------------------------
+
+
+def test_list_names_everything_with_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for kind in KINDS:
+        assert any(line.startswith(f"{kind} (") for line in lines)
+    listed = dict(line.strip().split(maxsplit=1) for line in lines if line.startswith("  "))
+    folder = Path(resq_rl.configs.__path__[0])
+    for group in ("model", "task", "video", "experiment"):
+        for file in (folder / group).glob("*.yaml"):
+            comment = next(line for line in file.read_text().splitlines() if not line.startswith("# @"))
+            assert listed[file.stem] == comment.removeprefix("# "), f"{file} begins with a comment that says what it is"
+    ids = {name for name in gymnasium.registry if name.startswith("resq_rl/")}
+    assert ids <= set(listed)
+    assert "environment=region_thresholds" in listed["resq_rl/RegionThresholds-v0"]
+    assert {"DynamicResQ", "LearnedPolicy", "StaticResQ"} <= set(listed)
+    assert all(text.strip() for text in listed.values())
+
+
+def test_list_shows_one_kind_or_says_which_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "tasks"]) == 0
+    page = capsys.readouterr().out
+    assert "  segmentation  " in page
+    assert "compact_ddrnet" not in page
+    assert main(["list", "task"]) == 2
+    assert "Did you mean 'tasks'?" in capsys.readouterr().err
+    assert main(["list", "--help"]) == 0
+    assert "datasets" in capsys.readouterr().out
+    assert main(["lits"]) == 2
+    assert "Did you mean 'list'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("folder", ["/proc/nothing", "occupied/below"])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Dialog, Page, Request, expect
 
 from resq_rl.envs import Policy
 from resq_rl.experiments.composition import load_settings
@@ -55,7 +55,7 @@ def pair(world: World) -> Pair:
 
 @pytest.fixture(scope="module")
 def comparison(world: World, pair: Pair) -> Comparison:
-    policies = {
+    policies: dict[str, list[Policy]] = {
         "per_frame": [PerFrame("previous")],
         "static_resq": [StaticResQ("previous", 4, level=n) for n in (0, 2)],
         "dynamic_resq": [DynamicResQ("previous", 4, tau=tau) for tau in (0.3, 1.0)],
@@ -193,14 +193,30 @@ def test_nothing_in_the_page_is_fetched_and_names_stay_text(report: Path) -> Non
 # In a browser --------------------------------------------------------------------------------------------------------
 
 
+def watched(page: Page) -> list[str]:
+    """Collects what a page says, asks and fetches that it should not."""
+    trouble: list[str] = []
+
+    def on_request(request: Request) -> None:
+        if not request.url.startswith(("file:", "data:")):
+            trouble.append(request.url)
+
+    def on_dialog(dialog: Dialog) -> None:
+        trouble.append(dialog.message)
+        dialog.dismiss()
+
+    page.on("console", lambda message: trouble.append(message.text))
+    page.on("pageerror", lambda error: trouble.append(str(error)))
+    page.on("dialog", on_dialog)
+    page.on("request", on_request)
+    return trouble
+
+
 @pytest.fixture(scope="module")
 def opened(browser: Browser, report: Path) -> Iterator[tuple[Page, list[str]]]:
     """The report as opened from disk on a laptop, and everything that went wrong."""
-    page, trouble = browser.new_page(viewport={"width": 1280, "height": 800}), []
-    page.on("console", lambda message: trouble.append(message.text))
-    page.on("pageerror", lambda error: trouble.append(str(error)))
-    page.on("dialog", lambda dialog: (trouble.append(f"dialog {dialog.message}"), dialog.dismiss()))
-    page.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else trouble.append(r.url))
+    page = browser.new_page(viewport={"width": 1280, "height": 800})
+    trouble = watched(page)
     page.goto(report.as_uri())
     expect(page.locator("#now")).not_to_be_empty()
     yield page, trouble
@@ -355,9 +371,8 @@ def test_a_report_without_a_learned_policy_or_curves_is_still_a_page(
 ) -> None:
     bare = replace(comparison, fronts={"per_frame": comparison.fronts["per_frame"], "ppo": []}, bd_bops={})
     path = write_report(tmp_path, world, bare, curves={}, pair=None)
-    page, trouble = browser.new_page(), []
-    page.on("console", lambda message: trouble.append(message.text))
-    page.on("pageerror", lambda error: trouble.append(str(error)))
+    page = browser.new_page()
+    trouble = watched(page)
     page.goto(path.as_uri())
     assert "No learned policy" in page.inner_text("#verdict")
     assert page.locator("#player").count() == 0

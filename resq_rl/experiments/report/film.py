@@ -44,9 +44,8 @@ def film(world: World, pair: Pair) -> dict[str, Any]:
         methods = []
         for trace in traces:
             drawn = [world.task.overlay(f.float() / 255, p) for f, p in zip(frames, trace.prediction, strict=False)]
-            methods.append(
-                {"sheet": sheet([_picture(255 * image) for image in drawn], size), **_costs(trace, len(frames))}
-            )
+            predictions = sheet([_picture(255 * image) for image in drawn], size)
+            methods.append({"sheet": predictions, **_costs(trace, len(frames))})
         plain = sheet([_picture(frame) for frame in frames], size)
         shown.append({"name": clip.name, "fps": clip.fps, "all": len(clip), "sheet": plain, "methods": methods})
     return {

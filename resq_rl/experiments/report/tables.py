@@ -20,17 +20,21 @@ CURVE_ROWS: Final = 400
 def front_rows(comparison: Comparison) -> list[dict[str, Any]]:
     """Every point of every method, for the table."""
     return [
-        {
-            "method": method,
-            "title": TITLES.get(method, method),
-            "point": point,
-            "settings": short_settings(point.settings),
-            "lost": 100 * (comparison.float_accuracy - point.accuracy),
-            "residual": _residual(point),
-        }
+        _row(comparison, method, point)
         for method, points in comparison.fronts.items()
         for point in sorted(points, key=lambda p: -p.bops)
     ]
+
+
+def _row(comparison: Comparison, method: str, point: Point) -> dict[str, Any]:
+    return {
+        "method": method,
+        "title": TITLES.get(method, method),
+        "point": point,
+        "settings": short_settings(point.settings),
+        "lost": 100 * (comparison.float_accuracy - point.accuracy),
+        "residual": _residual(point),
+    }
 
 
 def delta_rows(comparison: Comparison) -> list[dict[str, Any]]:
@@ -45,19 +49,11 @@ def delta_rows(comparison: Comparison) -> list[dict[str, Any]]:
 
 def cost_rows(comparison: Comparison, anchor: str) -> list[dict[str, Any]]:
     """What keyframes, residual frames and the policy spend, for points spread over the fronts that are compared."""
-    rows = []
-    for method in dict.fromkeys((anchor, "ppo")):
-        for point in spread_points(comparison.fronts.get(method, ())):
-            rows.append(
-                {
-                    "method": method,
-                    "title": TITLES.get(method, method),
-                    "settings": short_settings(point.settings),
-                    "point": point,
-                    "residual": _residual(point),
-                    "lost": 100 * (comparison.float_accuracy - point.accuracy),
-                }
-            )
+    rows = [
+        _row(comparison, method, point)
+        for method in dict.fromkeys((anchor, "ppo"))
+        for point in spread_points(comparison.fronts.get(method, ()))
+    ]
     top = max((row["point"].bops for row in rows), default=1.0)
     return [row | {"scale": 100 / top} for row in rows]
 
@@ -71,7 +67,7 @@ def _residual(point: Point) -> float | None:
 
 def front_chart(comparison: Comparison) -> dict[str, Any]:
     """Accuracy against BOPs of every method, with intervals and envelopes."""
-    series = []
+    series: list[dict[str, Any]] = []
     for method, points in comparison.fronts.items():
         known = [p for p in points if math.isfinite(p.accuracy) and p.bops > 0]
         if not known:
