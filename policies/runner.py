@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from resq_rl.envs import ClipStore, FrameView, Policy, Simulator
 from resq_rl.errors import VideoError
-from resq_rl.perception import Segmentation
+from resq_rl.perception import Task
 from resq_rl.policies.learned import LearnedPolicy
 from resq_rl.quantization import ResQModel, load_model
 from resq_rl.video import Clip
@@ -68,9 +68,7 @@ class Runner:
         PolicyError: the policy does not fit the network or the grid.
     """  # noqa: D415
 
-    def __init__(
-        self, policy: Policy, model: ResQModel, task: Segmentation, grid: tuple[int, int] | None = None
-    ) -> None:
+    def __init__(self, policy: Policy, model: ResQModel, task: Task, grid: tuple[int, int] | None = None) -> None:
         if grid is None:
             grid = policy.scheme.grid if isinstance(policy, LearnedPolicy) else (6, 10)
         self.policy, self.model, self.task, self.grid = policy, model, task, grid
@@ -84,7 +82,7 @@ class Runner:
     def load(
         folder: str | Path,
         network: nn.Module,
-        task: Segmentation,
+        task: Task,
         *,
         trade_off: float | None = None,
         interval: int | None = None,
@@ -144,9 +142,7 @@ class Runner:
         else:
             result = self._simulator.start([0], [0], [self.policy.trade_off])
         share = float(result.cost.total) / self.model.reference_bops()
-        cost = RunCost(
-            bool(result.cost.keyframe), share, self._own_share if self._begun else 0.0, result.share[0]
-        )
+        cost = RunCost(bool(result.cost.keyframe), share, self._own_share if self._begun else 0.0, result.share[0])
         self._begun = True
         return result.prediction[0], cost
 

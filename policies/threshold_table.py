@@ -134,9 +134,7 @@ class ThresholdTable:
             raise PolicyError(f"The table {path} cannot be used ({error}). Export it anew or copy it again.") from error
 
 
-def typical_thresholds(
-    chosen: Float[Tensor, "n g rows columns"], shares: Sequence[float]
-) -> list[tuple[float, ...]]:
+def typical_thresholds(chosen: Float[Tensor, "n g rows columns"], shares: Sequence[float]) -> list[tuple[float, ...]]:
     """For each share, the thresholds by group below which that share of the policy's choices lies.
 
     Args:

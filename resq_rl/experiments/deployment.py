@@ -1,7 +1,7 @@
 """What a training run leaves so that its policy can run elsewhere: beside the policy, the frozen model and its making.
 
 A policy's folder holds `policy.safetensors` and `policy.json` (the policy), `model.safetensors` and `model.json` (the
-calibrated network's integers and steps) and `network.json` (which settings make the float network, the task and the video).
+calibrated network's integers and steps) and `network.json` (which settings make the float network, task and video).
 """
 
 import json
@@ -110,7 +110,9 @@ def _made(policy: str | None, group: str) -> Any:
     try:
         node = json.loads(path.read_text())[group]
     except OSError as error:
-        raise PolicyError(f"Cannot tell the {group} of the policy: {path}: {error.strerror or error}. {mend}") from error
+        raise PolicyError(
+            f"Cannot tell the {group} of the policy: {path}: {error.strerror or error}. {mend}"
+        ) from error
     except (KeyError, TypeError, ValueError) as error:
         raise PolicyError(f"{path} is damaged ({error}). {mend}") from error
     return make_target(node, group).build()

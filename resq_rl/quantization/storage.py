@@ -17,7 +17,7 @@ from resq_rl.files import write_atomic
 from resq_rl.quantization.calibration import SiteRanges
 from resq_rl.quantization.config import QuantizationConfig
 from resq_rl.quantization.model import ResQModel
-from resq_rl.quantization.operators import ResidualOperator
+from resq_rl.quantization.operators import ResidualOperator, laid_out
 from resq_rl.quantization.quantizer import AffineQuantizer
 from resq_rl.quantization.residual import ResidualTable
 from resq_rl.quantization.rounding import IntegerWeight, Part
@@ -46,7 +46,11 @@ def save_model(model: ResQModel, folder: Path) -> None:
         "groups": list(model.groups),
         "group_of_site": model.group_of_site.tolist(),
         "sites": [
-            {"layer": site.name, "keyframe": asdict(r.keyframe), "residual": {k: asdict(t) for k, t in r.residual.items()}}
+            {
+                "layer": site.name,
+                "keyframe": asdict(r.keyframe),
+                "residual": {k: asdict(t) for k, t in r.residual.items()},
+            }
             for site, r in zip(model.sites, model.ranges, strict=True)
         ],
         "sums": _sums(model),
@@ -106,8 +110,8 @@ def _unpack(model: ResQModel, tensors: dict[str, Tensor]) -> None:
             codes, scale = tensors[f"{i}.{part}.codes"], tensors[f"{i}.{part}.scale"]
             if codes.shape != operator.weight.shape or scale.numel() != operator.out_channels:
                 raise ValueError(f"layer {operator.name!r} has weights of shape {tuple(codes.shape)}")
-            weights = IntegerWeight(codes.to(model.device, torch.float32), scale.to(model.device))
-            model._quantized[operator, part, bits] = weights
+            (codes,) = laid_out((codes.to(model.device, torch.float32),), model.layout)
+            model._quantized[operator, part, bits] = IntegerWeight(codes, scale.to(model.device))
         if operator.bias is not None:
             operator.bias.copy_(tensors[f"{i}.bias"])
     model._round_weights()
@@ -138,8 +142,7 @@ def _check_same(folder: Path, model: ResQModel, about: dict[str, Any]) -> None:
     differ += [
         name
         for name, (total, size) in expected.items()
-        if name in sums
-        and max(abs(sums[name][0] - total), abs(sums[name][1] - size)) > SAME * max(size, sums[name][1])
+        if name in sums and max(abs(sums[name][0] - total), abs(sums[name][1] - size)) > SAME * max(size, sums[name][1])
     ]
     if names != own or differ:
         where = f"tensors {differ[:4]}" if differ else f"layers {own[:4]} instead of {names[:4]}"

@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,8 +28,10 @@ KINDS: list[tuple[ActionKind, Agents]] = [
 ]
 
 
-def policy_of(world: World, kind: ActionKind = "region_thresholds", agents: Agents = "region", **more: object) -> LearnedPolicy:
-    shape = {"frame_size": world.model.frame_size, "network": world.model.groups, "interval": 4}
+def policy_of(
+    world: World, kind: ActionKind = "region_thresholds", agents: Agents = "region", **more: Any
+) -> LearnedPolicy:
+    shape: dict[str, Any] = {"frame_size": world.model.frame_size, "network": world.model.groups, "interval": 4}
     return made(world.scheme(kind, agents, **more), **shape)
 
 
@@ -54,7 +57,11 @@ def test_every_part_of_a_policy_is_in_the_graph(change: str, world: World, tmp_p
     policy = policy_of(world, ignored=("spent_*", "texture")) if change == "ignored" else policy_of(world)
     if change == "keyframes":
         policy = replace(policy, keyframes=made(world.scheme("keyframe", "frame"), seed=13, network=world.model.groups))
-    changes = {"reference": {"reference": "keyframe"}, "lambda": {"trade_off": 0.9}, "float": {"bits": 32}}
+    changes: dict[str, Any] = {
+        "reference": {"reference": "keyframe"},
+        "lambda": {"trade_off": 0.9},
+        "float": {"bits": 32},
+    }
     policy = replace(policy, **changes.get(change, {}))
     export_onnx(policy, tmp_path / "policy.onnx")
     loaded = OnnxPolicy.load(tmp_path / "policy.onnx")
@@ -86,7 +93,11 @@ def test_the_file_says_what_its_numbers_mean(world: World, tmp_path: Path) -> No
     export_onnx(policy_of(world), tmp_path / "policy.onnx")
     model = onnx.load(tmp_path / "policy.onnx")
     about = json.loads({p.key: p.value for p in model.metadata_props}["resq_rl"])
-    assert (about["choice"], about["kappa"], about["network"]) == ("threshold", [1.0, 2.0, 8.0], ["stem", "body", "head"])
+    assert (about["choice"], about["kappa"], about["network"]) == (
+        "threshold",
+        [1.0, 2.0, 8.0],
+        ["stem", "body", "head"],
+    )
     shapes = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in model.graph.input}
     assert shapes["frame"] == [1, 3, 32, 48]
     assert shapes["output"] == [1, 2, 3, 3]

@@ -48,7 +48,9 @@ def test_the_nearest_lambda_by_ratio_serves(trade_off: float, row: int) -> None:
     assert TABLE.at(trade_off) == GroupThresholds("previous", own.interval, taus=own.thresholds, kappa=TABLE.kappa)
 
 
-@pytest.mark.parametrize("rows", [(), (replace(ROWS[0], thresholds=(0.1, 0.2)),), (replace(ROWS[0], thresholds=(0.0,) * 3),)])
+@pytest.mark.parametrize(
+    "rows", [(), (replace(ROWS[0], thresholds=(0.1, 0.2)),), (replace(ROWS[0], thresholds=(0.0,) * 3),)]
+)
 def test_rows_that_do_not_fit_the_groups_are_refused(rows: tuple[TableRow, ...]) -> None:
     with pytest.raises(PolicyError, match="A table needs rows"):
         replace(TABLE, rows=rows)
