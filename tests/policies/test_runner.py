@@ -131,3 +131,11 @@ def test_a_policy_of_another_network_is_refused_before_the_first_frame(world: Wo
     replace(learned(world), network=("other",)).save(tmp_path)
     with pytest.raises(PolicyError, match="trained with a network"):
         Runner.load(tmp_path, tiny_network(), world.task)
+
+
+@pytest.mark.parametrize("trade_off", [0.04, 1.1])
+def test_a_lambda_that_the_policy_does_not_know_is_refused(trade_off: float, world: World, tmp_path: Path) -> None:
+    save_model(world.model, tmp_path)
+    learned(world).save(tmp_path)
+    with pytest.raises(PolicyError, match=r"from 0\.05 to 1"):
+        Runner.load(tmp_path, tiny_network(), world.task, trade_off=trade_off)
