@@ -85,7 +85,7 @@ class Seen:
         frame: the frame that runs next.
         reference_frame: against which its residual is taken: the last frame in the closed loop, else the keyframe.
         key_frame: the last keyframe.
-        output: features of the last output by region (`output_features`): uncertainty, boundary, foreground.
+        output: the means by region of `Task.features` of the last output: uncertainty, boundary, foreground.
         spent: BOPs spent there last, as shares of the W8A8 BOPs of region and layer group.
         age: frames since the keyframe.
         trade_off: lambda.

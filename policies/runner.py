@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from resq_rl.envs import ClipStore, FrameView, Policy, Simulator
-from resq_rl.errors import VideoError
-from resq_rl.perception import Segmentation
+from resq_rl.errors import PolicyError, VideoError
+from resq_rl.perception import Task
 from resq_rl.policies.learned import LearnedPolicy
 from resq_rl.quantization import ResQModel, load_model
 from resq_rl.video import Clip
@@ -50,7 +50,7 @@ class RunCost:
 
 
 class Runner:
-    """Runs frames as they come, in constant memory:
+    """A policy and its frozen network, run on frames as they come, in constant memory.
 
         runner = Runner.load(folder, network, task)
         for frame in frames:
@@ -66,11 +66,9 @@ class Runner:
 
     Raises:
         PolicyError: the policy does not fit the network or the grid.
-    """  # noqa: D415
+    """
 
-    def __init__(
-        self, policy: Policy, model: ResQModel, task: Segmentation, grid: tuple[int, int] | None = None
-    ) -> None:
+    def __init__(self, policy: Policy, model: ResQModel, task: Task, grid: tuple[int, int] | None = None) -> None:
         if grid is None:
             grid = policy.scheme.grid if isinstance(policy, LearnedPolicy) else (6, 10)
         self.policy, self.model, self.task, self.grid = policy, model, task, grid
@@ -84,7 +82,7 @@ class Runner:
     def load(
         folder: str | Path,
         network: nn.Module,
-        task: Segmentation,
+        task: Task,
         *,
         trade_off: float | None = None,
         interval: int | None = None,
@@ -97,9 +95,13 @@ class Runner:
             interval: frames between keyframes (0: first frame only); the policy's own timing by default.
 
         Raises:
-            PolicyError, CalibrationError: the files are missing or damaged. NetworkError: of another network.
+            PolicyError, CalibrationError: the files are missing or damaged, or the policy does not know that lambda.
+            NetworkError: the files are of another network.
         """
         policy = LearnedPolicy.load(Path(folder))
+        low, high = policy.trade_off_range
+        if trade_off is not None and not 0.999 * low <= trade_off <= 1.001 * high:  # the ends may come rounded
+            raise PolicyError(f"The policy was trained for lambda from {low:g} to {high:g}, got {trade_off:g}.")
         if trade_off is not None or interval is not None:
             policy = policy.at(policy.trade_off if trade_off is None else trade_off, interval)
         return Runner(policy, load_model(Path(folder), network), task)

@@ -19,7 +19,6 @@ from resq_rl.experiments.deployment import FILES, deployed_world, policy_folder
 from resq_rl.experiments.progress import stage
 from resq_rl.experiments.results import write_summary
 from resq_rl.experiments.settings import Settings
-from resq_rl.experiments.start import mean_error
 from resq_rl.experiments.tracking import Tracker, quiet_mlflow
 from resq_rl.experiments.world import World
 from resq_rl.policies import GroupThresholds, LearnedPolicy
@@ -187,7 +186,7 @@ def _row(work: _Export, trade_off: float) -> TableRow:
         for row in rows:
             rule = _rule(work, row)
             result = world.measure(rule, "validation", advance)
-            losses.append(Tried(rule, mean_error(result, store), result.bops).loss(trade_off))
+            losses.append(Tried(rule, result.mean_error, result.bops).loss(trade_off))
         best = rows[int(np.argmin(losses))]
         mine, theirs = (world.measure(p, settings.split, advance) for p in (_rule(work, best), policy))
     return replace(

@@ -1,24 +1,24 @@
 """A video beside what a policy makes of it: the prediction, where the bits go, and what was spent so far."""
 
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 
 import av
 import numpy as np
+import torch
 from jaxtyping import Float, UInt8
 from matplotlib import colormaps
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from resq_rl.errors import ResultsError
+from resq_rl.perception import Task
 from resq_rl.policies.runner import REFERENCE_BITS, RunCost
 
-__all__ = ["OverlayVideo", "Paint", "draw"]
+__all__ = ["OverlayVideo", "draw"]
 
-Paint = Callable[[UInt8[Tensor, "3 h w"], Tensor], UInt8[np.ndarray, "h w 3"]]
-"""Draws a prediction over a frame of the model's size."""
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 # Written piece by piece, so that what is there can be played even where the end is missing.
 _FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
@@ -29,7 +29,7 @@ _TINT = 0.65
 
 
 def draw(
-    painted: UInt8[np.ndarray, "h w 3"],
+    painted: Float[Tensor, "3 h w"],
     frame: UInt8[Tensor, "3 h w"],
     cost: RunCost,
     text: str,
@@ -38,14 +38,15 @@ def draw(
     """One picture of the overlay: the painted prediction, bits by region with their scale, and a line of text.
 
     Args:
-        painted: the prediction drawn over the frame.
+        painted: the prediction drawn over the frame, RGB in 0..1.
         frame: as the model saw it.
         size: height and width of each of the two panels, in pixels.
     """
     height, width = size
     line = max(12, height // 18)
     canvas = Image.new("RGB", (2 * width, _even(height + 2 * line)), "black")
-    canvas.paste(Image.fromarray(painted).resize((width, height), Image.Resampling.BILINEAR), (0, 0))
+    shown = (painted.permute(1, 2, 0).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    canvas.paste(Image.fromarray(shown).resize((width, height), Image.Resampling.BILINEAR), (0, 0))
     canvas.paste(Image.fromarray(_bit_map(frame, cost)).resize((width, height), Image.Resampling.NEAREST), (width, 0))
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(line * 0.75)
     pen.text((line // 3, height + line), text, fill="white", font=font, anchor="lm")
@@ -69,9 +70,7 @@ def _bit_map(frame: UInt8[Tensor, "3 h w"], cost: RunCost) -> UInt8[np.ndarray, 
     return mixed
 
 
-def _draw_scale(
-    canvas: Image.Image, pen: ImageDraw.ImageDraw, corner: tuple[int, int], line: int, font: ImageFont.FreeTypeFont
-) -> None:
+def _draw_scale(canvas: Image.Image, pen: ImageDraw.ImageDraw, corner: tuple[int, int], line: int, font: Font) -> None:
     """What the colours of the bit map mean, under its right end."""
     bar, (right, top) = (6 * line, line // 2), corner
     ramp = (255 * colormaps[_COLORS](np.linspace(0, 1, bar[0]))[:, :3]).astype(np.uint8)[None].repeat(bar[1], 0)
@@ -85,7 +84,7 @@ class OverlayVideo:
     """Writes `path` picture by picture; use it in a `with` statement, whose end completes the file.
 
     Args:
-        paint: draws a prediction.
+        task: draws a prediction.
         height: of a panel in pixels; the width follows from the pictures.
         rate: frames per second.
 
@@ -93,13 +92,15 @@ class OverlayVideo:
         ResultsError: the file cannot be written.
     """
 
-    def __init__(self, path: Path, paint: Paint, height: int, rate: float) -> None:
-        self._path, self._paint, self._height = path, paint, _even(height)
+    def __init__(self, path: Path, task: Task, height: int, rate: float) -> None:
+        self._path, self._task, self._height = path, task, _even(height)
         self._size: tuple[int, int] | None = None
         codec = next((name for name in _CODECS if name in av.codecs_available), _CODECS[-1])
         try:
             self._container = av.open(str(path), "w", format="mp4", options=_FRAGMENTS)
-            self._stream = self._container.add_stream(codec, rate=Fraction(rate).limit_denominator(1001))
+            self._stream: av.VideoStream = self._container.add_stream(  # type: ignore[assignment]
+                codec, rate=Fraction(rate).limit_denominator(1001)
+            )
         except (av.FFmpegError, OSError) as error:
             raise self._failed(error) from error
 
@@ -122,12 +123,12 @@ class OverlayVideo:
         """
         first, width = self._size is None, _even(round(self._height * picture.shape[1] / picture.shape[0]))
         self._size = self._size or (self._height, max(width, _even(self._height // 2)))
-        image = draw(self._paint(frame, prediction), frame, cost, text, self._size)
+        image = draw(self._task.overlay(frame.float() / 255, prediction), frame, cost, text, self._size)
         try:
             if first:
                 self._stream.width, self._stream.height = image.size
                 self._stream.pix_fmt = "yuv420p"
-            self._container.mux(self._stream.encode(av.VideoFrame.from_image(image)))
+            self._container.mux(self._stream.encode(av.VideoFrame.from_ndarray(np.asarray(image), format="rgb24")))
         except (av.FFmpegError, OSError) as error:
             raise self._failed(error) from error
 

@@ -20,11 +20,11 @@ from torch import Tensor
 from resq_rl.errors import ResultsError, SettingsError
 from resq_rl.experiments.deployment import policy_folder
 from resq_rl.experiments.overlay import OverlayVideo
-from resq_rl.experiments.plots import overlay
 from resq_rl.experiments.progress import stage
 from resq_rl.experiments.results import write_summary
 from resq_rl.experiments.settings import RunningSettings, Settings
 from resq_rl.experiments.tracking import Tracker
+from resq_rl.perception import Task
 from resq_rl.policies import RunCost, Runner
 from resq_rl.policies.runner import REFERENCE_BITS
 from resq_rl.video import VideoStream
@@ -62,6 +62,11 @@ class _Totals:
         return self.keyframe + self.residual + self.policy
 
     @property
+    def total(self) -> int:
+        """Bit-operations, of which shares are rounded."""
+        return round(self.spent * self.reference_bops)
+
+    @property
     def mean(self) -> float:
         return self.spent / max(1, self.frames)
 
@@ -77,7 +82,7 @@ class _Totals:
             "policy_bops": self.policy / frames,
             "peak_bops": self.peak,
             "bits": REFERENCE_BITS * math.sqrt(self.mean),
-            "total_bops": self.spent * self.reference_bops,
+            "total_bops": self.total,
             "reference_bops_per_frame": self.reference_bops,
         }
 
@@ -101,7 +106,7 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
         with ExitStack() as stack:
             outputs = [stack.enter_context(_records(run_dir, running))]
             if running.overlay:
-                outputs.append(stack.enter_context(_overlay(run_dir, running, stream.rate)))
+                outputs.append(stack.enter_context(_overlay(run_dir, running, runner.task, stream.rate)))
             advance = stack.enter_context(stage(f"running {Path(stream.name).name}", length))
             for picture in islice(chain([first], frames), running.frames):
                 prediction, cost = runner(picture)
@@ -114,7 +119,12 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
         ended = "interrupted"
         raise
     finally:
-        summary = {"policy": str(folder), "source": stream.name, "settings": runner.policy.settings, "ended": ended}
+        summary: dict[str, Any] = {
+            "policy": str(folder),
+            "source": stream.name,
+            "settings": runner.policy.settings,
+            "ended": ended,
+        }
         seconds = time.monotonic() - started
         summary |= totals.summary() | {"seconds": seconds, "frames_per_second": totals.frames / seconds}
         tracker.log_artifact(write_summary(run_dir / "summary.json", summary))
@@ -136,7 +146,7 @@ def _record(totals: _Totals, cost: RunCost, rate: float) -> Record:
         cost.policy,
         cost.bits,
         totals.mean,
-        totals.spent * totals.reference_bops,
+        totals.total,
     )
     return dict(zip(FIELDS, values, strict=True))
 
@@ -169,8 +179,8 @@ def _writer(file: TextIO, kind: str) -> Callable[[Record], Any]:
 
 
 @contextmanager
-def _overlay(run_dir: Path, running: RunningSettings, rate: float) -> Iterator[Output]:
-    with OverlayVideo(run_dir / "overlay.mp4", _painted, running.height, rate) as video:
+def _overlay(run_dir: Path, running: RunningSettings, task: Task, rate: float) -> Iterator[Output]:
+    with OverlayVideo(run_dir / "overlay.mp4", task, running.height, rate) as video:
 
         def write(record: Record, picture: Any, frame: Tensor, prediction: Tensor, cost: RunCost) -> None:
             kind = "keyframe" if cost.keyframe else "residual"
@@ -181,10 +191,6 @@ def _overlay(run_dir: Path, running: RunningSettings, rate: float) -> Iterator[O
             video.add(picture, frame, prediction, cost, text)
 
         yield write
-
-
-def _painted(frame: Tensor, prediction: Tensor) -> Any:
-    return (overlay(frame, prediction) * 255).round().astype("uint8")
 
 
 def _print(summary: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import mlflow
 import numpy as np
 import torch
-from mlflow.pyfunc import PythonModel
+from mlflow.pyfunc.model import PythonModel
 
 from resq_rl.policies import LearnedPolicy
 

@@ -360,9 +360,9 @@ class Settings(_Group):
         benchmark: what `bench` measures.
         running: how `run` runs a policy.
         exporting: what `export` writes.
+        policy: folder of a trained policy, for `evaluate`, `run` and `export`; or of policies by seed, which `compare`
+            measures instead of training.
         source: what `run` runs on: path of a video file or of a folder of frames, or index of a camera.
-        policy: folder of a trained policy, for `evaluate`, `run` and `export`; or of policies by seed, which `compare` measures instead of
-            training.
         split: clips that `compare` and `evaluate` report on.
         results: folder of all results; each run has its own folder in it.
         tables: folder where the responses of frame-level decisions are kept from one run to the next; None for nowhere.

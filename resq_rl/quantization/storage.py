@@ -17,7 +17,7 @@ from resq_rl.files import write_atomic
 from resq_rl.quantization.calibration import SiteRanges
 from resq_rl.quantization.config import QuantizationConfig
 from resq_rl.quantization.model import ResQModel
-from resq_rl.quantization.operators import ResidualOperator
+from resq_rl.quantization.operators import ResidualOperator, laid_out
 from resq_rl.quantization.quantizer import AffineQuantizer
 from resq_rl.quantization.residual import ResidualTable
 from resq_rl.quantization.rounding import IntegerWeight, Part
@@ -110,8 +110,8 @@ def _unpack(model: ResQModel, tensors: dict[str, Tensor]) -> None:
             codes, scale = tensors[f"{i}.{part}.codes"], tensors[f"{i}.{part}.scale"]
             if codes.shape != operator.weight.shape or scale.numel() != operator.out_channels:
                 raise ValueError(f"layer {operator.name!r} has weights of shape {tuple(codes.shape)}")
-            weights = IntegerWeight(codes.to(model.device, torch.float32), scale.to(model.device))
-            model._quantized[operator, part, bits] = weights
+            (codes,) = laid_out((codes.to(model.device, torch.float32),), model.layout)
+            model._quantized[operator, part, bits] = IntegerWeight(codes, scale.to(model.device))
         if operator.bias is not None:
             operator.bias.copy_(tensors[f"{i}.bias"])
     model._round_weights()

@@ -40,8 +40,8 @@ class VideoStream:
     def __init__(self, source: str | Path | int, size: tuple[int, int] | None = None) -> None:
         self.size = size
         self._frames: CameraFrames | FileFrames | FolderFrames
-        if isinstance(source, int) or str(source).isdecimal():
-            self._frames, self.name = camera(int(source)), f"camera {source}"
+        if str(source).isdecimal():
+            self._frames, self.name = camera(int(str(source))), f"camera {source}"
         else:
             path = locate(str(source))
             self._frames, self.name = FolderFrames(path) if path.is_dir() else FileFrames(path), str(path)
@@ -89,7 +89,7 @@ class CameraFrames:
                     if stop is not None and number >= stop:
                         return
                     if number >= start and (number - start) % stride == 0:
-                        yield frame.to_image()
+                        yield Image.fromarray(frame.to_ndarray(format="rgb24"))
         except av.FFmpegError as error:
             raise VideoError(
                 f"Cannot read the camera {self._device} ({self._driver}): {error.strerror or error}. Check that it is "

@@ -1,8 +1,10 @@
 """The commands on a world so small that they end in seconds, through the command line as a user would."""
 
 import json
+import re
 from pathlib import Path
 
+import av
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from resq_rl.experiments.results import Comparison
 from resq_rl.perception import load_weights
 from resq_rl.perception.ddrnet import CompactDDRNet
 from resq_rl.policies import LearnedPolicy
+from tests.envs.worlds import moving_frames
 
 TINY = [
     "tracking=disabled",
@@ -188,6 +191,45 @@ def test_ppo_trains_on_every_environment(tmp_path: Path, environment: str, agent
         "training.frames=40",
     )
     assert json.loads((folder / "summary.json").read_text())["policies"][0]["validation_front"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/deploy.md"])
+def test_what_is_shown_of_a_runner_runs(
+    page: str,
+    compared: Path,
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (root / page).read_text(encoding="utf-8"), re.DOTALL)
+    (shown,) = [block for block in blocks if "Runner" in block]
+    (tmp_path / "policy").symlink_to(compared / "seed0")
+    write_video(tmp_path / "drive.mp4", frames=3)
+    monkeypatch.chdir(tmp_path)
+    exec(shown, {})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines][:2] == ["True", "False"]
+    assert len(lines) == 3
+
+
+def test_a_comparisons_policy_runs_from_its_folder_alone(compared: Path, tmp_path: Path) -> None:
+    video = write_video(tmp_path / "drive.mp4", frames=3)
+    assert main(["run", "tracking=disabled", f"results={tmp_path}", f"policy={compared}", f"source={video}"]) == 0
+    (folder,) = (tmp_path / "run").iterdir()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["frames"], summary["ended"]) == (3, "finished")
+    assert summary["policy"] == str(compared / "seed0")
+
+
+def write_video(path: Path, frames: int) -> Path:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for pixels in moving_frames(frames, (48, 64)):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels.permute(1, 2, 0).numpy(), format="rgb24")))
+        container.mux(stream.encode())
+    return path
 
 
 def test_pretrain_writes_weights_that_load(tmp_path: Path) -> None:

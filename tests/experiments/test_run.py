@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-from resq_rl.experiments import run as run_module
 from resq_rl.experiments.app import main
 from resq_rl.perception import Segmentation
 from resq_rl.policies import Runner
@@ -44,11 +43,11 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("video") / "clip.mkv"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("ffv1", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 101, 64, "bgr0"  # type: ignore[union-attr]
+        stream.width, stream.height, stream.pix_fmt = 101, 64, "bgr0"
         for pixels in moving_frames(9, (64, 101)):
             frame = av.VideoFrame.from_ndarray(pixels.permute(1, 2, 0).numpy(), format="rgb24")
-            container.mux(stream.encode(frame))  # type: ignore[union-attr]
-        container.mux(stream.encode())  # type: ignore[union-attr]
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
     return path
 
 
@@ -128,7 +127,7 @@ def test_an_interrupt_keeps_what_is_done(
             yield frame
 
     frames: Callable[[VideoStream], Iterator[np.ndarray[Any, Any]]] = VideoStream.__iter__
-    monkeypatch.setattr(run_module.VideoStream, "__iter__", interrupted)
+    monkeypatch.setattr(VideoStream, "__iter__", interrupted)
     folder = run(tmp_path, f"policy={trained}", f"source={video}", code=130)
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["frames"], summary["ended"]) == (5, "interrupted")

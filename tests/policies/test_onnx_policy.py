@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,9 +29,9 @@ KINDS: list[tuple[ActionKind, Agents]] = [
 
 
 def policy_of(
-    world: World, kind: ActionKind = "region_thresholds", agents: Agents = "region", **more: object
+    world: World, kind: ActionKind = "region_thresholds", agents: Agents = "region", **more: Any
 ) -> LearnedPolicy:
-    shape = {"frame_size": world.model.frame_size, "network": world.model.groups, "interval": 4}
+    shape: dict[str, Any] = {"frame_size": world.model.frame_size, "network": world.model.groups, "interval": 4}
     return made(world.scheme(kind, agents, **more), **shape)
 
 
@@ -56,7 +57,11 @@ def test_every_part_of_a_policy_is_in_the_graph(change: str, world: World, tmp_p
     policy = policy_of(world, ignored=("spent_*", "texture")) if change == "ignored" else policy_of(world)
     if change == "keyframes":
         policy = replace(policy, keyframes=made(world.scheme("keyframe", "frame"), seed=13, network=world.model.groups))
-    changes = {"reference": {"reference": "keyframe"}, "lambda": {"trade_off": 0.9}, "float": {"bits": 32}}
+    changes: dict[str, Any] = {
+        "reference": {"reference": "keyframe"},
+        "lambda": {"trade_off": 0.9},
+        "float": {"bits": 32},
+    }
     policy = replace(policy, **changes.get(change, {}))
     export_onnx(policy, tmp_path / "policy.onnx")
     loaded = OnnxPolicy.load(tmp_path / "policy.onnx")
