@@ -93,7 +93,7 @@ def person_clips(
                 f"{image.width}x{image.height}. Copy it again."
             )
         frames.append(resize_frame(image, size, window))
-        points.append(_moved(labels, window or (0.0, 0.0, *map(float, extent)), frames[-1].shape[:2]))
+        points.append(_moved(labels, window or (0.0, 0.0, float(extent[0]), float(extent[1])), frames[-1].shape[:2]))
     decoded = Decoded(
         frames=frames,
         labels=points,

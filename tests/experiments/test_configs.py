@@ -116,6 +116,6 @@ def test_the_real_datasets_are_made(shared: Path, monkeypatch: pytest.MonkeyPatc
     assert all(davis.clips(split) for split in ("train", "validation", "test"))
     camvid = load_settings("compare", ["video=camvid", f"video.root={shared}/data/camvid", "video.frames=4"])
     assert len(camvid.video.build().classes) == 11
-    made = ["video.source.frames=2", "video.train=1", "video.validation=1", "video.frames=2"]
+    made = ["+video.source.frames=2", "video.train=1", "video.validation=1", "video.frames=2"]
     warped = load_settings("compare", ["+experiment=camvid", *made]).video.build()
     assert {clip.size for split in ("train", "validation", "test") for clip in warped.clips(split)} == {(180, 240)}
