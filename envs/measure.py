@@ -11,7 +11,7 @@ from torch import Tensor
 
 from resq_rl.envs.clips import ClipStore, gather
 from resq_rl.envs.observation import Observation, Seen
-from resq_rl.envs.simulator import Decision, FrameResult, Simulator
+from resq_rl.envs.simulator import Decision, FrameResult, Simulator, clips_that_fit
 from resq_rl.errors import SettingsError
 from resq_rl.perception import Task
 from resq_rl.quantization import LevelField, Reference, ResQModel
@@ -160,7 +160,7 @@ def measure(
     """Run every clip of the store once under `policy`.
 
     Args:
-        slots: clips that step together; does not change the result beyond rounding.
+        slots: clips that step together, or fewer if memory is short; does not change the result beyond rounding.
         progress: called with the number of frames done after each step.
 
     Raises:
@@ -176,7 +176,7 @@ def measure(
     counts = torch.zeros_like(store.float_counts)
     reference = model.reference_bops()
     policy_share = _own_share(model, policy)
-    for batch in batches(store, slots):
+    for batch in batches(store, max(1, min(slots, clips_that_fit(model) or slots))):
         simulator = _simulator(model, task, store.subset(batch), policy, grid)
         index = torch.tensor(batch)
         for time, result in enumerate(frames_of(simulator, policy)):

@@ -1,6 +1,6 @@
 """The stable-baselines3 face: many agents stepping in one forward pass."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,9 @@ class AgentsVecEnv(VecEnv):
     first agent of each clip `episode` with the frame rewards' sum `r` and the length `l`.
 
     Attributes:
+        bootstrap: if set, what is to come after observations, discounted; it is added to the last rewards of clips for
+            all their agents at once, where stable-baselines3 would do so one agent at a time, and `infos` do not ask
+            for it.
         frames: frames simulated so far, forced keyframes included.
         last: the last step's transition, for callbacks.
 
@@ -38,6 +41,7 @@ class AgentsVecEnv(VecEnv):
         super().__init__(core.agents, observation, spaces.MultiDiscrete(list(scheme.nvec)))
         self.frames = 0
         self.last: Transition | None = None
+        self.bootstrap: Callable[[np.ndarray], np.ndarray] | None = None
         self._actions: np.ndarray | None = None
         self._returns = np.zeros(core.clips)
         self._lengths = np.zeros(core.clips, dtype=np.int64)
@@ -67,16 +71,20 @@ class AgentsVecEnv(VecEnv):
         self._returns += step.frame_rewards
         self._lengths += 1
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        rewards = step.rewards
         if step.final_observations is not None:
             self._end_episodes(step, infos)
-        return step.observations, step.rewards, step.truncated, infos
+            if self.bootstrap is not None:
+                rewards = rewards.copy()
+                rewards[step.truncated] += self.bootstrap(step.final_observations[step.truncated])
+        return step.observations, rewards, step.truncated, infos
 
     def _end_episodes(self, step: Transition, infos: list[dict[str, Any]]) -> None:
         assert step.final_observations is not None
         for agent in np.nonzero(step.truncated)[0]:
             infos[agent] = {
                 "terminal_observation": step.final_observations[agent],
-                "TimeLimit.truncated": True,
+                "TimeLimit.truncated": self.bootstrap is None,
             }
         per_clip = self.core.scheme.agents_per_clip
         for clip in np.nonzero(step.result.last.numpy())[0]:

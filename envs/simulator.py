@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64, Num, UInt8
@@ -31,7 +32,10 @@ from resq_rl.quantization import (
 )
 from resq_rl.quantization.fields import cells_of
 
-__all__ = ["Decision", "FrameResult", "Simulator"]
+__all__ = ["Decision", "FrameResult", "Simulator", "clips_that_fit"]
+
+
+MEMORY = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,7 @@ class Simulator:
             raise SettingsError(f"The range of lambda must be positive and ascending, got {trade_off_range}.")
         if budget is not None and not budget > 0:
             raise SettingsError(f"budget must be a positive share of W8A8, or None for no budget, got {budget}.")
+        self._check_memory(model, slots)
         self.model, self.task, self.store = model, task, store
         self.slots, self.grid, self.budget = slots, grid, budget
         self.trade_off_range = (float(trade_off_range[0]), float(trade_off_range[1]))
@@ -133,6 +138,15 @@ class Simulator:
         self._float_errors: dict[int, Tensor] = {}  # by clip, made when first asked for
         self._group_bops = self._reference_bops_by_group()
         self._area = _relative_area((height, width), grid)
+
+    def _check_memory(self, model: ResQModel, slots: int) -> None:
+        most = clips_that_fit(model)
+        if most is not None and slots > max(1, most):
+            raise SettingsError(
+                f"{slots} clips of {model.frame_size[0]}x{model.frame_size[1]} do not fit into memory together: each "
+                f"takes about {model.simulation_bytes / 2**20:,.0f} MiB. Let at most {max(1, most)} step at a time "
+                "(environment.clips_per_batch)."
+            )
 
     @property
     def groups(self) -> int:
@@ -306,6 +320,18 @@ class Simulator:
         if self.budget is not None:
             budget = (1 - self.spent / (self.budget * self.length)).float()
         return frame_values(self.age, self.trade_off, self.trade_off_range, budget, residual, foreground)
+
+
+def clips_that_fit(model: ResQModel) -> int | None:
+    """How many clips can step together in three quarters of the free memory; None where the system does not tell."""
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+    elif MEMORY.exists():
+        free = next(int(line.split()[1]) for line in MEMORY.read_text().splitlines() if line.startswith("MemAvailable"))
+        free *= 1024
+    else:
+        return None
+    return 3 * free // (4 * model.simulation_bytes)
 
 
 def _relative_area(size: tuple[int, int], grid: tuple[int, int]) -> Float[Tensor, "gh gw"]:

@@ -327,6 +327,9 @@ class TableSimulator(Simulator):
         self._ran_at = torch.zeros(slots, dtype=torch.int64)  # its level
         self._spent_row = torch.zeros(slots, dtype=torch.int64)  # its level, or beyond the last for a keyframe
 
+    def _check_memory(self, model: ResQModel, slots: int) -> None:
+        """Nothing to check: the network does not run."""
+
     def last_frame(self, slot: int) -> UInt8[Tensor, "3 h w"]:
         """The frame that ran last in a slot."""
         return self.store.clips[int(self.clip[slot])].frames[int(self.time[slot]) - 1]

@@ -160,7 +160,7 @@ def untrained(environment: AgentsVecEnv, settings: PPOSettings, seed: int) -> PP
     """PPO before its first rollout."""
     rollout = settings.n_steps * environment.num_envs
     batch_size = next(n for n in range(min(settings.batch_size, rollout), 0, -1) if rollout % n == 0)
-    return PPO(
+    model = PPO(
         OrdinalPolicy,
         environment,
         learning_rate=_Falling(settings.learning_rate),
@@ -179,6 +179,14 @@ def untrained(environment: AgentsVecEnv, settings: PPOSettings, seed: int) -> PP
         device="cpu",
         verbose=0,
     )
+
+    def value(observations: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            values = model.policy.predict_values(torch.as_tensor(observations))
+        return settings.gamma * values[:, 0].numpy()
+
+    environment.bootstrap = value
+    return model
 
 
 class _Falling:

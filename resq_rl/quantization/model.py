@@ -269,6 +269,15 @@ class ResQModel:
         """Multiply-accumulates of one frame; padding not counted."""
         return sum(site.macs for site in self.sites)
 
+    @property
+    def simulation_bytes(self) -> int:
+        """About how much memory each clip that steps takes in this simulation: references, and the work of one site.
+
+        Unlike `state_bytes`, which a device needs, all is float32 here.
+        """
+        own = [site.input_elements + site.output_elements for site in self.sites]
+        return 4 * (sum(own) + 4 * max(own))
+
     def state_bytes(self, reference: Reference) -> int:
         """Bytes of reference state per clip on a device.
 

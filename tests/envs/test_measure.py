@@ -1,6 +1,7 @@
 """Measuring a policy against a plain loop over clips."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -228,3 +229,18 @@ def test_levels_that_the_model_lacks_are_refused(world: World) -> None:
     reference: Reference = "previous"
     with pytest.raises(PolicyError, match="Levels must be 0 to 3"):
         run(world, StaticResQ(reference, 8, level=7))
+
+
+def test_where_memory_is_short_fewer_clips_step_together(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = run(world, DynamicResQ("previous", 0, tau=0.5))
+    monkeypatch.setattr("resq_rl.envs.simulator.MEMORY", tmp_path / "meminfo")
+    kibibytes = 4 * 2 * world.model.simulation_bytes // 3 // 1024 + 1  # three quarters hold two clips
+    (tmp_path / "meminfo").write_text(f"MemTotal: 9999999 kB\nMemAvailable:   {kibibytes} kB\n")
+    steps: list[int] = []
+    short = run(world, DynamicResQ("previous", 0, tau=0.5), progress=steps.append)
+    assert max(steps) == 2
+    assert torch.equal(short.counts, everything.counts)
+    with pytest.raises(SettingsError, match=r"3 clips of 32x48 do not fit into memory .* at most 2 step"):
+        world.core(3)

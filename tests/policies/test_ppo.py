@@ -15,7 +15,15 @@ from resq_rl.envs import ActionKind, Agents, ClipStore, Decision, EpisodeSetting
 from resq_rl.envs.sb3 import AgentsVecEnv
 from resq_rl.errors import PolicyError, ResultsError, SettingsError
 from resq_rl.policies import DynamicResQ, LearnedPolicy
-from resq_rl.policies.ppo import FirstChoice, PPOSettings, Progress, TrainingReport, choice_figures, train_ppo
+from resq_rl.policies.ppo import (
+    FirstChoice,
+    PPOSettings,
+    Progress,
+    TrainingReport,
+    choice_figures,
+    train_ppo,
+    untrained,
+)
 from resq_rl.quantization import LevelField
 from resq_rl.video import Clip
 from tests.envs.worlds import World, first_difference, moving_frames
@@ -553,3 +561,19 @@ def test_the_deployed_network_is_the_trained_one(moving: World) -> None:
     places = policy.places(torch.from_numpy(observations)).numpy()
     chosen = np.clip(np.rint(places), 0, np.array(policy.scheme.nvec) - 1)
     assert first_difference(chosen, expected) is None
+
+
+def test_the_worth_of_what_follows_a_clip_is_the_librarys(moving: World) -> None:
+    """Values added for all agents at once are those that stable-baselines3 adds one by one."""
+    buffers = []
+    for own in (True, False):
+        environment = agents_of(moving, (0.1, 1.0))
+        environment.seed(0)
+        model = untrained(environment, replace(TINY, n_steps=16), seed=0)
+        if not own:
+            environment.bootstrap = None
+        model.learn(16 * environment.num_envs)
+        buffers.append(model.rollout_buffer)
+    assert buffers[0].episode_starts[1:].any()
+    np.testing.assert_allclose(buffers[0].rewards, buffers[1].rewards, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(buffers[0].returns, buffers[1].returns, rtol=1e-4, atol=1e-4)
