@@ -1,4 +1,4 @@
-"""The network that ships with the package."""
+"""The networks that ship with the package."""
 
 import json
 
@@ -7,15 +7,18 @@ import torch
 
 from resq_rl.perception import (
     CompactDDRNet,
+    CompactPose,
+    Pose,
     Segmentation,
     class_iou,
     compact_ddrnet,
+    compact_pose,
     load_weights,
     mean_iou,
     measure_counts,
     shipped_weights,
 )
-from resq_rl.video import Clip, GeneratedVideo
+from resq_rl.video import Clip, FigureVideo, GeneratedVideo
 
 FLOOR = 0.86
 """Least mean IoU on the test clips below; measured values are in the model card."""
@@ -65,3 +68,27 @@ def test_model_card_lies_beside_the_weights() -> None:
     assert f"{parameters:,}" in card
     assert load_weights(CompactDDRNet(), shipped_weights())["validation_miou"] in card
     assert "Apache-2.0" in card
+
+
+POSE_FLOOR = 0.84
+"""Least PCK@0.2 on the test clips below; measured values are in the model card."""
+
+
+def test_the_shipped_pose_network_reaches_its_accuracy() -> None:
+    video, task = FigureVideo(frames=4, speed=12.0), Pose()
+    counts = measure_counts(compact_pose(), [video.clip("test", index) for index in range(24)], task).sum(0)
+    assert float(task.accuracy(counts)) >= POSE_FLOOR
+    by_point = counts[:, 0] / counts[:, 1]
+    assert float(by_point.min()) >= POSE_FLOOR - 0.15
+
+
+def test_the_shipped_pose_weights_say_what_they_are() -> None:
+    network, path = CompactPose(), shipped_weights("compact_pose_generated")
+    metadata = load_weights(network, path)
+    assert metadata["architecture"] == "CompactPose"
+    assert metadata["metric"] == "PCK@0.2"
+    assert (int(metadata["classes"]), int(metadata["width"])) == (network.classes, network.width)
+    card = (path.parent / "README.md").read_text()
+    assert f"{sum(p.numel() for p in network.parameters()):,}" in card
+    assert metadata["validation_accuracy"] in card
+    assert sum(p.numel() for p in network.parameters()) < 500_000
