@@ -10,8 +10,8 @@ from jaxtyping import Float, Int64, Num, UInt8
 from torch import Tensor
 
 from resq_rl.errors import SettingsError, VideoError
-from resq_rl.perception import Task
-from resq_rl.quantization import ResQModel, to_float
+from resq_rl.perception import Beginning, Recurrent, Task, beginning_of, judged_targets, predict_clip
+from resq_rl.quantization import ResQModel
 from resq_rl.video import Clip
 
 __all__ = ["AccuracySource", "ClipStore", "ErrorWeighting", "gather"]
@@ -33,6 +33,7 @@ class ClipStore:
         float_counts: per clip `Task.counts` of the float network against the targets.
         error_table: what errors cost (`Task.error_table`).
         source: what the targets are.
+        starts: per clip what a recurrent task is given with it; none for other tasks.
     """
 
     task: Task
@@ -42,6 +43,7 @@ class ClipStore:
     float_counts: Num[Tensor, "n *c"]
     error_table: Float[Tensor, "*e"]
     source: AccuracySource
+    starts: tuple[Beginning, ...] = ()
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -70,6 +72,7 @@ class ClipStore:
             targets=tuple(self.targets[i] for i in chosen),
             teacher=tuple(self.teacher[i] for i in chosen),
             float_counts=self.float_counts[chosen],
+            starts=tuple(self.starts[i] for i in chosen) if self.starts else (),
         )
 
     @staticmethod
@@ -99,17 +102,19 @@ class ClipStore:
         _check(clips, source, weighting)
         targets, teachers, counts = [], [], []
         for clip in clips:
-            teacher = _predictions(model, task, clip.frames, progress)
+            teacher = predict_clip(model.float_forward, task, clip, device=model.device, progress=progress)
             target = task.target(teacher)
             if source == "labels" and clip.labels is not None:
                 task.check(clip)
                 target = _filled(task, teacher, clip.labels) if fill else clip.labels
+            target = judged_targets(task, target)
             targets.append(target)
             teachers.append(teacher)
             counts.append(task.counts(teacher, target).sum(0))
         float_counts = torch.stack(counts)
         table = task.error_table(float_counts.sum(0), weighting)
-        return ClipStore(task, tuple(clips), tuple(targets), tuple(teachers), float_counts, table, source)
+        starts = tuple(beginning_of(task, clip) for clip in clips) if isinstance(task, Recurrent) else ()
+        return ClipStore(task, tuple(clips), tuple(targets), tuple(teachers), float_counts, table, source, starts)
 
 
 def gather(
@@ -138,16 +143,3 @@ def _filled(task: Task, teacher: Num[Tensor, "t *p"], labels: Num[Tensor, "t *l"
     """Labels, and the float network's predictions for frames in which they count nothing."""
     empty = task.counts(teacher, labels).flatten(1).sum(1) == 0
     return torch.where(empty.view(-1, *[1] * (labels.dim() - 1)), task.target(teacher), labels)
-
-
-@torch.no_grad()
-def _predictions(
-    model: ResQModel, task: Task, frames: Tensor, progress: Callable[[int], None] | None, chunk: int = 16
-) -> Tensor:
-    parts = []
-    for part in frames.split(chunk):
-        raw = model.float_forward(to_float(part.to(model.device)))
-        parts.append(task.predict(task.output(raw, (frames.shape[2], frames.shape[3]))).cpu())
-        if progress is not None:
-            progress(len(part))
-    return torch.cat(parts)

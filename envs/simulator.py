@@ -19,15 +19,17 @@ from resq_rl.envs.observation import (
     pool_mean,
 )
 from resq_rl.errors import NetworkError, PolicyError, SettingsError
-from resq_rl.perception import Task
+from resq_rl.perception import Recurrent, Task, recurrent_inputs
 from resq_rl.quantization import (
     Field,
     FrameCost,
+    Inputs,
     LevelField,
     Reference,
     ResQModel,
     StreamState,
     ThresholdField,
+    as_tuple,
     to_float,
 )
 from resq_rl.quantization.fields import cells_of
@@ -133,6 +135,8 @@ class Simulator:
         self.spent = torch.zeros(slots, dtype=torch.float64)
         self._frame = torch.zeros(slots, 3, height, width, dtype=torch.uint8)
         self._reference_frame, self._key_frame = torch.zeros_like(self._frame), torch.zeros_like(self._frame)
+        self._recurrent = task if isinstance(task, Recurrent) else None
+        self._previous = torch.stack([start.prediction for start in store.starts[:1] * slots] or [torch.zeros(0)])
         self._output = torch.zeros(slots, *grid, 3)
         self._spent_there = torch.zeros(slots, *grid, self.groups)
         self._float_errors: dict[int, Tensor] = {}  # by clip, made when first asked for
@@ -194,6 +198,8 @@ class Simulator:
         self.length[rows] = torch.tensor([len(self.store.clips[c]) for c in clips], dtype=torch.int64)
         if trade_off is not None:
             self.trade_off[rows] = torch.tensor(list(trade_off), dtype=torch.float32)
+        if self._recurrent is not None:
+            self._previous[rows] = torch.stack([self.store.starts[c].prediction for c in clips])
         fresh = self.model.new_state(len(rows), self.reference)
         refresh = torch.ones(len(rows), dtype=torch.bool)
         field = LevelField.constant(0, len(rows), self.groups, self.grid)
@@ -225,14 +231,31 @@ class Simulator:
     def _run(self, rows: Tensor, state: StreamState, decision: Decision) -> FrameResult:
         """Run the next frame of the slots in `rows`, whose state is `state`."""
         frames, field = self._frames(rows), self._on_grid(decision.field)
-        raw, cost = self.model.step(to_float(frames.to(self.model.device)), state, decision.refresh, field)
+        raw, cost = self.model.step(self._inputs(rows, frames), state, decision.refresh, field)
         output = self.task.output(raw, self.model.frame_size)
         self._check_finite(output, rows)
-        prediction = self.task.predict(output).cpu()
+        prediction = self._remembered(rows, self.task.predict(output).cpu())
         error = self._error(prediction, gather(self.store.targets, self.clip[rows], self.time[rows]))
         maps = self.task.features(output, prediction)
         features = torch.stack([pool_mean(values.cpu(), self.grid) for values in maps], -1)
         return self._finish(rows, frames, prediction, error, features, cost)
+
+    def _inputs(self, rows: Tensor, frames: UInt8[Tensor, "n 3 h w"]) -> Inputs:
+        """What the network takes for the slots in `rows`: frames, and what a recurrent task adds."""
+        inputs: Inputs = frames
+        if self._recurrent is not None:
+            starts = [self.store.starts[c] for c in self.clip[rows].tolist()]
+            inputs = recurrent_inputs(self._recurrent, frames, self._previous[rows], starts)
+        return tuple(to_float(part.to(self.model.device)) for part in as_tuple(inputs))
+
+    def _remembered(self, rows: Tensor, prediction: Num[Tensor, "n *p"]) -> Num[Tensor, "n *p"]:
+        """The predictions, with what is given where a clip begins; a recurrent task feeds them back next."""
+        if self._recurrent is None:
+            return prediction
+        for row in torch.nonzero(self.time[rows] == 0)[:, 0].tolist():
+            prediction[row] = self.store.starts[int(self.clip[rows[row]])].prediction
+        self._previous[rows] = prediction
+        return prediction
 
     def _check_finite(self, output: Tensor, rows: Tensor) -> None:
         if not math.isfinite(float(output.sum())):  # a sum shows NaN and infinity at a thirtieth of isfinite's cost

@@ -20,10 +20,10 @@ from resq_rl.envs.observation import (
 )
 from resq_rl.envs.simulator import Decision, FrameResult, Simulator
 from resq_rl.errors import PolicyError, SettingsError
-from resq_rl.perception import Task
+from resq_rl.perception import Recurrent, Task
 from resq_rl.quantization import FrameCost, LevelField, ResQModel, StreamState
 
-__all__ = ["ResponseTable", "TableSimulator", "respond"]
+__all__ = ["ResponseTable", "TableSimulator", "check_tabular", "respond"]
 
 CHUNK = 32  # rows that run in one forward pass
 POOLED_TOGETHER = 4096  # rows
@@ -88,6 +88,16 @@ class ResponseTable:
         return self.region_error.mean((3, 4))
 
 
+def check_tabular(task: Task) -> None:
+    """Raise SettingsError where a frame's response depends on more than its keyframe, itself and the level."""
+    if isinstance(task, Recurrent):
+        raise SettingsError(
+            f"{type(task).__name__} feeds predictions back, so what a frame gives depends on every decision before it, "
+            "and a table of responses by keyframe, frame and level would be wrong. Measure and train on the network: "
+            "choose another environment than frame_level."
+        )
+
+
 @torch.no_grad()
 def respond(
     model: ResQModel,
@@ -111,8 +121,9 @@ def respond(
         progress: called with the number of frames done after each step.
 
     Raises:
-        SettingsError: `longest` is negative, or the clip and grid do not fit the model.
+        SettingsError: `longest` is negative, the clip and grid do not fit the model, or the task is recurrent.
     """
+    check_tabular(task)
     if longest is not None and longest < 0:
         raise SettingsError(f"longest must be 0 frames or more, or None for the whole clip, got {longest}.")
     clip = _Clip(model, task, store.subset([index]), grid, progress)

@@ -13,7 +13,7 @@ from safetensors.torch import save as pack_tensors
 from torch import Tensor
 
 from resq_rl.envs.clips import ClipStore
-from resq_rl.envs.table import ResponseTable, respond
+from resq_rl.envs.table import ResponseTable, check_tabular, respond
 from resq_rl.errors import ResultsError
 from resq_rl.files import write_atomic
 from resq_rl.perception import Task
@@ -55,6 +55,7 @@ class TableCache:
         progress: Callable[[int], None] | None = None,
     ) -> ResponseTable:
         """What `resq_rl.envs.respond` gives, from the folder where it is known."""
+        check_tabular(task)
         if self.folder is None:
             return respond(model, task, store, index, grid=grid, longest=longest, progress=progress)
         path = self.folder / f"{fingerprint(model, task, store, index, grid, longest)}.table"

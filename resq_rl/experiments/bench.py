@@ -41,8 +41,9 @@ from resq_rl.experiments.settings import Settings
 from resq_rl.experiments.tracking import Tracker
 from resq_rl.experiments.training import ppo_settings
 from resq_rl.experiments.world import World, build_world
+from resq_rl.perception import Recurrent, recurrent_inputs
 from resq_rl.policies.ppo import untrained
-from resq_rl.quantization import Field, LevelField, ResQModel, ThresholdField, to_float
+from resq_rl.quantization import Field, Inputs, LevelField, ResQModel, ThresholdField, as_tuple, to_float
 from resq_rl.quantization.kernels import PLAIN
 from resq_rl.video import Clip
 
@@ -181,10 +182,20 @@ def _step_jobs(world: World, batch: int, grid: tuple[int, int] | None = None) ->
     return jobs
 
 
-def _moving(world: World, batch: int) -> list[torch.Tensor]:
-    """Two frames that follow each other in each of `batch` clips."""
-    clips = [c for c in world.stores["train"].clips if len(c) > 1]
-    return [to_float(torch.stack([clips[i % len(clips)].frames[t] for i in range(batch)])) for t in (0, 1)]
+def _moving(world: World, batch: int) -> list[tuple[torch.Tensor, ...]]:
+    """What the network takes for two frames that follow each other in each of `batch` clips."""
+    store = world.stores["train"]
+    longer = [i for i, clip in enumerate(store.clips) if len(clip) > 1]
+    chosen = [longer[i % len(longer)] for i in range(batch)]
+    starts = [store.starts[i] for i in chosen] if store.starts else []
+    found = []
+    for t in (0, 1):
+        inputs: Inputs = torch.stack([store.clips[i].frames[t] for i in chosen])
+        if isinstance(world.task, Recurrent):
+            previous = torch.stack([start.prediction for start in starts])
+            inputs = recurrent_inputs(world.task, as_tuple(inputs)[0], previous, starts)
+        found.append(tuple(map(to_float, as_tuple(inputs))))
+    return found
 
 
 def _grids(world: World) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
 
 def _summary(task: Trainable, report: PretrainReport, test: float) -> dict[str, Any]:
     summary = {"metric": task.metric, "validation_accuracy": report.validation, "test_accuracy": test}
-    if isinstance(task, Segmentation):  # names from when this was the only task
+    if task.metric == Segmentation().metric:  # names from when this was the only task
         summary |= {"validation_miou": report.validation, "test_miou": test}
         summary |= {"class_iou": class_iou(report.counts).tolist()}
     return {**summary, "best_step": report.best_step, "history": report.history, "seconds": report.seconds}

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from resq_rl.envs import (
@@ -25,9 +24,9 @@ from resq_rl.envs import (
 from resq_rl.errors import NetworkError, SettingsError, VideoError
 from resq_rl.experiments.progress import Advance, stage
 from resq_rl.experiments.settings import Settings
-from resq_rl.perception import Task
+from resq_rl.perception import Task, clip_inputs, example_inputs
 from resq_rl.policies import Responses
-from resq_rl.quantization import QuantizationConfig, ResQModel, choose_residual_weight_bits
+from resq_rl.quantization import Inputs, QuantizationConfig, ResQModel, choose_residual_weight_bits
 from resq_rl.video import Clip, Split
 
 __all__ = ["World", "build_world"]
@@ -52,7 +51,7 @@ class World:
         model: it, calibrated.
         task: its task.
         stores: clips by split.
-        calibration: the clips it was calibrated on.
+        calibration: what it was calibrated on: clips as the network takes them.
         video: name of the video for reports.
         responses: tables of frame-level decisions by split, from which policies are measured and trained where given.
     """
@@ -62,7 +61,7 @@ class World:
     model: ResQModel
     task: Task
     stores: dict[Split, ClipStore]
-    calibration: tuple[Clip, ...]
+    calibration: tuple[Inputs, ...]
     video: str
     responses: Mapping[Split, Responses] = field(default_factory=dict)
 
@@ -83,9 +82,8 @@ class World:
     def measure_per_frame(self, policy: Policy, bits: int, split: Split) -> Measurement:
         """Run a policy on the network quantized to `bits`-bit weights and activations; BOPs still in units of W8A8."""
         config = _config(self.settings, key_weight_bits=bits, key_activation_bits=bits)
-        model = ResQModel(self.network, _example(self.calibration), config).calibrate(
-            [c.frames for c in self.calibration]
-        )
+        example = example_inputs(self.task, self.stores[split].clips[0])
+        model = ResQModel(self.network, example, config).calibrate(self.calibration)
         return self._measure(model, policy, split, None)
 
     def _measure(self, model: ResQModel, policy: Policy, split: Split, advance: Advance | None) -> Measurement:
@@ -170,8 +168,10 @@ def build_world(settings: Settings, splits: Sequence[Split]) -> World:
             if not clips[name]:
                 raise VideoError(f"The {name} split has no clips: give it some in the settings of 'video'.")
             advance(1)
-    calibration = tuple(clips["train"][: settings.quantization.calibration_clips])
-    model = _calibrated(settings, network, calibration)
+    model = ResQModel(network, example_inputs(task, clips["train"][0]), _config(settings))
+    few = clips["train"][: settings.quantization.calibration_clips]
+    calibration = tuple(clip_inputs(model.float_forward, task, clip) for clip in few)
+    model = _calibrated(settings, model, calibration)
     stores = _stores(settings, model, task, {name: clips[name] for name in splits})
     return World(settings, network, model, task, stores, calibration, type(video).__name__)
 
@@ -192,14 +192,12 @@ def _stores(settings: Settings, model: ResQModel, task: Task, clips: dict[Split,
     return stores
 
 
-def _calibrated(settings: Settings, network: nn.Module, clips: Sequence[Clip]) -> ResQModel:
+def _calibrated(settings: Settings, model: ResQModel, clips: Sequence[Inputs]) -> ResQModel:
     with stage("calibration", 1):
-        model = ResQModel(network, _example(clips), _config(settings))
         model = model.compile() if settings.quantization.compile else model
-        model.calibrate([clip.frames for clip in clips])
+        model.calibrate(clips)
         if settings.quantization.residual_weight_bits == "auto":
-            few = [clip.frames for clip in clips[:4]]
-            bits = choose_residual_weight_bits(model, few, tolerance=settings.quantization.weight_tolerance)
+            bits = choose_residual_weight_bits(model, clips[:4], tolerance=settings.quantization.weight_tolerance)
             log.info("residual weight bits: %s", ", ".join(f"{k} {b}" for k, b in sorted(bits.items())))
     return model
 
@@ -218,8 +216,3 @@ def _config(settings: Settings, **changes: Any) -> QuantizationConfig:
         "groups": quantization.groups,
     }
     return QuantizationConfig(**(values | changes))
-
-
-def _example(clips: Sequence[Clip]) -> torch.Tensor:
-    """A frame of the clips' size, for wrapping a network."""
-    return torch.zeros(1, 3, *clips[0].size)

@@ -1,12 +1,23 @@
 """Perception networks: tasks, the shipped networks, loading others, and pretraining."""
 
-from resq_rl.perception.ddrnet import CompactDDRNet, CompactPose
+from resq_rl.perception.ddrnet import CompactDDRNet, CompactPose, MaskPropagationNet
 from resq_rl.perception.ddrnet23 import DDRNet23Slim, ddrnet23_slim
+from resq_rl.perception.inference import (
+    Beginning,
+    beginning_of,
+    clip_inputs,
+    example_inputs,
+    judged_targets,
+    predict_clip,
+    recurrent_inputs,
+)
+from resq_rl.perception.mask_propagation import MaskPropagation
 from resq_rl.perception.networks import (
     compact_ddrnet,
     compact_pose,
     load_network,
     load_weights,
+    mask_propagation_net,
     save_weights,
     shipped_weights,
 )
@@ -17,32 +28,47 @@ from resq_rl.perception.pretrain import (
     measure_counts,
     pretrain,
 )
+from resq_rl.perception.region_and_contour import contour_accuracy, j_and_f, region_similarity
 from resq_rl.perception.segmentation import OutputKind, Segmentation, class_iou, mean_iou, pixel_accuracy
-from resq_rl.perception.task import PretrainSettings, Task, Trainable
+from resq_rl.perception.task import PretrainSettings, Recurrent, Task, Trainable
 
 __all__ = [
+    "Beginning",
     "CompactDDRNet",
     "CompactPose",
     "DDRNet23Slim",
+    "MaskPropagation",
+    "MaskPropagationNet",
     "OutputKind",
     "Pose",
     "PoseKind",
     "PretrainProgress",
     "PretrainReport",
     "PretrainSettings",
+    "Recurrent",
     "Segmentation",
     "Task",
     "Trainable",
+    "beginning_of",
     "class_iou",
+    "clip_inputs",
     "compact_ddrnet",
     "compact_pose",
+    "contour_accuracy",
     "ddrnet23_slim",
+    "example_inputs",
+    "j_and_f",
+    "judged_targets",
     "load_network",
     "load_weights",
+    "mask_propagation_net",
     "mean_iou",
     "measure_counts",
     "pixel_accuracy",
+    "predict_clip",
     "pretrain",
+    "recurrent_inputs",
+    "region_similarity",
     "save_weights",
     "shipped_weights",
 ]

@@ -11,13 +11,14 @@ Shapes are not checked at run time here: `torch.fx` calls the same code with pla
 
 from typing import no_type_check
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resq_rl.errors import NetworkError
 
-__all__ = ["CompactDDRNet", "CompactPose"]
+__all__ = ["CompactDDRNet", "CompactPose", "MaskPropagationNet"]
 
 
 @no_type_check
@@ -123,6 +124,7 @@ class CompactDDRNet(nn.Module):
     Arguments:
         classes: number of output classes, 2 to 255.
         width: channels `w` of the fine branch, an even number of at least 8.
+        planes: channels of the input.
 
     Input: `Float[Tensor, "b 3 h w"]`, RGB in 0..1, of any size (below 16 pixels little is left to see); the
     normalisation is part of the network. Output: logits `Float[Tensor, "b classes h w"]` of the same size.
@@ -131,14 +133,14 @@ class CompactDDRNet(nn.Module):
         NetworkError: `classes` or `width` is out of range.
     """
 
-    def __init__(self, classes: int = 6, width: int = 32) -> None:
+    def __init__(self, classes: int = 6, width: int = 32, planes: int = 3) -> None:
         super().__init__()
         if not 2 <= classes <= 255:
             raise NetworkError(f"CompactDDRNet: classes must be from 2 to 255, got {classes}.")
         if width < 8 or width % 2:
             raise NetworkError(f"CompactDDRNet: width must be an even number of at least 8, got {width}.")
         self.classes, self.width = classes, width
-        self.stem = nn.Sequential(ConvNormReLU(3, width // 2, stride=2), ConvNormReLU(width // 2, width, stride=2))
+        self.stem = nn.Sequential(ConvNormReLU(planes, width // 2, stride=2), ConvNormReLU(width // 2, width, stride=2))
         self.shared = ResidualBlock(width, width)
         self.semantic = SemanticBranch(width)
         self.detail = DetailBranch(width)
@@ -146,7 +148,7 @@ class CompactDDRNet(nn.Module):
         self.head = nn.Sequential(nn.ReLU(), ConvNormReLU(width, width), nn.Conv2d(width, classes, 1))
 
     @no_type_check
-    def forward(self, frames: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k h w"]:
+    def forward(self, frames: Float[Tensor, "b p h w"]) -> Float[Tensor, "b k h w"]:
         """Logits of `frames`, RGB in 0..1, at the same size."""
         return resize(self.logits(frames), frames)
 
@@ -181,3 +183,33 @@ class CompactPose(CompactDDRNet):
     def forward(self, frames: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k _ _"]:
         """Logits of heatmaps of `frames`, RGB in 0..1."""
         return self.logits(frames)
+
+
+class MaskPropagationNet(CompactDDRNet):
+    """`CompactDDRNet` that takes the mask of an object in the previous frame and gives its mask in this one.
+
+    In the manner of MaskTrack (Perazzi et al. 2017, arXiv 1612.02646) the mask is a fourth plane of the input; two more
+    say how near each pixel is to two colours that the object has in the first frame, its memory of what to follow.
+
+    Arguments:
+        width: channels of the fine branch.
+
+    Input: frames `Float[Tensor, "b 3 h w"]`, RGB in 0..1; masks `Float[Tensor, "b 1 h w"]`, 1 inside the object, 0
+    outside; colours `Float[Tensor, "b 6 1 1"]`, two of RGB in 0..1. Output: logits `Float[Tensor, "b 2 h w"]` of
+    background and object.
+    """
+
+    def __init__(self, width: int = 20) -> None:
+        super().__init__(2, width, planes=6)
+
+    @no_type_check
+    def forward(
+        self,
+        frames: Float[Tensor, "b 3 h w"],
+        masks: Float[Tensor, "b 1 h w"],
+        colours: Float[Tensor, "b 6 1 1"],
+    ) -> Float[Tensor, "b 2 h w"]:
+        """Logits of `frames`, given the masks of the previous ones and the object's colours."""
+        apart = [(frames - colours[:, i : i + 3]).abs().mean(1, keepdim=True) for i in (0, 3)]
+        near = [(1.0 - 5.0 * distance).clamp(min=0.0) for distance in apart]
+        return super().forward(torch.cat([frames, masks, *near], 1))

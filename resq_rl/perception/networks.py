@@ -13,9 +13,17 @@ from torch import Tensor, nn
 from resq_rl.errors import NetworkError, WeightsError
 from resq_rl.files import write_atomic
 from resq_rl.perception.checkpoints import read_weights
-from resq_rl.perception.ddrnet import CompactDDRNet, CompactPose
+from resq_rl.perception.ddrnet import CompactDDRNet, CompactPose, MaskPropagationNet
 
-__all__ = ["compact_ddrnet", "compact_pose", "load_network", "load_weights", "save_weights", "shipped_weights"]
+__all__ = [
+    "compact_ddrnet",
+    "compact_pose",
+    "load_network",
+    "load_weights",
+    "mask_propagation_net",
+    "save_weights",
+    "shipped_weights",
+]
 
 _SHOWN = 4  # names listed in a message
 
@@ -139,8 +147,9 @@ def shipped_weights(name: str = "compact_ddrnet_generated") -> Path:
     """Path of weights that ship with the package.
 
     Arguments:
-        name: `compact_ddrnet_generated`, of `CompactDDRNet(6, 32)` trained on `GeneratedVideo`; or
-            `compact_pose_generated`, of `CompactPose(13, 24)` trained on `FigureVideo`.
+        name: `compact_ddrnet_generated`, of `CompactDDRNet(6, 32)` trained on `GeneratedVideo`;
+            `compact_pose_generated`, of `CompactPose(13, 24)` trained on `FigureVideo`; or
+            `mask_propagation_generated`, of `MaskPropagationNet(20)` trained on `GeneratedObjects`.
     """
     return Path(str(resources.files("resq_rl.perception") / "weights" / f"{name}.safetensors"))
 
@@ -185,5 +194,26 @@ def compact_pose(
     network = CompactPose(points, width)
     if pretrained:
         load_weights(network, shipped_weights("compact_pose_generated") if weights is None else weights)
+    load_network(network)
+    return network
+
+
+def mask_propagation_net(
+    pretrained: bool = True, width: int = 20, weights: str | Path | None = None
+) -> MaskPropagationNet:
+    """A frozen `MaskPropagationNet`.
+
+    Arguments:
+        pretrained: load weights; otherwise they are random, from torch's global generator.
+        width: channels of the fine branch; the shipped weights have 20.
+        weights: path of the weights to load; None for those that ship with the package.
+
+    Raises:
+        NetworkError: `width` is out of range.
+        WeightsError: the weights are missing or do not fit.
+    """
+    network = MaskPropagationNet(width)
+    if pretrained:
+        load_weights(network, shipped_weights("mask_propagation_generated") if weights is None else weights)
     load_network(network)
     return network

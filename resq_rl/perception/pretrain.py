@@ -1,4 +1,4 @@
-"""Training a network on single frames of labelled clips."""
+"""Training a network on single frames of labelled clips, or on windows of them where the task is recurrent."""
 
 import io
 import json
@@ -14,13 +14,17 @@ from torch import Tensor, nn
 
 from resq_rl.errors import SettingsError, VideoError, WeightsError
 from resq_rl.files import write_atomic
+from resq_rl.perception.inference import Beginning, judged_targets, predict_clip, recurrent_inputs
 from resq_rl.perception.networks import save_weights
 from resq_rl.perception.sampling import FrameSampler, labels_of
 from resq_rl.perception.segmentation import Segmentation
-from resq_rl.perception.task import PretrainSettings, Task, Trainable
+from resq_rl.perception.task import PretrainSettings, Recurrent, Task, Trainable
+from resq_rl.quantization import as_tuple, to_float
 from resq_rl.video import Clip
 
 __all__ = ["PretrainProgress", "PretrainReport", "measure_counts", "pretrain"]
+
+_STREAM = 2_000_003  # for seeds of disturbances, apart from the sampler's
 
 
 @dataclass(frozen=True)
@@ -78,15 +82,11 @@ def measure_counts(
     if not clips:
         raise VideoError("There are no clips to measure on. Check the split of the dataset.")
     totals = []
-    with torch.no_grad():
-        for clip in clips:
-            labels = labels_of(clip, "measuring")
-            parts = []
-            for start in range(0, len(clip), batch):
-                frames = clip.frames[start : start + batch].to(device).float() / 255
-                prediction = task.predict(task.output(network(frames), clip.size)).cpu()
-                parts.append(task.counts(prediction, labels[start : start + batch]).sum(0))
-            totals.append(torch.stack(parts).sum(0))
+    for clip in clips:
+        labels = judged_targets(task, labels_of(clip, "measuring"))
+        predicted = predict_clip(lambda inputs: network(*as_tuple(inputs)), task, clip, device=device, batch=batch)
+        pairs = zip(predicted.split(batch), labels.split(batch), strict=True)
+        totals.append(torch.stack([task.counts(*pair).sum(0) for pair in pairs]).sum(0))
     return torch.stack(totals)
 
 
@@ -103,7 +103,10 @@ def pretrain(
     weights: str | Path | None = None,
     notes: Mapping[str, str] | None = None,
 ) -> PretrainReport:
-    """Train a network in place on single labelled frames; leave it with its best weights, in evaluation mode.
+    """Train a network in place on labelled frames; leave it with its best weights, in evaluation mode.
+
+    For a recurrent task it is rolled out over short windows of a clip: it begins with a label, which may be disturbed,
+    and goes on with its own predictions.
 
     The frames and augmentation of a step depend on the seed and the step alone, so a resumed run equals one
     that was never stopped (on the same machine, with the same number of threads).
@@ -157,8 +160,9 @@ class _Run:
         task: Trainable,
         device: torch.device,
     ) -> None:
+        window = settings.roll_out + 1 if isinstance(task, Recurrent) else 0
         self.sampler = FrameSampler(
-            train, settings.batch, settings.seed, settings.augment, task.mirrored, settings.zoom
+            train, settings.batch, settings.seed, settings.augment, task.mirrored, settings.zoom, window
         )
         self.settings, self.task, self.validation, self.device = settings, task, validation, device
         self.loss = task.objective(train, settings, "training")
@@ -191,8 +195,10 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         frames, labels = (tensor.to(self.device) for tensor in self.sampler.draw(self.step))
-        size = (frames.shape[-2], frames.shape[-1])
-        loss = self.loss(self.task.output(self.network(frames), size), labels)
+        if isinstance(self.task, Recurrent):
+            loss = self._rolled_out(self.task, frames, labels)
+        else:
+            loss = self.loss(self._output(frames), labels)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise SettingsError(
@@ -204,6 +210,24 @@ class _Run:
         self.optimizer.step()
         self.step, self.loss_sum, self.loss_steps = self.step + 1, self.loss_sum + value, self.loss_steps + 1
         return value, rate
+
+    def _output(self, frames: Tensor, *others: Tensor) -> Tensor:
+        return self.task.output(self.network(frames, *others), (frames.shape[-2], frames.shape[-1]))
+
+    def _rolled_out(self, task: Recurrent, frames: Tensor, labels: Tensor) -> Tensor:
+        """The mean loss over windows (b, n, ...): the first label, disturbed, then own predictions are fed back."""
+        generator = torch.Generator().manual_seed(self.settings.seed * _STREAM + self.step)
+        pixels = (255 * frames[:, 0].cpu()).round().to(torch.uint8)
+        starts = [
+            Beginning(p, task.template(f, p)) for f, p in zip(pixels, map(task.given, labels[:, 0].cpu()), strict=True)
+        ]
+        previous, losses = task.disturbed(labels[:, 0].cpu(), generator), []
+        for t in range(1, frames.shape[1]):
+            others = as_tuple(recurrent_inputs(task, pixels, previous, starts))[1:]
+            output = self._output(frames[:, t], *(to_float(part).to(self.device) for part in others))
+            losses.append(self.loss(output, labels[:, t]))
+            previous = task.predict(output.detach()).cpu()
+        return torch.stack(losses).mean()
 
     def measures(self) -> bool:
         """Whether the validation clips are due after the step just done."""

@@ -1,4 +1,4 @@
-"""Training batches: single frames drawn from clips, and their augmentation."""
+"""Training batches: single frames or windows of them drawn from clips, and their augmentation."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from jaxtyping import Float, Num
 from torch import Tensor
 from torch.nn import functional as F
 
-from resq_rl.errors import VideoError
+from resq_rl.errors import SettingsError, VideoError
 from resq_rl.video import IGNORE, Clip
 
 __all__ = ["FrameSampler", "class_shares", "labels_of"]
@@ -20,7 +20,7 @@ Mirror = Callable[[Tensor, int], Tensor]
 _STREAM = 1_000_003  # a prime far above any number of steps, so that streams of seeds do not meet
 
 
-def mirrored_map(labels: Num[Tensor, "b h w"], width: int) -> Num[Tensor, "b h w"]:
+def mirrored_map(labels: Num[Tensor, "*b h w"], width: int) -> Num[Tensor, "*b h w"]:
     """A label for every pixel, mirrored left to right."""
     return labels.flip(-1)
 
@@ -75,9 +75,10 @@ class FrameSampler:
         augment: mirror left to right; change brightness, contrast, colour balance and noise.
         mirror: how labels are mirrored.
         zoom: least and greatest factor by which frames are enlarged or made smaller, drawn evenly by ratio.
+        window: consecutive frames to draw in place of each single one; 0 for single frames.
 
     Raises:
-        VideoError: the clips have several sizes.
+        VideoError: the clips have several sizes, or one is shorter than the window. SettingsError: windows and zoom.
     """
 
     clips: Sequence[Clip]
@@ -86,6 +87,7 @@ class FrameSampler:
     augment: bool
     mirror: Mirror = mirrored_map
     zoom: tuple[float, float] = (1.0, 1.0)
+    window: int = 0
 
     def __post_init__(self) -> None:
         sizes = sorted({clip.size for clip in self.clips})
@@ -94,24 +96,37 @@ class FrameSampler:
                 f"Training clips must have one size, got {len(sizes)}: {sizes[:4]} (height, width). "
                 "Give the dataset one size to resize to."
             )
+        if self.window and self.zoom != (1.0, 1.0):
+            raise SettingsError(
+                f"Windows of frames are not zoomed, got zoom {self.zoom}. Set pretraining.zoom to [1, 1]."
+            )
+        short = [clip.name for clip in self.clips if len(clip) < self.window]
+        if short:
+            raise VideoError(
+                f"Training on windows of {self.window} frames needs clips of as many, got fewer in "
+                f"{', '.join(short[:3])} ({len(short)} of {len(self.clips)} clips). Leave them out, or lower "
+                "pretraining.roll_out."
+            )
 
     @property
     def frames(self) -> int:
         """Frames in all clips."""
         return sum(len(clip) for clip in self.clips)
 
-    def draw(self, step: int) -> tuple[Float[Tensor, "b 3 h w"], Num[Tensor, "b *l"]]:
-        """Frames in 0..1 and labels of the batch of `step`; classes as indices."""
+    def draw(self, step: int) -> tuple[Float[Tensor, "b *n 3 h w"], Num[Tensor, "b *l"]]:
+        """Frames in 0..1 and labels of the batch of `step`; classes as indices. Windows have one dimension more."""
         generator = torch.Generator().manual_seed(self.seed * _STREAM + step)
-        ends = torch.tensor([len(clip) for clip in self.clips]).cumsum(0)
+        last = max(1, self.window) - 1  # no window begins so close to the end
+        ends = torch.tensor([len(clip) - last for clip in self.clips]).cumsum(0)
         chosen = torch.randint(int(ends[-1]), (self.batch,), generator=generator)
         owners = torch.searchsorted(ends, chosen, right=True)
         frames, labels = [], []
         for place, owner in zip(chosen.tolist(), owners.tolist(), strict=True):
             clip = self.clips[owner]
-            time = place - int(ends[owner]) + len(clip)
-            frames.append(clip.frames[time])
-            labels.append(labels_of(clip, "training")[time])
+            time = place - int(ends[owner]) + len(clip) - last
+            taken = slice(time, time + self.window) if self.window else time
+            frames.append(clip.frames[taken])
+            labels.append(labels_of(clip, "training")[taken])
         images, targets = torch.stack(frames).float() / 255, torch.stack(labels)
         targets = targets if targets.is_floating_point() else targets.long()
         if self.zoom != (1.0, 1.0):
@@ -151,20 +166,20 @@ def _zoomed_points(
 
 
 def augmented(
-    images: Float[Tensor, "b 3 h w"],
-    labels: Num[Tensor, "b _ _"],
+    images: Float[Tensor, "b *n 3 h w"],
+    labels: Num[Tensor, "b *l"],
     generator: torch.Generator,
     mirror: Mirror = mirrored_map,
-) -> tuple[Float[Tensor, "b 3 h w"], Num[Tensor, "b _ _"]]:
-    """Mirror half of the frames; change contrast, brightness, colour balance and noise of each."""
-    count = images.shape[0]
+) -> tuple[Float[Tensor, "b *n 3 h w"], Num[Tensor, "b *l"]]:
+    """Mirror half of the frames; change contrast, brightness, colour balance and noise of each; windows as a whole."""
+    count, between = images.shape[0], [1] * (images.dim() - 4)
 
     def uniform(low: float, high: float, channels: int = 1) -> Tensor:
-        return torch.empty(count, channels, 1, 1).uniform_(low, high, generator=generator)
+        return torch.empty(count, *between, channels, 1, 1).uniform_(low, high, generator=generator)
 
     mirrored = torch.rand(count, generator=generator) < 0.5
-    images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-    labels = torch.where(mirrored[:, None, None], mirror(labels, images.shape[-1]), labels)
+    images = torch.where(mirrored.view(-1, *[1] * (images.dim() - 1)), images.flip(-1), images)
+    labels = torch.where(mirrored.view(-1, *[1] * (labels.dim() - 1)), mirror(labels, images.shape[-1]), labels)
     gain, shift = uniform(0.7, 1.3) * uniform(0.9, 1.1, 3), uniform(-0.1, 0.1)
     noise = torch.randn(images.shape, generator=generator) * uniform(0.0, 0.02)
     return ((images - 0.5) * gain + 0.5 + shift + noise).clamp(0, 1), labels

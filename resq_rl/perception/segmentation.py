@@ -252,8 +252,8 @@ class Segmentation:
 
         return loss
 
-    def mirrored(self, labels: Num[Tensor, "b h w"], width: int) -> Num[Tensor, "b h w"]:
-        """Labels of mirrored frames."""
+    def mirrored(self, labels: Num[Tensor, "*b h w"], width: int) -> Num[Tensor, "*b h w"]:
+        """Labels of mirrored frames, or of windows of them."""
         return mirrored_map(labels, width)
 
     def uncertainty(self, output: Float[Tensor, "b k h w"], stride: int = 4) -> Float[Tensor, "b _ _"]:

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Final, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Float64, Num
+from jaxtyping import Float, Float64, Num, UInt8
 from torch import Tensor
 
 from resq_rl.errors import NetworkError, SettingsError
 from resq_rl.video import Clip
 
-__all__ = ["PALETTE", "Loss", "PretrainSettings", "Task", "Trainable", "select_output"]
+__all__ = ["PALETTE", "Loss", "PretrainSettings", "Recurrent", "Task", "Trainable", "select_output"]
 
 # Colours in pictures that the colour-blind can tell apart (Okabe and Ito), RGB in 0..1.
 PALETTE: Final[Float[Tensor, "n 3"]] = (
@@ -102,6 +102,7 @@ class PretrainSettings:
         dice: segmentation: weight of the soft Dice loss, which favours small classes, beside the cross-entropy.
         class_balance: segmentation: cross-entropy weights are class frequency ** -class_balance, scaled to a mean of
             1; 0 for none.
+        roll_out: recurrent tasks: frames one after the other for which the network predicts, on its own predictions.
         augment: mirror left to right; change brightness, contrast, colour balance and noise.
         zoom: least and greatest factor by which frames are enlarged (around a place drawn anew) or made smaller;
             [1, 1] for none.
@@ -118,14 +119,15 @@ class PretrainSettings:
     weight_decay: float = 1e-4
     dice: float = 0.5
     class_balance: float = 0.25
+    roll_out: int = 3
     augment: bool = True
     zoom: tuple[float, float] = (1.0, 1.0)
     validate_every: int = 500
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "batch": 2, "validate_every": 1}
-        for name in ("steps", "batch", "validate_every", "weight_decay", "dice", "class_balance", "seed"):
+        least = {"steps": 1, "batch": 2, "validate_every": 1, "roll_out": 1}
+        for name in ("steps", "batch", "validate_every", "roll_out", "weight_decay", "dice", "class_balance", "seed"):
             value, limit = getattr(self, name), least.get(name, 0)
             if not value >= limit:
                 raise SettingsError(f"Pretraining: {name} must be at least {limit}, got {value}.")
@@ -148,6 +150,30 @@ class Trainable(Task, Protocol):
 
     def mirrored(self, labels: Num[Tensor, "b *t"], width: int) -> Num[Tensor, "b *t"]:
         """Labels of frames, `width` pixels wide, that were mirrored left to right."""
+
+
+@runtime_checkable
+class Recurrent(Task, Protocol):
+    """A task whose network takes, beside the frame, its prediction for the frame before and something of the first one.
+
+    The first frame's prediction is given by its label, and belongs to the clip like its frames. What the network takes
+    is made of bytes, 0..255 for 0..1.
+    """
+
+    def given(self, label: Num[Tensor, "*t"]) -> Num[Tensor, "*p"]:
+        """The prediction that the label of a clip's first frame stands for."""
+
+    def memory(self, prediction: Num[Tensor, "b *p"]) -> UInt8[Tensor, "b *m"]:
+        """What the network takes of the predictions for the previous frames."""
+
+    def template(self, frame: UInt8[Tensor, "3 h w"], given: Num[Tensor, "*p"]) -> UInt8[Tensor, "*s"]:
+        """What the network takes of a clip's first frame, of which a prediction is given."""
+
+    def judged(self, targets: Num[Tensor, "t *u"]) -> Num[Tensor, "t *u"]:
+        """A clip's targets, with those marked as unlabelled that do not count, such as what is given."""
+
+    def disturbed(self, labels: Num[Tensor, "b *t"], generator: torch.Generator) -> Num[Tensor, "b *p"]:
+        """Predictions to begin a roll-out in training with: labels, some of them with errors such as networks make."""
 
 
 def select_output(raw: object, key: int | str | None, what: str) -> Tensor:

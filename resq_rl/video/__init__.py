@@ -7,6 +7,7 @@ from resq_rl.video.davis import DavisVideo
 from resq_rl.video.figures import JOINTS, FigureVideo
 from resq_rl.video.files import VideoFiles, package_video
 from resq_rl.video.generated import GeneratedVideo
+from resq_rl.video.generated_objects import GeneratedObjects
 from resq_rl.video.jhmdb import JHMDBVideo
 from resq_rl.video.parts import Part
 from resq_rl.video.posetrack import PoseTrackVideo
@@ -22,6 +23,7 @@ __all__ = [
     "Clip",
     "DavisVideo",
     "FigureVideo",
+    "GeneratedObjects",
     "GeneratedVideo",
     "JHMDBVideo",
     "Part",

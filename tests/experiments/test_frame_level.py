@@ -153,7 +153,8 @@ def world_of(parts: Parts, *overrides: str, unlabelled: bool = False) -> World:
         "validation": store([3, 4, 3], 40),
         "test": store([6, 4, 7], 50),
     }
-    return World(settings, tiny_network(), parts.model, parts.task, stores, stores["train"].clips, "tiny")
+    calibration = stores["train"].frame_tensors
+    return World(settings, tiny_network(), parts.model, parts.task, stores, calibration, "tiny")
 
 
 def learned(parts: Parts, seed: int) -> LearnedPolicy:

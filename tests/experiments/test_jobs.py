@@ -232,6 +232,22 @@ def write_video(path: Path, frames: int) -> Path:
     return path
 
 
+VOS = ["video=generated_objects", "model=mask_propagation", "task=mask_propagation"]
+
+
+def test_masks_are_trained_for_propagated_and_compared(tmp_path: Path) -> None:
+    few = ["pretraining.steps=4", "pretraining.batch=2", "pretraining.validate_every=2"]
+    trained = run(tmp_path, "pretrain", *VOS, "model.pretrained=false", "model.width=8", *few)
+    assert json.loads((trained / "summary.json").read_text())["metric"] == "J&F"
+    own = [*VOS, "model.width=8", f"model.weights={trained / 'weights.safetensors'}", "training.seeds=[0]"]
+    quick = ["training.frames=40", "heuristic.taus=[0.5]", "heuristic.searches=[]", "heuristic.other_kappas=[]"]
+    quick += ["quantization.weight_rounding=nearest", "quantization.calibration_clips=1", "training.warm_start=none"]
+    comparison = Comparison.from_json((run(tmp_path, "compare", *own, *quick) / "comparison.json").read_text())
+    assert (comparison.task, comparison.accuracy_metric) == ("maskpropagation", "J&F")
+    assert comparison.fronts["ppo"]
+    assert all(0 <= point.accuracy <= 1 for points in comparison.fronts.values() for point in points)
+
+
 def test_pretrain_writes_weights_that_load(tmp_path: Path) -> None:
     folder = run(
         tmp_path,

@@ -1,0 +1,124 @@
+"""What a float network predicts for a clip, and what it takes for it, as its task asks for."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Num, UInt8
+from torch import Tensor
+
+from resq_rl.errors import VideoError
+from resq_rl.perception.task import Recurrent, Task
+from resq_rl.quantization import Inputs, as_tuple, to_float
+from resq_rl.video import Clip
+
+__all__ = [
+    "Beginning",
+    "beginning_of",
+    "clip_inputs",
+    "example_inputs",
+    "judged_targets",
+    "predict_clip",
+    "recurrent_inputs",
+]
+
+Forward = Callable[[Inputs], Any]
+"""A network, called with what it takes in float: a frame of each clip, or a tuple of it and what else."""
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a recurrent task is given with a clip.
+
+    Attributes:
+        prediction: for the first frame.
+        template: what the network takes of the first frame, in bytes.
+    """
+
+    prediction: Num[Tensor, "*p"]
+    template: UInt8[Tensor, "*s"]
+
+
+def beginning_of(task: Recurrent, clip: Clip) -> Beginning:
+    """What is given with a clip.
+
+    Raises:
+        VideoError: the clip has no labels, or none that fit.
+    """
+    if clip.labels is None:
+        raise VideoError(
+            f"{clip.name} has no labels, but {type(task).__name__} begins with what the first frame's label gives. "
+            "Use labelled clips; labels of later frames do not matter with environment.accuracy=teacher."
+        )
+    task.check(clip)
+    given = task.given(clip.labels[0])
+    return Beginning(given, task.template(clip.frames[0], given))
+
+
+@torch.no_grad()
+def predict_clip(
+    forward: Forward,
+    task: Task,
+    clip: Clip,
+    *,
+    device: torch.device | str = "cpu",
+    batch: int = 16,
+    progress: Callable[[int], None] | None = None,
+) -> Num[Tensor, "t *p"]:
+    """What a network predicts for every frame of a clip.
+
+    For a recurrent task the network runs frame by frame on its own last predictions, of which the first is given.
+
+    Args:
+        forward: the network.
+        task: what it is for.
+        clip: the clip, with labels where something is given.
+        device: where the network runs.
+        batch: frames that run together where they can.
+        progress: called with the number of frames done.
+
+    Raises:
+        VideoError: a recurrent task finds nothing given. NetworkError: the output does not fit the task.
+    """
+    recurrent = task if isinstance(task, Recurrent) else None
+    starts = [beginning_of(recurrent, clip)] if recurrent is not None else []
+    parts: list[Tensor] = [start.prediction[None] for start in starts]
+    for frames in clip.frames[len(starts) :].split(1 if starts else batch):
+        inputs = frames if recurrent is None else recurrent_inputs(recurrent, frames, parts[-1], starts)
+        floats = tuple(to_float(part.to(device)) for part in as_tuple(inputs))
+        parts.append(task.predict(task.output(forward(floats), clip.size)).cpu())
+        if progress is not None:
+            progress(len(frames))
+    if progress is not None and starts:
+        progress(1)
+    return torch.cat(parts)
+
+
+def recurrent_inputs(
+    task: Recurrent, frames: UInt8[Tensor, "b 3 h w"], previous: Num[Tensor, "b *p"], starts: Sequence[Beginning]
+) -> Inputs:
+    """The bytes that a network takes for a frame of each clip, for the frames before which it predicted `previous`."""
+    return frames, task.memory(previous), torch.stack([start.template for start in starts])
+
+
+def judged_targets(task: Task, targets: Num[Tensor, "t *u"]) -> Num[Tensor, "t *u"]:
+    """A clip's targets as they count (`Recurrent.judged`)."""
+    return task.judged(targets) if isinstance(task, Recurrent) else targets
+
+
+def clip_inputs(forward: Forward, task: Task, clip: Clip) -> Inputs:
+    """The bytes that a network takes for a clip, for `ResQModel.calibrate`: its frames, and its own predictions."""
+    if not isinstance(task, Recurrent):
+        return clip.frames
+    predictions = predict_clip(forward, task, clip)
+    previous = torch.cat([predictions[:1], predictions[:-1]])
+    return recurrent_inputs(task, clip.frames, previous, [beginning_of(task, clip)] * len(clip))
+
+
+def example_inputs(task: Task, clip: Clip) -> Inputs:
+    """What a network takes for the first frame of a clip, in float, for wrapping it."""
+    if not isinstance(task, Recurrent):
+        return to_float(clip.frames[:1])
+    start = beginning_of(task, clip)
+    return tuple(map(to_float, as_tuple(recurrent_inputs(task, clip.frames[:1], start.prediction[None], [start]))))

@@ -1,0 +1,117 @@
+"""The task of video object segmentation by mask propagation: J and F, and the previous mask as the network's input."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float64, Num, UInt8
+from torch import Tensor
+
+from resq_rl.errors import SettingsError, VideoError
+from resq_rl.perception.mask_errors import perturbed
+from resq_rl.perception.region_and_contour import contour_accuracy, region_similarity
+from resq_rl.perception.segmentation import Segmentation
+from resq_rl.video import IGNORE, Clip
+
+__all__ = ["MaskPropagation"]
+
+DISTURBED, LOST = 0.5, 0.05
+"""Shares of the roll-outs in training that begin with a mask that is wrong, or with none."""
+
+
+@dataclass(frozen=True)
+class MaskPropagation(Segmentation):
+    """Following one object, whose mask in the first frame is given, through a clip.
+
+    The network takes each frame with the mask in the frame before, the given one at first and then its own prediction,
+    and with two colours that the object has in the first frame.
+    Accuracy is J&F, the mean of region similarity and contour accuracy (`j_and_f`), over the frames of all clips
+    without the first and the last of each, as DAVIS counts.
+
+    Attributes:
+        classes: 2, background (0) and object (1).
+        kind, threshold, output_key: as for `Segmentation`.
+
+    Raises:
+        SettingsError: a value is out of range.
+    """
+
+    classes: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.classes != 2:
+            raise SettingsError(
+                f"MaskPropagation: classes must be 2, background and one object, got {self.classes}. Follow several "
+                "objects one by one."
+            )
+
+    @property
+    def metric(self) -> str:
+        """Mean of region similarity and contour accuracy."""
+        return "J&F"
+
+    def check(self, clip: Clip) -> None:
+        """Look at a clip's labels.
+
+        Raises:
+            VideoError: they are no masks of one object, or the first frame does not show it.
+        """
+        super().check(clip)
+        labels = clip.labels
+        if len(clip) < 3:
+            raise VideoError(f"{clip.name}: no frame of {len(clip)} counts, since the first and the last do not.")
+        if labels is None or not bool((labels[0] == 1).any()):
+            raise VideoError(
+                f"{clip.name}: the first frame's mask shows no object, so there is none to follow. Start the clip "
+                "where the object is in view."
+            )
+
+    # What the network is given ----------------------------------------------------------------------------------------
+
+    def given(self, label: Num[Tensor, "h w"]) -> UInt8[Tensor, "h w"]:
+        """The mask in the first frame; pixels without a label are outside the object."""
+        return (label == 1).to(torch.uint8)
+
+    def memory(self, prediction: UInt8[Tensor, "b h w"]) -> UInt8[Tensor, "b 1 h w"]:
+        """The masks as a plane of bytes: 255 inside the object."""
+        return prediction[:, None] * 255
+
+    def template(self, frame: UInt8[Tensor, "3 h w"], given: UInt8[Tensor, "h w"]) -> UInt8[Tensor, "6 1 1"]:
+        """Two colours of the object: the means of its darker and of its lighter half; grey where it is empty."""
+        pixels = frame[:, given == 1].float()
+        if not pixels.numel():
+            return frame.new_full((6, 1, 1), 128)
+        light = pixels.mean(0)
+        dark = light <= light.median()
+        halves = [pixels[:, half].mean(1) if bool(half.any()) else pixels.mean(1) for half in (dark, ~dark)]
+        return torch.cat(halves).round().to(torch.uint8)[:, None, None]
+
+    def judged(self, targets: UInt8[Tensor, "t h w"]) -> UInt8[Tensor, "t h w"]:
+        """Targets without those of the first frame, which is given, and of the last, which DAVIS leaves out."""
+        kept = targets.clone()
+        kept[0], kept[-1] = IGNORE, IGNORE
+        return kept
+
+    def disturbed(self, labels: Num[Tensor, "b h w"], generator: torch.Generator) -> UInt8[Tensor, "b h w"]:
+        """Masks to begin a roll-out in training with: as they are, as a network might have left them, or lost."""
+        masks, drawn = labels == 1, torch.rand(len(labels), 1, 1, generator=generator)
+        masks = torch.where(drawn < DISTURBED, perturbed(masks, generator), masks)
+        return (masks & (drawn >= LOST)).to(torch.uint8)
+
+    # How it is judged -------------------------------------------------------------------------------------------------
+
+    def counts(self, prediction: UInt8[Tensor, "b h w"], target: UInt8[Tensor, "b h w"]) -> Float64[Tensor, "b 5"]:
+        """J, F, 1, pixels of the object and pixels of each frame; all 0 for a frame in which no pixel is labelled."""
+        known, inside = (target != IGNORE).sum((1, 2)), (target == 1).sum((1, 2))
+        judged = (known > 0).double()
+        region, boundary = region_similarity(prediction, target), contour_accuracy(prediction, target)
+        return torch.stack([region * judged, boundary * judged, judged, inside.double(), known.double()], 1)
+
+    def accuracy(self, counts: Float64[Tensor, "*n 5"]) -> Float64[Tensor, "*n"]:
+        """J&F: the mean of J and F over the frames."""
+        return (counts[..., 0] + counts[..., 1]) / (2 * counts[..., 2])
+
+    def error_table(self, counts: Float64[Tensor, "5"], weighting: str) -> Float[Tensor, "2 2"]:
+        """As for segmentation, by how much of the frames is object."""
+        inside, known = counts[3], counts[4]
+        return super().error_table(torch.stack([known - inside, inside]).long().diag(), weighting)
