@@ -124,7 +124,7 @@ class _Session:
             return
         text = " ".join(str(error).split())
         if bug:
-            text = f"{type(error).__name__}: {text or 'no message'}. This is a bug; its traceback is in {logged}."
+            text = f"{type(error).__name__}: {text.rstrip('.') or 'no message'}. This is a bug; its traceback is in {logged}."
         print(f"resq-rl {self.name}: {text}{where}", file=sys.stderr)
 
     def _log_file(self) -> Path | None:
@@ -252,7 +252,7 @@ def _guard_job(session: _Session, config: Any) -> None:
     session.run_dir = Path(hydra_config.runtime.output_dir)
     session.jobs += 1
     try:
-        _run_job(session, config, session.run_dir)
+        _run_job(session, config, session.run_dir, list(hydra_config.overrides.task))
     except Exception as error:
         if os.getpid() != session.process:  # in a worker of a launcher, which tells its parent only what is raised
             raise
@@ -262,11 +262,11 @@ def _guard_job(session: _Session, config: Any) -> None:
         session.report(error, f" [{' '.join(hydra_config.overrides.task)}]" if sweeping else "")
 
 
-def _run_job(session: _Session, config: Any, run_dir: Path) -> None:
+def _run_job(session: _Session, config: Any, run_dir: Path, overrides: Sequence[str]) -> None:
     from omegaconf import OmegaConf
 
     from resq_rl.experiments.settings import make_settings, plain
-    from resq_rl.experiments.tracking import open_tracker
+    from resq_rl.experiments.tracking import open_tracker, run_name
     from resq_rl.files import write_atomic
 
     values = plain(config)
@@ -279,8 +279,10 @@ def _run_job(session: _Session, config: Any, run_dir: Path) -> None:
         settings.tracking,
         results=Path(settings.results).absolute(),
         folder=run_dir,
-        name=f"{session.name} {run_dir.name}",
+        name=run_name(session.name, overrides, run_dir),
     ) as tracker:
+        source = shlex.join(["resq-rl", session.name, *overrides])
+        tracker.set_tags({"mlflow.source.name": source, "mlflow.source.type": "LOCAL"})
         tracker.set_tags({"command": session.name, "folder": run_dir, "resq_rl": __version__})
         tracker.log_parameters(values)
         tracker.log_artifact(resolved)

@@ -21,7 +21,7 @@ from resq_rl.experiments.frame_level import frame_heuristics, gap_closed, is_fra
 from resq_rl.experiments.fronts import compare_fronts, points_of
 from resq_rl.experiments.plots import plot_curves, plot_fronts
 from resq_rl.experiments.progress import stage
-from resq_rl.experiments.report import write_report
+from resq_rl.experiments.report import verdict_of, write_report
 from resq_rl.experiments.results import BdEntry, Comparison, Point, print_comparison
 from resq_rl.experiments.settings import Settings
 from resq_rl.experiments.start import Start, measure_constants, prepare_training, search
@@ -81,9 +81,10 @@ class _Bench:
         self.measured[method] = [*self.measured.get(method, []), *measurements]
         self.tuned.setdefault(method, []).extend(zip(policies, measurements, strict=False))
         self.write()
-        step = len(self.measured)
         for point in measurements:
-            self.tracker.log_metrics({f"{method}/accuracy": point.accuracy, f"{method}/bops": point.bops}, step)
+            self.tracker.log_metrics(
+                {f"{method}/accuracy": point.accuracy, f"{method}/bops": point.bops}, _bops_step(point)
+            )
 
     def measure(self, method: str, policies: Sequence[Policy]) -> list[Measurement]:
         """Measure policies on the reported clips, with progress."""
@@ -123,6 +124,11 @@ class _Bench:
         return comparison
 
 
+def _bops_step(point: Measurement) -> int:
+    """A point's place on the axis of steps, on which MLflow draws: millionths of W8A8, so that accuracy is a front."""
+    return round(1e6 * point.bops)
+
+
 def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
     """Run the comparison; writes `comparison.json`, `report.html`, plots, and a trained policy for each seed.
 
@@ -156,6 +162,7 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
         )
     comparison = bench.write()
     tracker.log_artifact(run_dir / "comparison.json")
+    tracker.describe(verdict_of(comparison).sentence)
     tracker.log_figure(plot_fronts(comparison), "fronts")
     if curves:
         tracker.log_figure(plot_curves(curves), "training")
@@ -303,6 +310,6 @@ def _measure_ppo(
             results = bench.measure("ppo", tuned)
             by_seed[seed] = [replace(m, settings={**m.settings, "seed": seed}) for m in results]
             for m in by_seed[seed]:
-                child.log_metrics({"accuracy": m.accuracy, "bops": m.bops}, step=int(np.round(1e6 * m.bops)))
+                child.log_metrics({"accuracy": m.accuracy, "bops": m.bops}, _bops_step(m))
         bench.add("ppo", by_seed[seed], tuned)
     return by_seed, curves

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from resq_rl.errors import ResqError
 from resq_rl.experiments.conversion import convert_dataclass
 from resq_rl.experiments.settings import TrackingSettings
-from resq_rl.experiments.tracking import PARENT_RUN_VARIABLE, Status, Tracker, open_tracker
+from resq_rl.experiments.tracking import PARENT_RUN_VARIABLE, Status, Tracker, open_tracker, run_name
 
 __all__ = ["SweepCallback"]
 
@@ -29,7 +29,8 @@ class SweepCallback(Callback):
             settings = convert_dataclass(values, TrackingSettings, "tracking.")
             folder = Path(config.hydra.sweep.dir).absolute()
             results = Path(config.results).absolute()
-            tracker = open_tracker(settings, results=results, folder=folder, name=f"sweep {folder.name}")
+            name = run_name(f"sweep {config.hydra.job.name}", list(config.hydra.overrides.task), folder)
+            tracker = open_tracker(settings, results=results, folder=folder, name=name)
         except ResqError:
             return  # each job reports it
         if tracker.run_id is not None:

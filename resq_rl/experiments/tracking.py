@@ -11,7 +11,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 else:  # slow to import; names that annotations can be checked against
     Figure = MlflowClient = Any
 
-__all__ = ["PARENT_RUN_VARIABLE", "NullTracker", "Tracker", "open_tracker", "quiet_mlflow"]
+__all__ = ["PARENT_RUN_VARIABLE", "NullTracker", "Tracker", "open_tracker", "quiet_mlflow", "run_name"]
 
 PARENT_RUN_VARIABLE = "RESQ_RL_PARENT_RUN"
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -47,9 +47,18 @@ FLUSH_SECONDS = 2.0
 LONGEST_PARAMETER = 6000  # characters, MLflow's limits
 LONGEST_NAME = 250
 LONGEST_TAG = 5000
+LONGEST_RUN_NAME = 120  # beyond it, MLflow's pages are hard to read
+# Settings of where and how a run runs, which do not tell what it is.
+INCIDENTAL = ("results=", "tables=", "threads=", "tracking", "hydra", "training.resume=")
 FORBIDDEN = re.compile(r"[^\w\-. :/]")
 
 log = logging.getLogger(__name__)
+
+
+def run_name(command: str, overrides: Sequence[str], folder: Path) -> str:
+    """A run's name: its command and what was asked of it; where that was nothing in particular, its folder's name."""
+    telling = [word for word in overrides if not word.startswith(INCIDENTAL)]
+    return _cut(" ".join([command, *(telling or [folder.name])]), LONGEST_RUN_NAME)
 
 
 class Tracker:
@@ -122,6 +131,10 @@ class Tracker:
         """Record or change tags."""
         self._add("tags", {"values": _as_tags(tags)})
         self.flush()
+
+    def describe(self, text: str) -> None:
+        """Set the description that the run's page shows."""
+        self.set_tags({"mlflow.note.content": text})
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """Attach a copy of a file, under `folder` among the run's artifacts. The file must stay until `close`."""

@@ -18,11 +18,13 @@ from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 from omegaconf import OmegaConf
+from playwright.sync_api import Browser
 
 from resq_rl.errors import TrackingError
 from resq_rl.experiments.outbox import Operation, Outbox
 from resq_rl.experiments.settings import TrackingSettings
-from resq_rl.experiments.tracking import PARENT_RUN_VARIABLE, NullTracker, Tracker, open_tracker
+from resq_rl.experiments.tracking import PARENT_RUN_VARIABLE, NullTracker, Tracker, open_tracker, run_name
+from resq_rl.files import write_atomic
 
 
 def settings(uri: str | None = None, **changes: Any) -> TrackingSettings:
@@ -106,6 +108,37 @@ def test_a_run_on_a_real_server(mlflow_server: str, tmp_path: Path) -> None:
     assert Path(copy).read_text() == "hello"
     assert tracker.hint.startswith(f"{mlflow_server}/#/experiments/")
     assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_name_says_what_was_asked_for(tmp_path: Path) -> None:
+    folder = tmp_path / "2026-01-02"
+    assert run_name("compare", ["results=x", "tracking.uri=y", "threads=1"], folder) == "compare 2026-01-02"
+    assert run_name("compare", ["+experiment=demo", "threads=1"], folder) == "compare +experiment=demo"
+    assert len(run_name("train", ["a=1"] * 100, folder)) == 120
+
+
+def test_the_page_of_runs_shows_parents_with_their_children(
+    mlflow_server: str, browser: Browser, tmp_path: Path
+) -> None:
+    own = settings(mlflow_server, experiment="in a browser")
+    with open_tracker(own, results=tmp_path, folder=tmp_path, name="compare +experiment=demo") as tracker:
+        tracker.describe("PPO needs half.")
+        tracker.log_artifact(write_atomic(tmp_path / "report.html", "<h1>a report</h1>"))
+        with tracker.child("ppo seed 0") as child:
+            child.log_metrics({"train/reward": 1.0}, 960)
+            child.log_metrics({"train/reward": 2.0}, 1920)
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(60_000)  # milliseconds; the page is large
+    page.goto(f"{tracker.hint}/runs")
+    parent = page.get_by_role("link", name="compare +experiment=demo")
+    parent.wait_for()
+    assert page.get_by_role("link", name="ppo seed 0").count() == 0, "children are folded away"
+    parent.click()
+    page.get_by_text("PPO needs half.").wait_for()
+    page.get_by_role("link", name="ppo seed 0").wait_for()
+    page.goto(f"{tracker.hint}/runs/{tracker.run_id}/artifacts/report.html")
+    page.frame_locator("iframe").get_by_role("heading", name="a report").wait_for()
+    page.close()
 
 
 class Cable(socketserver.ThreadingTCPServer):
