@@ -226,6 +226,7 @@ def test_a_loss_that_is_not_finite_ends_the_run() -> None:
         ({"weight_decay": float("nan")}, "weight_decay must be at least 0, got nan"),
         ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
         ({"learning_rate": float("inf")}, "got inf"),
+        ({"zoom": (2.0, 0.5)}, r"zoom must be two increasing positive factors, got \(2.0, 0.5\)"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, Any], match: str) -> None:
