@@ -1,7 +1,7 @@
 """Many agents over one simulator: the core that every face of the environments shares."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,19 +218,28 @@ class BatchedEnvironment:
 
     # What a checkpoint needs to go on where it stopped -----------------------------------------------------------
 
-    def snapshot(self) -> dict[str, Any]:
-        """Clip order and random states; clips in progress start anew when restored."""
+    def snapshot(self, *, streams: bool = True) -> dict[str, Any]:
+        """All that the steps to come depend on besides the parts it was made of, for `restore`; not a copy.
+
+        Without `streams`, which take most of the room, clips in progress are left out: `reset` must follow `restore`.
+        """
         return {
             "generators": [g.bit_generator.state for g in self._generators],
-            "queues": [list(queue) for queue in self._queues],
+            "queues": self._queues,
+            "interval": self.interval,
+            "simulator": self.simulator.snapshot() if streams else None,
         }
 
-    def restore(self, snapshot: dict[str, Any]) -> None:
-        """Go on from a snapshot."""
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Go on from a snapshot, which then belongs to this environment; clips in progress go on where they stopped."""
         self._generators = [np.random.default_rng(0) for _ in snapshot["generators"]]
         for generator, state in zip(self._generators, snapshot["generators"], strict=True):
             generator.bit_generator.state = state
         self._queues = [list(queue) for queue in snapshot["queues"]]
+        self.interval = snapshot["interval"]
+        if snapshot["simulator"] is not None:
+            self.simulator.restore(snapshot["simulator"])
+            self._view = FrameView(self.simulator)
 
 
 def _check_fields(scheme: ActionScheme, fields: Policy | None, simulator: Simulator) -> None:

@@ -1,6 +1,6 @@
 """The stable-baselines3 face: many agents stepping in one forward pass."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,6 +93,18 @@ class AgentsVecEnv(VecEnv):
                 "l": int(self._lengths[clip]),
             }
             self._returns[clip], self._lengths[clip] = 0.0, 0
+
+    def snapshot(self, *, streams: bool = True) -> dict[str, Any]:
+        """All that the steps to come depend on, for `restore`, as of a `BatchedEnvironment`."""
+        counts = {"frames": self.frames, "returns": self._returns.tolist(), "lengths": self._lengths.tolist()}
+        return {**counts, "core": self.core.snapshot(streams=streams)}
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Go on from a snapshot."""
+        self.frames = snapshot["frames"]
+        self._returns[:], self._lengths[:] = snapshot["returns"], snapshot["lengths"]
+        self.core.restore(snapshot["core"])
+        self._reset_seeds()  # the restored generators go on, where a seed would start them anew
 
     def close(self) -> None:
         """Nothing to release."""

@@ -2,9 +2,10 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64, Num, UInt8
@@ -228,12 +229,23 @@ class Simulator:
         other.state = self.state.clone()
         return other
 
+    def snapshot(self) -> dict[str, Any]:
+        """All that the frames to come depend on besides network, task and clips, for `restore`; not a copy."""
+        streams = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return {"streams": streams, "state": self.state.snapshot()}
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Go on from a snapshot, which then belongs to this simulator."""
+        for name, value in snapshot["streams"].items():
+            setattr(self, name, value)
+        self.state.restore(snapshot["state"])
+
     def _run(self, rows: Tensor, state: StreamState, decision: Decision) -> FrameResult:
         """Run the next frame of the slots in `rows`, whose state is `state`."""
         frames, field = self._frames(rows), self._on_grid(decision.field)
         raw, cost = self.model.step(self._inputs(rows, frames), state, decision.refresh, field)
         output = self.task.output(raw, self.model.frame_size)
-        self._check_finite(output, rows)
+        self._check_finite(output, rows, state)
         prediction = self._remembered(rows, self.task.predict(output).cpu())
         error = self._error(prediction, gather(self.store.targets, self.clip[rows], self.time[rows]))
         maps = self.task.features(output, prediction)
@@ -257,16 +269,19 @@ class Simulator:
         self._previous[rows] = prediction
         return prediction
 
-    def _check_finite(self, output: Tensor, rows: Tensor) -> None:
+    def _check_finite(self, output: Tensor, rows: Tensor, state: StreamState) -> None:
         if not math.isfinite(float(output.sum())):  # a sum shows NaN and infinity at a thirtieth of isfinite's cost
             finite = torch.isfinite(output).flatten(1).all(1)
             if bool(finite.all()):
                 return  # large numbers only
-            row = rows[int(torch.nonzero(~finite)[0])]
-            clip = self.store.clips[int(self.clip[row])].name
+            index = int(torch.nonzero(~finite)[0])
+            clip = self.store.clips[int(self.clip[rows[index]])].name
+            layers = zip(self.model.sites, state.outputs, strict=True)
+            first = next((s.operator.name for s, y in layers if not bool(torch.isfinite(y[index]).all())), None)
+            where = f"from layer {first!r} on" if first is not None else "behind its layers"
             raise NetworkError(
-                f"The network's output for {clip}, frame {int(self.time[row])}, holds NaN or infinity: look at "
-                "divisions, roots and logarithms in it, or give it more residual bits."
+                f"The network's output for {clip}, frame {int(self.time[rows[index]])}, holds NaN or infinity, "
+                f"{where}: look at divisions, roots and logarithms there, or give it more residual bits."
             )
 
     def _on_grid(self, field: Field) -> Field:

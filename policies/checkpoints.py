@@ -1,6 +1,8 @@
-"""Checkpoints of a training run: a stable-baselines3 zip of the user's own run beside what it leaves out."""
+"""What a training run is between two rollouts: all that the rollouts to come depend on, and what was done so far."""
 
+import hashlib
 import json
+import random
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from stable_baselines3 import PPO
-from stable_baselines3.common.base_class import BaseAlgorithm
 
+from resq_rl.envs import table_cache
 from resq_rl.envs.sb3 import AgentsVecEnv
-from resq_rl.errors import PolicyError, ResultsError
-from resq_rl.files import write_atomic
+from resq_rl.errors import PolicyError
+from resq_rl.sealed import Checkpoints
 
 __all__ = ["TrainingReport", "about_run", "load_checkpoint", "save_checkpoint"]
 
@@ -23,21 +25,36 @@ _FREE_SETTINGS = ("frames", "checkpoint_every")
 
 @dataclass
 class TrainingReport:
-    """How training went: frames simulated, rollouts, and the figures of each rollout."""
+    """How training went.
+
+    Attributes:
+        frames, rollouts: done so far.
+        curve: the figures of each rollout.
+        update: the figures of the newest update, which count among those of the rollout after it.
+        done: whether as many frames were simulated as were asked for.
+    """
 
     frames: int = 0
     rollouts: int = 0
     curve: list[dict[str, float]] = field(default_factory=list)
+    update: dict[str, float] = field(default_factory=dict)
+    done: bool = False
 
 
 def about_run(environment: AgentsVecEnv, settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """What a checkpoint must have in common with the run that goes on from it, as JSON gives it back."""
     core = environment.core
+    simulator = core.simulator
+    digest = hashlib.sha256()
+    for clip in range(len(simulator.store)):
+        known = table_cache.fingerprint(simulator.model, simulator.task, simulator.store, clip, simulator.grid, None)
+        digest.update(known.encode())
     about = {
         "settings": dict(settings),
         "actions": asdict(core.scheme),
         "episodes": asdict(core.episodes),
         "clips": core.clips,
+        "network and clips": digest.hexdigest(),
         "seed": seed,
     }
     plain: dict[str, Any] = json.loads(json.dumps(about))
@@ -45,78 +62,82 @@ def about_run(environment: AgentsVecEnv, settings: Mapping[str, Any], seed: int)
 
 
 def save_checkpoint(
-    folder: Path,
-    model: BaseAlgorithm,
-    environment: AgentsVecEnv,
-    about: dict[str, Any],
-    report: TrainingReport,
-    *,
-    done: bool,
-) -> None:
-    """Write the model's zip, then the state that names it, then remove older zips.
+    folder: Path, model: PPO, environment: AgentsVecEnv, about: Mapping[str, Any], report: TrainingReport
+) -> Path:
+    """Write a checkpoint, between two rollouts; of a run that is done without its clips in progress.
 
     Raises:
-        ResultsError: a file cannot be written.
+        ResultsError: it cannot be written.
     """
-    name = f"ppo_{report.rollouts:06d}.zip"
-    temporary = folder / f".{name}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        model.save(temporary)
-        temporary.replace(folder / name)
-    except OSError as error:
-        raise ResultsError(
-            f"Cannot write the checkpoint {folder / name}: {error.strerror or error}. Free some space or choose a "
-            "writable folder, then resume: the checkpoint before it, if any, is whole."
-        ) from error
+    policy: Any = model.policy
+    going = not report.done
     state = {
-        "model": name,
-        "done": done,
-        "frames": environment.frames,
-        "rollouts": report.rollouts,
-        "curve": report.curve,
         "about": about,
-        "environment": environment.core.snapshot(),
-        "torch": torch.get_rng_state().tolist(),
-        "numpy": _numpy_state(),
+        "report": asdict(report),
+        "policy": policy.state_dict(),
+        "optimizer": policy.optimizer.state_dict()["state"],
+        "steps": model.num_timesteps,
+        "updates": model._n_updates,
+        "observations": torch.from_numpy(np.asarray(model._last_obs)) if going else None,
+        "starts": torch.from_numpy(np.asarray(model._last_episode_starts)),
+        "environment": environment.snapshot(streams=going),
+        "random": _random_states(),
     }
-    write_atomic(folder / "state.json", json.dumps(state))
-    for old in folder.glob("ppo_*.zip"):  # state.json names the only one needed
-        if old.name != name:
-            old.unlink()
+    return Checkpoints(folder).save(report.rollouts, state, keep=2 if going else 1)
 
 
-def load_checkpoint(
-    folder: Path, environment: AgentsVecEnv, about: dict[str, Any], report: TrainingReport
-) -> tuple[PPO, bool]:
-    """The model of the newest checkpoint, and whether its run was done; environment and report go on from it.
+def load_checkpoint(folder: Path, model: PPO, environment: AgentsVecEnv, about: Mapping[str, Any]) -> TrainingReport:
+    """Bring an untrained model, its environment and the random states to the newest whole checkpoint, if any.
+
+    Returns:
+        The report of the run so far; with no rollouts where there is no checkpoint.
 
     Raises:
-        PolicyError: the checkpoint is damaged or of other settings.
+        PolicyError: the checkpoint is of other settings or another version.
+        ResultsError: all checkpoints are damaged.
     """
+    state = Checkpoints(folder).load()
+    if state is None:
+        return TrainingReport()
+    policy: Any = model.policy
     try:
-        state = json.loads((folder / "state.json").read_text())
         _check_same(folder, state["about"], about)
-        model = PPO.load(folder / state["model"], environment, device="cpu")
-        environment.core.restore(state["environment"])
-        environment.frames = state["frames"]
-        report.frames, report.rollouts, report.curve = state["frames"], state["rollouts"], state["curve"]
-        torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
-        name, keys, position, has_gauss, cached = state["numpy"]
-        restored = (name, np.array(keys, dtype=np.uint32), position, has_gauss, cached)
-        np.random.set_state(restored)  # noqa: NPY002 - stable-baselines3 draws from it
-    except PolicyError:
-        raise
-    except Exception as error:  # a damaged zip or pickle can raise anything
+        policy.load_state_dict(state["policy"])
+        moments = {int(index): values for index, values in state["optimizer"].items()}
+        policy.optimizer.load_state_dict(policy.optimizer.state_dict() | {"state": moments})
+        model.num_timesteps, model._n_updates = state["steps"], state["updates"]
+        if state["observations"] is not None:  # else stable-baselines3 resets the environment if it goes on
+            model._last_obs = state["observations"].numpy()
+            model._last_episode_starts = state["starts"].numpy()
+        environment.restore(state["environment"])
+        _restore_random_states(state["random"])
+        return TrainingReport(**state["report"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise PolicyError(
-            f"The checkpoint in {folder} cannot be read ({type(error).__name__}: {error}). Remove the folder to start "
-            "anew."
+            f"The checkpoint in {folder} is of another version ({type(error).__name__}: {error}). Resume with the "
+            "version that wrote it, or remove the folder to start anew."
         ) from error
-    environment._reset_seeds()  # the restored generators go on, where a seed would start them anew
-    return model, bool(state["done"]) and state["about"]["settings"]["frames"] >= about["settings"]["frames"]
 
 
-def _check_same(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+def _random_states() -> dict[str, Any]:
+    """Of every generator that is shared by the process: stable-baselines3 draws from torch's and numpy's."""
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002 - stable-baselines3 draws from it
+    return {
+        "python": random.getstate(),
+        "numpy": [name, np.asarray(keys).tolist(), *rest],
+        "torch": torch.get_rng_state(),
+    }
+
+
+def _restore_random_states(states: Mapping[str, Any]) -> None:
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002 - as above
+    torch.set_rng_state(states["torch"])
+
+
+def _check_same(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to go on under other settings than the checkpoint's."""
     before, after = _flat(then), _flat(now)
     free = {f"settings.{name}" for name in _FREE_SETTINGS}
@@ -129,13 +150,8 @@ def _check_same(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None
         )
 
 
-def _flat(about: dict[str, Any]) -> dict[str, Any]:
+def _flat(about: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in about.items():
         flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
     return flat
-
-
-def _numpy_state() -> list[Any]:
-    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - stable-baselines3 draws from it
-    return [name, np.asarray(keys).tolist(), position, has_gauss, cached]

@@ -20,10 +20,12 @@ from resq_rl.errors import PolicyError, ResqError
 from resq_rl.files import write_atomic
 from resq_rl.policies.fixed import periodic
 from resq_rl.quantization import Reference, symmetric_limit
+from resq_rl.sealed import checksum
 
 __all__ = ["LearnedPolicy"]
 
-FORMAT = "resq_rl policy 2"
+FORMAT = "resq_rl policy 3"
+UNCHECKED = "resq_rl policy 2"  # without a checksum
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,7 +213,9 @@ class LearnedPolicy:
         """Write `policy.safetensors` and `policy.json` into `folder`."""
         about, tensors = self._pack()
         write_atomic(folder / "policy.safetensors", save_tensors(tensors))
-        write_atomic(folder / "policy.json", json.dumps({"format": FORMAT, **about}, indent=2) + "\n")
+        whole = {"format": FORMAT, **about}
+        whole["sha256"] = checksum(whole, tensors)
+        write_atomic(folder / "policy.json", json.dumps(whole, indent=2) + "\n")
 
     def _pack(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What the two files hold."""
@@ -231,7 +235,7 @@ class LearnedPolicy:
         """Read a policy that `save` wrote.
 
         Raises:
-            PolicyError: a file is missing, damaged, or of another format.
+            PolicyError: a file is missing, damaged or changed, or of another format.
         """
         try:
             about = json.loads((folder / "policy.json").read_text())
@@ -243,16 +247,23 @@ class LearnedPolicy:
             ) from error
         except (SafetensorError, ValueError) as error:  # of which JSON and text decoding errors are kinds
             raise PolicyError(f"The policy in {folder} is damaged: {error}. Train it anew or copy it again.") from error
-        if not isinstance(about, dict) or about.get("format") != FORMAT:
+        if not isinstance(about, dict) or about.get("format") not in (FORMAT, UNCHECKED):
             raise PolicyError(f"{folder / 'policy.json'} is not of format {FORMAT!r}.")
+        expected = about.pop("sha256", None)
         try:
-            return LearnedPolicy._unpack(about, tensors)
+            policy = LearnedPolicy._unpack(about, tensors)
         except KeyError as error:
             raise PolicyError(f"The policy in {folder} lacks {error}. Train it anew or copy it again.") from error
         except (AttributeError, TypeError, ValueError, ResqError) as error:
             raise PolicyError(
                 f"The policy in {folder} cannot be used: {error} Train it anew or copy it again."
             ) from error
+        if expected != checksum(about, tensors) and not (expected is None and about["format"] == UNCHECKED):
+            raise PolicyError(
+                f"The policy in {folder} is damaged or was changed: its checksum is wrong. Train it anew or copy both "
+                "its files again."
+            )
+        return policy
 
     @staticmethod
     def _unpack(about: dict[str, Any], tensors: dict[str, Tensor], prefix: str = "") -> "LearnedPolicy":

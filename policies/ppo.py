@@ -14,12 +14,14 @@ from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor, nn
 
 from resq_rl.envs import ActionScheme
+from resq_rl.envs.batched import Transition
 from resq_rl.envs.observation import AGE_OCTAVES, age_feature
 from resq_rl.envs.sb3 import AgentsVecEnv
 from resq_rl.errors import PolicyError, SettingsError
 from resq_rl.policies.checkpoints import TrainingReport, about_run, load_checkpoint, save_checkpoint
 from resq_rl.policies.learned import LearnedPolicy
 from resq_rl.policies.ordinal import OrdinalPolicy
+from resq_rl.sealed import Checkpoints
 
 __all__ = ["FirstChoice", "PPOSettings", "Progress", "TrainingReport", "train_ppo", "untrained"]
 
@@ -27,6 +29,8 @@ __all__ = ["FirstChoice", "PPOSettings", "Progress", "TrainingReport", "train_pp
 SURE = math.log(15)
 # Values of lambda at which a policy that begins warm is fitted.
 POSITIONS = 65
+# Of an update, by stable-baselines3's names.
+UPDATE_FIGURES = ("entropy_loss", "approx_kl", "explained_variance", "loss")
 
 
 @dataclass(frozen=True)
@@ -124,35 +128,33 @@ def train_ppo(
         warm_start: for a lambda, what the policy begins as in all regions.
         on_rollout: called after every rollout.
         checkpoints: folder for checkpoints; written every `checkpoint_every` rollouts and at the end.
-        resume: go on from the newest checkpoint in `checkpoints`, if there is one.
+        resume: go on from the newest whole checkpoint in `checkpoints`, if there is one; what follows is what followed
+            in the run that wrote it.
 
     Returns:
         The deployed policy (at the geometric middle of the range of lambda) and the report.
 
     Raises:
-        PolicyError: a checkpoint is damaged or of other settings, or training diverged.
-        ResultsError: a checkpoint cannot be written.
+        PolicyError: a checkpoint is of other settings, or training diverged.
+        ResultsError: a checkpoint cannot be written, or none can be read.
     """
     torch.manual_seed(seed)
     environment.seed(seed)
     store = environment.core.simulator.store
     decided = int(settings.frames * (1 - len(store) / store.frames))  # the first frame of every clip is not
     total = max(1, decided // environment.core.clips) * environment.num_envs
-    report = TrainingReport()
     about = about_run(environment, asdict(settings), seed)
-    model, done = None, False
-    if resume and checkpoints is not None and (checkpoints / "state.json").exists():
-        model, done = load_checkpoint(checkpoints, environment, about, report)
-    if model is None:
-        model = untrained(environment, settings, seed)
-        if warm_start is not None:
-            _fit_first_choices(model, environment, warm_start, seed)
-    if not done:
+    model, report = untrained(environment, settings, seed), TrainingReport()
+    if checkpoints is not None and resume:
+        report = load_checkpoint(checkpoints, model, environment, about)
+    elif checkpoints is not None:
+        Checkpoints(checkpoints).clear()
+    if not report.rollouts and warm_start is not None:
+        _fit_first_choices(model, environment, warm_start, seed)
+    if not (report.done and model.num_timesteps >= total):
         callback = _Rollouts(environment, about, report, on_rollout, checkpoints)
-        remaining = max(0, total - model.num_timesteps)
-        model.learn(remaining, callback=callback, reset_num_timesteps=False)
-        if checkpoints is not None:
-            save_checkpoint(checkpoints, model, environment, about, report, done=True)
+        model.learn(max(0, total - model.num_timesteps), callback=callback, reset_num_timesteps=False)
+        callback.end()
     return deployed(model, environment, settings), report
 
 
@@ -190,7 +192,7 @@ def untrained(environment: AgentsVecEnv, settings: PPOSettings, seed: int) -> PP
 
 
 class _Falling:
-    """Learning rate that falls linearly to a tenth; a class, so that checkpoints can hold it."""
+    """Learning rate that falls linearly to a tenth."""
 
     def __init__(self, start: float) -> None:
         self.start = start
@@ -240,7 +242,9 @@ def _fit_first_choices(
 
 
 class _Rollouts(BaseCallback):
-    """Collects the figures of each rollout and writes checkpoints."""
+    """Collects the figures of each rollout and writes checkpoints, between two rollouts."""
+
+    model: PPO
 
     def __init__(
         self,
@@ -255,20 +259,62 @@ class _Rollouts(BaseCallback):
         self.on_rollout, self.checkpoints = on_rollout, checkpoints
         self._saved = report.rollouts
         self._sums: dict[str, list[float]] = {}
+        report.done = False
+
+    def _on_rollout_start(self) -> None:
+        self._note_update()
+        rollouts = self.report.rollouts
+        if rollouts > self._saved and rollouts % self.about["settings"]["checkpoint_every"] == 0:
+            self._save()
+
+    def end(self) -> None:
+        """Take in the last update, after which training is done."""
+        self._note_update()
+        self.report.done = True
+        self._save()
+
+    def _note_update(self) -> None:
+        figures = self.logger.name_to_value
+        names = [name for name in UPDATE_FIGURES if f"train/{name}" in figures]
+        if names:  # a run that goes on has the checkpoint's until the next update
+            self.report.update = {name: float(figures[f"train/{name}"]) for name in names}
+        if not np.isfinite(self.report.update.get("explained_variance", 0.0)):
+            del self.report.update["explained_variance"]  # undefined where all returns are equal
+
+        weights = (bool(torch.isfinite(p).all()) for p in self.model.policy.parameters())
+        if not (np.isfinite(list(self.report.update.values())).all() and all(weights)):
+            raise PolicyError(
+                f"The update after rollout {self.report.rollouts} (frame {self.environment.frames}) gave a loss or "
+                f"weights that are not finite: {self.report.update}. Lower training.learning_rate; checkpoints before "
+                "it are kept."
+            )
+
+    def _save(self) -> None:
+        if self.checkpoints is not None:
+            save_checkpoint(self.checkpoints, self.model, self.environment, self.about, self.report)
+            self._saved = self.report.rollouts
 
     def _on_step(self) -> bool:
         step = self.environment.last
         if step is not None:
-            if not np.isfinite(step.rewards).all():
-                raise PolicyError(
-                    f"A reward is not finite after {self.environment.frames} frames: look at the network's output and "
-                    "at training.reward_scale."
-                )
+            self._check_finite("reward", step, step.rewards, "the network's output and at training.reward_scale")
+            self._check_finite("observation", step, step.observations, "the network's output")
             self._add("reward", float(step.frame_rewards.mean()))
             self._add("bops", float(step.result.share.mean()))
             self._add("error", float(step.result.error.mean()))
             self._add("keyframes", float(step.result.cost.keyframe.float().mean()))
         return True
+
+    def _check_finite(self, what: str, step: Transition, values: np.ndarray, culprit: str) -> None:
+        finite = np.isfinite(values).reshape(len(values), -1).all(1)
+        if not finite.all():
+            core, result = self.environment.core, step.result
+            slot = int(np.argmin(finite)) // core.scheme.agents_per_clip
+            clip = core.simulator.store.clips[int(result.clip[slot])].name
+            raise PolicyError(
+                f"The {what} of {clip}, frame {int(result.time[slot])}, is not finite, after {self.environment.frames} "
+                f"frames in all: look at {culprit}. Checkpoints before it are kept."
+            )
 
     def _add(self, name: str, value: float) -> None:
         self._sums.setdefault(name, []).append(value)
@@ -280,13 +326,7 @@ class _Rollouts(BaseCallback):
         metrics |= choice_figures(scheme, buffer.observations, buffer.actions)
         if max(scheme.nvec) > 1:
             metrics["entropy"] = -float(buffer.log_probs.mean()) / float(np.log(scheme.nvec).sum())
-        metrics |= {
-            name.replace("train/", ""): float(value)
-            for name, value in self.logger.name_to_value.items()
-            if name in ("train/entropy_loss", "train/approx_kl", "train/explained_variance", "train/loss")
-        }
-        if not np.isfinite(metrics.get("explained_variance", 0.0)):
-            del metrics["explained_variance"]  # undefined where all returns are equal
+        metrics |= self.report.update
         self._sums = {}
         report = self.report
         report.rollouts += 1
@@ -299,14 +339,6 @@ class _Rollouts(BaseCallback):
             )
         if self.on_rollout is not None:
             self.on_rollout(Progress(report.frames, report.rollouts, metrics))
-
-    def _on_rollout_start(self) -> None:
-        # Checkpoints are written between rollouts, when the update that follows a rollout is in the weights.
-        rollouts = self.report.rollouts
-        due = rollouts > self._saved and rollouts % self.about["settings"]["checkpoint_every"] == 0
-        if due and self.checkpoints is not None:
-            save_checkpoint(self.checkpoints, self.model, self.environment, self.about, self.report, done=False)
-            self._saved = rollouts
 
 
 def choice_figures(

@@ -5,6 +5,7 @@ composes and checks the settings, makes the run's folder, opens the tracker, and
 and an exit code: 0 done, 1 a failure that is not the user's, 2 a `ResqError`, 130 interrupted.
 """
 
+import errno
 import importlib
 import logging
 import os
@@ -12,19 +13,27 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from resq_rl import __version__
-from resq_rl.errors import ResqError, ResultsError
+from resq_rl.errors import ResqError, ResultsError, SettingsError
 from resq_rl.experiments.catalogue import KINDS, print_catalogue
 from resq_rl.experiments.conversion import did_you_mean
+
+if TYPE_CHECKING:
+    from resq_rl.experiments.record import RunRecord
+    from resq_rl.experiments.settings import Settings
+    from resq_rl.experiments.tracking import Tracker
 
 __all__ = ["COMMANDS", "Command", "main"]
 
 log = logging.getLogger(__name__)
+
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # as PyTorch says it, of CPU and GPU
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -44,18 +53,21 @@ class Command:
     resume: str = ""
 
 
+RESUME = "training.resume={folder}"
+
 COMMANDS: Mapping[str, Command] = {
     "train": Command(
         "train a bit-allocation policy by PPO, with checkpoints",
         "train",
         "resq_rl.experiments.train:run",
-        resume="training.resume={folder}",
+        resume=RESUME,
     ),
     "evaluate": Command("measure a trained policy on one split", "evaluate", "resq_rl.experiments.evaluate:run"),
     "compare": Command(
         "tune, train and measure all methods, and compare their fronts",
         "compare",
         "resq_rl.experiments.compare:run",
+        resume=RESUME,
     ),
     "run": Command(
         "run a trained policy on a video file, a folder of frames or a camera", "run", "resq_rl.experiments.run:run"
@@ -65,7 +77,10 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "bench": Command("measure how fast the simulation is on this machine", "bench", "resq_rl.experiments.bench:run"),
     "pretrain": Command(
-        "train the segmentation network that the package ships", "pretrain", "resq_rl.experiments.pretrain:run"
+        "train the segmentation network that the package ships",
+        "pretrain",
+        "resq_rl.experiments.pretrain:run",
+        resume=RESUME,
     ),
 }
 
@@ -124,7 +139,8 @@ class _Session:
             return
         text = " ".join(str(error).split())
         if bug:
-            text = f"{type(error).__name__}: {text.rstrip('.') or 'no message'}. This is a bug; its traceback is in {logged}."
+            text = f"{type(error).__name__}: {text.rstrip('.') or 'no message'}."
+            text = f"{text} This is a bug; its traceback is in {logged}."
         print(f"resq-rl {self.name}: {text}{where}", file=sys.stderr)
 
     def _log_file(self) -> Path | None:
@@ -200,8 +216,9 @@ def _run(session: _Session, arguments: Sequence[str]) -> int:
     except SystemExit as stop:  # the argument parser's and Hydra's own
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception as error:
-        session.failures.append(_outside_the_job(error, session, arguments))
-        session.report(session.failures[-1])
+        if not (session.failures and _system_error(error)):  # else the log ends where the job's own error says
+            session.failures.append(_outside_the_job(error, session, arguments))
+            session.report(session.failures[-1])
     finally:
         _end_sweep(session)
     if session.jobs > 1 and session.failures:
@@ -227,13 +244,14 @@ def _run_hydra(session: _Session, arguments: Sequence[str]) -> None:
 @contextmanager
 def _process_state(program: str, arguments: Sequence[str]) -> Iterator[None]:
     """The arguments that Hydra reads and its wish to raise errors instead of printing them; put back afterwards."""
-    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    argv, full_error, complain = sys.argv, os.environ.get("HYDRA_FULL_ERROR"), logging.raiseExceptions
+    logging.raiseExceptions = False  # a log file on a full disk must not print a traceback for every line
     sys.argv = [program, *arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield
     finally:
-        sys.argv = argv
+        sys.argv, logging.raiseExceptions = argv, complain
         del os.environ["HYDRA_FULL_ERROR"]
         if full_error is not None:
             os.environ["HYDRA_FULL_ERROR"] = full_error
@@ -265,34 +283,94 @@ def _guard_job(session: _Session, config: Any) -> None:
 def _run_job(session: _Session, config: Any, run_dir: Path, overrides: Sequence[str]) -> None:
     from omegaconf import OmegaConf
 
+    from resq_rl.experiments.record import RunRecord
     from resq_rl.experiments.settings import make_settings, plain
     from resq_rl.experiments.tracking import open_tracker, run_name
     from resq_rl.files import write_atomic
 
     values = plain(config)
     settings = make_settings(values)
+    resume = settings.training.resume is not None
+    values["training"]["resume"] = None  # of how the run is done, not of what it is
+    text, record = OmegaConf.to_yaml(OmegaConf.create(values)), RunRecord(run_dir)
+    if resume and record.finished and _text_of(run_dir / "config.yaml") == text:
+        log.info("%s is finished already.", os.path.relpath(run_dir))
+        return
+    if resume and not (run_dir / "config.yaml").exists():
+        log.info("There is nothing in %s to go on from: the run begins.", os.path.relpath(run_dir))
     module, _, function = session.command.job.partition(":")
     job: Callable[..., str | None] = getattr(importlib.import_module(module), function)
-    resolved = write_atomic(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(values)))
+    resolved = write_atomic(run_dir / "config.yaml", text)
     _set_threads(settings.threads)
-    with open_tracker(
-        settings.tracking,
-        results=Path(settings.results).absolute(),
-        folder=run_dir,
-        name=run_name(session.name, overrides, run_dir),
-    ) as tracker:
+    record.begin(["resq-rl", session.name, *session.arguments], settings, resume=resume)
+    with (
+        open_tracker(
+            settings.tracking,
+            results=Path(settings.results).absolute(),
+            folder=run_dir,
+            name=run_name(session.name, overrides, run_dir),
+            resume=resume,
+        ) as tracker,
+        _recorded(record, tracker),
+    ):
         source = shlex.join(["resq-rl", session.name, *overrides])
         tracker.set_tags({"mlflow.source.name": source, "mlflow.source.type": "LOCAL"})
         tracker.set_tags({"command": session.name, "folder": run_dir, "resq_rl": __version__})
         tracker.log_parameters(values)
         tracker.log_artifact(resolved)
         log.info("Will %s. Results go to %s", session.command.help, os.path.relpath(run_dir))
-        following = job(settings, run_dir, tracker)
+        with _named_shortage(session.name, settings):
+            following = job(settings, run_dir, tracker)
     log.info("Results: %s", os.path.relpath(run_dir))
     if tracker.hint:
         log.info("Tracking: %s", tracker.hint)
     if following:
         log.info("Next: %s", following)
+
+
+@contextmanager
+def _named_shortage(command: str, settings: "Settings") -> Iterator[None]:
+    """Say which setting to lower where memory runs out, and what to do where the disk is full or read-only."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        name, value = "environment.clips_per_batch", settings.environment.clips_per_batch
+        if command == "pretrain":
+            name, value = "pretraining.batch", settings.pretraining.batch
+        raise SettingsError(
+            f"Out of memory with {name}={value}: lower it, or video.size ({str(error).splitlines()[0][:200]})."
+        ) from error
+    except OSError as error:
+        if error.errno not in DISK_TROUBLE:
+            raise
+        raise ResultsError(
+            f"Cannot write {error.filename or 'a file'}: {error.strerror}. Free some space or choose a writable "
+            "folder, then go on with training.resume=FOLDER; what was done is kept."
+        ) from error
+
+
+@contextmanager
+def _recorded(record: "RunRecord", tracker: "Tracker") -> Iterator[None]:
+    """Record how a job ends, whatever it raises."""
+    status = "failed"
+    try:
+        yield
+        status = "finished"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    finally:
+        with suppress(ResultsError) if status != "finished" else nullcontext():  # the job's own error counts
+            tracker.log_artifact(record.end(status))
+
+
+def _text_of(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 def _set_threads(threads: int) -> None:
@@ -310,7 +388,7 @@ def _outside_the_job(error: Exception, session: _Session, arguments: Sequence[st
     system_error = _system_error(error)
     if system_error is not None:
         return ResultsError(
-            f"Cannot write the results folder {system_error.filename}: {system_error.strerror}. "
+            f"Cannot write the results folder{_named(system_error)}: {system_error.strerror}. "
             "Choose a writable one with results=FOLDER."
         )
     if not isinstance(error, COMPOSITION_ERRORS):
@@ -323,6 +401,10 @@ def _outside_the_job(error: Exception, session: _Session, arguments: Sequence[st
     explained = explain(error, name, overrides, multirun=flags.multirun)
     explained.__cause__ = error
     return explained
+
+
+def _named(error: OSError) -> str:
+    return "" if error.filename is None else f" {error.filename}"
 
 
 def _end_sweep(session: _Session) -> None:

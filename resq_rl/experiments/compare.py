@@ -19,6 +19,7 @@ from resq_rl.envs import Measurement, Policy
 from resq_rl.experiments.decisions import Measured, Pair, comparable_pair, decisions_figure, trace_pair
 from resq_rl.experiments.frame_level import frame_heuristics, gap_closed, is_frame_level, oracle_front, tabulated
 from resq_rl.experiments.fronts import compare_fronts, points_of
+from resq_rl.experiments.measured import MEASURED
 from resq_rl.experiments.plots import plot_curves, plot_fronts
 from resq_rl.experiments.progress import stage
 from resq_rl.experiments.report import verdict_of, write_report
@@ -38,6 +39,7 @@ from resq_rl.policies.tuning import (
     static_resq_settings,
     thinned,
 )
+from resq_rl.video import Split
 
 __all__ = ["run"]
 
@@ -137,7 +139,8 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
     """
     started = time.monotonic()
     given = load_policies(Path(settings.policy)) if settings.policy else {}
-    world, start = prepare_training(build_world(settings, ["train", "validation", settings.split]))
+    splits: list[Split] = ["train", "validation", settings.split]
+    world, start = prepare_training(build_world(settings, splits, run_dir / MEASURED))
     frame_level = is_frame_level(world)
     world = tabulated(world) if frame_level else world
     bench = _Bench(world, run_dir, tracker, started)
@@ -292,6 +295,7 @@ def _measure_ppo(
 ) -> tuple[dict[int, list[Measurement]], dict[str, list[dict[str, float]]]]:
     """Measure a policy for each training seed: those given, or else trained here."""
     world, settings = bench.world, bench.world.settings
+    resume = settings.training.resume is not None
     by_seed: dict[int, list[Measurement]] = {}
     curves: dict[str, list[dict[str, float]]] = {}
     for seed in given or settings.training.seeds:
@@ -301,7 +305,7 @@ def _measure_ppo(
             if given:
                 policy = given[seed]
             else:
-                policy, report = train_policy(world, seed, folder, child, start=start, resume=False)
+                policy, report = train_policy(world, seed, folder, child, start=start, resume=resume)
                 frames, curves[f"seed {seed}"] = report.frames, report.curve
             bench.training_frames = max(bench.training_frames, frames + (start.frames if start else 0))
             candidates = front_candidates(world, policy)

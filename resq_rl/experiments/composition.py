@@ -9,7 +9,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from resq_rl.errors import SettingsError
@@ -21,8 +21,10 @@ __all__ = ["CONFIG_MODULE", "compose_config", "explain", "load_settings"]
 
 CONFIG_MODULE = "resq_rl.configs"
 VERSION_BASE = "1.3"
-# Hydra raises a plain ValueError for some values of a group.
-COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
+# Of several values the first that is not null, as a folder to go on in or else a new one.
+OmegaConf.register_new_resolver("first_given", lambda *values: next(v for v in values if v is not None), replace=True)
+# Hydra raises plain errors for some values of a group.
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError)
 
 
 def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:

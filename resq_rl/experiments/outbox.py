@@ -1,37 +1,54 @@
 """Delivery of records to an MLflow store, in order, through times in which the store does not answer.
 
-Every record is an operation in a queue. A delivery that fails because the store cannot be reached leaves the queue as
-it is and writes it to a file of JSON lines; it is tried again later, ever less often. A record that the store refuses
-would be refused again, so it goes to a second file and the queue moves on.
+Every record is an operation. It is appended to the run's journal, a file of JSON lines, and to a queue. A delivery that
+fails because the store cannot be reached leaves the queue as it is; it is tried again later, ever less often. A record
+that the store refuses would be refused again, so it goes to a second file and the queue moves on.
+
+The journal is the truth and the store a copy of it: a run that was killed and goes on, or `resq-rl sync`, delivers the
+whole journal again, which changes nothing in a store that has it. A run is found by its local name, which is a tag, and
+a metric that comes with the time, step and value of another is the same one to MLflow.
 """
 
 import json
 import logging
 import os
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from resq_rl.errors import TrackingError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 else:  # slow to import; a name that annotations can be checked against
     MlflowClient = Any
 
-__all__ = ["METRICS_PER_BATCH", "Operation", "OperationKind", "Outbox", "now", "quick_requests", "reason"]
+__all__ = [
+    "JOURNAL",
+    "METRICS_PER_BATCH",
+    "Operation",
+    "OperationKind",
+    "Outbox",
+    "now",
+    "quick_requests",
+    "read_journal",
+    "reason",
+]
 
-PENDING_FILE = "tracking-pending.jsonl"
+JOURNAL = "tracking.jsonl"
 REFUSED_FILE = "tracking-refused.jsonl"
 METRICS_PER_BATCH = 1000  # MLflow's limits of one request
 PARAMETERS_PER_BATCH = 100
 FIRST_RETRY, LAST_RETRY = 5.0, 300.0  # seconds
 TRANSIENT = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED"}
 PARENT_TAG = "mlflow.parentRunId"
+NAME_TAG = "resq_rl.run"
 
-OperationKind = Literal["start", "metrics", "parameters", "tags", "artifact", "model", "end"]
+OperationKind = Literal["start", "metrics", "parameters", "tags", "artifact", "model", "end", "sent"]
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +64,11 @@ class Operation:
 
     Attributes:
         kind: what to do with `payload`.
-        run: the run's id, or a local name as long as the store has not made the run.
+        run: the run's local name.
         payload: of "start" parent, name, tags and time; of "metrics" values as (name, value, time, step); of
             "parameters" and "tags" values by name; of "artifact" path and folder; of "model" path and the name to
-            register it under; of "end" status and time. Times are milliseconds since 1970.
+            register it under; of "end" status and time. Times are milliseconds since 1970. "sent" is only in the
+            journal, and says that the store has all before it.
     """
 
     kind: OperationKind
@@ -79,15 +97,15 @@ class Outbox:
     """The queue of one process, shared by a run and its children.
 
     Attributes:
-        client: the store.
+        client: the store; None for none, as long as the journal is all that is wanted.
         experiment_id: the experiment in which runs are started.
         where: the store's address, for messages.
-        folder: where records are kept that the store does not take.
+        folder: where the journal is.
         timeout: seconds after which a request counts as failed.
         retry_after: seconds until the next try after the first failure; doubles with each further one.
     """
 
-    client: MlflowClient
+    client: MlflowClient | None
     experiment_id: str
     where: str
     folder: Path
@@ -97,8 +115,11 @@ class Outbox:
     _run_ids: dict[str, str] = field(default_factory=dict)
     _failures: int = 0
     _retry_at: float = 0.0
-    _saved: int = 0
     _refused: int = 0
+    _unwritable: bool = False
+    _reopened: bool = False
+    _before: list[Operation] = field(default_factory=list)
+    _logged: Counter[tuple[Any, ...]] = field(default_factory=Counter)
 
     @property
     def pending(self) -> int:
@@ -106,17 +127,52 @@ class Outbox:
         return len(self._queue)
 
     @property
-    def pending_file(self) -> Path:
-        """Where pending records are kept while the store does not answer."""
-        return self.folder / PENDING_FILE
+    def journal(self) -> Path:
+        """The file of all records."""
+        return self.folder / JOURNAL
 
     def run_id(self, run: str) -> str:
         """The store's id of a run that was started under a local name."""
         return self._run_ids.get(run, run)
 
+    def reopen(self) -> None:
+        """Go on with the journal of a run that was ended, by a kill or otherwise, and deliver it again.
+
+        Metrics that the run then logs once more are left out.
+        """
+        self._reopened = True
+        self._before = [operation for operation in read_journal(self.journal) if operation.kind not in ("end", "sent")]
+        for operation in self._before:
+            self._enqueue(operation)
+            if operation.kind == "metrics":
+                self._logged.update(_identity(operation.run, value) for value in operation.payload["values"])
+
+    def started_before(self, name: str, parent: str | None) -> str | None:
+        """The local name of a run of the reopened journal; each is given once."""
+        for operation in self._before:
+            known = operation.payload if operation.kind == "start" else {}
+            if known and (known["name"], known["parent"]) == (name, parent):
+                self._before.remove(operation)
+                return operation.run
+        return None
+
     def add(self, operation: Operation) -> None:
         """Append a record; metrics join the metrics before them."""
-        last = self._queue[-1] if len(self._queue) > self._saved else None
+        if operation.kind == "metrics" and self._logged:
+            operation.payload["values"] = [v for v in operation.payload["values"] if self._is_new(operation.run, v)]
+            if not operation.payload["values"]:
+                return
+        self._write(self.journal, json.dumps(asdict(operation)) + "\n")
+        self._enqueue(operation)
+
+    def _is_new(self, run: str, value: Sequence[Any]) -> bool:
+        identity = _identity(run, value)
+        known = self._logged[identity] > 0
+        self._logged[identity] -= known
+        return not known
+
+    def _enqueue(self, operation: Operation) -> None:
+        last = self._queue[-1] if self._queue else None
         if (
             last is not None
             and operation.kind == last.kind == "metrics"
@@ -129,24 +185,29 @@ class Outbox:
 
     def send(self, *, force: bool = False) -> bool:
         """Deliver what is pending; whether nothing is left. Between retries only `force` makes it try."""
-        if self._failures and not force and time.monotonic() < self._retry_at:
-            self._save()
+        waiting = self._failures and not force and time.monotonic() < self._retry_at
+        if self.client is None or waiting:
             return not self._queue
         with quick_requests(self.timeout):
             while self._queue:
                 try:
-                    self._deliver(self._queue[0])
+                    self._deliver(self.client, self._queue[0])
                 except Exception as error:  # whatever a store, driver or network raises must not end the run
                     if _is_transient(error):
                         self._fail(error)
                         return False
                     self._refuse(self._queue[0], error)
                 self._queue.popleft()
-                self._saved = max(self._saved - 1, 0)
         if self._failures:
             log.info("MLflow at %s answers again; everything kept for it has been sent.", self.where)
         self._failures = 0
-        self.pending_file.unlink(missing_ok=True)
+        return True
+
+    def finish(self) -> bool:
+        """Deliver the rest; whether nothing is left, which the journal then says."""
+        if not self.send(force=True):
+            return False
+        self._write(self.journal, json.dumps(asdict(Operation("sent", "", {"where": self.where}))) + "\n")
         return True
 
     def _fail(self, error: Exception) -> None:
@@ -155,26 +216,15 @@ class Outbox:
                 "MLflow at %s does not answer (%s). The run goes on; its records are kept in %s and sent later.",
                 self.where,
                 reason(error),
-                self.pending_file,
+                self.journal,
             )
         self._failures += 1
         delay = min(self.retry_after * 2 ** (self._failures - 1), LAST_RETRY)
         self._retry_at = time.monotonic() + delay
-        self._saved = 0
-        self._save()
-
-    def _save(self) -> None:
-        """Bring the file of pending records up to date."""
-        new = list(self._queue)[self._saved :]
-        if not new:
-            return
-        lines = [json.dumps(asdict(operation) | {"run": self.run_id(operation.run)}) + "\n" for operation in new]
-        if self._write(self.pending_file, "".join(lines), "a" if self._saved else "w"):
-            self._saved = len(self._queue)
 
     def _refuse(self, operation: Operation, error: Exception) -> None:
         record = asdict(operation) | {"run": self.run_id(operation.run), "reason": reason(error)}
-        self._write(self.folder / REFUSED_FILE, json.dumps(record) + "\n", "a")
+        self._write(self.folder / REFUSED_FILE, json.dumps(record) + "\n")
         if not self._refused:
             log.warning(
                 "MLflow at %s refused a record of kind %s (%s). Refused records are kept in %s.",
@@ -185,62 +235,103 @@ class Outbox:
             )
         self._refused += 1
 
-    def _write(self, path: Path, text: str, mode: str) -> bool:
+    def _write(self, path: Path, text: str) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open(mode, encoding="utf-8") as file:
+            with path.open("a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
-            log.warning("Cannot write %s: %s. The records stay in memory.", path, error.strerror)
-            return False
-        return True
+            if not self._unwritable:
+                log.warning("Cannot write %s: %s. The records stay in memory.", path, error.strerror)
+            self._unwritable = True
 
-    def _deliver(self, operation: Operation) -> None:
+    def _deliver(self, client: MlflowClient, operation: Operation) -> None:
         from mlflow.entities import Metric, Param, RunTag
 
         run, payload = self.run_id(operation.run), operation.payload
         match operation.kind:
             case "start":
-                self._start(operation.run, payload)
+                self._start(client, operation.run, payload)
             case "metrics":
                 metrics = [Metric(*value) for value in payload["values"]]
-                self.client.log_batch(run, metrics=metrics, synchronous=True)
+                client.log_batch(run, metrics=metrics, synchronous=True)
             case "parameters":
                 parameters = [Param(*item) for item in payload["values"].items()]
                 for start in range(0, len(parameters), PARAMETERS_PER_BATCH):
                     batch = parameters[start : start + PARAMETERS_PER_BATCH]
-                    self.client.log_batch(run, params=batch, synchronous=True)
+                    client.log_batch(run, params=batch, synchronous=True)
             case "tags":
                 tags = [RunTag(*item) for item in payload["values"].items()]
-                self.client.log_batch(run, tags=tags, synchronous=True)
+                client.log_batch(run, tags=tags, synchronous=True)
             case "artifact":
-                self.client.log_artifact(run, payload["path"], payload["folder"] or None)
+                client.log_artifact(run, payload["path"], payload["folder"] or None)
             case "model":
-                self._register(run, Path(payload["path"]), payload["name"])
+                self._register(client, run, Path(payload["path"]), payload["name"])
             case "end":
-                self.client.set_terminated(run, payload["status"], payload["time"])
+                client.set_terminated(run, payload["status"], payload["time"])
+            case "sent":
+                pass
 
-    def _start(self, run: str, payload: Mapping[str, Any]) -> None:
-        tags = dict(payload["tags"])
+    def _start(self, client: MlflowClient, run: str, payload: Mapping[str, Any]) -> None:
+        if self._reopened or self._failures:  # a try before may have come through
+            found = client.search_runs([self.experiment_id], f"tags.`{NAME_TAG}` = '{run}'")
+            if found:
+                self._run_ids[run] = found[0].info.run_id
+                client.update_run(found[0].info.run_id, status="RUNNING")
+                return
+        tags = {**payload["tags"], NAME_TAG: run}
         if payload["parent"] is not None:
             tags[PARENT_TAG] = self.run_id(payload["parent"])
-        made = self.client.create_run(self.experiment_id, payload["time"], tags, payload["name"])
+        made = client.create_run(self.experiment_id, payload["time"], tags, payload["name"])
         self._run_ids[run] = made.info.run_id
 
-    def _register(self, run: str, folder: Path, name: str | None) -> None:
+    def _register(self, client: MlflowClient, run: str, folder: Path, name: str | None) -> None:
         """Attach a saved model, and make it the newest version of the registered model of a name."""
         from mlflow.exceptions import MlflowException
 
-        self.client.log_artifacts(run, str(folder), folder.name)
+        client.log_artifacts(run, str(folder), folder.name)
         if name is None:
             return
         try:
-            self.client.create_registered_model(name)
+            client.create_registered_model(name)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        source = f"{self.client.get_run(run).info.artifact_uri}/{folder.name}"
-        self.client.create_model_version(name, source, run)
+        source = f"{client.get_run(run).info.artifact_uri}/{folder.name}"
+        client.create_model_version(name, source, run)
+
+
+def read_journal(path: Path) -> list[Operation]:
+    """The records of a journal; a last line that a kill cut short is removed from the file.
+
+    Raises:
+        TrackingError: the file cannot be read, or a line before the last is damaged.
+    """
+    try:
+        content = path.read_bytes() if path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:
+            with path.open("r+b") as file:
+                file.truncate(len(whole))
+        return [_operation(json.loads(line)) for line in whole.splitlines()]
+    except OSError as error:
+        raise TrackingError(f"Cannot read the journal {path}: {error.strerror or error}. Check its rights.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise TrackingError(
+            f"The journal {path} is damaged ({type(error).__name__}: {error}). Remove it to record the run anew."
+        ) from error
+
+
+def _operation(line: Any) -> Operation:
+    if line["kind"] not in get_args(OperationKind):
+        raise ValueError(f"there is no kind {line['kind']!r}")
+    return Operation(line["kind"], str(line["run"]), dict(line["payload"]))
+
+
+def _identity(run: str, value: Sequence[Any]) -> tuple[Any, ...]:
+    """What tells a metric from others: its name, step and value, but not when it was logged."""
+    name, number, _, step = value
+    return run, name, step, repr(float(number))
 
 
 def reason(error: BaseException) -> str:

@@ -55,7 +55,7 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
             settings.pretraining,
             task=task,
             progress=on_step,
-            checkpoint=run_dir / "checkpoint.pt",
+            checkpoint=run_dir / "checkpoints",
             weights=weights,
         )
     test = float(task.accuracy(measure_counts(network, clips["test"], task).sum(0)))

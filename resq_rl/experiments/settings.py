@@ -183,7 +183,7 @@ class TrainingSettings(_Group):
             only.
         checkpoint_every: rollouts between checkpoints.
         trade_offs: how many values of lambda, spread over its range, make the front.
-        resume: folder of the run to go on from, or None.
+        resume: folder of the run to go on with, of `train`, `compare` or `pretrain`; or None.
     """
 
     _prefix: ClassVar[str] = "training."

@@ -30,7 +30,8 @@ class SweepCallback(Callback):
             folder = Path(config.hydra.sweep.dir).absolute()
             results = Path(config.results).absolute()
             name = run_name(f"sweep {config.hydra.job.name}", list(config.hydra.overrides.task), folder)
-            tracker = open_tracker(settings, results=results, folder=folder, name=name)
+            resume = config.training.resume is not None
+            tracker = open_tracker(settings, results=results, folder=folder, name=name, resume=resume)
         except ResqError:
             return  # each job reports it
         if tracker.run_id is not None:

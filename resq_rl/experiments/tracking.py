@@ -83,11 +83,13 @@ class Tracker:
         self.hint = hint
         self._outbox = outbox
         self._folder = folder
-        self._run = f"local-{uuid.uuid4().hex}"
+        known = None if outbox is None else outbox.started_before(name, parent)
+        self._run = known or f"local-{uuid.uuid4().hex}"
         self._closed = False
         self._sent_at = time.monotonic()
         self._waiting = 0
-        self._add("start", {"parent": parent, "name": name, "tags": _as_tags(tags or {}), "time": now()})
+        if known is None:
+            self._add("start", {"parent": parent, "name": name, "tags": _as_tags(tags or {}), "time": now()})
         self.flush()
 
     @property
@@ -171,12 +173,13 @@ class Tracker:
             return
         self._closed = True
         self._add("end", {"status": status, "time": now()})
-        if not self._outbox.send(force=True):
+        if not self._outbox.finish():
             log.warning(
-                "%d records for MLflow at %s were not sent; they are kept in %s.",
+                "%d records for MLflow at %s were not sent; they are kept in %s. Send them with resq-rl sync %s.",
                 self._outbox.pending,
                 self._outbox.where,
-                self._outbox.pending_file,
+                self._outbox.journal,
+                self._outbox.folder,
             )
 
     def _add(self, kind: OperationKind, payload: dict[str, Any]) -> None:
@@ -202,7 +205,9 @@ class NullTracker(Tracker):
         super().__init__(None, folder)
 
 
-def open_tracker(settings: TrackingSettings, *, results: Path, folder: Path, name: str) -> Tracker:
+def open_tracker(
+    settings: TrackingSettings, *, results: Path, folder: Path, name: str, resume: bool = False
+) -> Tracker:
     """Start a run: nested under `settings.parent_run` or the environment's RESQ_RL_PARENT_RUN, if either is set.
 
     Args:
@@ -210,6 +215,7 @@ def open_tracker(settings: TrackingSettings, *, results: Path, folder: Path, nam
         results: the results folder, which holds the default store.
         folder: the run's own folder.
         name: the run's name.
+        resume: go on with the run that was recorded from the folder, if there is one.
 
     Raises:
         TrackingError: the store cannot be used.
@@ -232,6 +238,10 @@ def open_tracker(settings: TrackingSettings, *, results: Path, folder: Path, nam
             "set tracking.uri to another one, or record nothing with tracking.enabled=false."
         ) from error
     outbox = Outbox(client, experiment, uri, folder)
+    if resume:
+        outbox.reopen()
+    else:
+        outbox.journal.unlink(missing_ok=True)
     return Tracker(outbox, folder, name=name, tags=settings.tags, parent=parent, hint=_hint(uri, experiment))
 
 

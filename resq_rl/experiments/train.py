@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from resq_rl.experiments.measured import MEASURED
 from resq_rl.experiments.results import print_policies, write_summary
 from resq_rl.experiments.settings import Settings
 from resq_rl.experiments.start import prepare_training
@@ -17,21 +18,20 @@ __all__ = ["run"]
 
 def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
     """Train; `summary.json` holds the validation front of each seed. Returns the next useful command."""
-    world, start = prepare_training(build_world(settings, ["train", "validation"]))
-    resume = settings.training.resume
-    base = Path(resume) if resume else run_dir
+    world, start = prepare_training(build_world(settings, ["train", "validation"], run_dir / MEASURED))
+    resume = settings.training.resume is not None
     summary: list[dict[str, Any]] = []
     for seed in settings.training.seeds:
-        folder = base / f"seed{seed}"
+        folder = run_dir / f"seed{seed}"
         with tracker.child(f"ppo seed {seed}", {"seed": seed, "method": "ppo"}) as child:
-            policy, report = train_policy(world, seed, folder, child, start=start, resume=resume is not None)
+            policy, report = train_policy(world, seed, folder, child, start=start, resume=resume)
             front = best_policies(front_candidates(world, policy), lambda p: world.measure(p, "validation"))
             points = [{"accuracy": m.accuracy, "bops": m.bops, "settings": p.settings} for p, m in front]
         frames = report.frames + (start.frames if start else 0)
         summary.append({"seed": seed, "policy": str(folder), "frames": frames, "validation_front": points})
         write_summary(run_dir / "summary.json", {"policies": summary, "curves": {str(seed): report.curve}})
     tracker.log_artifact(run_dir / "summary.json")
-    first = base / f"seed{settings.training.seeds[0]}"
+    first = run_dir / f"seed{settings.training.seeds[0]}"
     rows = [{**p["settings"], **p, "seed": s["seed"]} for s in summary for p in s["validation_front"]]
     print_policies("validation clips", rows)
     return f"resq-rl evaluate policy={os.path.relpath(first)}"

@@ -140,9 +140,6 @@ class _Run:
         self.report = TrainingReport(
             before + report.frames, self.report.rollouts + report.rollouts, [*self.report.curve, *curve]
         )
-        newest = sorted(checkpoints.glob("ppo_*.zip"))[-1:]
-        for path in (*newest, checkpoints / "state.json"):
-            self.tracker.log_artifact(path, checkpoints.name)
         return policy
 
     def _track(self, before: int, progress: Progress) -> None:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,7 @@ from resq_rl.envs import (
     trace,
 )
 from resq_rl.errors import NetworkError, SettingsError, VideoError
+from resq_rl.experiments.measured import Measured
 from resq_rl.experiments.progress import Advance, stage
 from resq_rl.experiments.settings import Settings
 from resq_rl.perception import Task, clip_inputs, example_inputs
@@ -54,6 +56,7 @@ class World:
         calibration: what it was calibrated on: clips as the network takes them.
         video: name of the video for reports.
         responses: tables of frame-level decisions by split, from which policies are measured and trained where given.
+        measured: what was measured on the network before.
     """
 
     settings: Settings
@@ -64,6 +67,7 @@ class World:
     calibration: tuple[Inputs, ...]
     video: str
     responses: Mapping[Split, Responses] = field(default_factory=dict)
+    measured: Measured = field(default_factory=lambda: Measured(None))
 
     def measure(self, policy: Policy, split: Split, advance: Advance | None = None) -> Measurement:
         """Run a policy over the clips of a split."""
@@ -87,16 +91,17 @@ class World:
         return self._measure(model, policy, split, None)
 
     def _measure(self, model: ResQModel, policy: Policy, split: Split, advance: Advance | None) -> Measurement:
-        environment = self.settings.environment
-        return measure(
-            model,
-            self.task,
-            self.stores[split],
-            policy,
-            grid=environment.grid,
-            slots=environment.clips_per_batch,
-            progress=advance,
-        )
+        grid, slots = self.settings.environment.grid, self.settings.environment.clips_per_batch
+        store, measured = self.stores[split], self.measured
+        key = measured.key(model, self.task, store, policy, grid, slots)
+        known = measured.get(key, self.task, policy)
+        if known is None:
+            result = measure(model, self.task, store, policy, grid=grid, slots=slots, progress=advance)
+            measured.put(key, result)
+            return result
+        if advance is not None:
+            advance(store.frames)
+        return known
 
     def scheme(self) -> ActionScheme:
         """The actions that the settings ask for."""
@@ -147,10 +152,13 @@ class World:
         return BatchedEnvironment(simulator, scheme, episodes, fields=fields)
 
 
-def build_world(settings: Settings, splits: Sequence[Split]) -> World:
+def build_world(settings: Settings, splits: Sequence[Split], measured: Path | None = None) -> World:
     """Load video and network, calibrate, and prepare the clips of `splits`.
 
     The training split is always read: calibration is done on its first clips.
+
+    Args:
+        measured: file of measurements on the network, which are not repeated.
 
     Raises:
         ResqError: a part cannot be built; the message says which and how to mend it.
@@ -173,7 +181,8 @@ def build_world(settings: Settings, splits: Sequence[Split]) -> World:
     calibration = tuple(clip_inputs(model.float_forward, task, clip) for clip in few)
     model = _calibrated(settings, model, calibration)
     stores = _stores(settings, model, task, {name: clips[name] for name in splits})
-    return World(settings, network, model, task, stores, calibration, type(video).__name__)
+    source = type(video).__name__
+    return World(settings, network, model, task, stores, calibration, source, measured=Measured(measured))
 
 
 def _stores(settings: Settings, model: ResQModel, task: Task, clips: dict[Split, list[Clip]]) -> dict[Split, ClipStore]:

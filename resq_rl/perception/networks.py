@@ -1,5 +1,6 @@
 """Frozen networks: loading them, their weights, and the network that ships with the package."""
 
+import logging
 import warnings
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -14,6 +15,7 @@ from resq_rl.errors import NetworkError, WeightsError
 from resq_rl.files import write_atomic
 from resq_rl.perception.checkpoints import read_weights
 from resq_rl.perception.ddrnet import CompactDDRNet, CompactPose, MaskPropagationNet
+from resq_rl.sealed import checksum
 
 __all__ = [
     "compact_ddrnet",
@@ -25,6 +27,7 @@ __all__ = [
     "shipped_weights",
 ]
 
+CHECKSUM = "sha256"  # in the metadata of weights
 _SHOWN = 4  # names listed in a message
 
 
@@ -56,7 +59,10 @@ def _load_program(path: Path) -> nn.Module:
         raise NetworkError(f"Cannot load the network {path}: the file must be an exported program, .pt2. {mend}")
     if not path.is_file():
         raise NetworkError(f"Cannot load the network {path}: there is no such file. Check the path.")
+    notes = logging.getLogger("torch.export")  # of damage it logs a traceback besides raising
+    level = notes.level
     try:
+        notes.setLevel(logging.CRITICAL)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # notes on the format's internals, which a caller cannot act on
             return torch.export.load(path).module()
@@ -66,16 +72,18 @@ def _load_program(path: Path) -> nn.Module:
             f"Cannot load the network {path}: it is damaged or was written by another torch than "
             f"{torch.__version__} ({type(error).__name__}: {reason}). {mend}"
         ) from error
+    finally:
+        notes.setLevel(level)
 
 
 def save_weights(network: nn.Module, path: str | Path, metadata: dict[str, str]) -> Path:
-    """Write a network's parameters and buffers, with `metadata`, as a safetensors file, atomically.
+    """Write a network's parameters and buffers, with `metadata` and a checksum, as a safetensors file, atomically.
 
     Raises:
         ResultsError: the file cannot be written; a file that was there before stays.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    return write_atomic(Path(path), pack_tensors(tensors, metadata))
+    return write_atomic(Path(path), pack_tensors(tensors, metadata | {CHECKSUM: checksum(metadata, tensors)}))
 
 
 def load_weights(
@@ -90,11 +98,14 @@ def load_weights(
         partial: load what the file and the network have in common; the rest of the network keeps its weights.
 
     Raises:
-        WeightsError: the file is missing, damaged, or holds the weights of another network. The network keeps
-            its weights.
+        WeightsError: the file is missing, damaged, or holds the weights of another network; of files with a checksum,
+            which `save_weights` writes, any change is damage. The network keeps its weights.
     """
     path = Path(path)
     tensors, metadata = read_weights(path)
+    expected = metadata.pop(CHECKSUM, None)
+    if expected is not None and expected != checksum(metadata, tensors):
+        raise WeightsError(f"The weights {path} are damaged or were changed: their checksum is wrong. Copy them again.")
     own = network.state_dict()
     fitting = {
         name: value for name, value in tensors.items() if not any(fnmatchcase(name, pattern) for pattern in ignored)

@@ -1,6 +1,5 @@
 """Training a network on single frames of labelled clips, or on windows of them where the task is recurrent."""
 
-import io
 import json
 import math
 import time
@@ -13,13 +12,13 @@ from jaxtyping import Num
 from torch import Tensor, nn
 
 from resq_rl.errors import SettingsError, VideoError, WeightsError
-from resq_rl.files import write_atomic
 from resq_rl.perception.inference import Beginning, judged_targets, predict_clip, recurrent_inputs
 from resq_rl.perception.networks import save_weights
 from resq_rl.perception.sampling import FrameSampler, labels_of
 from resq_rl.perception.segmentation import Segmentation
 from resq_rl.perception.task import PretrainSettings, Recurrent, Task, Trainable
 from resq_rl.quantization import as_tuple, to_float
+from resq_rl.sealed import Checkpoints
 from resq_rl.video import Clip
 
 __all__ = ["PretrainProgress", "PretrainReport", "measure_counts", "pretrain"]
@@ -119,7 +118,8 @@ def pretrain(
         task: what the network is for; by default segmentation into 6 classes.
         device: where to train.
         progress: called after every step.
-        checkpoint: file to resume from if it is there, and to write after each measurement.
+        checkpoint: folder of checkpoints: to resume from the newest if there is one, and to write one after each
+            measurement.
         weights: file for the best weights: safetensors with architecture, settings and accuracy as metadata.
         notes: further metadata for that file, such as where the clips are from.
 
@@ -128,20 +128,21 @@ def pretrain(
         NetworkError: the network's output does not fit the task.
         SettingsError: the task cannot be trained for, the loss is no longer finite, or the checkpoint is of
             other settings or another number of frames.
-        WeightsError: the checkpoint is damaged or of another network.
-        ResultsError: the checkpoint or the weights cannot be written.
+        WeightsError: the checkpoint is of another network.
+        ResultsError: a checkpoint or the weights cannot be written, or no checkpoint can be read.
     """
     settings, task, started = settings or PretrainSettings(), task or Segmentation(), time.monotonic()
     run = _Run(network, train, validation, settings, task, torch.device(device))
-    if checkpoint is not None and Path(checkpoint).exists():
-        run.resume(Path(checkpoint))
+    checkpoints = None if checkpoint is None else Checkpoints(Path(checkpoint))
+    if checkpoints is not None:
+        run.resume(checkpoints)
     while run.step < settings.steps:
         loss, rate = run.advance()
         accuracy = run.validate() if run.measures() else None
-        if accuracy is not None and checkpoint is not None:
-            run.save(Path(checkpoint))
         if progress is not None:
             progress(PretrainProgress(run.step, settings.steps, loss, rate, accuracy))
+        if accuracy is not None and checkpoints is not None:
+            run.save(checkpoints)  # after `progress`, so that nothing it records is missing in a run that goes on
     report = run.finish(time.monotonic() - started)
     if weights is not None:
         save_weights(network, weights, {**_metadata(run, report), **(notes or {})})
@@ -259,52 +260,46 @@ class _Run:
         )
 
     def fingerprint(self) -> dict[str, object]:
-        """What a checkpoint must agree on."""
-        return {**asdict(self.settings), "task": repr(self.task), "frames": self.sampler.frames}
+        """What a checkpoint must agree on, as JSON gives it back."""
+        about = {**asdict(self.settings), "task": repr(self.task), "frames": self.sampler.frames}
+        plain: dict[str, object] = json.loads(json.dumps(about))
+        return plain
 
-    def save(self, path: Path) -> None:
-        """Write everything that `resume` needs, atomically."""
+    def save(self, checkpoints: Checkpoints) -> None:
+        """Write everything that `resume` needs."""
         state = {
             "fingerprint": self.fingerprint(),
             "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],
             "step": self.step,
             "history": self.history,
-            "best": (self.best_step, self.best_accuracy, self.best_counts, self.best_weights),
+            "best": [self.best_step, self.best_accuracy, self.best_counts, self.best_weights],
         }
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_atomic(path, buffer.getvalue())
+        checkpoints.save(self.step, state)
 
-    def resume(self, path: Path) -> None:
-        """Continue from a checkpoint."""
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            found = dict(state["fingerprint"])
-        except Exception as error:  # damaged archives fail in many ways
-            reason = str(error).strip().split("\n")[0][:200]
-            raise WeightsError(
-                f"Cannot resume from the checkpoint {path}: it is damaged ({type(error).__name__}: "
-                f"{reason}). Delete it to train from the start."
-            ) from error
-        expected = self.fingerprint()
+    def resume(self, checkpoints: Checkpoints) -> None:
+        """Continue from the newest checkpoint that is whole, if there is any."""
+        state = checkpoints.load()
+        if state is None:
+            return
+        found, expected = dict(state["fingerprint"]), self.fingerprint()
         different = [f"{n} {found.get(n)!r} instead of {v!r}" for n, v in expected.items() if found.get(n) != v]
         if different:
             raise SettingsError(
-                f"The checkpoint {path} is of another run: {', '.join(different)}. Choose the same settings "
-                "and clips, or another checkpoint."
+                f"The checkpoint in {checkpoints.folder} is of another run: {', '.join(different)}. Choose the same "
+                "settings and clips, or another checkpoint."
             )
         try:
             self.network.load_state_dict(state["network"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            moments = {int(index): values for index, values in state["optimizer"].items()}
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
         except (RuntimeError, ValueError) as error:
             raise WeightsError(
-                f"The checkpoint {path} does not fit {type(self.network).__name__} "
+                f"The checkpoint in {checkpoints.folder} does not fit {type(self.network).__name__} "
                 f"({str(error).splitlines()[0]}). Build the network as it was, or choose another checkpoint."
             ) from error
         self.step, self.history = int(state["step"]), [tuple(entry) for entry in state["history"]]
         self.best_step, self.best_accuracy, self.best_counts, self.best_weights = state["best"]
-        self.best_counts = self.best_counts.cpu()
 
 
 def _metadata(run: _Run, report: PretrainReport) -> dict[str, str]:

@@ -1,6 +1,8 @@
 """What a device keeps between the frames of a batch of clips."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +33,15 @@ class StreamState:
         """A copy that runs on by itself."""
         inputs, outputs = [x.clone() for x in self.inputs], [y.clone() for y in self.outputs]
         return StreamState(self.reference, self.age.clone(), inputs, outputs, [y._version for y in outputs])
+
+    def snapshot(self) -> dict[str, Any]:
+        """What `restore` needs; not a copy."""
+        return {"age": self.age, "inputs": list(self.inputs), "outputs": list(self.outputs)}
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Go on from a snapshot, which then belongs to this state."""
+        self.age, self.inputs, self.outputs = snapshot["age"], list(snapshot["inputs"]), list(snapshot["outputs"])
+        self.versions = [y._version for y in self.outputs]
 
     def put(self, rows: Tensor, other: "StreamState") -> None:
         """Replace the clips in `rows` by those of `other`, in order; `other` may share memory and must not run on."""

@@ -1,5 +1,6 @@
 """The stable-baselines3 face: region agents and frame agents keep the contract and fit the library."""
 
+import copy
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,6 +15,7 @@ from resq_rl.envs.sb3 import AgentsVecEnv
 from resq_rl.errors import PolicyError, SettingsError
 from resq_rl.policies import DynamicResQ, GroupThresholds
 from resq_rl.quantization import LevelField, Reference
+from resq_rl.sealed import pack, unpack
 from tests.envs.contract import AgentsFace, EnvContract, Face
 from tests.envs.worlds import World, first_difference
 
@@ -279,11 +281,39 @@ def test_a_snapshot_brings_back_the_order_of_clips_and_lambdas(world: World) -> 
     episodes = EpisodeSettings(trade_off=(0.1, 1.0))
     core = world.core(2, episodes=episodes)
     core.reset([1, 2])
-    snapshot = core.snapshot()
+    snapshot = copy.deepcopy(core.snapshot(streams=False))
     expected = following(core)
     other = world.core(2, episodes=episodes)
     other.restore(snapshot)
     assert following(other) == expected
+
+
+@pytest.mark.parametrize("reference", ["previous", "keyframe"])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_clips_in_progress_go_on_from_a_snapshot(reference: Reference, steps: int, world: World) -> None:
+    """After a keyframe, a residual, and clips that ended and were followed."""
+
+    def made() -> AgentsVecEnv:
+        episodes = EpisodeSettings(trade_off=(0.1, 1.0), intervals=(2, 0))
+        return AgentsVecEnv(world.core(2, episodes=episodes, reference=reference))
+
+    def following(env: AgentsVecEnv) -> list[Any]:
+        out = []
+        for t in range(steps, steps + 8):
+            observations, rewards, dones, infos = stepped(env, random_actions(env, t))
+            out.append((observations.tolist(), rewards.tolist(), dones.tolist(), [i.get("episode") for i in infos]))
+        return out
+
+    first = made()
+    first.seed(3)
+    first.reset()
+    for t in range(steps):
+        stepped(first, random_actions(first, t))
+    snapshot = unpack(pack(first.snapshot()))
+    second = made()
+    second.restore(snapshot)
+    assert following(second) == following(first)
+    assert second.frames == first.frames
 
 
 @pytest.mark.parametrize("wrapper", [VecMonitor, VecNormalize])

@@ -1,16 +1,18 @@
 import json
 import logging
 import os
+import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import gymnasium
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 import resq_rl.configs
@@ -41,7 +43,20 @@ def job(settings: Settings, run_dir: Path, tracker: Tracker) -> str | None:
             raise KeyboardInterrupt
         case 4:
             return "resq-rl evaluate policy=here"
+        case 10:
+            torch.empty(1 << 50, dtype=torch.uint8)
+        case 11:
+            with (run_dir / "big").open("wb") as file:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+                file.write(bytes(10_000))
     return None
+
+
+@pytest.fixture(autouse=True)
+def _restored_limits() -> Iterator[None]:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.fixture
@@ -132,6 +147,8 @@ def test_a_job_gets_its_settings_and_folder(run: Run, tmp_path: Path, capsys: py
         (["--config-dir", "nowhere"], "resq-rl train: Cannot compose the settings: Additional config directory"),
         (["--resolve"], "resq-rl train: Cannot compose the settings: The --resolve flag"),
         (["seed=7"], "resq-rl train: No such video: x.mp4. Check the path."),
+        (["seed=10"], "resq-rl train: Out of memory with environment.clips_per_batch=32: lower it"),
+        (["seed=11"], "resq-rl train: Cannot write a file: File too large. Free some space"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
@@ -177,7 +194,7 @@ def test_an_interrupt_says_what_is_kept_and_how_to_go_on(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("train", "seed=9", "training.resume=before") == 130
-    (folder,) = (tmp_path / "results" / "train").iterdir()
+    folder = tmp_path / "before"
     error = capsys.readouterr().err
     assert f"interrupted; what was computed so far is in {folder}." in error
     command = f"To go on: resq-rl train seed=9 tracking=disabled training.resume={folder}\n"

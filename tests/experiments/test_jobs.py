@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import av
 import pytest
@@ -13,6 +14,7 @@ from resq_rl.experiments.results import Comparison
 from resq_rl.perception import load_weights
 from resq_rl.perception.ddrnet import CompactDDRNet
 from resq_rl.policies import LearnedPolicy
+from resq_rl.sealed import Checkpoints
 from tests.envs.worlds import moving_frames
 
 TINY = [
@@ -146,13 +148,27 @@ def test_compare_looks_for_given_policies_before_anything_is_computed(
 
 def test_training_resumes_from_its_checkpoints(tmp_path: Path) -> None:
     first = run(tmp_path, "train", "training.seeds=[0]", "training.frames=60")
-    state = json.loads((first / "seed0" / "checkpoints" / "state.json").read_text())
-    assert state["done"]
-    assert state["frames"] >= 60
-    again = run(tmp_path, "train", "training.seeds=[0]", "training.frames=60", f"training.resume={first}")
-    before, after = (json.loads((f / "summary.json").read_text()) for f in (first, again))
-    assert before["policies"][0]["validation_front"] == after["policies"][0]["validation_front"]
-    assert before["policies"][0]["frames"] == after["policies"][0]["frames"]
+    report = report_of(first / "seed0" / "checkpoints")
+    assert report["done"]
+    assert report["frames"] >= 60
+    summary = (first / "summary.json").read_text()
+    (first / "summary.json").unlink()
+    resume = ["training.seeds=[0]", "training.frames=60", f"training.resume={first}"]
+    assert run(tmp_path, "train", *resume) == first
+    assert not (first / "summary.json").exists(), "a finished run is not run again"
+    (first / "run.json").unlink()
+    assert run(tmp_path, "train", *resume) == first
+    assert (first / "summary.json").read_text() == summary
+    more = run(tmp_path, "train", "training.seeds=[0]", "training.frames=120", f"training.resume={first}")
+    assert more == first
+    assert report_of(first / "seed0" / "checkpoints")["frames"] >= 120
+
+
+def report_of(checkpoints: Path) -> dict[str, Any]:
+    state = Checkpoints(checkpoints).load()
+    assert state is not None
+    report: dict[str, Any] = state["report"]
+    return report
 
 
 def test_compare_learns_keyframes_and_counts_their_frames(tmp_path: Path) -> None:
@@ -161,7 +177,7 @@ def test_compare_learns_keyframes_and_counts_their_frames(tmp_path: Path) -> Non
     folder = run(tmp_path, "compare", *few, "heuristic.references=[previous]", "environment.keyframe_intervals=[0]")
     policy = LearnedPolicy.load(folder / "seed0")
     assert policy.keyframes is not None
-    frames = [json.loads((folder / "seed0" / n / "state.json").read_text())["frames"] for n in STAGES]
+    frames = [report_of(folder / "seed0" / stage)["frames"] for stage in STAGES]
     assert frames[0] >= 60
     assert frames[1] >= 150
     comparison = Comparison.read(folder / "comparison.json")

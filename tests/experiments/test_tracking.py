@@ -95,7 +95,7 @@ def test_a_run_in_the_default_store(results: Path) -> None:
     artifacts = results / "mlartifacts" / tracker.run_id / "artifacts"
     assert (artifacts / "texts" / "notes.txt").read_text() == "hello"
     assert tracker.hint == f"mlflow ui --backend-store-uri sqlite:///{results}/mlflow.db"
-    assert sorted(path.name for path in (results / "run").iterdir()) == ["curve.png", "curve.svg"]
+    assert sorted(path.name for path in (results / "run").iterdir()) == ["curve.png", "curve.svg", "tracking.jsonl"]
 
 
 def test_a_run_on_a_real_server(mlflow_server: str, tmp_path: Path) -> None:
@@ -139,6 +139,10 @@ def test_the_page_of_runs_shows_parents_with_their_children(
     page.goto(f"{tracker.hint}/runs/{tracker.run_id}/artifacts/report.html")
     page.frame_locator("iframe").get_by_role("heading", name="a report").wait_for()
     page.close()
+
+
+def journal(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "tracking.jsonl").read_text().splitlines()]
 
 
 class Cable(socketserver.ThreadingTCPServer):
@@ -213,16 +217,13 @@ def test_a_server_that_dies_and_comes_back_loses_nothing(
             tracker.log_metrics({"loss": 3.0 - step}, step)
             child.log_metrics({"reward": step}, step)
             tracker.flush()
-        pending = [json.loads(line) for line in (tmp_path / "tracking-pending.jsonl").read_text().splitlines()]
-        assert pending[0]["kind"] == "start"
-        kept = [tuple(v[:2]) for r in pending if r["kind"] == "metrics" for v in r["payload"]["values"]]
+        kept = [tuple(v[:2]) for r in journal(tmp_path) if r["kind"] == "metrics" for v in r["payload"]["values"]]
         assert sorted(kept) == sorted(
-            [("loss", 3.0 - s) for s in (1, 2, 3)] + [("reward", float(s)) for s in (1, 2, 3)]
+            [("loss", 3.0 - s) for s in (0, 1, 2, 3)] + [("reward", float(s)) for s in (1, 2, 3)]
         )
-        assert pending[1]["run"] == tracker.run_id
         cable.plugged = True
         child.close()
-    assert not (tmp_path / "tracking-pending.jsonl").exists()
+    assert journal(tmp_path)[-1]["kind"] == "sent"
     client = MlflowClient(tracking_uri=mlflow_server)
     assert tracker.run_id is not None
     assert child.run_id is not None
@@ -246,7 +247,7 @@ def test_a_server_that_stays_away_does_not_end_the_run(
             tracker.flush()
         tracker.log_figure(figure(), "curve")
     assert time.monotonic() - started < 20
-    records = [json.loads(line) for line in (tmp_path / "tracking-pending.jsonl").read_text().splitlines()]
+    records = journal(tmp_path)
     values = [value for record in records if record["kind"] == "metrics" for value in record["payload"]["values"]]
     assert [(value[0], value[1], value[3]) for value in values] == [("loss", step, step) for step in range(50)]
     assert records[-1]["payload"]["status"] == "FINISHED"
@@ -455,11 +456,9 @@ def test_retries_wait_longer_and_longer(tmp_path: Path, monkeypatch: pytest.Monk
         if not outbox.pending:
             break
     assert tries == [0, 5, 15, 35]  # 5, 10, 20 seconds apart; the fifth try, 40 seconds on, goes through
-    assert outbox.pending == 60
-    assert len((tmp_path / "tracking-pending.jsonl").read_text().splitlines()) == 60
+    assert len(journal(tmp_path)) == 60
     assert outbox.send(force=True)
     assert sum(recorder.sizes) == 60
-    assert not (tmp_path / "tracking-pending.jsonl").exists()
 
 
 def http_error(status: int) -> Exception:
@@ -487,5 +486,5 @@ def test_what_is_tried_again_and_what_is_put_aside(error: Exception, kept: bool,
     outbox = Outbox(Recorder(error), "1", "here", tmp_path)  # type: ignore[arg-type]
     outbox.add(metric(0))
     outbox.send()
-    assert (tmp_path / "tracking-pending.jsonl").exists() == kept == bool(outbox.pending)
+    assert bool(outbox.pending) == kept
     assert (tmp_path / "tracking-refused.jsonl").exists() != kept

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.segmentation import dice_score
 
-from resq_rl.errors import NetworkError, SettingsError, VideoError, WeightsError
+from resq_rl.errors import NetworkError, ResultsError, SettingsError, VideoError, WeightsError
 from resq_rl.perception import (
     CompactDDRNet,
     PretrainProgress,
@@ -22,6 +22,7 @@ from resq_rl.perception import (
 )
 from resq_rl.perception.sampling import FrameSampler, augmented
 from resq_rl.perception.segmentation import class_iou, segmentation_loss
+from resq_rl.sealed import Checkpoints
 from resq_rl.video import IGNORE, Clip, GeneratedVideo
 
 TASK = Segmentation(classes=3)
@@ -119,7 +120,7 @@ class StopError(Exception):
 
 
 def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path: Path) -> None:
-    whole, parts, checkpoint = network(), network(), tmp_path / "run.ckpt"
+    whole, parts, checkpoint = network(), network(), tmp_path / "run"
     expected = pretrain(whole, TRAIN, VALIDATION, SHORT, task=TASK)
 
     def stop(progress: PretrainProgress) -> None:
@@ -148,9 +149,9 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
-    checkpoint = tmp_path / "run.ckpt"
+    checkpoint = tmp_path / "run"
     pretrain(network(), TRAIN, VALIDATION, SHORT, task=TASK, checkpoint=checkpoint)
-    content = checkpoint.read_bytes()
+    content = [path.read_bytes() for path in Checkpoints(checkpoint).paths()]
     other = dataclasses.replace(SHORT, batch=5)
     with pytest.raises(SettingsError, match="another run: batch 4 instead of 5"):
         pretrain(network(), TRAIN, VALIDATION, other, task=TASK, checkpoint=checkpoint)
@@ -158,20 +159,24 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
         pretrain(network(), TRAIN[:1], VALIDATION, SHORT, task=TASK, checkpoint=checkpoint)
     with pytest.raises(WeightsError, match="does not fit Sequential"):
         pretrain(network(16), TRAIN, VALIDATION, SHORT, task=TASK, checkpoint=checkpoint)
-    assert checkpoint.read_bytes() == content
+    assert [path.read_bytes() for path in Checkpoints(checkpoint).paths()] == content
 
 
-@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04"])
-def test_a_damaged_checkpoint_is_refused(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "run.ckpt").write_bytes(content)
-    with pytest.raises(WeightsError, match=r"run\.ckpt: it is damaged"):
-        pretrain(network(), TRAIN, VALIDATION, SHORT, task=TASK, checkpoint=tmp_path / "run.ckpt")
-
-
-def test_a_checkpoint_without_its_parts_is_refused(tmp_path: Path) -> None:
-    torch.save({"step": 3}, tmp_path / "run.ckpt")
-    with pytest.raises(WeightsError, match="KeyError: 'fingerprint'"):
-        pretrain(network(), TRAIN, VALIDATION, SHORT, task=TASK, checkpoint=tmp_path / "run.ckpt")
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expected = pretrain(network(), TRAIN, VALIDATION, SHORT, task=TASK, checkpoint=tmp_path)
+    first, newest = Checkpoints(tmp_path).paths()
+    newest.write_bytes(newest.read_bytes()[:-7])
+    steps: list[int] = []
+    report = pretrain(
+        network(), TRAIN, VALIDATION, SHORT, task=TASK, checkpoint=tmp_path, progress=lambda p: steps.append(p.step)
+    )
+    assert f"{newest} cannot be used" in caplog.text
+    assert steps == [4, 5, 6]
+    assert report.history == expected.history
+    for path in (first, newest):
+        path.write_bytes(b"no checkpoint")
+    with pytest.raises(ResultsError, match="can be read"):
+        pretrain(network(), TRAIN, VALIDATION, SHORT, task=TASK, checkpoint=tmp_path)
 
 
 def unlabelled(source: Clip) -> Clip:

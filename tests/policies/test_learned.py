@@ -300,7 +300,7 @@ def test_learned_keyframes_are_in_the_same_files(policy: LearnedPolicy, world: W
     joint.save(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"policy.safetensors", "policy.json"}
     about, tensors = json.loads((tmp_path / "policy.json").read_text()), load_file(tmp_path / "policy.safetensors")
-    assert about["format"] == "resq_rl policy 2"
+    assert about["format"] == "resq_rl policy 3"
     assert about["keyframes"]["scheme"]["kind"] == "keyframe"
     assert {"weight0", "bias2", "keyframes.weight0", "keyframes.bias2"} <= set(tensors)
     loaded = LearnedPolicy.load(tmp_path)

@@ -1,6 +1,5 @@
 """Training: obvious optima are found, warm starts hold, and a killed run goes on where it stopped."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from stable_baselines3 import PPO
 
 from resq_rl.envs import ActionKind, Agents, ClipStore, Decision, EpisodeSettings, FrameView, frames_of, measure
+from resq_rl.envs.batched import BatchedEnvironment
 from resq_rl.envs.sb3 import AgentsVecEnv
 from resq_rl.errors import PolicyError, ResultsError, SettingsError
 from resq_rl.policies import DynamicResQ, LearnedPolicy
@@ -24,7 +24,8 @@ from resq_rl.policies.ppo import (
     train_ppo,
     untrained,
 )
-from resq_rl.quantization import LevelField
+from resq_rl.quantization import LevelField, Reference
+from resq_rl.sealed import Checkpoints, pack
 from resq_rl.video import Clip
 from tests.envs.worlds import World, first_difference, moving_frames
 
@@ -336,8 +337,44 @@ def test_any_batch_size_will_do(batch_size: int, moving: World) -> None:
 
 def test_rewards_that_are_not_finite_end_the_training(moving: World) -> None:
     env = agents_of(moving, reward_scale=float("inf"))
-    with pytest.raises(PolicyError, match="not finite"):
+    with pytest.raises(PolicyError, match=r"The reward of .*, frame 1, is not finite, after \d+ frames"):
         train_ppo(env, replace(TINY, frames=400), seed=0)
+
+
+def test_observations_that_are_not_finite_end_the_training(moving: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    env, made = agents_of(moving), BatchedEnvironment._observe
+
+    def observe(core: BatchedEnvironment) -> Any:
+        observations = made(core)
+        if int(core.simulator.time[2]) == 4:
+            observations[2 * core.scheme.agents_per_clip + 1] = np.nan
+        return observations
+
+    monkeypatch.setattr(BatchedEnvironment, "_observe", observe)
+    with pytest.raises(PolicyError, match=r"The observation of .*, frame 3, is not finite"):
+        train_ppo(env, TINY, seed=0)
+
+
+def test_weights_that_are_not_finite_end_the_training_and_the_last_good_checkpoint_stays(
+    moving: World, tmp_path: Path
+) -> None:
+    def spoil(progress: Progress) -> None:
+        if progress.rollout == 4:  # the update that follows is spoiled, in which the checkpoint would be due
+            next(kept[0].policy.parameters()).data.fill_(float("nan"))
+
+    kept: list[Any] = []
+    original = PPO.learn
+
+    def learn(self: PPO, *args: Any, **kwargs: Any) -> PPO:
+        kept.append(self)
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PPO, "learn", learn)
+        patch.setattr(PPO, "train", lambda self: None)
+        with pytest.raises(PolicyError, match=r"The update after rollout 4 .* not finite"):
+            train_ppo(agents_of(moving), TINY, seed=0, checkpoints=tmp_path, on_rollout=spoil)
+    assert [path.name for path in Checkpoints(tmp_path).paths()] == ["00000002.checkpoint"]
 
 
 @pytest.mark.parametrize(
@@ -386,9 +423,10 @@ def killed_after(rollouts: int) -> Callable[[Progress], None]:
 
 @pytest.fixture
 def interrupted(moving: World, tmp_path: Path) -> Path:
-    """Checkpoints of a run of 8 rollouts that was killed after its 5th; the newest is of the 4th."""
+    """Checkpoints of a run of 8 rollouts that was killed in its 6th; they are of the 2nd and the 4th."""
     with pytest.raises(KilledError):
         train_ppo(agents_of(moving, (0.1, 1.0)), TINY, seed=1, checkpoints=tmp_path / "run", on_rollout=killed_after(5))
+    assert [p.name for p in Checkpoints(tmp_path / "run").paths()] == ["00000002.checkpoint", "00000004.checkpoint"]
     return tmp_path / "run"
 
 
@@ -401,42 +439,50 @@ def resumed(
     return policy, report, seen, env
 
 
-def test_a_killed_run_goes_on_from_its_checkpoint_and_finishes(interrupted: Path, moving: World) -> None:
-    state = json.loads((interrupted / "state.json").read_text())
-    assert state["rollouts"] == 4
-    assert [p.name for p in interrupted.glob("ppo_*.zip")] == [state["model"]]
-    _, whole = train_ppo(agents_of(moving, (0.1, 1.0)), TINY, seed=1)
-    _, report, seen, _ = resumed(moving, interrupted)
-    assert [p.rollout for p in seen] == list(range(5, whole.rollouts + 1))
-    assert report.rollouts == whole.rollouts
-    assert report.curve[:4] == whole.curve[:4] == state["curve"]
-    assert state["frames"] < seen[0].frames <= state["frames"] + 2 * 4 * TINY.n_steps
-    # Clips in progress began anew, which costs a forced keyframe for each slot.
-    assert whole.frames <= report.frames <= whole.frames + 2 * 4
-    assert json.loads((interrupted / "state.json").read_text())["done"] is True
+def parts_of(folder: Path) -> dict[str, bytes]:
+    """The newest checkpoint, of the optimizer each parameter's own."""
+    state = Checkpoints(folder).load()
+    assert state is not None
+    del state["random"]["python"]  # beartype draws from it
+    parts = {name: {"": value} for name, value in state.items()} | {"optimizer": state["optimizer"]}
+    return {f"{name}.{key}": pack({"": value}) for name, part in parts.items() for key, value in part.items()}
 
 
-def test_a_resumed_run_sees_the_clips_and_lambdas_that_come_next(interrupted: Path, moving: World) -> None:
-    expected = agents_of(moving, (0.1, 1.0)).core
-    expected.restore(json.loads((interrupted / "state.json").read_text())["environment"])
-    expected.reset()
-    at_start = agents_of(moving, (0.1, 1.0))
-    at_start.seed(1)
-    at_start.reset()
-    drawn: list[tuple[list[int], list[float]]] = []
+@pytest.mark.parametrize("kind", ["region_thresholds", "frame_bits"])
+@pytest.mark.parametrize("reference", ["previous", "keyframe"])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    kind: ActionKind, reference: Reference, moving: World, tmp_path: Path
+) -> None:
+    """Clips of 8 frames against rollouts of 7: most clips are in progress at a checkpoint."""
+    agents: Agents = "frame" if kind == "frame_bits" else "region"
 
-    env = agents_of(moving, (0.1, 1.0))
-    plain = env.core.reset
+    def env() -> AgentsVecEnv:
+        settings = EpisodeSettings(trade_off=(0.1, 1.0), intervals=(0, 3))
+        return AgentsVecEnv(moving.core(3, kind, agents, episodes=settings, reference=reference))
 
-    def recorded(seeds: Any = None) -> Any:
-        out = plain(seeds)
-        drawn.append((env.core.simulator.clip.tolist(), env.core.simulator.trade_off.tolist()))
-        return out
+    policy, whole = train_ppo(env(), TINY, seed=1, checkpoints=tmp_path / "whole")
+    with pytest.raises(KilledError):
+        train_ppo(env(), TINY, seed=1, checkpoints=tmp_path / "killed", on_rollout=killed_after(5))
+    torch.manual_seed(77)
+    np.random.seed(77)  # noqa: NPY002 - what another process has drawn
+    again, report = train_ppo(env(), TINY, seed=1, checkpoints=tmp_path / "killed", resume=True)
+    assert report == whole
+    assert same_policy(policy, again)
+    before, after = (parts_of(tmp_path / name) for name in ("whole", "killed"))
+    assert before == after
 
-    env.core.reset = recorded  # type: ignore[method-assign]
-    train_ppo(env, TINY, seed=1, checkpoints=interrupted, resume=True)
-    assert drawn == [(expected.simulator.clip.tolist(), expected.simulator.trade_off.tolist())]
-    assert drawn[0][1] != at_start.core.simulator.trade_off.tolist()
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
+    interrupted: Path, moving: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    newest = Checkpoints(interrupted).paths()[-1]
+    newest.write_bytes(newest.read_bytes()[:-1])
+    policy, report, seen, _ = resumed(moving, interrupted)
+    assert f"{newest} cannot be used: its checksum is wrong. Trying the one before it." in caplog.text
+    assert seen[0].rollout == 3
+    expected, whole = train_ppo(agents_of(moving, (0.1, 1.0)), TINY, seed=1)
+    assert same_policy(policy, expected)
+    assert report == whole
 
 
 def test_resuming_is_deterministic(interrupted: Path, moving: World, tmp_path: Path) -> None:
@@ -500,31 +546,37 @@ def test_checkpoints_of_other_settings_are_refused(
         resumed(moving, interrupted, **change)
 
 
-@pytest.mark.parametrize("damage", ["text", "list", "key", "no model", "empty model", "half of the model"])
+@pytest.mark.parametrize("damage", ["empty", "half", "text", "a bit"])
 def test_damaged_checkpoints_are_refused(damage: str, interrupted: Path, moving: World) -> None:
-    state = interrupted / "state.json"
-    model = interrupted / json.loads(state.read_text())["model"]
-    if damage == "text":
-        state.write_text(state.read_text()[:100])
-    elif damage == "list":
-        state.write_text("[]")
-    elif damage == "key":
-        state.write_text(json.dumps({k: v for k, v in json.loads(state.read_text()).items() if k != "environment"}))
-    elif damage == "no model":
-        model.unlink()
-    elif damage == "empty model":
-        model.write_bytes(b"")
-    else:
-        model.write_bytes(model.read_bytes()[: model.stat().st_size // 2])
-    with pytest.raises(PolicyError, match="cannot be read") as caught:
+    for path in Checkpoints(interrupted).paths():
+        content = path.read_bytes()
+        middle = len(content) // 2
+        changed = content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
+        path.write_bytes({"empty": b"", "half": content[:middle], "text": b"{}" * 99, "a bit": changed}[damage])
+    with pytest.raises(ResultsError, match=r"No checkpoint in .* can be read") as caught:
         resumed(moving, interrupted)
     assert str(interrupted) in str(caught.value)
+
+
+def test_checkpoints_of_another_version_are_refused(interrupted: Path, moving: World) -> None:
+    state = Checkpoints(interrupted).load()
+    assert state is not None
+    del state["environment"]
+    Checkpoints(interrupted).save(9, state)
+    with pytest.raises(PolicyError, match=r"of another version .*environment"):
+        resumed(moving, interrupted)
+
+
+def test_checkpoints_of_other_clips_are_refused(interrupted: Path, world: World) -> None:
+    other = world.with_clips([8] * 3 + [7], source="teacher", weighting="pixel")
+    with pytest.raises(PolicyError, match="network and clips was"):
+        resumed(other, interrupted)
 
 
 def test_a_folder_that_cannot_be_written_is_reported(moving: World, tmp_path: Path) -> None:
     taken = tmp_path / "file"
     taken.write_text("not a folder")
-    with pytest.raises(ResultsError, match="Cannot write the checkpoint"):
+    with pytest.raises(ResultsError, match=r"Cannot write .*checkpoint.* Then resume"):
         train_ppo(agents_of(moving), TINY, seed=0, checkpoints=taken)
 
 

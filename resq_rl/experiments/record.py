@@ -1,0 +1,91 @@
+"""What a run was made with, in `run.json`: its command, versions, hardware and state of the source, and how it went."""
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resq_rl.experiments.report.provenance import versions
+from resq_rl.experiments.settings import Settings
+from resq_rl.files import write_atomic
+
+__all__ = ["RECORD", "RunRecord"]
+
+RECORD = "run.json"
+
+
+class RunRecord:
+    """The file of one run; a run that was stopped and goes on adds a session to it.
+
+    Args:
+        folder: the run's own.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / RECORD
+        self._values = self._read()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return self._values.get("status") == "finished"
+
+    def begin(self, command: Sequence[str], settings: Settings, *, resume: bool) -> None:
+        """Write what this session is made with.
+
+        Raises:
+            ResultsError: the file cannot be written.
+        """
+        before = self._values.get("sessions", []) if resume else []
+        self._values = {"status": "running", "sessions": [*before, _session(command, settings)]}
+        self._write()
+
+    def end(self, status: str) -> Path:
+        """Write how the session ended: "finished", "failed" or "interrupted".
+
+        Raises:
+            ResultsError: the file cannot be written.
+        """
+        self._values["status"] = status
+        self._values["sessions"][-1]["ended"] = _now()
+        return self._write()
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            values = json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            return {}
+        return values if isinstance(values, dict) and isinstance(values.get("sessions"), list) else {}
+
+    def _write(self) -> Path:
+        return write_atomic(self.path, json.dumps(self._values, indent=2) + "\n")
+
+
+def _session(command: Sequence[str], settings: Settings) -> dict[str, Any]:
+    return {
+        "command": list(command),
+        "started": _now(),
+        "versions": versions(settings),
+        "processor": {
+            "name": _processor(),
+            "cores": os.cpu_count(),
+            "kernels": torch.backends.cpu.get_cpu_capability(),
+        },
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
