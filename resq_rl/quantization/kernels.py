@@ -213,7 +213,8 @@ class _Native:
         if not reference.is_contiguous(memory_format=layout):  # neither layout: only this copy is dense
             dense = reference.contiguous()
             found = self.encode(x, dense, steps, index, step, tau, sigma, kappa)
-            reference.copy_(dense)
+            if step is not None:  # a keyframe that many clips share stays as it is, and cannot be written
+                reference.copy_(dense)
             return found
         x, index = x.contiguous(memory_format=layout), index.contiguous()
         codes, cost = torch.empty_like(x), torch.empty(index.shape)
