@@ -91,8 +91,8 @@ class Pose:
 
     @property
     def metric(self) -> str:
-        """PCK with its share of the figure's size."""
-        return f"PCK@{self.share:g}"
+        """PCK with its share of the figure's size, which is that of the torso unless it says box."""
+        return f"PCK@{self.share:g}" + (" of box" if self.normaliser == "box" else "")
 
     @cached_property
     def _mirror(self) -> list[int]:

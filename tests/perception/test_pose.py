@@ -51,6 +51,7 @@ def test_pose_is_a_task_that_networks_can_be_trained_for() -> None:
     assert isinstance(TASK, Task)
     assert isinstance(TASK, Trainable)
     assert TASK.metric == "PCK@0.2"
+    assert Pose(share=0.1, normaliser="box").metric == "PCK@0.1 of box"
 
 
 @pytest.mark.parametrize("normaliser", ["torso", "box"])
