@@ -1,6 +1,7 @@
 """J and F against other computations of the same definitions."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis.extra.numpy import arrays
 from scipy import ndimage
 
 from resq_rl.perception.region_and_contour import contour, contour_accuracy, j_and_f, region_similarity
+from resq_rl.video import DavisVideo
 
 masks = arrays(np.uint8, st.tuples(st.integers(1, 3), st.just(11), st.just(14)), elements=st.integers(0, 1))
 
@@ -57,23 +59,40 @@ def test_both_equal_a_brute_force(prediction: np.ndarray, data: st.DataObject) -
         assert float(overlap[i]) == pytest.approx(both / either if either else 1.0)
 
 
-def test_contour_accuracy_by_scipy_dilation_at_the_size_of_davis() -> None:
-    """Two overlapping blobs at 480p, where the tolerance is ceil(0.008 * 979.7) = 8 pixels."""
-    y, x = np.mgrid[:480, :854]
-    one = (((y - 240) / 120.0) ** 2 + ((x - 400) / 90.0) ** 2 < 1).astype(np.uint8)
-    two = (((y - 250) / 110.0) ** 2 + ((x - 411) / 100.0) ** 2 < 1 + 0.1 * np.sin(x / 9.0)).astype(np.uint8)
+def f_by_scipy(prediction: np.ndarray, target: np.ndarray) -> float:
+    """F at 480p, where the tolerance is ceil(0.008 * 979.7) = 8 pixels, with the dilation of another library."""
     v, u = np.mgrid[-8:9, -8:9]
-    disk = v * v + u * u <= 64
     edges = []
-    for mask in (one, two):
+    for mask in (prediction, target):
         padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge").astype(int)
         corner = padded[:-1, :-1]
         edges.append((corner != padded[:-1, 1:]) | (corner != padded[1:, :-1]) | (corner != padded[1:, 1:]))
-    near = [ndimage.binary_dilation(edge, disk) for edge in edges]
+    near = [ndimage.binary_dilation(edge, v * v + u * u <= 64) for edge in edges]
     precision, recall = (edges[0] & near[1]).sum() / edges[0].sum(), (edges[1] & near[0]).sum() / edges[1].sum()
-    found = contour_accuracy(torch.from_numpy(one)[None], torch.from_numpy(two)[None])
-    assert 0.3 < precision < 0.95
-    assert float(found) == pytest.approx(2 * precision * recall / (precision + recall))
+    return float(2 * precision * recall / (precision + recall))
+
+
+def test_contour_accuracy_by_scipy_dilation_at_the_size_of_davis() -> None:
+    y, x = np.mgrid[:480, :854]
+    one = (((y - 240) / 120.0) ** 2 + ((x - 400) / 90.0) ** 2 < 1).astype(np.uint8)
+    two = (((y - 250) / 110.0) ** 2 + ((x - 411) / 100.0) ** 2 < 1 + 0.1 * np.sin(x / 9.0)).astype(np.uint8)
+    found = float(contour_accuracy(torch.from_numpy(one)[None], torch.from_numpy(two)[None]))
+    assert 0.3 < found < 0.95
+    assert found == pytest.approx(f_by_scipy(one, two))
+
+
+@pytest.mark.real_data
+def test_masks_of_davis_five_frames_apart(shared: Path) -> None:
+    """J and F of each mask against a later one, at the size of the source."""
+    video = DavisVideo(shared / "data" / "davis2016", splits={"test": ["dog", "soapbox"]}, frames=16)
+    for clip in video.clips("test"):
+        assert clip.labels is not None
+        one, two = clip.labels[:11:5], clip.labels[5::5]
+        regions, contours = region_similarity(one, two), contour_accuracy(one, two)
+        for i, (a, b) in enumerate(zip(one.numpy(), two.numpy(), strict=True)):
+            assert float(regions[i]) == pytest.approx((a & b).sum() / (a | b).sum())
+            assert float(contours[i]) == pytest.approx(f_by_scipy(a, b))
+            assert 0.05 < float(contours[i]) < 0.99
 
 
 def test_a_contour_by_hand() -> None:
