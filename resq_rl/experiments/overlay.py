@@ -20,7 +20,8 @@ __all__ = ["OverlayVideo", "draw"]
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-# Written piece by piece, so that what is there can be played even where the end is missing.
+# Written piece by piece, so that what is there can be played even where the end is missing; no more is held in memory.
+PIECE_SECONDS = 2
 _FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
 _CODECS = ("libx264", "mpeg4")
 _COLORS = "cividis"  # even in lightness, and the same to the colour-blind
@@ -95,6 +96,7 @@ class OverlayVideo:
     def __init__(self, path: Path, task: Task, height: int, rate: float) -> None:
         self._path, self._task, self._height = path, task, _even(height)
         self._size: tuple[int, int] | None = None
+        self._rate = rate
         codec = next((name for name in _CODECS if name in av.codecs_available), _CODECS[-1])
         try:
             self._container = av.open(str(path), "w", format="mp4", options=_FRAGMENTS)
@@ -128,6 +130,7 @@ class OverlayVideo:
             if first:
                 self._stream.width, self._stream.height = image.size
                 self._stream.pix_fmt = "yuv420p"
+                self._stream.codec_context.gop_size = max(1, round(PIECE_SECONDS * self._rate))
             self._container.mux(self._stream.encode(av.VideoFrame.from_ndarray(np.asarray(image), format="rgb24")))
         except (av.FFmpegError, OSError) as error:
             raise self._failed(error) from error

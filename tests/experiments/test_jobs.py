@@ -231,7 +231,10 @@ def test_what_is_shown_of_a_runner_runs(
 
 def test_a_comparisons_policy_runs_from_its_folder_alone(compared: Path, tmp_path: Path) -> None:
     video = write_video(tmp_path / "drive.mp4", frames=3)
-    assert main(["run", "tracking=disabled", f"results={tmp_path}", f"policy={compared}", f"source={video}"]) == 0
+    assert (
+        main(["run", "tracking=disabled", "threads=1", f"results={tmp_path}", f"policy={compared}", f"source={video}"])
+        == 0
+    )
     (folder,) = (tmp_path / "run").iterdir()
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["frames"], summary["ended"]) == (3, "finished")
