@@ -56,7 +56,7 @@ def test_published_lists_give_splits_by_scene(tree: Path) -> None:
 
 def test_joints_are_points_that_count_from_zero(tree: Path) -> None:
     dataset = JHMDBVideo(tree, {"test": [f"walk/{WALKS[0]}"]})
-    assert (len(dataset.classes), dataset.classes[0], dataset.classes[14]) == (15, "neck", "left ankle")
+    assert (len(dataset.classes), dataset.classes[0], dataset.classes[14]) == (15, "neck", "left_ankle")
     (clip,) = dataset.clips("test")
     labels = torch.as_tensor(clip.labels)
     assert (clip.name, clip.size, clip.fps, labels.shape) == (f"jhmdb/walk/{WALKS[0]}", (48, 64), 30.0, (4, 15, 3))

@@ -68,7 +68,7 @@ def tree(tmp_path: Path, write_image: WriteImage) -> Path:
 
 def test_a_clip_follows_the_person_labelled_most(tree: Path) -> None:
     dataset = PoseTrackVideo(tree, size=(128, 128), crop=1.5)
-    assert (len(dataset.classes), dataset.classes[0], dataset.classes[16]) == (17, "nose", "right ankle")
+    assert (len(dataset.classes), dataset.classes[0], dataset.classes[16]) == (17, "nose", "right_ankle")
     (clip,) = dataset.clips("test")
     labels = torch.as_tensor(clip.labels)
     assert (clip.name, clip.size, labels.shape) == (f"posetrack/val/{VAL}/0[2:7]", (128, 128), (5, 17, 3))
@@ -80,7 +80,7 @@ def test_a_clip_follows_the_person_labelled_most(tree: Path) -> None:
 
 
 def test_more_people_points_and_pieces(tree: Path) -> None:
-    clips = PoseTrackVideo(tree, people=5, points=["right ankle", "nose"], clip_frames=2).clips("test")
+    clips = PoseTrackVideo(tree, people=5, points=["right_ankle", "nose"], clip_frames=2).clips("test")
     assert [clip.name.removeprefix(f"posetrack/val/{VAL}/") for clip in clips] == ["0[2:4]", "0[4:6]", "1[4:6]"]
     labels = torch.as_tensor(clips[2].labels)
     assert labels.shape == (2, 2, 3)
