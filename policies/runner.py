@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 from resq_rl.envs import ClipStore, FrameView, Policy, Simulator
 from resq_rl.errors import PolicyError, VideoError
-from resq_rl.perception import Task
+from resq_rl.perception import Recurrent, Task
 from resq_rl.policies.learned import LearnedPolicy
 from resq_rl.quantization import ResQModel, load_model
 from resq_rl.video import Clip
-from resq_rl.video.images import resize_frame
+from resq_rl.video.images import resize_frame, resize_labels
 
 __all__ = ["RunCost", "Runner"]
 
 REFERENCE_BITS = 8
+# Frames of the clip that a runner lets the simulator see; the last never runs.
+PLACES = 3
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,10 @@ class Runner:
         if grid is None:
             grid = policy.scheme.grid if isinstance(policy, LearnedPolicy) else (6, 10)
         self.policy, self.model, self.task, self.grid = policy, model, task, grid
-        # A clip of one frame is where each frame is put before it runs; what it is compared with means nothing.
-        self._clip = Clip(torch.zeros(1, 3, *model.frame_size, dtype=torch.uint8), None, 1.0, "stream", "stream")
-        self._store = ClipStore.prepare(model, task, [self._clip], source="teacher")
         self._own_share = policy.macs * policy.bits**2 / model.reference_bops()
+        # Where frames are put before they run: the first, and every later one in the place of the one before.
+        self._frames = torch.zeros(PLACES, 3, *model.frame_size, dtype=torch.uint8)
+        self._given: Tensor | None = None
         self.reset()
 
     @staticmethod
@@ -106,25 +108,39 @@ class Runner:
             policy = policy.at(policy.trade_off if trade_off is None else trade_off, interval)
         return Runner(policy, load_model(Path(folder), network), task)
 
-    def reset(self) -> None:
-        """Begin a new video: the next frame runs as a keyframe, and nothing of the frames before is left."""
+    def reset(self, given: UInt8[np.ndarray, "h w"] | UInt8[Tensor, "h w"] | None = None) -> None:
+        """Begin a new video: the next frame runs as a keyframe, and nothing of the frames before is left.
+
+        Args:
+            given: for a task that begins with it (`Recurrent`), the label of the next frame, such as the mask of the
+                object to follow; brought to the model's size.
+        """
         self._begun = False
-        self._simulator = Simulator(
+        self._given = None if given is None else _fitted_label(given, self.model.frame_size)
+        if not isinstance(self.task, Recurrent):
+            self._simulator = self._made()
+
+    def _made(self) -> Simulator:
+        """A simulator of a clip of `_frames`; what predictions are compared with there means nothing."""
+        labels = None if self._given is None else self._given.expand(PLACES, -1, -1).contiguous()
+        clip = Clip(self._frames, labels, 1.0, "stream", "stream")
+        simulator = Simulator(
             self.model,
             self.task,
-            self._store,
+            ClipStore.prepare(self.model, self.task, [clip], source="teacher"),
             slots=1,
             grid=self.grid,
             reference=self.policy.reference,
             trade_off_range=self.policy.trade_off_range,
         )
         if isinstance(self.policy, LearnedPolicy):
-            self.policy.check_view(FrameView(self._simulator))
+            self.policy.check_view(FrameView(simulator))
+        return simulator
 
     @property
     def frame(self) -> UInt8[Tensor, "3 h w"]:
         """The last frame as the model saw it; the next one overwrites it."""
-        return self._clip.frames[0]
+        return self._frames[1]
 
     @torch.no_grad()
     def __call__(self, frame: UInt8[np.ndarray, "h w 3"] | UInt8[Tensor, "3 h w"]) -> tuple[Tensor, RunCost]:
@@ -137,14 +153,23 @@ class Runner:
             The task's prediction for it at the model's frame size, such as the class of every pixel, and its cost.
 
         Raises:
-            VideoError: the frame is no RGB picture of bytes. NetworkError: the output holds NaN or infinity.
+            VideoError: the frame is no RGB picture of bytes, or a label is wanted first.
+            NetworkError: the output holds NaN or infinity.
         """
-        self._clip.frames[0] = _fitted(frame, self.model.frame_size)
+        self._frames[1 if self._begun else slice(None)] = _fitted(frame, self.model.frame_size)
+        if not self._begun and isinstance(self.task, Recurrent):
+            if self._given is None:
+                raise VideoError(
+                    f"{type(self.task).__name__} begins with the label of the first frame, and none was given: call "
+                    "reset(label) before it."
+                )
+            self._simulator = self._made()
+        simulator = self._simulator
         if self._begun:
-            self._simulator.time.zero_()
-            result = self._simulator.step(self.policy.decide(FrameView(self._simulator)))
+            simulator.time.fill_(1)
+            result = simulator.step(self.policy.decide(FrameView(simulator)))
         else:
-            result = self._simulator.start([0], [0], [self.policy.trade_off])
+            result = simulator.start([0], [0], [self.policy.trade_off])
         share = float(result.cost.total) / self.model.reference_bops()
         cost = RunCost(bool(result.cost.keyframe), share, self._own_share if self._begun else 0.0, result.share[0])
         self._begun = True
@@ -165,3 +190,11 @@ def _fitted(frame: np.ndarray | Tensor, size: tuple[int, int]) -> UInt8[Tensor, 
         frame = frame.permute(1, 2, 0).cpu().numpy()
     resized = resize_frame(Image.fromarray(np.ascontiguousarray(frame)), size)
     return torch.from_numpy(resized).permute(2, 0, 1)
+
+
+def _fitted_label(label: np.ndarray | Tensor, size: tuple[int, int]) -> UInt8[Tensor, "h w"]:
+    """A label map at `size`."""
+    values = label.cpu().numpy() if isinstance(label, Tensor) else label
+    if values.ndim != 2 or values.dtype != np.uint8:
+        raise VideoError(f"A label must be bytes (h, w), got {values.dtype} of shape {values.shape}.")
+    return torch.from_numpy(np.ascontiguousarray(values if values.shape == size else resize_labels(values, size)))

@@ -12,6 +12,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 from jaxtyping import UInt8
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +29,7 @@ from resq_rl.perception import Task
 from resq_rl.policies import RunCost, Runner
 from resq_rl.policies.runner import REFERENCE_BITS
 from resq_rl.video import VideoStream
+from resq_rl.video.images import read_labels
 
 __all__ = ["run"]
 
@@ -98,6 +100,8 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
     )
     if settings.quantization.compile:
         runner.model.compile()
+    if running.label is not None:
+        runner.reset((read_labels(Path(running.label)) > 0).astype(np.uint8))
     frames = iter(stream)
     first = next(frames)  # a source that cannot be read ends here, before anything is written
     length = running.frames if stream.length is None else min(stream.length, running.frames or stream.length)

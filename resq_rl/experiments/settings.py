@@ -313,6 +313,7 @@ class RunningSettings(_Group):
     Attributes:
         trade_off: lambda to decide for; None for the middle of the policy's range.
         interval: frames between keyframes, 0 for the first only; None for the policy's own timing.
+        label: image of the mask that the first frame is given, for a task that begins with one; or None.
         frames: most frames to run; None for all.
         overlay: whether to write `overlay.mp4`.
         height: of the overlay in pixels.
@@ -323,6 +324,7 @@ class RunningSettings(_Group):
 
     trade_off: Annotated[float | None, Bounds(above=0)]
     interval: Annotated[int | None, Bounds(at_least=0)]
+    label: str | None
     frames: Annotated[int | None, Bounds(at_least=1)]
     overlay: bool
     height: Annotated[int, Bounds(at_least=16, at_most=4320)]

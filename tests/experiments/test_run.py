@@ -12,14 +12,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from resq_rl.experiments.app import main
 from resq_rl.perception import Segmentation
 from resq_rl.policies import Runner
 from resq_rl.quantization import save_model
 from resq_rl.video import VideoFiles, VideoStream
+from tests.envs.test_recurrent import Follower
 from tests.envs.worlds import CLASSES, World, moving_frames, tiny_network
 from tests.policies.test_learned import made
+from tests.policies.test_runner import follower_world
 
 SIZE = (32, 48)
 TINY = ["tracking=disabled", "threads=1"]
@@ -172,6 +175,32 @@ def test_mistakes_are_one_line(
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("resq-rl run:")]
     assert len(lines) == 1
     assert said in lines[0]
+
+
+def test_a_mask_to_follow_is_read_from_an_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    world, folder = follower_world(), tmp_path / "policy"
+    made(world.scheme(), network=world.model.groups).save(folder)
+    save_model(world.model, folder)
+    making = {"model": {"_target_": "tests.experiments.test_run.follower"}}
+    making["task"] = {"_target_": "resq_rl.perception.MaskPropagation"}
+    (folder / "network.json").write_text(json.dumps(making))
+    clip = world.store.clips[0]
+    assert clip.labels is not None
+    (tmp_path / "frames").mkdir()
+    for t, frame in enumerate(clip.frames):
+        Image.fromarray(frame.permute(1, 2, 0).numpy()).save(tmp_path / "frames" / f"{t}.png")
+    Image.fromarray(clip.labels[0].numpy() * 255).save(tmp_path / "mask.png")
+    words = [f"policy={folder}", f"source={tmp_path / 'frames'}", "running.height=64"]
+    done = run(tmp_path / "with", *words, f"running.label={tmp_path / 'mask.png'}")
+    assert len(records(done)) == len(pictures(done / "overlay.mp4")) == len(clip)
+    run(tmp_path / "without", *words, code=2)
+    assert "begins with the label" in capsys.readouterr().err
+
+
+def follower() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return Follower().eval()
 
 
 def test_another_task_can_be_set(trained: Path, video: Path, tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from resq_rl.envs import Policy, trace
+from resq_rl.envs import ClipStore, Policy, trace
 from resq_rl.errors import NetworkError, PolicyError, VideoError
-from resq_rl.perception import Segmentation
+from resq_rl.perception import Segmentation, clip_inputs
 from resq_rl.policies import DynamicResQ, LearnedPolicy, Runner
-from resq_rl.quantization import ThresholdField, save_model, to_float
-from tests.envs.worlds import CLASSES, World, moving_frames, tiny_network
+from resq_rl.quantization import ResQModel, ThresholdField, save_model, to_float
+from tests.envs.worlds import CLASSES, SIZE, World, moving_frames, tiny_network
 from tests.policies.test_learned import made
 
 
@@ -139,3 +139,48 @@ def test_a_lambda_that_the_policy_does_not_know_is_refused(trade_off: float, wor
     learned(world).save(tmp_path)
     with pytest.raises(PolicyError, match=r"from 0\.05 to 1"):
         Runner.load(tmp_path, tiny_network(), world.task, trade_off=trade_off)
+
+
+def pose_world() -> World:
+    from tests.envs.test_pose_world import pose_world as made_pose_world
+
+    return made_pose_world("labels")
+
+
+def follower_world() -> World:
+    from tests.envs.test_recurrent import TASK, Follower, objects
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        network = Follower().eval()
+    model = ResQModel(network, (torch.zeros(1, 3, *SIZE), torch.zeros(1, 1, *SIZE), torch.zeros(1, 6, 1, 1)))
+    model.calibrate([clip_inputs(model.float_forward, TASK, clip) for clip in objects([6, 6], seed=50)])
+    return World(model, TASK, ClipStore.prepare(model, TASK, objects([7])))
+
+
+@pytest.mark.parametrize("kind", ["points", "a mask that is fed back"])
+def test_every_task_runs_as_in_the_simulator(kind: str) -> None:
+    world = pose_world() if kind == "points" else follower_world()
+    clip = world.store.clips[0]
+    policy = DynamicResQ("previous", 3, tau=0.4)
+    expected = trace(world.model, world.task, world.store, policy, grid=world.grid)
+    runner = Runner(policy, world.model, world.task, world.grid)
+    for _ in range(2):  # a second video leaves nothing of the first
+        assert clip.labels is not None
+        runner.reset(None if kind == "points" else clip.labels[0])
+        for t, frame in enumerate(clip.frames):
+            prediction, cost = runner(frame)
+            assert torch.equal(prediction, expected.prediction[t]), t
+            assert torch.equal(cost.regions, expected.share[t]), t
+    assert (expected.prediction[1:] != expected.prediction[:-1]).any()
+
+
+def test_a_mask_to_begin_with_is_asked_for_and_brought_to_size() -> None:
+    world = follower_world()
+    clip = world.store.clips[0]
+    assert clip.labels is not None
+    runner = Runner(DynamicResQ("previous", 3, tau=0.4), world.model, world.task, world.grid)
+    with pytest.raises(VideoError, match=r"reset\(label\)"):
+        runner(clip.frames[0])
+    runner.reset(clip.labels[0].repeat_interleave(2, 0).repeat_interleave(2, 1))
+    assert torch.equal(runner(clip.frames[0])[0], clip.labels[0])
