@@ -81,7 +81,9 @@ def report(world: World, comparison: Comparison, pair: Pair, tmp_path_factory: p
     """A report whose video, clips and settings have names that try to break out of it."""
     folder = tmp_path_factory.mktemp("run")
     (folder / ".hydra").mkdir()
-    (folder / ".hydra" / "overrides.yaml").write_text("- video.frames=6\n- 'heuristic.taus=[0.3, 1.0]'\n")
+    (folder / ".hydra" / "overrides.yaml").write_text(
+        "- video.frames=6\n- training.resume=here\n- 'heuristic.taus=[0.3, 1.0]'\n"
+    )
     (folder / "config.yaml").write_text(f"video: {HOSTILE}\n")
     store = world.stores["test"]
     clips = [Clip(c.frames, c.labels, c.fps, f"{HOSTILE}{i}", c.origin) for i, c in enumerate(store.clips)]
