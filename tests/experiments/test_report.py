@@ -81,7 +81,9 @@ def report(world: World, comparison: Comparison, pair: Pair, tmp_path_factory: p
     """A report whose video, clips and settings have names that try to break out of it."""
     folder = tmp_path_factory.mktemp("run")
     (folder / ".hydra").mkdir()
-    (folder / ".hydra" / "overrides.yaml").write_text("- video.frames=6\n- 'heuristic.taus=[0.3, 1.0]'\n")
+    (folder / ".hydra" / "overrides.yaml").write_text(
+        "- video.frames=6\n- training.resume=here\n- 'heuristic.taus=[0.3, 1.0]'\n"
+    )
     (folder / "config.yaml").write_text(f"video: {HOSTILE}\n")
     store = world.stores["test"]
     clips = [Clip(c.frames, c.labels, c.fps, f"{HOSTILE}{i}", c.origin) for i, c in enumerate(store.clips)]
@@ -105,7 +107,13 @@ def report(world: World, comparison: Comparison, pair: Pair, tmp_path_factory: p
         ),
         (12.0, (3.0, 20.0), None, "more", "12.0% more bit-operations than Dynamic ResQ (95% interval 3.0% to 20.0%)"),
         (-3.0, (-8.0, 2.0), None, "unclear", "No clear difference: at equal accuracy PPO needs 3.0% fewer"),
-        (-3.0, None, "too few clips", "fewer", "(no interval: too few clips)"),
+        (
+            -3.0,
+            None,
+            "too few clips",
+            "unclear",
+            "PPO needs 3.0% fewer bit-operations than Dynamic ResQ at equal accuracy, but",
+        ),
         (None, None, "no overlap", "none", "cannot be compared at equal accuracy: no overlap."),
     ],
 )

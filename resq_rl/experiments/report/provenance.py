@@ -19,10 +19,11 @@ PACKAGES: Final = ("torch", "numpy", "scipy", "gymnasium", "stable-baselines3", 
 
 
 def command_of(run_dir: Path, command: str = "compare") -> str:
-    """The command line that made the run, from the overrides that Hydra wrote to its folder."""
+    """The command line that makes the run anew, from the overrides that Hydra wrote to its folder."""
     path = run_dir / ".hydra" / "overrides.yaml"
     overrides = list(OmegaConf.load(path)) if path.is_file() else []
-    return shlex.join(["resq-rl", command, *(str(text) for text in overrides)])
+    kept = [str(text) for text in overrides if not str(text).startswith("training.resume=")]
+    return shlex.join(["resq-rl", command, *kept])
 
 
 def versions(settings: Settings) -> dict[str, str]:

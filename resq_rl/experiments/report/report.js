@@ -134,7 +134,7 @@ class Chart {
         add(p.x, p.y);
         if (from != null && p.y < from) continue;
         if (p.xi) xs.push(...p.xi.filter((v) => v > 0));
-        if (p.yi) ys.push(...p.yi);
+        if (p.yi) ys.push(from == null ? p.yi[0] : Math.max(p.yi[0], from), p.yi[1]);
       }
       for (const [x, y] of one.line) add(x, y);
     }

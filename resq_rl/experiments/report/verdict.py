@@ -21,7 +21,8 @@ class Verdict:
     Attributes:
         sentence: the finding with its interval, or why there is none.
         scope: over what it was averaged and what it counts.
-        tone: whether the learned policies need fewer or more bit-operations, or the interval holds 0, or no number.
+        tone: whether the learned policies need fewer or more bit-operations; unclear where the interval holds 0 or is
+            missing, none without a number.
         anchor: name of the heuristic in `comparison.json`, or an empty string.
     """
 
@@ -41,28 +42,18 @@ def verdict_of(comparison: Comparison) -> Verdict:
     if entry.value is None:
         return Verdict(f"PPO and {title} cannot be compared at equal accuracy: {entry.reason}.", "", "none", anchor)
     amount = f"{abs(entry.value):.1f}% {'fewer' if entry.value < 0 else 'more'} bit-operations than {title}"
-    tone = _tone(*(entry.ci95 or (entry.value, entry.value)))
-    if tone == "unclear":
-        sentence = f"No clear difference: at equal accuracy PPO needs {amount} ({_interval(entry)})."
+    tone: Tone
+    if entry.ci95 is None:
+        tone = "unclear"
+        sentence = f"PPO needs {amount} at equal accuracy, but how sure that is cannot be told: {entry.reason}."
+    elif entry.ci95[0] <= 0 <= entry.ci95[1]:
+        tone, (low, high) = "unclear", entry.ci95
+        interval = f"95% interval from {low:+.1f}% to {high:+.1f}%"
+        sentence = f"No clear difference: at equal accuracy PPO needs {amount} ({interval})."
     else:
-        sentence = f"At equal accuracy, PPO needs {amount} ({_interval(entry)})."
+        tone, (low, high) = "fewer" if entry.value < 0 else "more", sorted(map(abs, entry.ci95))
+        sentence = f"At equal accuracy, PPO needs {amount} (95% interval {low:.1f}% to {high:.1f}%)."
     return Verdict(sentence, _scope(comparison, entry), tone, anchor)
-
-
-def _tone(low: float, high: float) -> Tone:
-    if low <= 0 <= high:
-        return "unclear"
-    return "fewer" if high < 0 else "more"
-
-
-def _interval(entry: BdEntry) -> str:
-    """The interval in the sign that the sentence speaks of."""
-    if entry.ci95 is None or entry.value is None:
-        return f"no interval: {entry.reason}"
-    low, high = entry.ci95
-    if low <= 0 <= high:
-        return f"95% interval from {low:+.1f}% to {high:+.1f}%"
-    return f"95% interval {min(abs(low), abs(high)):.1f}% to {max(abs(low), abs(high)):.1f}%"
 
 
 def _scope(comparison: Comparison, entry: BdEntry) -> str:
@@ -73,6 +64,8 @@ def _scope(comparison: Comparison, entry: BdEntry) -> str:
         f"{comparison.clips} {comparison.split} clips ({comparison.frames:,} frames); keyframes and the policy's own "
         "network are counted."
     )
+    if entry.ci95 is None:
+        return text
     if seeds == 1:
         text += " One training seed: the interval is over clips alone, not over training runs."
     elif seeds:
