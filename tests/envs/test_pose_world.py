@@ -1,6 +1,7 @@
 """Simulator, measurement and tables with a task whose predictions are points: human pose."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -23,12 +24,12 @@ def pose_world(source: AccuracySource) -> World:
     clips = FigureVideo(size=SIZE, frames=4, speed=8, cuts=0.0).clips
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        network = load_network(CompactPose(width=8))
+        network = CompactPose(width=8)
     with torch.no_grad():
-        network.head[-1].weight.mul_(30.0)
-    model = ResQModel(network, torch.zeros(1, 3, *SIZE)).calibrate([c.frames for c in clips("train")[:2]])
+        list(network.head.parameters())[-2].mul_(30.0)  # weights of the last convolution
+    model = ResQModel(load_network(network), torch.zeros(1, 3, *SIZE)).calibrate([c.frames for c in clips("train")[:2]])
     store = ClipStore.prepare(model, TASK, clips("test")[:3], source=source)
-    return World(model, TASK, store, GRID)
+    return World(model, cast(Any, TASK), store, GRID)  # whose task is a segmentation in most tests
 
 
 @pytest.fixture(scope="module")
