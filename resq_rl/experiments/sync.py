@@ -1,4 +1,4 @@
-"""`resq-rl sync FOLDER [URI]`: send what runs have recorded to a tracking store that did not get it, or to another one."""
+"""`resq-rl sync FOLDER [URI]`: send what runs have recorded to a tracking store that lacks it, or to another one."""
 
 from collections.abc import Sequence
 from dataclasses import replace
