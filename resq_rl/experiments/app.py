@@ -84,17 +84,19 @@ COMMANDS: Mapping[str, Command] = {
     ),
 }
 
-LIST = "list"
+LIST, SYNC = "list", "sync"
 
 USAGE = """\
 resq-rl {version}: learned bit allocation for residual-quantized video perception
 
 usage: resq-rl COMMAND [flags] [GROUP=OPTION] [NAME=VALUE] [+experiment=OPTION]
        resq-rl list [KIND]
+       resq-rl sync FOLDER [URI]
 
 commands:
 {commands}
   {list:{width}}  show what can be chosen: {kinds}
+  {sync:{width}}  send what the runs in a folder recorded to an MLflow store that did not get it
 
 flags, after the command:
   --help              its groups, settings and defaults
@@ -170,11 +172,13 @@ def main(arguments: Sequence[str] | None = None, commands: Mapping[str, Command]
         print(f"resq-rl {__version__}")
         return 0
     name, rest = words[0], words[1:]
+    if name == SYNC:
+        return _sync(rest)
     if name == LIST:
         return _list(rest)
     if name not in commands:
         what = "Write the command before" if "=" in name or name.startswith("-") else "Unknown command"
-        near = did_you_mean(name, [*commands, LIST])
+        near = did_you_mean(name, [*commands, LIST, SYNC])
         print(f"resq-rl: {what} '{name}'.{near} See resq-rl --help.", file=sys.stderr)
         return 2
     # Read when PyTorch is first imported, which commands do. Idle threads spin shortly and then sleep: those that only
@@ -190,7 +194,21 @@ def main(arguments: Sequence[str] | None = None, commands: Mapping[str, Command]
 def _usage(commands: Mapping[str, Command]) -> str:
     width = max(map(len, (*commands, LIST)))
     lines = [f"  {name:{width}}  {command.help}" for name, command in commands.items()]
-    return USAGE.format(version=__version__, commands="\n".join(lines), list=LIST, width=width, kinds=", ".join(KINDS))
+    return USAGE.format(
+        version=__version__, commands="\n".join(lines), list=LIST, sync=SYNC, width=width, kinds=", ".join(KINDS)
+    )
+
+
+def _sync(arguments: Sequence[str]) -> int:
+    """`resq-rl sync`."""
+    from resq_rl.experiments.sync import run
+
+    try:
+        run(arguments)
+    except ResqError as error:
+        print(f"resq-rl {SYNC}: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _list(kinds: Sequence[str]) -> int:

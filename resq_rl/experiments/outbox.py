@@ -29,6 +29,7 @@ else:  # slow to import; a name that annotations can be checked against
 
 __all__ = [
     "JOURNAL",
+    "LOCAL",
     "METRICS_PER_BATCH",
     "Operation",
     "OperationKind",
@@ -47,6 +48,7 @@ FIRST_RETRY, LAST_RETRY = 5.0, 300.0  # seconds
 TRANSIENT = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED"}
 PARENT_TAG = "mlflow.parentRunId"
 NAME_TAG = "resq_rl.run"
+LOCAL = "local-"  # how local names of runs begin
 
 OperationKind = Literal["start", "metrics", "parameters", "tags", "artifact", "model", "end", "sent"]
 
@@ -146,6 +148,12 @@ class Outbox:
             self._enqueue(operation)
             if operation.kind == "metrics":
                 self._logged.update(_identity(operation.run, value) for value in operation.payload["values"])
+
+    def replay(self, operations: Sequence[Operation]) -> None:
+        """Deliver the records of a journal as they are."""
+        self._reopened = True
+        for operation in operations:
+            self._enqueue(operation)
 
     def started_before(self, name: str, parent: str | None) -> str | None:
         """The local name of a run of the reopened journal; each is given once."""
@@ -274,16 +282,22 @@ class Outbox:
 
     def _start(self, client: MlflowClient, run: str, payload: Mapping[str, Any]) -> None:
         if self._reopened or self._failures:  # a try before may have come through
-            found = client.search_runs([self.experiment_id], f"tags.`{NAME_TAG}` = '{run}'")
-            if found:
-                self._run_ids[run] = found[0].info.run_id
-                client.update_run(found[0].info.run_id, status="RUNNING")
+            found = self._found(client, run)
+            if found is not None:
+                self._run_ids[run] = found
+                client.update_run(found, status="RUNNING")
                 return
         tags = {**payload["tags"], NAME_TAG: run}
         if payload["parent"] is not None:
-            tags[PARENT_TAG] = self.run_id(payload["parent"])
+            parent = self.run_id(payload["parent"])  # of a sweep without a store a local name, of another journal
+            tags[PARENT_TAG] = (self._found(client, parent) or parent) if parent.startswith(LOCAL) else parent
         made = client.create_run(self.experiment_id, payload["time"], tags, payload["name"])
         self._run_ids[run] = made.info.run_id
+
+    def _found(self, client: MlflowClient, run: str) -> str | None:
+        """The store's id of a run that was delivered before under a local name."""
+        found = client.search_runs([self.experiment_id], f"tags.`{NAME_TAG}` = '{run}'")
+        return str(found[0].info.run_id) if found else None
 
     def _register(self, client: MlflowClient, run: str, folder: Path, name: str | None) -> None:
         """Attach a saved model, and make it the newest version of the registered model of a name."""

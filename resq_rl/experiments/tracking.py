@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 
 from resq_rl.errors import TrackingError
 from resq_rl.experiments.outbox import (
+    LOCAL,
     METRICS_PER_BATCH,
     Operation,
     OperationKind,
@@ -40,6 +41,7 @@ else:  # slow to import; names that annotations can be checked against
 __all__ = ["PARENT_RUN_VARIABLE", "NullTracker", "Tracker", "open_tracker", "quiet_mlflow", "run_name"]
 
 PARENT_RUN_VARIABLE = "RESQ_RL_PARENT_RUN"
+OFFLINE = "offline"  # as tracking.uri: a journal and no store
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 CHECK_SECONDS = 5
@@ -84,7 +86,7 @@ class Tracker:
         self._outbox = outbox
         self._folder = folder
         known = None if outbox is None else outbox.started_before(name, parent)
-        self._run = known or f"local-{uuid.uuid4().hex}"
+        self._run = known or f"{LOCAL}{uuid.uuid4().hex}"
         self._closed = False
         self._sent_at = time.monotonic()
         self._waiting = 0
@@ -173,7 +175,9 @@ class Tracker:
             return
         self._closed = True
         self._add("end", {"status": status, "time": now()})
-        if not self._outbox.finish():
+        if self._outbox.client is None:
+            log.info("Recorded in %s; send it with resq-rl sync %s.", self._outbox.journal, self._outbox.folder)
+        elif not self._outbox.finish():
             log.warning(
                 "%d records for MLflow at %s were not sent; they are kept in %s. Send them with resq-rl sync %s.",
                 self._outbox.pending,
@@ -222,27 +226,41 @@ def open_tracker(
     """
     if not settings.enabled:
         return NullTracker(folder)
+    outbox = open_outbox(settings, results=results, folder=folder)
+    parent = settings.parent_run or os.environ.get(PARENT_RUN_VARIABLE)
+    if resume:
+        outbox.reopen()
+    else:
+        outbox.journal.unlink(missing_ok=True)
+    hint = "" if outbox.client is None else _hint(outbox.where, outbox.experiment_id)
+    return Tracker(outbox, folder, name=name, tags=settings.tags, parent=parent, hint=hint)
+
+
+def open_outbox(settings: TrackingSettings, *, results: Path, folder: Path) -> Outbox:
+    """The delivery to a store that was checked, with its journal in `folder`.
+
+    Raises:
+        TrackingError: the store cannot be used.
+    """
+    if settings.uri == OFFLINE:
+        return Outbox(None, "", OFFLINE, folder)
     uri = _absolute_uri(settings.uri, results)
     try:
         client = _make_client(uri)
         with quick_requests(CHECK_SECONDS):
             experiment = _experiment(client, settings.experiment, uri)
             parent = settings.parent_run or os.environ.get(PARENT_RUN_VARIABLE)
-            if parent is not None:
+            if parent is not None and not parent.startswith(LOCAL):
                 client.get_run(parent)
     except TrackingError:
         raise
     except Exception as error:  # drivers and networks raise many kinds
         raise TrackingError(
             f"Cannot use the tracking store {uri}: {reason(error)}. Start it (mlflow server), "
-            "set tracking.uri to another one, or record nothing with tracking.enabled=false."
+            "set tracking.uri to another one, keep the records in the run's folder with tracking=offline and send them "
+            "later with resq-rl sync, or record nothing with tracking.enabled=false."
         ) from error
-    outbox = Outbox(client, experiment, uri, folder)
-    if resume:
-        outbox.reopen()
-    else:
-        outbox.journal.unlink(missing_ok=True)
-    return Tracker(outbox, folder, name=name, tags=settings.tags, parent=parent, hint=_hint(uri, experiment))
+    return Outbox(client, experiment, uri, folder)
 
 
 def quiet_mlflow() -> None:

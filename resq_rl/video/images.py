@@ -1,6 +1,7 @@
 """Decoding image files and bringing frames and labels to a size."""
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -131,9 +132,11 @@ def _decode(path: Path, kind: str) -> Image.Image:
             f"Missing {kind} {path}: found {listed(beside)} in {path.parent}. Add the file, or leave its sequence out."
         )
     try:
-        with Image.open(path) as image:
-            image.load()
-            return image.copy()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # at twice the size it is an error
+            with Image.open(path) as image:
+                image.load()
+                return image.copy()
     except _DAMAGE as error:
         raise VideoError(
             f"Cannot decode {kind} {path} ({path.stat().st_size} bytes): {error}. The file is empty, cut "

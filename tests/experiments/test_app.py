@@ -318,6 +318,36 @@ def test_a_sweep_is_recorded_under_one_parent(run: Run, results: Path) -> None:
     assert PARENT_RUN_VARIABLE not in os.environ
 
 
+def test_a_sweep_that_goes_on_runs_only_what_is_missing(run: Run, results: Path, tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    words = ["--multirun", "seed=3,7,4", f"training.resume={sweep}"]
+    assert run("train", *words, tracking="mlflow") == 2
+    done = sweep / "0" / "summary.json"
+    done.unlink()
+    assert run("train", *words, tracking="mlflow") == 2
+    assert not done.exists(), "a job that is finished is not run again"
+    statuses = {(r.data.params.get("seed"), r.info.status) for r in runs(results)}
+    assert statuses == {(None, "FAILED"), ("3", "FINISHED"), ("7", "FAILED"), ("4", "FINISHED")}
+    assert len(runs(results)) == 4, "each is one run of MLflow, however often it was begun"
+
+
+def test_a_sweep_without_a_store_is_sent_later(
+    run: Run, results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("train", "--multirun", "seed=3,7", tracking="offline") == 2
+    (sweep,) = (tmp_path / "results" / "train").iterdir()
+    assert main(["sync", str(sweep)]) == 0
+    assert main(["sync", str(sweep)]) == 0, "sending again changes nothing"
+    parent, *children = runs(results)
+    assert parent.data.metrics == {"jobs": 2.0, "failed_jobs": 1.0}
+    assert [child.data.tags["mlflow.parentRunId"] for child in children] == [parent.info.run_id] * 2
+    assert [child.info.status for child in (parent, *children)] == ["FAILED", "FINISHED", "FAILED"]
+    assert [child.data.metrics for child in children] == [{"loss": 0.5}] * 2
+    capsys.readouterr()
+    assert main(["sync", str(tmp_path / "nothing")]) == 2
+    assert "There is no tracking.jsonl" in capsys.readouterr().err
+
+
 def test_an_interrupted_run_is_recorded_as_killed(run: Run, results: Path) -> None:
     assert run("train", "seed=9", tracking="mlflow") == 130
     (recorded,) = runs(results)
