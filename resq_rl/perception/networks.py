@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+import zipfile
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from importlib import resources
@@ -65,6 +66,10 @@ def _load_program(path: Path) -> nn.Module:
         notes.setLevel(logging.CRITICAL)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # notes on the format's internals, which a caller cannot act on
+            with zipfile.ZipFile(path) as archive:  # PyTorch reads past wrong checksums
+                changed = archive.testzip()
+            if changed is not None:
+                raise ValueError(f"the checksum of {changed} is wrong")
             return torch.export.load(path).module()
     except Exception as error:  # damaged archives fail in many ways: zip, JSON, pickle, missing operators
         reason = str(error).strip().split("\n")[0][:200]

@@ -107,7 +107,12 @@ def weights(folder: Path, world: World) -> Reader:
 def programs(folder: Path, world: World) -> Reader:
     torch.export.save(torch.export.export(tiny_network(), (torch.rand(1, 3, 32, 48),)), folder / "a.pt2")
     content = (folder / "a.pt2").read_bytes()
-    return Reader("exported programs", (content,), through(folder / "a.pt2", lambda p: load_network(p).training))
+
+    def read(path: Path) -> object:
+        network = load_network(path)
+        return {"weights": dict(network.state_dict()), "output": network(torch.ones(1, 3, 32, 48))}
+
+    return Reader("exported programs", (content,), through(folder / "a.pt2", read), guarded=True)
 
 
 def policy(scheme: ActionScheme) -> LearnedPolicy:
