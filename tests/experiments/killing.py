@@ -14,6 +14,9 @@ from typing import Any
 
 from mlflow import MlflowClient
 
+from resq_rl.perception.checkpoints import read_weights
+from resq_rl.sealed import checksum
+
 PRELOADED = ["tests.experiments.killing", "resq_rl.experiments.compare", "resq_rl.experiments.train"]
 PRELOADED += ["mlflow.tracking", "tests.envs.worlds", "torch._dynamo", "matplotlib.figure"]
 SMALL = [
@@ -119,8 +122,10 @@ class Runs:
         run = self.run_folder(name)
         found: dict[str, Any] = {}
         for path in sorted(run.rglob("*")):
-            kept = path.suffix in (".safetensors", ".checkpoint") or path.name in ("policy.json", "weights.safetensors")
-            if path.is_file() and kept:
+            if path.name == "weights.safetensors":  # the format keeps no order of several metadata
+                tensors, metadata = read_weights(path)
+                found[path.name] = (checksum(metadata, tensors), metadata)
+            elif path.suffix in (".safetensors", ".checkpoint") or path.name == "policy.json":
                 found[str(path.relative_to(run))] = path.read_bytes()
         for path in (run / "summary.json", run / "comparison.json"):
             if path.exists():

@@ -14,8 +14,13 @@ from tests.experiments.killing import Runs, differences
 
 Make = Callable[..., Runs]
 
-FEW_STEPS = ["model=compact_ddrnet_untrained", "task.classes=6", "environment.accuracy=labels", "pretraining.steps=12"]
-FEW_STEPS += ["pretraining.batch=2", "pretraining.validate_every=3"]
+FEW_STEPS = ["model._target_=resq_rl.perception.compact_ddrnet", "+model.pretrained=false", "task.classes=6"]
+FEW_STEPS += [
+    "environment.accuracy=labels",
+    "pretraining.steps=12",
+    "pretraining.batch=2",
+    "pretraining.validate_every=3",
+]
 
 
 @pytest.fixture
