@@ -7,6 +7,7 @@ import pytest
 from resq_rl.perception import (
     MaskPropagation,
     MaskPropagationNet,
+    j_and_f,
     load_weights,
     mask_propagation_net,
     measure_counts,
@@ -14,8 +15,8 @@ from resq_rl.perception import (
 )
 from resq_rl.video import GeneratedObjects
 
-FLOOR = 0.80
-"""Least J&F on the test clips below; measured values are in the model card."""
+FLOOR = 0.48
+"""Least J&F on the test clips below; measured values are in the model card, which says how little it is trained."""
 
 
 def test_shipped_network_reaches_its_accuracy() -> None:
@@ -25,7 +26,8 @@ def test_shipped_network_reaches_its_accuracy() -> None:
     assert not network.training
     counts = measure_counts(network, clips, task)
     assert counts[:, 2].tolist() == [10.0] * 16
-    assert float(task.accuracy(counts.sum(0))) >= FLOOR
+    kept = [j_and_f(clip.labels[:1].expand(12, -1, -1), clip.labels)[2] for clip in clips if clip.labels is not None]
+    assert float(task.accuracy(counts.sum(0))) >= FLOOR > sum(kept) / len(kept)
 
 
 def test_shipped_weights_say_what_they_are() -> None:
