@@ -142,4 +142,6 @@ def _check(clips: Sequence[Clip], source: str, weighting: str) -> None:
 def _filled(task: Task, teacher: Num[Tensor, "t *p"], labels: Num[Tensor, "t *l"]) -> Num[Tensor, "t *l"]:
     """Labels, and the float network's predictions for frames in which they count nothing."""
     empty = task.counts(teacher, labels).flatten(1).sum(1) == 0
+    if not bool(empty.any()):
+        return labels
     return torch.where(empty.view(-1, *[1] * (labels.dim() - 1)), task.target(teacher), labels)

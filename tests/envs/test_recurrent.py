@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from resq_rl.envs import ClipStore, Decision, Simulator, TableCache, measure, respond
+from resq_rl.envs.table_cache import fingerprint
 from resq_rl.errors import SettingsError, VideoError
 from resq_rl.perception import MaskPropagation, clip_inputs, j_and_f, predict_clip
 from resq_rl.policies import DynamicResQ
@@ -188,3 +189,11 @@ def test_clips_without_an_object_to_follow_are_refused(model: ResQModel) -> None
             predict_clip(model.float_forward, TASK, wrong)
         with pytest.raises(VideoError, match=message):
             ClipStore.prepare(model, TASK, [wrong], source="teacher")
+
+
+def test_what_is_known_of_a_clip_depends_on_the_mask_that_is_given(model: ResQModel, store: ClipStore) -> None:
+    known = fingerprint(model, store.task, store, 0, (2, 2), None)
+    start = replace(store.starts[0], prediction=1 - store.starts[0].prediction)
+    other = replace(store, starts=(start, *store.starts[1:]))
+    assert fingerprint(model, store.task, store, 0, (2, 2), None) == known
+    assert fingerprint(model, other.task, other, 0, (2, 2), None) != known
