@@ -16,8 +16,8 @@ from resq_rl.envs.clips import ClipStore
 from resq_rl.envs.table import ResponseTable, check_tabular, respond
 from resq_rl.errors import ResultsError
 from resq_rl.files import write_atomic
-from resq_rl.perception import Task
-from resq_rl.quantization import FrameCost, ResQModel, to_float
+from resq_rl.perception import Task, example_inputs
+from resq_rl.quantization import FrameCost, ResQModel, as_tuple
 
 __all__ = ["TableCache", "fingerprint"]
 
@@ -96,7 +96,9 @@ def _parts(
             yield from map(_bytes, model.integer_weights(site.operator, residual=residual))
         yield b"" if site.operator.bias is None else _bytes(site.operator.bias)
     clip = store.clips[index]
-    raw = model.float_forward(to_float(clip.frames[:1].to(model.device)))
+    inputs = tuple(part.to(model.device) for part in as_tuple(example_inputs(task, clip)))
+    yield from map(_bytes, inputs)  # what a recurrent task is given is among them
+    raw = model.float_forward(inputs)
     yield from map(_bytes, (task.output(raw, model.frame_size), clip.frames, store.targets[index]))
     yield from map(_bytes, (store.teacher[index], store.error_table))
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from resq_rl.envs import ClipStore, Decision, Simulator, TableCache, measure, respond
+from resq_rl.envs.table_cache import fingerprint
 from resq_rl.errors import SettingsError, VideoError
 from resq_rl.perception import MaskPropagation, clip_inputs, j_and_f, predict_clip
 from resq_rl.policies import DynamicResQ
@@ -188,3 +189,15 @@ def test_clips_without_an_object_to_follow_are_refused(model: ResQModel) -> None
             predict_clip(model.float_forward, TASK, wrong)
         with pytest.raises(VideoError, match=message):
             ClipStore.prepare(model, TASK, [wrong], source="teacher")
+
+
+def test_fingerprints_tell_what_is_given_with_a_clip(model: ResQModel) -> None:
+    """Masks of the first frame alone differ, which no target shows: first frames do not count."""
+    clip = objects([5])[0]
+    assert clip.labels is not None
+    other = clip.labels.clone()
+    other[0, :6] = 0
+    stores = [ClipStore.prepare(model, TASK, [c]) for c in (clip, clip, replace(clip, labels=other))]
+    first, again, given = (fingerprint(model, TASK, store, 0, GRID, None) for store in stores)
+    assert first == again
+    assert first != given
