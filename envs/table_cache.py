@@ -96,11 +96,11 @@ def _parts(
             yield from map(_bytes, model.integer_weights(site.operator, residual=residual))
         yield b"" if site.operator.bias is None else _bytes(site.operator.bias)
     clip = store.clips[index]
-    raw = model.float_forward(tuple(part.to(model.device) for part in as_tuple(example_inputs(task, clip))))
+    inputs = tuple(part.to(model.device) for part in as_tuple(example_inputs(task, clip)))
+    yield from map(_bytes, inputs)  # what a recurrent task is given is among them
+    raw = model.float_forward(inputs)
     yield from map(_bytes, (task.output(raw, model.frame_size), clip.frames, store.targets[index]))
     yield from map(_bytes, (store.teacher[index], store.error_table))
-    for start in store.starts[index : index + 1]:
-        yield from map(_bytes, (start.prediction, start.template))
 
 
 def _bytes(values: Tensor) -> bytes:
