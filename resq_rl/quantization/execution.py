@@ -109,6 +109,7 @@ class Execution:
         self.position = 0
         self._costs: list[Tensor] = []
         self._carried: dict[tuple[int, Pair], tuple[Tensor | None, Tensor]] = {}
+        self._rows: Tensor | None = None  # of thresholds in the residual tables
 
     def __call__(self, operator: ResidualOperator, x: Tensor) -> Tensor:
         """The operator's quantized output; its cost is kept."""
@@ -168,7 +169,7 @@ class Execution:
         decision, site = self.rest_decision, plan.site
         place = plan.group, site.map_size(x)
         if place not in self._carried:
-            self._carried[place] = _carried(decision, *place)
+            self._carried[place] = self._carry(*place)
         tau, index = self._carried[place]
         kappa = None if isinstance(decision, LevelField) else tuple(decision.kappa)
         steps = table.lookup(kappa, plan.costs, x.device)
@@ -177,6 +178,16 @@ class Execution:
             x.view(shape), reference.view(shape), steps, index, step, tau, table.sigma, kappa or ()
         )
         return codes.view(x.shape), cost
+
+    def _carry(self, group: int, size: Pair) -> tuple[Tensor | None, Tensor]:
+        """At a layer's resolution, a group's thresholds and their rows in residual tables; or None and its levels."""
+        decision = self.rest_decision
+        if isinstance(decision, LevelField):
+            return None, carry(decision.levels[:, group], size, "max").contiguous()
+        if self._rows is None:
+            self._rows = threshold_row(decision.thresholds)
+        tau, row = (carry(x[:, group], size, "min").contiguous() for x in (decision.thresholds, self._rows))
+        return tau, row
 
     def _store_output(self, y: Tensor) -> None:
         state = self.state
@@ -267,11 +278,3 @@ def _exact_share(length: int, cells: int) -> Float64[Tensor, "cells length"]:
     """The share of each position's cost that each cell bears, in double precision: regions must sum to the whole."""
     members = (cells_of(length, cells)[1] > 0).double()
     return members / members.sum(0)
-
-
-def _carried(decision: Field, group: int, size: tuple[int, int]) -> tuple[Tensor | None, Tensor]:
-    """At a layer's resolution, a group's thresholds and their rows in the residual tables; or None and its levels."""
-    if isinstance(decision, LevelField):
-        return None, carry(decision.levels[:, group], size, "max").contiguous()
-    tau = decision.thresholds[:, group]
-    return carry(tau, size, "min").contiguous(), carry(threshold_row(tau), size, "min").contiguous()

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
-from ctypes import POINTER, c_float, c_int, c_int64
+from ctypes import c_float, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
@@ -118,14 +118,6 @@ _FLAGS = ["-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapp
 _EXTRAS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
 
 
-class _Shape(ctypes.Structure):
-    _fields_ = [(name, c_int64) for name in ("clips", "channels", "pixels", "channels_last", "threads")]
-
-
-class _Steps(ctypes.Structure):
-    _fields_ = [(name, POINTER(c_float)) for name in ("inverse", "limit", "unit", "cost")]
-
-
 @lru_cache(maxsize=1)
 def native() -> Kernels:
     """The kernels in C; the plain ones, and a line in the log, where nothing on this machine can compile them.
@@ -182,7 +174,7 @@ def _processor() -> str:
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []
     return "".join(
-        [platform.machine(), platform.processor(), *{x for x in lines if x.startswith(("flags", "model name"))}]
+        [platform.machine(), platform.processor(), *sorted({x for x in lines if x.startswith(("flags", "model name"))})]
     )
 
 
@@ -192,6 +184,9 @@ class _Native:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._encode, self._encode_keyframe = library.resq_encode, library.resq_encode_keyframe
         self._encode.restype = self._encode_keyframe.restype = None
+        shape = [c_int64] * 5
+        self._encode.argtypes = [*shape, *[c_void_p] * 6, c_float, c_void_p, c_int64, c_void_p, c_int64, c_int, c_float]
+        self._encode_keyframe.argtypes = [c_int64, c_int64, *[c_void_p] * 3, *[c_float] * 3]
 
     def kernels(self) -> Kernels:
         return Kernels(self.encode, self.encode_keyframe)
@@ -217,46 +212,42 @@ class _Native:
                 reference.copy_(dense)
             return found
         x, index = x.contiguous(memory_format=layout), index.contiguous()
-        codes, cost = torch.empty_like(x), torch.empty(index.shape)
+        codes, cost, steps = torch.empty_like(x), torch.empty(index.shape), steps.contiguous()
         thresholds = None if tau is None else tau.contiguous()
         clips, channels, height, width = x.shape
         self._encode(
-            ctypes.byref(
-                _Shape(clips, channels, height * width, layout == torch.channels_last, torch.get_num_threads())
-            ),
-            _data(x),
-            _data(reference),
-            _data(codes),
-            _data(cost),
-            ctypes.c_void_p(index.data_ptr()),
-            None if thresholds is None else _data(thresholds),
-            c_float(sigma),
-            (c_float * len(kappa))(*kappa),
-            c_int64(0 if thresholds is None else len(kappa)),
-            ctypes.byref(_Steps(*(ctypes.cast(_data(part), POINTER(c_float)) for part in steps.unbind()))),
-            c_int(step is not None),
-            c_float(step or 0.0),
+            clips,
+            channels,
+            height * width,
+            layout == torch.channels_last,
+            torch.get_num_threads(),
+            x.data_ptr(),
+            reference.data_ptr(),
+            codes.data_ptr(),
+            cost.data_ptr(),
+            index.data_ptr(),
+            None if thresholds is None else thresholds.data_ptr(),
+            sigma,
+            _floats(tuple(kappa)),
+            0 if thresholds is None else len(kappa),
+            steps.data_ptr(),
+            steps.shape[1],
+            step is not None,
+            step or 0.0,
         )
         return codes, cost
 
     def encode_keyframe(self, x: Tensor, step: float, low: float, high: float) -> tuple[Tensor, Tensor]:
         x = x.contiguous(memory_format=_layout(x)) if x.dim() == 4 else x.contiguous()
         codes, values = torch.empty_like(x), torch.empty_like(x)
-        self._encode_keyframe(
-            c_int64(x.numel()),
-            c_int64(torch.get_num_threads()),
-            _data(x),
-            _data(codes),
-            _data(values),
-            c_float(step),
-            c_float(low),
-            c_float(high),
-        )
+        pointers = x.data_ptr(), codes.data_ptr(), values.data_ptr()
+        self._encode_keyframe(x.numel(), torch.get_num_threads(), *pointers, step, low, high)
         return codes, values
 
 
-def _data(x: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(x.data_ptr())
+@lru_cache(maxsize=64)
+def _floats(values: tuple[float, ...]) -> Any:
+    return (c_float * len(values))(*values)
 
 
 def _layout(x: Float[Tensor, "b c h w"]) -> torch.memory_format:

@@ -12,16 +12,6 @@
 
 enum { BLOCK = 64, NARROW = 16 };
 
-typedef struct {
-    int64_t clips, channels, pixels;
-    int64_t channels_last;
-    int64_t threads;
-} Shape;
-
-typedef struct {
-    const float *inverse, *limit, *unit, *cost;
-} Steps;
-
 static inline float quantized(float scaled, float low, float high) {
     float code = rintf(scaled);
     code = code < low ? low : code;
@@ -109,16 +99,17 @@ static void encode_block(const float *restrict x, float *restrict reference, flo
     }
 }
 
-// Codes of residuals, with the reference moved by them where `moves`. The entry of `steps` of a pixel is index[p]; or,
-// where `kappas` > 0, index[p] * (kappas + 1) + #{j : magnitude > tau[p] * sigma * kappa[j]}.
-void resq_encode(const Shape *shape, const float *x, float *reference, float *codes, float *cost, const int64_t *index,
-                 const float *tau, float sigma, const float *kappa, int64_t kappas, const Steps *steps, int moves,
+// Codes of residuals, with the reference moved by them where `moves`. `steps` holds 1 / step, largest code, units and
+// cost of `entries`, one after the other. A pixel's entry is index[p]; or, where `kappas` > 0,
+// index[p] * (kappas + 1) + #{j : magnitude > tau[p] * sigma * kappa[j]}.
+void resq_encode(int64_t clips, int64_t channels, int64_t pixels, int64_t channels_last, int64_t threads,
+                 const float *x, float *reference, float *codes, float *cost, const int64_t *index, const float *tau,
+                 float sigma, const float *kappa, int64_t kappas, const float *steps, int64_t entries, int moves,
                  float step) {
-    const int64_t pixels = shape->pixels, channels = shape->channels;
-    const int64_t pixel = shape->channels_last ? channels : 1, channel = shape->channels_last ? 1 : pixels;
+    const int64_t pixel = channels_last ? channels : 1, channel = channels_last ? 1 : pixels;
     const int64_t blocks = (pixels + BLOCK - 1) / BLOCK;
-#pragma omp parallel for num_threads(shape->threads) if (shape->threads > 1)
-    for (int64_t b = 0; b < shape->clips * blocks; b++) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t b = 0; b < clips * blocks; b++) {
         const int64_t clip = b / blocks, first = b % blocks * BLOCK;
         const int64_t count = pixels - first < BLOCK ? pixels - first : BLOCK, at = clip * pixels + first;
         const int64_t start = clip * pixels * channels + first * pixel;
@@ -132,10 +123,10 @@ void resq_encode(const Shape *shape, const float *x, float *reference, float *co
                 entry *= kappas + 1;
                 for (int64_t j = 0; j < kappas; j++) entry += magnitude[p] > bound * kappa[j];
             }
-            inverse[p] = steps->inverse[entry];
-            limit[p] = steps->limit[entry];
-            unit[p] = steps->unit[entry];
-            cost[at + p] = steps->cost[entry];
+            inverse[p] = steps[entry];
+            limit[p] = steps[entries + entry];
+            unit[p] = steps[2 * entries + entry];
+            cost[at + p] = steps[3 * entries + entry];
         }
         encode_block(x + start, reference + start, codes + start, channels, count, pixel, channel, inverse, limit, unit,
                      moves, step);
