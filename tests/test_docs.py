@@ -90,3 +90,11 @@ def test_every_page_is_in_the_navigation() -> None:
     settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     pages = {str(page.relative_to(ROOT / "docs")) for page in PAGES[1:]}
     assert set(re.findall(r"(\S+\.md)$", settings, re.MULTILINE)) == pages
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
+def test_links_stay_among_the_pages(page: Path) -> None:
+    """What lies outside `docs` is not part of the website: such a link would break there."""
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / link).resolve().is_relative_to(ROOT / "docs"), link
+        assert (page.parent / link).is_file(), link
