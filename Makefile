@@ -1,6 +1,7 @@
 # make demo    the main job on its embedded default: calibrate, tune, train, compare, plot
 # make test    the tests            make test ARGS="tests/video -k davis"
 # make lint    ruff, mypy --strict, import-linter
+# make docs    the documentation as a website, in site/; warnings are errors
 # make bench   how fast the simulation is on this machine
 # make format  let ruff mend what it can
 # make venv    set up .venv and no more
@@ -10,12 +11,12 @@
 #   PYTHON      interpreter to build .venv from, 3.11 or newer (default python3)
 #   TORCH_ARGS  pip options for PyTorch alone, such as an --index-url with builds for another device
 #   TASK        experiment that `make demo` runs (configs/experiment/TASK.yaml)
-#   ARGS        further arguments of `make demo` (Hydra overrides), `make test` (pytest) or `make bench` (Hydra overrides)
+#   ARGS        further arguments of `make demo` and `make bench` (Hydra overrides), `make test` (pytest) or `make docs` (MkDocs)
 
 SHELL := /bin/bash -o pipefail
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint bench format clean
+.PHONY: help venv demo test lint docs bench format clean
 
 PYTHON ?= python3
 TORCH_ARGS ?=
@@ -57,8 +58,11 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy resq_rl tests
+	$(BIN)/mypy resq_rl tests examples
 	$(BIN)/lint-imports
+
+docs: $(STAMP)
+	@NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict $(ARGS)
 
 bench: $(STAMP)
 	@$(BIN)/resq-rl bench $(ARGS)
@@ -68,5 +72,5 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage htmlcov
+	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage htmlcov
 	find resq_rl envs policies configs tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
