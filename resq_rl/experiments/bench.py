@@ -6,6 +6,7 @@ median over the rounds of the ratio to the reference of the same round.
 
 import logging
 import os
+import pickle
 import platform
 import resource
 import statistics
@@ -275,6 +276,11 @@ def _timed(owner: Any, name: str, spent: dict[str, float]) -> Iterator[None]:
 def _processes(world: World) -> dict[str, Any]:
     """Frames per second of region agents in one batch, and of a process with an environment of its own per clip."""
     count = world.settings.benchmark.processes
+    try:
+        pickle.dumps(world.model)
+    except (TypeError, AttributeError, pickle.PicklingError) as error:  # as exported programs do
+        log.warning("The rate against processes is not measured: the network cannot be sent to them (%s).", error)
+        return {}
     core = _agents(world)
     rate = _rate(AgentsVecEnv(core), core.clips, RATE_STEPS)
     alone: list[Callable[[], Any]] = [
