@@ -314,6 +314,8 @@ def _run_job(session: _Session, config: Any, run_dir: Path, overrides: Sequence[
     if resume and record.finished and _text_of(run_dir / "config.yaml") == text:
         log.info("%s is finished already.", os.path.relpath(run_dir))
         return
+    if resume:
+        _check_same_world(run_dir, text)
     if resume and not (run_dir / "config.yaml").exists():
         log.info("There is nothing in %s to go on from: the run begins.", os.path.relpath(run_dir))
     module, _, function = session.command.job.partition(":")
@@ -382,6 +384,22 @@ def _recorded(record: "RunRecord", tracker: "Tracker") -> Iterator[None]:
     finally:
         with suppress(ResultsError) if status != "finished" else nullcontext():  # the job's own error counts
             tracker.log_artifact(record.end(status))
+
+
+def _check_same_world(run_dir: Path, text: str) -> None:
+    """Raise SettingsError if the run in a folder works on another network, task, video or environment."""
+    from omegaconf import OmegaConf
+
+    from resq_rl.errors import SettingsError
+
+    before, now = (OmegaConf.create(x or "{}") for x in (_text_of(run_dir / "config.yaml"), text))
+    names = [name for name in ("model", "task", "video", "environment", "quantization") if name in before]
+    differ = [name for name in names if before[name] != now.get(name)]
+    if differ:
+        raise SettingsError(
+            f"The run in {os.path.relpath(run_dir)} has other settings of {', '.join(differ)}: give the arguments that "
+            "it was begun with (they are in its run.json), and training.resume."
+        )
 
 
 def _text_of(path: Path) -> str | None:

@@ -146,7 +146,7 @@ def test_compare_looks_for_given_policies_before_anything_is_computed(
     assert "reading video" not in error
 
 
-def test_training_resumes_from_its_checkpoints(tmp_path: Path) -> None:
+def test_training_resumes_from_its_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = run(tmp_path, "train", "training.seeds=[0]", "training.frames=60")
     report = report_of(first / "seed0" / "checkpoints")
     assert report["done"]
@@ -162,6 +162,10 @@ def test_training_resumes_from_its_checkpoints(tmp_path: Path) -> None:
     more = run(tmp_path, "train", "training.seeds=[0]", "training.frames=120", f"training.resume={first}")
     assert more == first
     assert report_of(first / "seed0" / "checkpoints")["frames"] >= 120
+    other = ["train", *TINY, "video.speed=2.0", f"results={tmp_path}", f"training.resume={first}"]
+    assert main(other) == 2
+    assert "has other settings of video" in capsys.readouterr().err
+    assert "speed: 2.0" not in (first / "config.yaml").read_text()
 
 
 def report_of(checkpoints: Path) -> dict[str, Any]:
