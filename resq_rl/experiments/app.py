@@ -392,7 +392,8 @@ def _check_same_world(run_dir: Path, text: str) -> None:
 
     from resq_rl.errors import SettingsError
 
-    before, now = (OmegaConf.create(x or "{}") for x in (_text_of(run_dir / "config.yaml"), text))
+    texts = _text_of(run_dir / "config.yaml"), text
+    before, now = (dict(OmegaConf.create(content or "{}").items()) for content in texts)
     names = [name for name in ("model", "task", "video", "environment", "quantization") if name in before]
     differ = [name for name in names if before[name] != now.get(name)]
     if differ:
