@@ -268,10 +268,16 @@ def _keyframe_bops(sites: Sequence[Site], grid: Pair, cost: int) -> Float64[Tens
     found = []
     for site in sites:
         size = (site.input_shape[1], site.input_shape[2]) if site.operator.channel_axis == 1 else (1, 1)
-        pooling = _pooling(site.operator.geometry, size, grid, float(cost))
-        spent = (cost * pooling.coverage).to(pooling.rows.dtype)
-        found.append((pooling.rows @ spent @ pooling.columns).double() * site.macs_per_pixel)
+        found.append(_even_bops(site.operator.geometry, size, grid, cost) * site.macs_per_pixel)
     return torch.stack(found)
+
+
+@lru_cache(maxsize=1024)
+def _even_bops(geometry: Geometry, size: Pair, grid: Pair, cost: int) -> Float64[Tensor, "gh gw"]:
+    """Costs of an input by region, for one channel in and out, where every pixel costs the same."""
+    pooling = _pooling(geometry, size, grid, float(cost))
+    spent = (cost * pooling.coverage).to(pooling.rows.dtype)
+    return (pooling.rows @ spent @ pooling.columns).double()
 
 
 def _exact_share(length: int, cells: int) -> Float64[Tensor, "cells length"]:
