@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from resq_rl.experiments.report.provenance import versions
+from resq_rl.experiments.provenance import versions
 from resq_rl.experiments.settings import Settings
 from resq_rl.files import write_atomic
 

@@ -11,9 +11,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from resq_rl.experiments.decisions import Pair
 from resq_rl.experiments.plots import STYLES
+from resq_rl.experiments.provenance import command_of, versions
 from resq_rl.experiments.report.film import film
 from resq_rl.experiments.report.places import layer_rows, region_maps
-from resq_rl.experiments.report.provenance import command_of, versions
 from resq_rl.experiments.report.tables import cost_rows, curve_charts, delta_rows, front_chart, front_rows
 from resq_rl.experiments.report.verdict import choices_of, verdict_of
 from resq_rl.experiments.results import TITLES, Comparison, short_settings
