@@ -1,15 +1,12 @@
 """Tables of responses kept on disk: the same clip, network, ranges and grid are run once."""
 
 import hashlib
-import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as read_tensors
-from safetensors.torch import save as pack_tensors
 from torch import Tensor
 
 from resq_rl.envs.clips import ClipStore
@@ -18,13 +15,13 @@ from resq_rl.errors import ResultsError
 from resq_rl.files import write_atomic
 from resq_rl.perception import Task, example_inputs
 from resq_rl.quantization import FrameCost, ResQModel, as_tuple
+from resq_rl.sealed import DamagedError, pack, unpack
 
 __all__ = ["TableCache", "fingerprint"]
 
 log = logging.getLogger(__name__)
 
-FORMAT = "resq_rl table 2"
-DIGEST_BYTES = 32
+FORMAT = "resq_rl table 3"
 # By row of the table (frame, age, level); the rest are whole.
 _BY_ROW = ("counts", "region_error", "output", "residual", "frame_residual")
 _WHOLE = ("texture", "float_error", "bops")
@@ -116,9 +113,8 @@ def _packed(table: ResponseTable) -> bytes:
         tensors["counts"] = tensors["counts"].to(torch.int32)  # pixels of a frame or fewer, without loss
     tensors |= {name: getattr(table, name) for name in _WHOLE}
     tensors |= {f"cost.{name}": getattr(table.cost, name) for name in _COST}
-    about = {"about": json.dumps([FORMAT, table.frames, table.ages, table.state_bytes])}  # several keys have no order
-    content = pack_tensors({name: values.contiguous() for name, values in tensors.items()}, about)
-    return hashlib.sha256(content).digest() + content
+    about = {"frames": table.frames, "ages": table.ages, "state_bytes": table.state_bytes}
+    return pack({**about, "tensors": tensors})
 
 
 def _read(path: Path) -> ResponseTable | None:
@@ -130,21 +126,15 @@ def _read(path: Path) -> ResponseTable | None:
     except OSError as error:
         log.warning("Cannot read %s: %s. The table is computed anew.", path, error.strerror or error)
         return None
-    digest, content = whole[:DIGEST_BYTES], whole[DIGEST_BYTES:]
-    if hashlib.sha256(content).digest() != digest:
-        log.warning("%s is damaged. The table is computed anew.", path)
-        return None
     try:
-        return _unpacked(content)
-    except (SafetensorError, KeyError, ValueError) as error:
-        log.warning("%s is of another version (%s). The table is computed anew.", path, error)
+        return _table(unpack(whole))
+    except (DamagedError, KeyError, TypeError, ValueError) as error:
+        log.warning("%s is damaged (%s). The table is computed anew.", path, error)
         return None
 
 
-def _unpacked(content: bytes) -> ResponseTable:
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    _, frames, ages, state_bytes = json.loads(header["__metadata__"]["about"])
-    tensors = read_tensors(content)
+def _table(state: Mapping[str, Any]) -> ResponseTable:
+    frames, ages, tensors = state["frames"], state["ages"], state["tensors"]
     inside, parts = _inside(frames, ages), {}
     for name in _BY_ROW:
         rows = tensors[name] if tensors[name].is_floating_point() else tensors[name].long()
@@ -153,7 +143,7 @@ def _unpacked(content: bytes) -> ResponseTable:
         parts[name][inside] = rows
     parts |= {name: tensors[name] for name in _WHOLE}
     cost = FrameCost(*(tensors[f"cost.{name}"] for name in _COST))
-    return ResponseTable(**parts, cost=cost, state_bytes=state_bytes)
+    return ResponseTable(**parts, cost=cost, state_bytes=state["state_bytes"])
 
 
 def _inside(frames: int, ages: int) -> Tensor:
