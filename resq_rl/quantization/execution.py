@@ -13,9 +13,9 @@ from resq_rl.errors import NetworkError
 from resq_rl.quantization.calibration import SiteRanges
 from resq_rl.quantization.config import QuantizationConfig
 from resq_rl.quantization.fields import Field, LevelField, carry, cells_of
-from resq_rl.quantization.kernels import Kernels
+from resq_rl.quantization.kernels import Kernels, Product
 from resq_rl.quantization.ledger import FrameCost, bit_cost
-from resq_rl.quantization.operators import Geometry, Pair, ResidualOperator, products_in
+from resq_rl.quantization.operators import Geometry, Pair, ResidualOperator
 from resq_rl.quantization.residual import ResidualTable, threshold_row
 from resq_rl.quantization.rounding import IntegerWeight, Part
 from resq_rl.quantization.state import StreamState
@@ -35,18 +35,16 @@ class SitePlan:
 
     Attributes:
         group: index of its layer group.
-        keyframe, residual: integer weights.
+        keyframe, residual: by what codes are multiplied.
         costs: BOPs of one multiply-accumulate by level, under residual weights.
-        precision: in which products of codes and weights are exact and fastest.
     """
 
     site: Site
     ranges: SiteRanges
     group: int
-    keyframe: IntegerWeight
-    residual: IntegerWeight
+    keyframe: Product
+    residual: Product
     costs: tuple[float, ...]
-    precision: Literal["bf16", "ieee"]
 
 
 def plan_site(
@@ -55,20 +53,21 @@ def plan_site(
     group: int,
     weights: Mapping[Part, IntegerWeight],
     config: QuantizationConfig,
+    kernels: Kernels,
 ) -> SitePlan:
     """The plan of a site with integer `weights` of keyframes and residuals."""
-    width, operator = config.weight_bits(site.operator.layer_kind), site.operator
-    widest = max(config.key_weight_bits, config.key_activation_bits, width, *config.levels)
+    operator = site.operator
+    width = config.weight_bits(operator.layer_kind)
+    exact = max(config.key_weight_bits, config.key_activation_bits, width, *config.levels) <= EXACT_IN_BFLOAT16
     narrow = operator.channels_per_tap < WORTH_CONVERTING
-    return SitePlan(
-        site,
-        ranges,
-        group,
-        weights["keyframe"],
-        weights["residual"],
-        tuple(float(bit_cost(width, bits, config.bops_convention)) for bits in config.levels),
-        "bf16" if widest <= EXACT_IN_BFLOAT16 and not narrow else "ieee",
-    )
+
+    def product(part: Part) -> Product:
+        weight = weights[part]
+        precision: Literal["bf16", "ieee"] = "bf16" if exact and not narrow else "ieee"
+        return kernels.product(operator.geometry, weight.codes, weight.scale, exact=exact, precision=precision)
+
+    costs = tuple(float(bit_cost(width, bits, config.bops_convention)) for bits in config.levels)
+    return SitePlan(site, ranges, group, product("keyframe"), product("residual"), costs)
 
 
 def check_order(sites: list[Site], position: int, operator: ResidualOperator) -> None:
@@ -137,18 +136,14 @@ class Execution:
         return y.clone() if plan.site.overwritten else y
 
     def _keyframe(self, plan: SitePlan, x: Tensor, rows: Any) -> Tensor:
-        operator, state = plan.site.operator, self.state
-        codes, values = self.kernels.encode_keyframe(x, *plan.ranges.keyframe.bounds)
+        operator, quantizer, state = plan.site.operator, plan.ranges.keyframe, self.state
+        codes, values = self.kernels.encode_keyframe(x, *quantizer.bounds, plan.keyframe)
         if isinstance(rows, slice):
             state.inputs[self.position] = values
         else:
             state.inputs[self.position][rows] = values
-        with products_in(plan.precision):
-            total = operator.geometry.apply(codes, plan.keyframe.codes)
-        scale = plan.keyframe.scale * plan.ranges.keyframe.step
-        if operator.bias is None:
-            return total.mul_(scale)
-        return torch.addcmul(operator.per_channel(operator.bias), total, scale, out=total)
+        bias = None if operator.bias is None else operator.per_channel(operator.bias)
+        return self.kernels.accumulate(plan.keyframe, codes, quantizer.step, bias)
 
     def _residual(self, plan: SitePlan, x: Tensor, rows: Any) -> Tensor:
         state, table = self.state, plan.ranges.residual[self.state.reference]
@@ -158,9 +153,7 @@ class Execution:
         self._costs.append(cost)
         if step is not None and not isinstance(rows, slice):
             state.inputs[self.position][rows] = reference
-        with products_in(plan.precision):
-            total = plan.site.operator.geometry.apply(codes, plan.residual.codes)
-        return torch.addcmul(state.outputs[self.position][rows], total, plan.residual.scale * table.step, out=total)
+        return self.kernels.accumulate(plan.residual, codes, table.step, state.outputs[self.position][rows])
 
     def _encode(
         self, plan: SitePlan, x: Tensor, reference: Tensor, table: ResidualTable, step: float | None
@@ -174,10 +167,9 @@ class Execution:
         kappa = None if isinstance(decision, LevelField) else tuple(decision.kappa)
         steps = table.lookup(kappa, plan.costs, x.device)
         shape = x.shape if site.operator.channel_axis == 1 else (len(x), -1, 1, 1)  # a linear layer has one level
-        codes, cost = self.kernels.encode(
-            x.view(shape), reference.view(shape), steps, index, step, tau, table.sigma, kappa or ()
-        )
-        return codes.view(x.shape), cost
+        parts = x.view(shape), reference.view(shape), steps, index, step, tau, table.sigma, kappa or (), plan.residual
+        codes, cost = self.kernels.encode(*parts)
+        return codes if site.operator.channel_axis == 1 else codes.view(x.shape), cost
 
     def _carry(self, group: int, size: Pair) -> tuple[Tensor | None, Tensor]:
         """At a layer's resolution, a group's thresholds and their rows in residual tables; or None and its levels."""

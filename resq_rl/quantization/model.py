@@ -16,8 +16,9 @@ from resq_rl.quantization.execution import Execution, SitePlan, check_order, pla
 from resq_rl.quantization.fields import Field
 from resq_rl.quantization.groups import layer_groups
 from resq_rl.quantization.inputs import Inputs, as_tuple, float_frames
-from resq_rl.quantization.kernels import PLAIN, Kernels, native
+from resq_rl.quantization.kernels import PLAIN, Kernels
 from resq_rl.quantization.ledger import FrameCost, bit_cost
+from resq_rl.quantization.native import native
 from resq_rl.quantization.operators import LayerKind, ResidualOperator, Switch, laid_out
 from resq_rl.quantization.residual import largest_code
 from resq_rl.quantization.rounding import FINE, IntegerWeight, Part, integer_weight
@@ -81,6 +82,7 @@ class ResQModel:
     def compile(self) -> "ResQModel":
         """Run the elementwise work of steps as compiled C where this machine can; results stay bit for bit."""
         self.kernels = native() if self.device.type == "cpu" else PLAIN
+        self._plan()
         return self
 
     @property
@@ -107,7 +109,14 @@ class ResQModel:
     def _plan(self) -> None:
         """Gather what passes need of every site, once it is calibrated."""
         self._plans: list[SitePlan] = [
-            plan_site(site, ranges, int(group), {p: w[site.operator] for p, w in self._weights.items()}, self.config)
+            plan_site(
+                site,
+                ranges,
+                int(group),
+                {p: w[site.operator] for p, w in self._weights.items()},
+                self.config,
+                self.kernels,
+            )
             for site, ranges, group in zip(self.sites, self.ranges, self.group_of_site, strict=False)
         ]
 

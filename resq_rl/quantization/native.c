@@ -1,14 +1,25 @@
-// The elementwise work around an operator, each in one pass over memory. kernels.py holds the same in PyTorch and says
-// what each means; both give the same numbers bit for bit: every product, sum and rounding is written out, and the
-// compiler is told not to contract.
+// The elementwise work around an operator, each in one pass over memory, and convolutions of codes. kernels.py holds the
+// same in PyTorch and says what each means; both give the same numbers bit for bit: every product, sum and rounding is
+// written out, and the compiler is told not to contract.
 //
 // Tensors are float32, (clips, channels, pixels), dense in one of two layouts: `channels_last` != 0 holds the channels
 // of a pixel side by side, else the pixels of a channel. A block of pixels stays in the cache from the magnitude to the
 // codes.
+//
+// Codes for `resq_convolve` lie in a room instead: in bfloat16, which holds them exactly, channels last, with the
+// convolution's padding around them.
 
+#define _GNU_SOURCE
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+
+#if defined(__AMX_BF16__) && defined(__linux__)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#define TILES 1
+#endif
 
 enum { BLOCK = 64, NARROW = 16 };
 
@@ -65,9 +76,21 @@ static inline float coded(float x, float *restrict reference, float inverse, flo
     return code;
 }
 
-static void encode_block(const float *restrict x, float *restrict reference, float *restrict codes, int64_t channels,
-                         int64_t count, int64_t pixel, int64_t channel, const float *inverse, const float *limit,
-                         const float *unit, int moves, float step) {
+static inline void put(void *restrict codes, int64_t index, float code, int half) {
+    if (half) {
+        uint32_t bits;
+        memcpy(&bits, &code, sizeof bits);
+        ((uint16_t *)codes)[index] = (uint16_t)(bits >> 16);
+    } else {
+        ((float *)codes)[index] = code;
+    }
+}
+
+// Codes of a block of pixels, to where `codes` begins; with `half` in bfloat16.
+static inline __attribute__((always_inline)) void encode_block(
+    const float *restrict x, float *restrict reference, void *restrict codes, int half, int64_t channels, int64_t count,
+    int64_t pixel, int64_t channel, const float *inverse, const float *limit, const float *unit, int moves, float step) {
+    const size_t size = half ? sizeof(uint16_t) : sizeof(float);
     if (channel == 1 && channels < NARROW) {
         float i[BLOCK * NARROW], l[BLOCK * NARROW], u[BLOCK * NARROW];
         for (int64_t p = 0; p < count; p++)
@@ -76,43 +99,67 @@ static void encode_block(const float *restrict x, float *restrict reference, flo
                 l[p * channels + c] = limit[p];
                 u[p * channels + c] = unit[p];
             }
-        for (int64_t k = 0; k < count * channels; k++) codes[k] = coded(x[k], reference + k, i[k], l[k], u[k], moves, step);
+        for (int64_t k = 0; k < count * channels; k++)
+            put(codes, k, coded(x[k], reference + k, i[k], l[k], u[k], moves, step), half);
     } else if (channel == 1) {
         for (int64_t p = 0; p < count; p++) {
             const float *xs = x + p * pixel;
-            float *rs = reference + p * pixel, *cs = codes + p * pixel;
+            float *rs = reference + p * pixel;
+            void *cs = (char *)codes + (size_t)(p * pixel) * size;
             const float i = inverse[p], l = limit[p], u = unit[p];
             if (l == 0.0f) {
-                memset(cs, 0, (size_t)channels * sizeof(float));
+                memset(cs, 0, (size_t)channels * size);
             } else if (moves) {
-                for (int64_t c = 0; c < channels; c++) cs[c] = coded(xs[c], rs + c, i, l, u, 1, step);
+                for (int64_t c = 0; c < channels; c++) put(cs, c, coded(xs[c], rs + c, i, l, u, 1, step), half);
             } else {
-                for (int64_t c = 0; c < channels; c++) cs[c] = coded(xs[c], rs + c, i, l, u, 0, step);
+                for (int64_t c = 0; c < channels; c++) put(cs, c, coded(xs[c], rs + c, i, l, u, 0, step), half);
             }
         }
     } else {
         for (int64_t c = 0; c < channels; c++) {
             const float *xs = x + c * channel;
-            float *rs = reference + c * channel, *cs = codes + c * channel;
+            float *rs = reference + c * channel, *cs = (float *)codes + c * channel;
             for (int64_t p = 0; p < count; p++) cs[p] = coded(xs[p], rs + p, inverse[p], limit[p], unit[p], moves, step);
         }
     }
 }
 
+// Where the codes of an image's row begin in a room of `margins`: left, right, top, bottom and what lies behind the last
+// clip. What surrounds the row is set to 0.
+static uint16_t *row_in_room(uint16_t *room, const int64_t *margins, int64_t clips, int64_t channels, int64_t rows,
+                             int64_t columns, int64_t clip, int64_t row) {
+    const int64_t left = margins[0], right = margins[1], top = margins[2], bottom = margins[3];
+    const int64_t width = (left + columns + right) * channels;
+    uint16_t *start = room + (clip * (top + rows + bottom) + top + row) * width, *after = start + width;
+    memset(start, 0, (size_t)(left * channels) * sizeof *room);
+    memset(after - right * channels, 0, (size_t)(right * channels) * sizeof *room);
+    if (row == 0) memset(start - top * width, 0, (size_t)(top * width) * sizeof *room);
+    if (row == rows - 1) {
+        memset(after, 0, (size_t)(bottom * width) * sizeof *room);
+        if (clip == clips - 1) memset(after + bottom * width, 0, (size_t)margins[4] * sizeof *room);
+    }
+    return start + left * channels;
+}
+
 // Codes of residuals, with the reference moved by them where `moves`. `steps` holds 1 / step, largest code, units and
 // cost of `entries`, one after the other. A pixel's entry is index[p]; or, where `kappas` > 0,
-// index[p] * (kappas + 1) + #{j : magnitude > tau[p] * sigma * kappa[j]}.
-void resq_encode(int64_t clips, int64_t channels, int64_t pixels, int64_t channels_last, int64_t threads,
-                 const float *x, float *reference, float *codes, float *cost, const int64_t *index, const float *tau,
-                 float sigma, const float *kappa, int64_t kappas, const float *steps, int64_t entries, int moves,
-                 float step) {
-    const int64_t pixel = channels_last ? channels : 1, channel = channels_last ? 1 : pixels;
-    const int64_t blocks = (pixels + BLOCK - 1) / BLOCK;
+// index[p] * (kappas + 1) + #{j : magnitude > tau[p] * sigma * kappa[j]}. With `margins` the codes lie in a room.
+void resq_encode(int64_t clips, int64_t channels, int64_t rows, int64_t columns, int64_t channels_last, int64_t threads,
+                 const float *x, float *reference, void *codes, const int64_t *margins, float *cost,
+                 const int64_t *index, const float *tau, float sigma, const float *kappa, int64_t kappas,
+                 const float *steps, int64_t entries, int moves, float step) {
+    const int64_t all = rows * columns;
+    if (!margins) {  // blocks need not end with a row
+        columns = all;
+        rows = 1;
+    }
+    const int64_t pixel = channels_last ? channels : 1, channel = channels_last ? 1 : all;
+    const int64_t blocks = (columns + BLOCK - 1) / BLOCK;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t b = 0; b < clips * blocks; b++) {
-        const int64_t clip = b / blocks, first = b % blocks * BLOCK;
-        const int64_t count = pixels - first < BLOCK ? pixels - first : BLOCK, at = clip * pixels + first;
-        const int64_t start = clip * pixels * channels + first * pixel;
+    for (int64_t b = 0; b < clips * rows * blocks; b++) {
+        const int64_t clip = b / (rows * blocks), row = b / blocks % rows, first = b % blocks * BLOCK;
+        const int64_t count = columns - first < BLOCK ? columns - first : BLOCK;
+        const int64_t at = clip * all + row * columns + first, start = clip * all * channels + (at - clip * all) * pixel;
         float inverse[BLOCK], limit[BLOCK], unit[BLOCK], magnitude[BLOCK];
         if (kappas > 0)
             largest_magnitudes(x + start, reference + start, channels, count, pixel, channel, magnitude);
@@ -128,17 +175,145 @@ void resq_encode(int64_t clips, int64_t channels, int64_t pixels, int64_t channe
             unit[p] = steps[2 * entries + entry];
             cost[at + p] = steps[3 * entries + entry];
         }
-        encode_block(x + start, reference + start, codes + start, channels, count, pixel, channel, inverse, limit, unit,
-                     moves, step);
+        if (margins) {
+            uint16_t *own = row_in_room(codes, margins, clips, channels, rows, columns, clip, row) + first * channels;
+            encode_block(x + start, reference + start, own, 1, channels, count, pixel, channel, inverse, limit, unit,
+                         moves, step);
+        } else {
+            encode_block(x + start, reference + start, (float *)codes + start, 0, channels, count, pixel, channel,
+                         inverse, limit, unit, moves, step);
+        }
     }
 }
 
-// Codes and values of `count` numbers.
-void resq_encode_keyframe(int64_t count, int64_t threads, const float *restrict x, float *restrict codes,
+// Codes and values of a keyframe; with `margins` the codes lie in a room, and x is channels last.
+void resq_encode_keyframe(int64_t clips, int64_t channels, int64_t rows, int64_t columns, int64_t threads,
+                          const float *restrict x, void *restrict codes, const int64_t *margins,
                           float *restrict values, float step, float low, float high) {
+    const int64_t count = columns * channels;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < count; i++) {
-        codes[i] = quantized(x[i] / step, low, high);
-        values[i] = codes[i] * step;
+    for (int64_t r = 0; r < clips * rows; r++) {
+        const float *xs = x + r * count;
+        float *vs = values + r * count;
+        if (margins) {
+            uint16_t *own = row_in_room(codes, margins, clips, channels, rows, columns, r / rows, r % rows);
+            for (int64_t i = 0; i < count; i++) {
+                const float code = quantized(xs[i] / step, low, high);
+                put(own, i, code, 1);
+                vs[i] = code * step;
+            }
+        } else {
+            float *own = (float *)codes + r * count;
+            for (int64_t i = 0; i < count; i++) {
+                own[i] = quantized(xs[i] / step, low, high);
+                vs[i] = own[i] * step;
+            }
+        }
     }
+}
+
+// Whether this process may use the processor's matrix tiles, on which `resq_convolve` runs.
+int resq_tiles(void) {
+#ifdef TILES
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+    return 0;
+#endif
+}
+
+#ifdef TILES
+enum { SIDE = 16, DEPTH = 32, PAIR = 2 * SIDE };  // pixels or channels of a tile, and values that it multiplies at once
+
+static void configure_tiles(void) {
+    struct __attribute__((packed)) {
+        uint8_t palette, start, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } all = {.palette = 1};
+    for (int i = 0; i < 8; i++) {
+        all.bytes[i] = 64;
+        all.rows[i] = SIDE;
+    }
+    _tile_loadconfig(&all);
+}
+
+// Products of two tiles of pixels, whose codes begin at `first` and `second`, with two tiles of output channels, or with
+// one where `next` is NULL. Each step is a row of the kernel: its taps and their channels lie side by side.
+static inline void multiply(const uint16_t *first, const uint16_t *second, int64_t stride, int64_t line, int64_t lines,
+                            int64_t steps, const uint16_t *tiles, const uint16_t *next, float sums[2][SIDE][PAIR]) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < lines; k++)
+        for (int64_t s = 0; s < steps; s++) {
+            const int64_t tile = (k * steps + s) * SIDE * DEPTH, place = k * line + s * DEPTH;
+            _tile_loadd(4, first + place, stride);
+            _tile_loadd(5, second + place, stride);
+            _tile_loadd(6, tiles + tile, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(2, 5, 6);
+            if (next) {
+                _tile_loadd(7, next + tile, 64);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        }
+    _tile_stored(0, sums[0][0], PAIR * sizeof(float));
+    _tile_stored(1, sums[0][0] + SIDE, PAIR * sizeof(float));
+    _tile_stored(2, sums[1][0], PAIR * sizeof(float));
+    _tile_stored(3, sums[1][0] + SIDE, PAIR * sizeof(float));
+}
+#endif
+
+// The convolution of codes in a room with integer weights: y = fma(total, scale, base), channels last. `shape` holds
+// clips; rows, columns and channels of the output; rows, columns and channels of the room; rows and columns of the
+// kernel; its stride down and across. `base` has a number for each output where `by_pixel`, else for each channel.
+// `tiles` holds the weights by 16 output channels, row of the kernel and 32 inputs, as kernels.py lays them out.
+void resq_convolve(const int64_t *shape, int64_t threads, const uint16_t *room, const uint16_t *tiles,
+                   const float *scale, const float *base, int by_pixel, float *y) {
+#ifdef TILES
+    const int64_t clips = shape[0], rows = shape[1], columns = shape[2], outputs = shape[3];
+    const int64_t room_rows = shape[4], room_columns = shape[5], channels = shape[6];
+    const int64_t lines = shape[7], steps = (shape[8] * channels + DEPTH - 1) / DEPTH;
+    const int64_t line = room_columns * channels, stride = shape[10] * channels * (int64_t)sizeof *room;
+    const int64_t across = (columns + SIDE - 1) / SIDE, pairs = (rows * across + 1) / 2;
+    const int64_t block = lines * steps * SIDE * DEPTH;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        float sums[2][SIDE][PAIR] __attribute__((aligned(64)));
+        configure_tiles();
+#pragma omp for
+        for (int64_t pair = 0; pair < clips * pairs; pair++) {
+            const int64_t clip = pair / pairs, first = pair % pairs * 2;
+            const int64_t both = first + 1 < rows * across ? 2 : 1;
+            const uint16_t *codes[2];
+            for (int64_t t = 0; t < 2; t++) {
+                const int64_t tile = first + (t < both ? t : 0), row = tile / across, column = tile % across * SIDE;
+                codes[t] = room + (clip * room_rows + row * shape[9]) * line + column * shape[10] * channels;
+            }
+            for (int64_t from = 0; from < outputs; from += PAIR) {
+                const int64_t some = outputs - from < PAIR ? outputs - from : PAIR;
+                const uint16_t *own = tiles + from / SIDE * block;
+                multiply(codes[0], codes[1], stride, line, lines, steps, own, some > SIDE ? own + block : 0, sums);
+                for (int64_t t = 0; t < both; t++) {
+                    const int64_t row = (first + t) / across, column = (first + t) % across * SIDE;
+                    const int64_t valid = columns - column < SIDE ? columns - column : SIDE;
+                    const int64_t at = ((clip * rows + row) * columns + column) * outputs + from;
+                    for (int64_t p = 0; p < valid; p++) {
+                        const float *total = sums[t][p], *factor = scale + from;
+                        const float *added = by_pixel ? base + at + p * outputs : base + from;
+                        float *out = y + at + p * outputs;
+#pragma GCC ivdep
+                        for (int64_t c = 0; c < some; c++) out[c] = fmaf(total[c], factor[c], added[c]);
+                    }
+                }
+            }
+        }
+        _tile_release();
+    }
+#else
+    (void)shape, (void)threads, (void)room, (void)tiles, (void)scale, (void)base, (void)by_pixel, (void)y;
+#endif
 }
