@@ -135,7 +135,7 @@ class Simulator:
         self.trade_off = torch.full((slots,), trade_off_range[0])
         self.spent = torch.zeros(slots, dtype=torch.float64)
         self._frame = torch.zeros(slots, 3, height, width, dtype=torch.uint8)
-        self._reference_frame, self._key_frame = torch.zeros_like(self._frame), torch.zeros_like(self._frame)
+        self._key_frame = torch.zeros_like(self._frame)
         self._recurrent = task if isinstance(task, Recurrent) else None
         self._previous = torch.stack([start.prediction for start in store.starts[:1] * slots] or [torch.zeros(0)])
         self._output = torch.zeros(slots, *grid, 3)
@@ -303,11 +303,12 @@ class Simulator:
         """Remember what the next observations need of the frames that ran."""
         share, spent = self._spending_of(cost)
         self._output[rows], self._spent_there[rows] = features, spent
-        self._frame[rows] = frames
+        if len(rows) == self.slots and bool((rows == torch.arange(self.slots)).all()):
+            self._frame = frames
+        else:
+            self._frame[rows] = frames
         key = rows[cost.keyframe]
         self._key_frame[key] = self._frame[key]
-        moved = rows if self.reference == "previous" else key
-        self._reference_frame[moved] = self._frame[moved]
         return self._advance(rows, prediction, error, cost, share, cost.total / self.reference_bops)
 
     def _spending_of(self, cost: FrameCost) -> tuple[Float[Tensor, "b gh gw"], Float[Tensor, "b gh gw g"]]:
@@ -345,8 +346,8 @@ class Simulator:
         """What a device has before each slot's next frame; after a clip's end, before its last frame once more."""
         time = torch.minimum(self.time, self.length - 1)
         frame = gather(self.store.frame_tensors, self.clip, time)
-        references = self._reference_frame, self._key_frame
-        return Seen(frame, *references, self._output, self._spent_there, self.age, self.trade_off)
+        reference = self._frame if self.reference == "previous" else self._key_frame
+        return Seen(frame, reference, self._key_frame, self._output, self._spent_there, self.age, self.trade_off)
 
     def observe(self) -> Observation:
         """The observation before each slot's next frame; after a clip's end, of its last frame once more."""

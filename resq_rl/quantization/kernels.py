@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from resq_rl.quantization.operators import Geometry, products_in
@@ -132,6 +132,17 @@ class Kernels:
             total = product.geometry.apply(codes, product.codes)
         scale = product.scale * step
         return total.mul_(scale) if base is None else torch.addcmul(base, total, scale, out=total)
+
+    def highest(self, scores: Float[Tensor, "b k h w"]) -> UInt8[Tensor, "b h w"]:
+        """The first channel with the highest score of every pixel; k is 255 at most."""
+        # argmax over a strided axis is ten times slower than comparing class by class, and filling by a mask four.
+        scores = scores.contiguous()
+        best = scores[:, 0]
+        found = torch.zeros(best.shape, dtype=torch.uint8, device=scores.device)
+        for k in range(1, scores.shape[1]):
+            found = torch.maximum(found, (scores[:, k] > best).view(torch.uint8).mul_(k))
+            best = torch.maximum(best, scores[:, k])
+        return found
 
 
 PLAIN = Kernels()

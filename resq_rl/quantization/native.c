@@ -212,6 +212,29 @@ void resq_encode_keyframe(int64_t clips, int64_t channels, int64_t rows, int64_t
     }
 }
 
+// The first channel with the highest score of every pixel, of 255 at most; from a NaN on, none is higher.
+void resq_highest(int64_t clips, int64_t channels, int64_t pixels, int64_t channels_last, int64_t threads,
+                  const float *restrict scores, uint8_t *restrict found) {
+    const int64_t pixel = channels_last ? channels : 1, channel = channels_last ? 1 : pixels;
+    const int64_t blocks = (pixels + BLOCK - 1) / BLOCK;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t b = 0; b < clips * blocks; b++) {
+        const int64_t clip = b / blocks, first = b % blocks * BLOCK;
+        const int64_t count = pixels - first < BLOCK ? pixels - first : BLOCK;
+        const float *own = scores + clip * channels * pixels + first * pixel;
+        float best[BLOCK];
+        int32_t place[BLOCK] = {0};
+        for (int64_t p = 0; p < count; p++) best[p] = own[p * pixel];
+        for (int64_t c = 1; c < channels; c++)
+            for (int64_t p = 0; p < count; p++) {
+                const float score = own[p * pixel + c * channel];
+                place[p] = score > best[p] ? (int32_t)c : place[p];
+                best[p] = score > best[p] || score != score ? score : best[p];
+            }
+        for (int64_t p = 0; p < count; p++) found[clip * pixels + first + p] = (uint8_t)place[p];
+    }
+}
+
 // Whether this process may use the processor's matrix tiles, on which `resq_convolve` runs.
 int resq_tiles(void) {
 #ifdef TILES

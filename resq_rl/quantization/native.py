@@ -106,14 +106,16 @@ class _Native(Kernels):
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._encode, self._encode_keyframe = library.resq_encode, library.resq_encode_keyframe
-        self._convolve = library.resq_convolve
-        self._encode.restype = self._encode_keyframe.restype = self._convolve.restype = None
+        self._convolve, self._highest = library.resq_convolve, library.resq_highest
+        for function in (self._encode, self._encode_keyframe, self._convolve, self._highest):
+            function.restype = None
         shape, pointers = [c_int64] * 6, [c_void_p] * 7
         self._encode.argtypes = [
             *[*shape, *pointers, c_float, c_void_p, c_int64, c_void_p, c_int64, c_int, c_float],
         ]
         self._encode_keyframe.argtypes = [*[c_int64] * 5, *[c_void_p] * 4, *[c_float] * 3]
         self._convolve.argtypes = [c_void_p, c_int64, *[c_void_p] * 4, c_int, c_void_p]
+        self._highest.argtypes = [*[c_int64] * 5, *[c_void_p] * 2]
         self.tiles = bool(library.resq_tiles())
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -207,6 +209,17 @@ class _Native(Kernels):
         pointers = codes.data_ptr(), product.tiles.data_ptr(), scale.data_ptr(), base.data_ptr()
         self._convolve(shape, torch.get_num_threads(), *pointers, by_pixel, y.data_ptr())
         return y
+
+    def highest(self, scores: Tensor) -> Tensor:
+        if scores.device.type != "cpu":
+            return super().highest(scores)
+        layout = _layout(scores)
+        scores = scores.contiguous(memory_format=layout)
+        (clips, channels, height, width), last = scores.shape, layout == torch.channels_last
+        found = torch.empty((clips, height, width), dtype=torch.uint8)
+        shape = clips, channels, height * width, last, torch.get_num_threads()
+        self._highest(*shape, scores.data_ptr(), found.data_ptr())
+        return found
 
 
 def _tiles(codes: Float[Tensor, "o c h w"]) -> BFloat16[Tensor, "blocks h steps 16 16 2"]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from resq_rl.quantization import Field, LevelField, Reference, ResQModel, ThresholdField
 from resq_rl.quantization.kernels import PLAIN, Kernels
 from resq_rl.quantization.native import native
+from resq_rl.quantization.operators import Geometry
 from tests.quantization.networks import byte_clips
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -114,6 +115,49 @@ def test_codes_costs_and_references_are_equal_in_every_layout(fast: Kernels, dat
         assert torch.equal(*references)
     for plain, own in zip(*(k.encode_keyframe(x, 0.3, -3.0, 4.0) for k in (PLAIN, fast)), strict=True):
         assert torch.equal(plain, own)
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_products_of_codes_are_equal_for_every_convolution(fast: Kernels, data: st.DataObject) -> None:
+    def pair(low: int, high: int) -> tuple[int, int]:
+        return data.draw(st.integers(low, high)), data.draw(st.integers(low, high))
+
+    kernel, stride = pair(1, 5), pair(1, 3)
+    padding = *pair(0, 3), *pair(0, 3)
+    geometry = Geometry("conv2d", kernel, stride, padding)
+    clips, channels, outputs = (data.draw(st.integers(1, most)) for most in (3, 70, 70))
+    (height, width), generator = pair(5, 40), torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    weight = torch.randint(-127, 128, (outputs, channels, *kernel), generator=generator).float()
+    scale = torch.rand(outputs, generator=generator)[None, :, None, None]
+    x, reference = (
+        torch.randn(clips, channels, height, width, generator=generator).contiguous(memory_format=torch.channels_last)
+        for _ in range(2)
+    )
+    steps = torch.tensor([[0.0, 9.0, 90.0], [0.0, 7.0, 127.0], [0.0, 24.0, 4.0], [0.0, 1.0, 2.0]])
+    index = torch.randint(3, (clips, height, width), generator=generator)
+    found = []
+    for kernels in (PLAIN, fast):
+        product = kernels.product(geometry, weight, scale, exact=True, precision="ieee")
+        own = reference.clone()
+        codes, _ = kernels.encode(x, own, steps, index, 0.01, product=product)
+        key, values = kernels.encode_keyframe(x, 0.01, -100.0, 155.0, product)
+        base = torch.linspace(-1, 1, outputs)[None, :, None, None]
+        first = kernels.accumulate(product, key, 0.01, base)
+        found.append((own, values, first, kernels.accumulate(product, codes, 0.3, first.sin())))
+        found[-1] += (kernels.accumulate(product, key, 0.01, None),)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_highest_scores_are_equal(layout: torch.memory_format, fast: Kernels) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((2, 6, 9, 17), (1, 2, 3, 70), (3, 255, 2, 2), (1, 1, 4, 4)):
+        scores = torch.randint(4, shape, generator=generator).float().contiguous(memory_format=layout)  # many are equal
+        first = (scores == scores.amax(1, keepdim=True)).int().argmax(1)
+        assert torch.equal(fast.highest(scores), first.to(torch.uint8))
+        scores[0, -1, 0, 0] = scores[-1, 0, -1, -1] = torch.nan
+        assert torch.equal(PLAIN.highest(scores), fast.highest(scores))
 
 
 def test_a_view_that_is_dense_in_no_layout_is_moved_in_place(fast: Kernels) -> None:
