@@ -1,20 +1,15 @@
-"""`resq-rl bench`: how fast the simulation is, as ratios to the float network in the same run.
-
-What is compared runs in turn, round by round, so that a machine that slows down slows all of it; a figure is the
-median over the rounds of the ratio to the reference of the same round.
-"""
+"""`resq-rl bench`: how fast the simulation is, as ratios to the float network in the same run."""
 
 import logging
 import os
 import pickle
 import platform
 import resource
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +17,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import ConvertCallback
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
@@ -36,67 +32,29 @@ from resq_rl.envs import (
     respond,
 )
 from resq_rl.envs.sb3 import AgentsVecEnv
+from resq_rl.envs.simulator import clips_that_fit
+from resq_rl.experiments import growth
 from resq_rl.experiments.progress import stage
 from resq_rl.experiments.results import write_summary
 from resq_rl.experiments.settings import Settings
+from resq_rl.experiments.timing import REFERENCE, alternate, shown, step_jobs, timed
 from resq_rl.experiments.tracking import Tracker
 from resq_rl.experiments.training import ppo_settings
 from resq_rl.experiments.world import World, build_world
-from resq_rl.perception import Recurrent, recurrent_inputs
-from resq_rl.policies.ppo import untrained
-from resq_rl.quantization import Field, Inputs, LevelField, ResQModel, ThresholdField, as_tuple, to_float
+from resq_rl.policies.ordinal import OrdinalPolicy
+from resq_rl.policies.ppo import Progress, train_ppo, untrained
+from resq_rl.quantization import ResQModel
 from resq_rl.quantization.kernels import PLAIN
 from resq_rl.video import Clip
 
-__all__ = ["Figure", "alternate", "run"]
+__all__ = ["run"]
 
 log = logging.getLogger(__name__)
 
-TAU = 0.5
-REFERENCE = "float forward"
 # Of the table environment.
 TABLE_CLIPS, TABLE_FRAMES, TABLE_SLOTS, TABLE_STEPS = 2, 12, 1024, 100
+TRAINING_ROLLOUTS = 2
 RATE_STEPS = 20  # of region agents, and of environments in processes of their own
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A time as a ratio to the reference: the median over the rounds, the lowest and the highest.
-
-    Attributes:
-        milliseconds: median, per frame of a clip.
-    """
-
-    ratio: float
-    lowest: float
-    highest: float
-    milliseconds: float
-
-
-def alternate(
-    jobs: Mapping[str, Callable[[], int]], rounds: int, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, Figure]:
-    """Time jobs in turn, after each ran once to warm up.
-
-    Args:
-        jobs: by name; each returns the number of frames it ran. Ratios are to the first, per frame.
-        rounds: how often.
-    """
-    spent: dict[str, list[float]] = {name: [] for name in jobs}
-    for job in jobs.values():
-        job()
-    for _ in range(rounds):
-        for name, job in jobs.items():
-            started = clock()
-            frames = job()
-            spent[name].append((clock() - started) / frames)
-    base = spent[next(iter(jobs))]
-    figures = {}
-    for name, values in spent.items():
-        ratios = [value / reference for value, reference in zip(values, base, strict=True)]
-        milliseconds = 1e3 * statistics.median(values)
-        figures[name] = Figure(statistics.median(ratios), min(ratios), max(ratios), milliseconds)
-    return figures
 
 
 def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
@@ -115,9 +73,14 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
     }
     parts: dict[str, Callable[[World], dict[str, Any]]] = {
         **{f"steps, batch {b}": _steps_of(b) for b in settings.benchmark.batches},
-        "grids": _grids,
+        "grids": growth.regions,
+        "resolutions": growth.resolutions,
+        "layers": growth.layers,
+        "widths": growth.widths,
+        "groups": growth.groups,
+        "clip lengths": growth.clip_lengths,
         "environment": _environment,
-        "training": _training,
+        "training": lambda world: _training(world, tracker),
         "processes": _processes,
         "tables": _tables,
         "memory": _memory,
@@ -136,10 +99,10 @@ def _print(parts: Mapping[str, Mapping[str, Any]]) -> None:
         for i, (name, value) in enumerate(figures.items()):
             if isinstance(value, dict):
                 spread = f"{value['lowest']:.2f} to {value['highest']:.2f}"
-                shown = f"{value['ratio']:.2f} ({spread}), {value['milliseconds']:.2f} ms a frame"
+                text = f"{value['ratio']:.2f} ({spread}), {value['milliseconds']:.2f} ms a frame"
             else:
-                shown = f"{value:,.4g}"
-            table.add_row("" if i else part, name, shown)
+                text = f"{value:,.4g}"
+            table.add_row("" if i else part, name, text)
     Console(width=None if sys.stdout.isatty() else 110).print(table)
 
 
@@ -147,68 +110,12 @@ def _print(parts: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _steps_of(batch: int) -> Callable[[World], dict[str, Any]]:
-    return lambda world: _shown(alternate(_step_jobs(world, batch), world.settings.benchmark.rounds))
+    return lambda world: shown(alternate(_jobs(world, batch), world.settings.benchmark.rounds))
 
 
-def _shown(figures: Mapping[str, Figure]) -> dict[str, Any]:
-    return {name: asdict(figure) for name, figure in figures.items()}
-
-
-def _step_jobs(world: World, batch: int, grid: tuple[int, int] | None = None) -> dict[str, Callable[[], int]]:
-    """A float forward pass, a keyframe and residual steps of `batch` clips in motion."""
-    model, grid = world.model, grid or world.settings.environment.grid
-    frames = _moving(world, batch)
-    every = torch.ones(batch, dtype=torch.bool)
-    fields: dict[str, Field] = {
-        "thresholds": ThresholdField.constant(TAU, batch, len(model.groups), grid, world.settings.heuristic.kappa),
-        "levels": LevelField.constant(len(model.config.levels) - 2, batch, len(model.groups), grid),
-    }
-    states = {reference: model.new_state(batch, reference) for reference in ("previous", "keyframe")}
-    for state in states.values():
-        model.step(frames[0], state, every, fields["levels"])
-
-    def step(reference: Any, name: str, refresh: torch.Tensor) -> int:
-        frames.reverse()  # so that every step sees motion
-        model.step(frames[0], states[reference], refresh, fields[name])
-        return batch
-
-    def forward() -> int:
-        model.float_forward(frames[0])
-        return batch
-
-    jobs: dict[str, Callable[[], int]] = {REFERENCE: forward, "keyframe": lambda: step("previous", "levels", every)}
-    for reference in states:
-        for name in fields:
-            jobs[f"residual, {name}, {reference}"] = lambda r=reference, n=name: step(r, n, ~every)  # type: ignore[misc]
-    return jobs
-
-
-def _moving(world: World, batch: int) -> list[tuple[torch.Tensor, ...]]:
-    """What the network takes for two frames that follow each other in each of `batch` clips."""
-    store = world.stores["train"]
-    longer = [i for i, clip in enumerate(store.clips) if len(clip) > 1]
-    chosen = [longer[i % len(longer)] for i in range(batch)]
-    starts = [store.starts[i] for i in chosen] if store.starts else []
-    found = []
-    for t in (0, 1):
-        inputs: Inputs = torch.stack([store.clips[i].frames[t] for i in chosen])
-        if isinstance(world.task, Recurrent):
-            previous = torch.stack([start.prediction for start in starts])
-            inputs = recurrent_inputs(world.task, as_tuple(inputs)[0], previous, starts)
-        found.append(tuple(map(to_float, as_tuple(inputs))))
-    return found
-
-
-def _grids(world: World) -> dict[str, Any]:
-    """A residual step under thresholds for one region and for four times as many as the settings say."""
-    rows, columns = world.settings.environment.grid
-    batch, found = max(world.settings.benchmark.batches), {}
-    for grid in ((1, 1), (rows, columns), (2 * rows, 2 * columns)):
-        jobs = _step_jobs(world, batch, grid)
-        chosen = {name: jobs[name] for name in (REFERENCE, "residual, thresholds, previous")}
-        figures = alternate(chosen, world.settings.benchmark.rounds)
-        found[f"residual, {grid[0]}x{grid[1]} regions"] = asdict(figures["residual, thresholds, previous"])
-    return found
+def _jobs(world: World, batch: int) -> dict[str, Callable[[], int]]:
+    grid, kappa = world.settings.environment.grid, world.settings.heuristic.kappa
+    return step_jobs(world.model, growth.moving(world, batch), grid, kappa)
 
 
 # Environments and training ---------------------------------------------------------------------------------------
@@ -220,7 +127,7 @@ def _environment(world: World) -> dict[str, Any]:
     settings = ppo_settings(world.settings)
     model = untrained(environment, settings, seed=0)
     _, callback = model._setup_learn(settings.n_steps * environment.num_envs, ConvertCallback(lambda *_: True))
-    forward = _step_jobs(world, environment.core.clips)[REFERENCE]
+    forward = _jobs(world, environment.core.clips)[REFERENCE]
 
     def collect() -> int:
         before = environment.frames
@@ -228,54 +135,49 @@ def _environment(world: World) -> dict[str, Any]:
         return environment.frames - before
 
     jobs = {REFERENCE: forward, "rollout collection": collect}
-    return _shown(alternate(jobs, max(1, world.settings.benchmark.rounds // 3)))
+    return shown(alternate(jobs, max(1, world.settings.benchmark.rounds // 3)))
 
 
 def _agents(world: World) -> BatchedEnvironment:
-    environment = world.settings.environment
+    """Agents on as many clips as the settings say, but no more than the steps measured, and than memory allows."""
+    environment, most = world.settings.environment, max(world.settings.benchmark.batches)
     low, high = (0.05, 1.0) if environment.trade_off == "auto" else environment.trade_off_range
-    fixed = replace(environment, trade_off=(low, high))
+    slots = min(environment.clips_per_batch, most, max(1, clips_that_fit(world.model) or most))
+    fixed = replace(environment, trade_off=(low, high), clips_per_batch=slots)
     return replace(world, settings=replace(world.settings, environment=fixed)).agents()
 
 
-def _training(world: World) -> dict[str, Any]:
+def _training(world: World, tracker: Tracker) -> dict[str, Any]:
     """Shares of the time of training."""
     core = _agents(world)
-    settings = ppo_settings(world.settings)
-    model = untrained(AgentsVecEnv(core), settings, seed=0)
+    rollouts = TRAINING_ROLLOUTS * world.settings.training.n_steps * core.clips
+    store = core.simulator.store
+    settings = replace(ppo_settings(world.settings), frames=rollouts * store.frames // (store.frames - len(store)) + 1)
     spent: dict[str, float] = {}
-    simulator, network = core.simulator, core.simulator.model
-    with _timed(network, "step", spent), _timed(simulator, "observe", spent), _timed(model, "train", spent):
+    methods = {
+        "network and quantization": (core.simulator.model, "step"),
+        "observation": (core.simulator, "observe"),
+        "choices of the policy": (OrdinalPolicy, "forward"),
+        "update of the policy": (PPO, "train"),
+        "logging": (tracker, "log_metrics"),
+    }
+
+    def on_rollout(progress: Progress) -> None:
+        tracker.log_metrics({f"train/{k}": v for k, v in progress.metrics.items()}, step=progress.frames)
+
+    with ExitStack() as stack:
+        for owner, name in methods.values():
+            stack.enter_context(timed(owner, name, spent))
         started = time.perf_counter()
-        model.learn(2 * settings.n_steps * core.agents)
+        train_ppo(AgentsVecEnv(core), settings, on_rollout=on_rollout)
         whole = time.perf_counter() - started
-    names = {"step": "network and quantization", "observe": "observation", "train": "update of the policy"}
-    shares = {f"{title}, share of the time": spent[name] / whole for name, title in names.items()}
+    shares = {f"{title}, share of the time": spent[name] / whole for title, (_, name) in methods.items()}
     return {**shares, "the rest, share of the time": 1 - sum(shares.values())}
-
-
-@contextmanager
-def _timed(owner: Any, name: str, spent: dict[str, float]) -> Iterator[None]:
-    """Add up the time that a method of one object takes."""
-    method = getattr(owner, name)
-
-    def timed(*arguments: Any, **settings: Any) -> Any:
-        started = time.perf_counter()
-        try:
-            return method(*arguments, **settings)
-        finally:
-            spent[name] = spent.get(name, 0.0) + time.perf_counter() - started
-
-    setattr(owner, name, timed)
-    try:
-        yield
-    finally:
-        delattr(owner, name)
 
 
 def _processes(world: World) -> dict[str, Any]:
     """Frames per second of region agents in one batch, and of a process with an environment of its own per clip."""
-    count = world.settings.benchmark.processes
+    count = min(world.settings.benchmark.processes, max(1, clips_that_fit(world.model) or 1))
     try:
         pickle.dumps(world.model)
     except (TypeError, AttributeError, pickle.PicklingError) as error:  # as exported programs do

@@ -153,7 +153,9 @@ class Execution:
         self._costs.append(cost)
         if step is not None and not isinstance(rows, slice):
             state.inputs[self.position][rows] = reference
-        return self.kernels.accumulate(plan.residual, codes, table.step, state.outputs[self.position][rows])
+        over = step is not None and isinstance(rows, slice)
+        before = state.outputs[self.position][rows]
+        return self.kernels.accumulate(plan.residual, codes, table.step, before, over=over)
 
     def _encode(
         self, plan: SitePlan, x: Tensor, reference: Tensor, table: ResidualTable, step: float | None

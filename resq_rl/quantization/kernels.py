@@ -122,11 +122,14 @@ class Kernels:
         codes = affine_codes(x, step, low, high)
         return codes, codes * step
 
-    def accumulate(self, product: Product, codes: Tensor, step: float, base: Tensor | None) -> Tensor:
+    def accumulate(
+        self, product: Product, codes: Tensor, step: float, base: Tensor | None, *, over: bool = False
+    ) -> Tensor:
         """The product of codes in units of `step`, added to `base`: fma(total, scale * step, base).
 
         Args:
             base: the reference output, or what broadcasts over the output; None for 0.
+            over: whether `base` is no longer needed, so that the result may take its place in memory.
         """
         with products_in(product.precision):
             total = product.geometry.apply(codes, product.codes)

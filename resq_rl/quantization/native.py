@@ -193,17 +193,22 @@ class _Native(Kernels):
         room = torch.empty(count + behind, dtype=torch.bfloat16)
         return room[:count].view(shape), _whole((left, right, top, bottom, behind))
 
-    def accumulate(self, product: Product, codes: Tensor, step: float, base: Tensor | None) -> Tensor:
+    def accumulate(
+        self, product: Product, codes: Tensor, step: float, base: Tensor | None, *, over: bool = False
+    ) -> Tensor:
         if codes.dtype != torch.bfloat16 or product.tiles is None:
             return super().accumulate(product, codes, step, base)
         (clips, rows, columns, channels), outputs = codes.shape, len(product.codes)
         (high, wide), stride = product.geometry.kernel, product.geometry.stride
         size = (rows - high) // stride[0] + 1, (columns - wide) // stride[1] + 1
-        y = torch.empty((clips, outputs, *size), memory_format=torch.channels_last)
         if base is None:
             base = torch.zeros(outputs)
-        by_pixel = base.shape == y.shape
-        base = base.contiguous(memory_format=torch.channels_last) if by_pixel else base.flatten()
+        by_pixel = base.shape == (clips, outputs, *size)
+        if by_pixel and over and base.is_contiguous(memory_format=torch.channels_last):
+            y = base
+        else:
+            y = torch.empty((clips, outputs, *size), memory_format=torch.channels_last)
+            base = base.contiguous(memory_format=torch.channels_last) if by_pixel else base.flatten()
         scale = (product.scale * step).flatten()
         shape = _whole((clips, *size, outputs, rows, columns, channels, high, wide, *stride))
         pointers = codes.data_ptr(), product.tiles.data_ptr(), scale.data_ptr(), base.data_ptr()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from resq_rl.experiments.bench import Figure, _timed, alternate
+from resq_rl.experiments.timing import Figure, alternate, timed
 from tests.experiments.test_jobs import run
 
 SMALL = [
@@ -44,10 +44,13 @@ def test_timing_a_method_adds_up_and_leaves_the_object_as_it_was() -> None:
             return result
 
     slow, spent = Slow(), {}  # type: tuple[Slow, dict[str, float]]
-    with _timed(slow, "work", spent):
+    with timed(slow, "work", spent):
         assert [slow.work(1), slow.work(result=2)] == [1, 2]
     assert spent["work"] > 0
     assert vars(slow) == {}
+    with timed(Slow, "work", spent):
+        assert slow.work(3) == 3
+    assert Slow.work.__name__ == "work"
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +61,11 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_every_part_is_measured(report: dict[str, Any]) -> None:
-    parts = ["steps, batch 1", "steps, batch 2", "grids", "environment", "training", "processes", "tables", "memory"]
-    assert list(report["parts"]) == parts
+    growth = ["grids", "resolutions", "layers", "widths", "groups", "clip lengths"]
+    rest = ["environment", "training", "processes", "tables", "memory"]
+    assert list(report["parts"]) == ["steps, batch 1", "steps, batch 2", *growth, *rest]
+    assert [len(report["parts"][part]) for part in growth] == [3, 3, 4, 3, 3, 3]
+    assert list(report["parts"]["resolutions"]) == ["16x24", "32x48", "64x96"]
     assert report["threads"] == 1
     assert report["frame_size"] == [32, 48]
 
