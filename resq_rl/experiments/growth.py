@@ -152,7 +152,7 @@ def _residual(
     world: World, model: ResQModel, frames: list[tuple[Tensor, ...]], grid: tuple[int, int]
 ) -> dict[str, Any]:
     """A residual step under thresholds against the previous frame."""
-    jobs = step_jobs(model, frames, grid, world.settings.heuristic.kappa)
+    jobs = step_jobs(model, frames, grid, world.settings.heuristic.kappa, ("previous",))
     chosen = {name: jobs[name] for name in (REFERENCE, "residual, thresholds, previous")}
     return asdict(alternate(chosen, world.settings.benchmark.rounds)["residual, thresholds, previous"])
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resq_rl.quantization import Field, LevelField, ResQModel, ThresholdField
+from resq_rl.quantization import Field, LevelField, Reference, ResQModel, ThresholdField
 
 __all__ = ["REFERENCE", "Figure", "alternate", "shown", "step_jobs", "timed"]
 
@@ -68,13 +68,18 @@ def shown(figures: Mapping[str, Figure]) -> dict[str, Any]:
 
 
 def step_jobs(
-    model: ResQModel, frames: Sequence[tuple[Tensor, ...]], grid: tuple[int, int], kappa: tuple[float, ...]
+    model: ResQModel,
+    frames: Sequence[tuple[Tensor, ...]],
+    grid: tuple[int, int],
+    kappa: tuple[float, ...],
+    references: tuple[Reference, ...] = ("previous", "keyframe"),
 ) -> dict[str, Callable[[], int]]:
     """A float forward pass, a keyframe and residual steps of clips in motion.
 
     Args:
         frames: what the network takes for two frames that follow each other in each clip.
         grid, kappa: of the fields.
+        references: each takes a state of its own.
     """
     moving, batch = list(frames), len(frames[0][0])
     every = torch.ones(batch, dtype=torch.bool)
@@ -82,7 +87,7 @@ def step_jobs(
         "thresholds": ThresholdField.constant(TAU, batch, len(model.groups), grid, kappa),
         "levels": LevelField.constant(len(model.config.levels) - 2, batch, len(model.groups), grid),
     }
-    states = {reference: model.new_state(batch, reference) for reference in ("previous", "keyframe")}
+    states = {reference: model.new_state(batch, reference) for reference in references}
     for state in states.values():
         model.step(moving[0], state, every, fields["levels"])
 
@@ -95,7 +100,7 @@ def step_jobs(
         model.float_forward(moving[0])
         return batch
 
-    jobs: dict[str, Callable[[], int]] = {REFERENCE: forward, "keyframe": lambda: step("previous", "levels", every)}
+    jobs: dict[str, Callable[[], int]] = {REFERENCE: forward, "keyframe": lambda: step(references[0], "levels", every)}
     for reference in states:
         for name in fields:
             jobs[f"residual, {name}, {reference}"] = lambda r=reference, n=name: step(r, n, ~every)  # type: ignore[misc]
