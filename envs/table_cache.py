@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from resq_rl.perception import Task, example_inputs
 from resq_rl.quantization import FrameCost, ResQModel, as_tuple
 from resq_rl.sealed import DamagedError, pack, unpack
 
-__all__ = ["TableCache", "fingerprint"]
+__all__ = ["TableCache", "fingerprint", "fingerprints"]
 
 log = logging.getLogger(__name__)
 
@@ -75,16 +75,33 @@ def fingerprint(
     Of the network that is its operators with their integer weights and ranges, and for what lies between them, which is
     code, its float output on the clip's first frame and its predictions on all.
     """
-    digest = hashlib.sha256()
-    for part in _parts(model, task, store, index, grid, longest):
+    return next(fingerprints(model, task, store, [index], grid, longest))
+
+
+def fingerprints(
+    model: ResQModel,
+    task: Task,
+    store: ClipStore,
+    indices: Iterable[int],
+    grid: tuple[int, int],
+    longest: int | None = None,
+) -> Iterator[str]:
+    """`fingerprint` of several clips, for which what they share is read once."""
+    shared = hashlib.sha256()
+    _add(shared, _of_network(model, task, grid, longest))
+    for index in indices:
+        own = shared.copy()
+        _add(own, _of_clip(model, task, store, index))
+        yield own.hexdigest()
+
+
+def _add(digest: "hashlib._Hash", parts: Iterable[bytes]) -> None:
+    for part in parts:
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
-    return digest.hexdigest()
 
 
-def _parts(
-    model: ResQModel, task: Task, store: ClipStore, index: int, grid: tuple[int, int], longest: int | None
-) -> Iterator[bytes]:
+def _of_network(model: ResQModel, task: Task, grid: tuple[int, int], longest: int | None) -> Iterator[bytes]:
     about = [FORMAT, torch.__version__, type(task).__qualname__, repr(task), grid, longest, model.groups]
     yield repr([*about, model.config, [site.operator.geometry for site in model.sites], model.ranges]).encode()
     yield _bytes(model.group_of_site)
@@ -92,6 +109,9 @@ def _parts(
         for residual in (False, True):
             yield from map(_bytes, model.integer_weights(site.operator, residual=residual))
         yield b"" if site.operator.bias is None else _bytes(site.operator.bias)
+
+
+def _of_clip(model: ResQModel, task: Task, store: ClipStore, index: int) -> Iterator[bytes]:
     clip = store.clips[index]
     inputs = tuple(part.to(model.device) for part in as_tuple(example_inputs(task, clip)))
     yield from map(_bytes, inputs)  # what a recurrent task is given is among them

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from resq_rl.envs import ClipStore, Measurement, Policy
-from resq_rl.envs.table_cache import fingerprint
+from resq_rl.envs.table_cache import fingerprints
 from resq_rl.perception import Task
 from resq_rl.quantization import ResQModel
 from resq_rl.sealed import DamagedError, pack, unpack
@@ -62,8 +62,8 @@ class Measured:
         place = id(model), id(store)
         if place not in self._parts:
             digest = hashlib.sha256()
-            for clip in range(len(store)):
-                digest.update(fingerprint(model, task, store, clip, grid, None).encode())
+            for clip in fingerprints(model, task, store, range(len(store)), grid):
+                digest.update(clip.encode())
             self._parts[place] = (model, store), digest.hexdigest()
         return self._parts[place][1]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from resq_rl.envs import ResponseTable, TableCache, respond
 from resq_rl.envs import table_cache as module
-from resq_rl.envs.table_cache import fingerprint
+from resq_rl.envs.table_cache import fingerprint, fingerprints
 from resq_rl.quantization import ResQModel
 from tests.envs.worlds import World, moving_frames, tiny_network
 
@@ -117,6 +117,11 @@ def test_the_name_follows_from_all_that_the_table_depends_on(world: World) -> No
     ]
     assert len(set(names)) == len(names)
     assert name(replace(world, model=made(world, tiny_network()))) == names[0]
+
+
+def test_names_of_several_clips_are_those_of_each(world: World) -> None:
+    several = fingerprints(world.model, world.task, world.store, [2, 0, 1], (2, 3), 2)
+    assert list(several) == [name(world, longest=2, index=i) for i in (2, 0, 1)]
 
 
 def test_the_name_follows_from_weights_and_ranges(world: World) -> None:
