@@ -156,8 +156,10 @@ def test_training_resumes_from_its_checkpoints(tmp_path: Path, capsys: pytest.Ca
     resume = ["training.seeds=[0]", "training.frames=60", f"training.resume={first}"]
     assert run(tmp_path, "train", *resume) == first
     assert not (first / "summary.json").exists(), "a finished run is not run again"
+    assert main(["train", f"training.resume={first}"]) == 0
+    assert not (first / "summary.json").exists(), "with the settings in its folder it is the same run"
     (first / "run.json").unlink()
-    assert run(tmp_path, "train", *resume) == first
+    assert main(["train", f"training.resume={first}"]) == 0
     assert (first / "summary.json").read_text() == summary
     more = run(tmp_path, "train", "training.seeds=[0]", "training.frames=120", f"training.resume={first}")
     assert more == first
