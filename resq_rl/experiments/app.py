@@ -302,27 +302,27 @@ def _run_job(session: _Session, config: Any, run_dir: Path, overrides: Sequence[
     from omegaconf import OmegaConf
 
     from resq_rl.experiments.record import RunRecord
+    from resq_rl.experiments.resume import CONFIG, kept_text, merged_overrides, with_kept_settings
     from resq_rl.experiments.settings import make_settings, plain
     from resq_rl.experiments.tracking import open_tracker, run_name
     from resq_rl.files import write_atomic
 
-    values = plain(config)
+    values, record = plain(config), RunRecord(run_dir)
+    resume = (values.get("training") or {}).get("resume") is not None
+    if resume:
+        values = with_kept_settings(run_dir, session.command.config, values, overrides)
+        overrides = merged_overrides(record.overrides, overrides)
     settings = make_settings(values)
-    resume = settings.training.resume is not None
-    values["training"]["resume"] = None  # of how the run is done, not of what it is
-    text, record = OmegaConf.to_yaml(OmegaConf.create(values)), RunRecord(run_dir)
-    if resume and record.finished and _text_of(run_dir / "config.yaml") == text:
+    values = values | {"training": values["training"] | {"resume": None}, "trusted": False}  # which are for once
+    text = OmegaConf.to_yaml(OmegaConf.create(values))
+    if resume and record.finished and kept_text(run_dir) == text:
         log.info("%s is finished already.", os.path.relpath(run_dir))
         return
-    if resume:
-        _check_same_world(run_dir, text)
-    if resume and not (run_dir / "config.yaml").exists():
-        log.info("There is nothing in %s to go on from: the run begins.", os.path.relpath(run_dir))
     module, _, function = session.command.job.partition(":")
     job: Callable[..., str | None] = getattr(importlib.import_module(module), function)
-    resolved = write_atomic(run_dir / "config.yaml", text)
+    resolved = write_atomic(run_dir / CONFIG, text)
     _set_threads(settings.threads)
-    record.begin(["resq-rl", session.name, *session.arguments], settings, resume=resume)
+    record.begin(["resq-rl", session.name, *session.arguments], overrides, settings, resume=resume)
     with (
         open_tracker(
             settings.tracking,
@@ -384,30 +384,6 @@ def _recorded(record: "RunRecord", tracker: "Tracker") -> Iterator[None]:
     finally:
         with suppress(ResultsError) if status != "finished" else nullcontext():  # the job's own error counts
             tracker.log_artifact(record.end(status))
-
-
-def _check_same_world(run_dir: Path, text: str) -> None:
-    """Raise SettingsError if the run in a folder works on another network, task, video or environment."""
-    from omegaconf import OmegaConf
-
-    from resq_rl.errors import SettingsError
-
-    texts = _text_of(run_dir / "config.yaml"), text
-    before, now = (dict(OmegaConf.create(content or "{}").items()) for content in texts)
-    names = [name for name in ("model", "task", "video", "environment", "quantization") if name in before]
-    differ = [name for name in names if before[name] != now.get(name)]
-    if differ:
-        raise SettingsError(
-            f"The run in {os.path.relpath(run_dir)} has other settings of {', '.join(differ)}: give the arguments that "
-            "it was begun with (they are in its run.json), and training.resume."
-        )
-
-
-def _text_of(path: Path) -> str | None:
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError):
-        return None
 
 
 def _set_threads(threads: int) -> None:

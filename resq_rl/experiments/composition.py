@@ -1,6 +1,7 @@
 """Composing a command's config from groups and overrides, and saying in one line what is wrong with one."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from hydra import compose, initialize_config_module
@@ -33,7 +34,8 @@ def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfi
     Raises:
         SettingsError: an override does not fit; the line names it and the nearest valid name.
     """
-    with initialize_config_module(CONFIG_MODULE, version_base=VERSION_BASE):
+    within_job = GlobalHydra.instance().is_initialized()
+    with nullcontext() if within_job else initialize_config_module(CONFIG_MODULE, version_base=VERSION_BASE):
         try:
             return compose(config_name, list(overrides))
         except COMPOSITION_ERRORS as error:

@@ -16,7 +16,7 @@ from resq_rl.envs import ClipStore
 from resq_rl.errors import PolicyError, SettingsError, VideoError
 from resq_rl.experiments.progress import stage
 from resq_rl.experiments.settings import Settings
-from resq_rl.experiments.targets import TARGET, Target, make_target
+from resq_rl.experiments.targets import TARGET, Target, make_target, refuse_foreign
 from resq_rl.experiments.world import World
 from resq_rl.files import write_atomic
 from resq_rl.quantization import load_model, save_model
@@ -62,20 +62,20 @@ def policy_folder(policy: str | None) -> Path:
     raise PolicyError(f"No policy in {folder}: give a folder with policy.safetensors and policy.json, or a run's.")
 
 
-def trained_network(policy: str | None) -> nn.Module:
+def trained_network(policy: str | None, trusted: bool = False) -> nn.Module:
     """The float network that a policy was trained with."""
-    network: nn.Module = _made(policy, "model")
+    network: nn.Module = _made(policy, "model", trusted)
     return network
 
 
-def trained_task(policy: str | None) -> Any:
+def trained_task(policy: str | None, trusted: bool = False) -> Any:
     """The task that a policy was trained for."""
-    return _made(policy, "task")
+    return _made(policy, "task", trusted)
 
 
-def trained_video(policy: str | None) -> Any:
+def trained_video(policy: str | None, trusted: bool = False) -> Any:
     """The video that a policy was trained on."""
-    return _made(policy, "video")
+    return _made(policy, "video", trusted)
 
 
 def deployed_world(settings: Settings, folder: Path, grid: tuple[int, int], splits: Sequence[Split]) -> World:
@@ -104,7 +104,7 @@ def deployed_world(settings: Settings, folder: Path, grid: tuple[int, int], spli
     return World(settings, network, model, task, stores, (), type(video).__name__)
 
 
-def _made(policy: str | None, group: str) -> Any:
+def _made(policy: str | None, group: str, trusted: bool) -> Any:
     path = policy_folder(policy) / "network.json"
     mend = f"Say how it is made, as in training: {group}=OPTION."
     try:
@@ -115,6 +115,8 @@ def _made(policy: str | None, group: str) -> Any:
         ) from error
     except (KeyError, TypeError, ValueError) as error:
         raise PolicyError(f"{path} is damaged ({error}). {mend}") from error
+    if not trusted:
+        refuse_foreign(node, group, f"The policy in {path.parent}")
     return make_target(node, group).build()
 
 

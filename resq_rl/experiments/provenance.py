@@ -1,29 +1,19 @@
-"""What it takes to run a comparison again: its command, its settings, and the versions of what it ran on."""
+"""What it takes to run a comparison again: the versions of what it ran on."""
 
 import importlib.metadata
 import platform
-import shlex
 import subprocess
 from pathlib import Path
 from typing import Final
 
 import torch
-from omegaconf import OmegaConf
 
 import resq_rl
 from resq_rl.experiments.settings import Settings
 
-__all__ = ["command_of", "versions"]
+__all__ = ["versions"]
 
 PACKAGES: Final = ("torch", "numpy", "scipy", "gymnasium", "stable-baselines3", "hydra-core", "mlflow", "av")
-
-
-def command_of(run_dir: Path, command: str = "compare") -> str:
-    """The command line that makes the run anew, from the overrides that Hydra wrote to its folder."""
-    path = run_dir / ".hydra" / "overrides.yaml"
-    overrides = list(OmegaConf.load(path)) if path.is_file() else []
-    kept = [str(text) for text in overrides if not str(text).startswith("training.resume=")]
-    return shlex.join(["resq-rl", command, *kept])
 
 
 def versions(settings: Settings) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,14 +36,29 @@ class RunRecord:
         """Whether the run came to its end."""
         return self._values.get("status") == "finished"
 
-    def begin(self, command: Sequence[str], settings: Settings, *, resume: bool) -> None:
+    @property
+    def overrides(self) -> list[str]:
+        """What was asked of the run when it was begun, or went on, last."""
+        sessions = self._values.get("sessions") or [{}]
+        return [str(override) for override in sessions[-1].get("overrides", [])]
+
+    def command_line(self, command: str) -> str:
+        """What makes the run anew."""
+        return shlex.join(["resq-rl", command, *self.overrides])
+
+    def begin(self, command: Sequence[str], overrides: Sequence[str], settings: Settings, *, resume: bool) -> None:
         """Write what this session is made with.
+
+        Args:
+            command: as it was given.
+            overrides: what the run is asked for, by earlier sessions too.
 
         Raises:
             ResultsError: the file cannot be written.
         """
         before = self._values.get("sessions", []) if resume else []
-        self._values = {"status": "running", "sessions": [*before, _session(command, settings)]}
+        session = _session(settings) | {"command": list(command), "overrides": list(overrides)}
+        self._values = {"status": "running", "sessions": [*before, session]}
         self._write()
 
     def end(self, status: str) -> Path:
@@ -66,9 +82,8 @@ class RunRecord:
         return write_atomic(self.path, json.dumps(self._values, indent=2) + "\n")
 
 
-def _session(command: Sequence[str], settings: Settings) -> dict[str, Any]:
+def _session(settings: Settings) -> dict[str, Any]:
     return {
-        "command": list(command),
         "started": _now(),
         "versions": versions(settings),
         "processor": {

@@ -364,6 +364,8 @@ class Settings(_Group):
         exporting: what `export` writes.
         policy: folder of a trained policy, for `evaluate`, `run` and `export`; or of policies by seed, which `compare`
             measures instead of training.
+        trusted: whether settings that are read from the folder of a policy, or of a run to go on with, may name code
+            that does not belong to the shipped options; asked for on the command line only.
         source: what `run` runs on: path of a video file or of a folder of frames, or index of a camera.
         split: clips that `compare` and `evaluate` report on.
         results: folder of all results; each run has its own folder in it.
@@ -385,6 +387,7 @@ class Settings(_Group):
     running: RunningSettings
     exporting: ExportSettings
     policy: str | None
+    trusted: bool
     source: int | str | None
     split: Literal["train", "validation", "test"]
     results: str

@@ -4,17 +4,22 @@ import difflib
 import functools
 import importlib
 import inspect
+import re
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from importlib.resources import files
+from typing import Any, Final
 
 from resq_rl.errors import ResqError, SettingsError
 from resq_rl.experiments.conversion import convert, did_you_mean, unknown_name
 
-__all__ = ["Target", "make_target", "parameter_names"]
+__all__ = ["Target", "make_target", "parameter_names", "refuse_foreign"]
 
 TARGET = "_target_"
+GROUPS: Final = ("model", "task", "video")
+# What the shipped options make without running code from a file, as `load_network` does from a program's.
+HARMLESS: Final = re.compile(rf"^ *{TARGET}: (resq_rl\.(?:perception|video)\.(?!load_network\b)\w+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,38 @@ def make_target(node: Any, group: str) -> Target:
             raise unknown_name(str(name), parameters, prefix=f"{group}.")
         arguments[str(name)] = _convert_argument(value, hints.get(name, Any), f"{group}.{name}")
     return Target(group, path, arguments)
+
+
+def refuse_foreign(node: Any, group: str, source: str) -> None:
+    """Let settings that come from a file name only what the shipped options make, so that reading them is harmless.
+
+    To be called before `make_target`, which imports what is named.
+
+    Args:
+        source: which settings these are, as a sentence begins.
+
+    Raises:
+        SettingsError: they would run other code.
+    """
+    if isinstance(node, Mapping):
+        if TARGET in node and str(node[TARGET]) not in _shipped():
+            raise SettingsError(
+                f"{source} would run code that none of resq_rl's own options runs ({group}.{TARGET}={node[TARGET]}). "
+                f"If you trust it, add trusted=true; or say how it is made: {group.partition('.')[0]}=OPTION."
+            )
+        for name, value in node.items():
+            refuse_foreign(value, f"{group}.{name}", source)
+    elif isinstance(node, list | tuple):
+        for i, value in enumerate(node):
+            refuse_foreign(value, f"{group}.{i}", source)
+
+
+@functools.cache
+def _shipped() -> frozenset[str]:
+    """Targets of the package's own options, but for those that run code from a file."""
+    folders = (files("resq_rl.configs") / group for group in GROUPS)
+    options = (file for folder in folders for file in folder.iterdir() if file.name.endswith(".yaml"))
+    return frozenset(name for file in options for name in HARMLESS.findall(file.read_text(encoding="utf-8")))
 
 
 def parameter_names(node: Any) -> list[str]:

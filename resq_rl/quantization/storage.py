@@ -21,10 +21,12 @@ from resq_rl.quantization.operators import ResidualOperator, laid_out
 from resq_rl.quantization.quantizer import AffineQuantizer
 from resq_rl.quantization.residual import ResidualTable
 from resq_rl.quantization.rounding import IntegerWeight, Part
+from resq_rl.sealed import checksum
 
 __all__ = ["load_model", "save_model"]
 
-FORMAT = "resq_rl model 1"
+FORMAT = "resq_rl model 2"
+UNCHECKED = "resq_rl model 1"  # without a checksum
 # By how much sums over a network's parameters may differ from those it was saved with, as a share of their magnitude:
 # another version of torch may fold BatchNorm with another rounding, another network differs far more.
 SAME = 1e-4
@@ -55,7 +57,9 @@ def save_model(model: ResQModel, folder: Path) -> None:
         ],
         "sums": _sums(model),
     }
-    write_atomic(folder / "model.safetensors", pack_tensors(dict(_packed(model))))
+    tensors = dict(_packed(model))
+    about["sha256"] = checksum(about, tensors)
+    write_atomic(folder / "model.safetensors", pack_tensors(tensors))
     write_atomic(folder / "model.json", json.dumps(about, indent=1) + "\n")
 
 
@@ -66,7 +70,7 @@ def load_model(folder: Path, network: nn.Module) -> ResQModel:
         network: the float network that was calibrated; what lies between its operators is code, which no file holds.
 
     Raises:
-        CalibrationError: the files are missing, damaged or of another version.
+        CalibrationError: the files are missing, damaged, changed or of another version.
         NetworkError: they are of another network, or it cannot be wrapped.
     """
     about, tensors = _read(folder)
@@ -163,6 +167,12 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ) from error
     except (SafetensorError, ValueError) as error:  # of which JSON and text decoding errors are kinds
         raise CalibrationError(f"The model in {folder} is damaged: {error}. Save it anew or copy it again.") from error
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
+    if not isinstance(about, dict) or about.get("format") not in (FORMAT, UNCHECKED):
         raise CalibrationError(f"{folder / 'model.json'} is not of format {FORMAT!r}.")
+    expected = about.pop("sha256", None)
+    if expected != checksum(about, tensors) and not (expected is None and about["format"] == UNCHECKED):
+        raise CalibrationError(
+            f"The model in {folder} is damaged or was changed: its checksum is wrong. Save it anew or copy both its "
+            "files again."
+        )
     return about, tensors

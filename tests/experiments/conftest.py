@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -53,19 +54,26 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -
     """The address of a real MLflow server, with a store and artifacts of its own."""
     folder = tmp_path_factory.mktemp("server")
     shutil.copy(empty_store, folder / "mlflow.db")
-    port = free_port()
+    with serving(folder, free_port()) as (address, _):
+        yield address
+
+
+@contextmanager
+def serving(folder: Path, port: int) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A real MLflow server of the store `mlflow.db` in a folder: its address and process (of a group of its own)."""
     command = [sys.executable, "-m", "mlflow", "server", "--host=127.0.0.1", f"--port={port}", "--workers=1"]
     command += [f"--backend-store-uri=sqlite:///{folder}/mlflow.db", f"--artifacts-destination={folder}/artifacts"]
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (folder / "log").open("w") as log:
+    with (folder / "log").open("a") as log:
         server = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=environment, start_new_session=True
         )
     try:
         wait_for(f"http://127.0.0.1:{port}/health", server, folder / "log")
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}", server
     finally:
-        os.killpg(server.pid, signal.SIGTERM)  # a session of its own: the server and its workers, nothing else
+        with suppress(ProcessLookupError):  # killed by a test
+            os.killpg(server.pid, signal.SIGTERM)  # a session of its own: the server and its workers, nothing else
         try:
             server.wait(20)
         except subprocess.TimeoutExpired:

@@ -318,6 +318,22 @@ def test_a_sweep_is_recorded_under_one_parent(run: Run, results: Path) -> None:
     assert PARENT_RUN_VARIABLE not in os.environ
 
 
+def test_commands_start_no_server_and_no_other_process(run: Run, results: Path) -> None:
+    """With Hydra's own launcher; only git is asked for the commit."""
+    seen: list[tuple[str, str]] = []
+    watching = [True]
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:  # a hook cannot be removed
+        if watching[0] and event in ("socket.bind", "subprocess.Popen", "os.fork", "os.posix_spawn"):
+            seen.append((event, str(arguments[0] if event == "subprocess.Popen" else arguments)))
+
+    sys.addaudithook(watch)
+    assert run("train", "--multirun", "seed=3,4", tracking="mlflow") == 0
+    watching[0] = False
+    assert len(runs(results)) == 3
+    assert {(event, Path(what).name) for event, what in seen} <= {("subprocess.Popen", "git")}, seen
+
+
 def test_a_sweep_that_goes_on_runs_only_what_is_missing(run: Run, results: Path, tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     words = ["--multirun", "seed=3,7,4", f"training.resume={sweep}"]

@@ -53,7 +53,7 @@ def deploy(world: World, folder: Path, kind: ActionKind = "region_thresholds", a
 
 
 def export(tmp_path: Path, *words: str, code: int = 0) -> Path:
-    words = ("threads=1", "environment.accuracy=teacher", f"results={tmp_path}/results", *words)
+    words = ("threads=1", "trusted=true", "environment.accuracy=teacher", f"results={tmp_path}/results", *words)
     assert main(["export", *words]) == code
     return next((tmp_path / "results" / "export").iterdir())
 

@@ -40,6 +40,7 @@ TINY = [
     "heuristic.taus=[0.3,1.0]",
     "quantization.calibration_clips=2",
 ]
+BOUND = ["heuristic.clairvoyant_points=2", "heuristic.clairvoyant_horizon=2"]
 STAGES = ("checkpoints", "keyframes")
 
 
@@ -52,8 +53,7 @@ def run(tmp_path: Path, command: str, *overrides: str) -> Path:
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    bound = ["heuristic.clairvoyant_points=2", "heuristic.clairvoyant_horizon=2"]
-    return run(tmp_path_factory.mktemp("results"), "compare", *bound)
+    return run(tmp_path_factory.mktemp("results"), "compare", *BOUND)
 
 
 def test_compare_writes_every_promised_name(compared: Path) -> None:
@@ -75,6 +75,18 @@ def test_compare_writes_every_promised_name(compared: Path) -> None:
     assert (compared / "fronts.png").stat().st_size > 1000
     assert (compared / "training.svg").exists()
     assert (compared / "decisions.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_the_same_settings_give_the_same_comparison_twice(compared: Path, tmp_path: Path) -> None:
+    again = run(tmp_path, "compare", *BOUND)
+    values = [json.loads((f / "comparison.json").read_text().replace(str(f), "RUN")) for f in (compared, again)]
+    assert all(found.pop("wall_seconds") > 0 for found in values)
+    assert values[0] == values[1]
+    names = [
+        f"seed{seed}/{name}" for seed in (0, 1) for name in ("policy.safetensors", "policy.json", "model.safetensors")
+    ]
+    assert [name for name in names if (compared / name).read_bytes() != (again / name).read_bytes()] == []
 
 
 def test_the_bound_of_regions_spans_the_range_of_lambda(compared: Path) -> None:
@@ -156,8 +168,10 @@ def test_training_resumes_from_its_checkpoints(tmp_path: Path, capsys: pytest.Ca
     resume = ["training.seeds=[0]", "training.frames=60", f"training.resume={first}"]
     assert run(tmp_path, "train", *resume) == first
     assert not (first / "summary.json").exists(), "a finished run is not run again"
+    assert main(["train", f"training.resume={first}"]) == 0
+    assert not (first / "summary.json").exists(), "with the settings in its folder it is the same run"
     (first / "run.json").unlink()
-    assert run(tmp_path, "train", *resume) == first
+    assert main(["train", f"training.resume={first}"]) == 0
     assert (first / "summary.json").read_text() == summary
     more = run(tmp_path, "train", "training.seeds=[0]", "training.frames=120", f"training.resume={first}")
     assert more == first

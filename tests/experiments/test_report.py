@@ -18,6 +18,7 @@ from resq_rl.envs import Policy
 from resq_rl.experiments.composition import load_settings
 from resq_rl.experiments.decisions import Pair, trace_pair
 from resq_rl.experiments.fronts import points_of
+from resq_rl.experiments.record import RunRecord
 from resq_rl.experiments.report import verdict_of, write_report
 from resq_rl.experiments.report.film import COLUMNS, sheet
 from resq_rl.experiments.report.places import layer_rows, region_maps
@@ -80,10 +81,7 @@ def comparison(world: World, pair: Pair) -> Comparison:
 def report(world: World, comparison: Comparison, pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report whose video, clips and settings have names that try to break out of it."""
     folder = tmp_path_factory.mktemp("run")
-    (folder / ".hydra").mkdir()
-    (folder / ".hydra" / "overrides.yaml").write_text(
-        "- video.frames=6\n- training.resume=here\n- 'heuristic.taus=[0.3, 1.0]'\n"
-    )
+    RunRecord(folder).begin([], ["video.frames=6", "heuristic.taus=[0.3, 1.0]"], world.settings, resume=False)
     (folder / "config.yaml").write_text(f"video: {HOSTILE}\n")
     store = world.stores["test"]
     clips = [Clip(c.frames, c.labels, c.fps, f"{HOSTILE}{i}", c.origin) for i, c in enumerate(store.clips)]

@@ -4,12 +4,20 @@
 """
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
+from resq_rl.errors import SettingsError
+from resq_rl.experiments.composition import compose_config
+from resq_rl.experiments.record import RunRecord
+from resq_rl.experiments.resume import merged_overrides, with_kept_settings
+from resq_rl.experiments.settings import make_settings, plain
 from tests.experiments.killing import Runs, differences
 
 Make = Callable[..., Runs]
@@ -75,3 +83,90 @@ def test_pretrainings_killed_at_random_moments_go_on_exactly(runs: Make) -> None
     pretraining = runs("pretrain", *FEW_STEPS)
     seconds = pretraining.finish("whole")
     assert kill_and_go_on(pretraining, seconds, 8, seed=2) > 2
+
+
+# The settings to go on with ------------------------------------------------------------------------------------------
+
+DEMO = ["+experiment=demo", "model=compact_ddrnet_untrained", "threads=1", "training.learning_rate=1e-4", "seed=3"]
+FOREIGN = ["model=custom", "model._target_=tests.envs.worlds.tiny_network", "task.classes=3"]
+
+
+def values_of(*overrides: str) -> dict[str, Any]:
+    return plain(compose_config("train", overrides))
+
+
+def begun(folder: Path, *overrides: str) -> Path:
+    """A run's folder, as far as its settings."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(values_of(*overrides))))
+    return folder
+
+
+def go_on(folder: Path, *overrides: str) -> dict[str, Any]:
+    asked = [f"training.resume={folder}", *overrides]
+    return with_kept_settings(folder, "train", values_of(*asked), asked)
+
+
+def test_a_run_goes_on_with_the_settings_in_its_folder(tmp_path: Path) -> None:
+    folder = begun(tmp_path / "run", *DEMO)
+    expected = values_of(*DEMO, f"training.resume={folder}")
+    assert go_on(folder) == expected
+    assert go_on(folder, *DEMO) == expected
+    assert make_settings(go_on(folder)).training.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize("given", ["threads=2", "training.frames=123", "tracking=disabled", "results=elsewhere"])
+def test_what_is_given_anew_replaces_what_was_kept(given: str, tmp_path: Path) -> None:
+    """Also with the value that it has by default, as threads=2."""
+    folder = begun(tmp_path / "run", *DEMO)
+    assert go_on(folder, given) == values_of(*DEMO, f"training.resume={folder}", given)
+
+
+@pytest.mark.parametrize(
+    ("given", "group"),
+    [
+        ("video.speed=2.5", "video"),
+        ("model=compact_ddrnet", "model"),
+        ("environment=frame_bits", "environment"),
+        ("quantization.levels=[0,2,8]", "quantization"),
+        ("task.classes=7", "task"),
+    ],
+)
+def test_another_world_is_refused(given: str, group: str, tmp_path: Path) -> None:
+    folder = begun(tmp_path / "run", *DEMO)
+    with pytest.raises(SettingsError, match=rf"The run in .* has other settings of {group}: give only training.resume"):
+        go_on(folder, given)
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "video: [", "a: ${", "\x00"])
+def test_damaged_settings_are_one_error(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(SettingsError, match=r"The settings in .*config.yaml are damaged"):
+        go_on(tmp_path)
+
+
+def test_code_that_a_folder_names_runs_only_if_the_user_names_or_trusts_it(tmp_path: Path) -> None:
+    folder = begun(tmp_path / "run", *FOREIGN)
+    expected = values_of(*FOREIGN, f"training.resume={folder}")
+    with pytest.raises(SettingsError, match=r"tests.envs.worlds.tiny_network\). If you trust it, add trusted=true; or"):
+        go_on(folder)
+    assert go_on(folder, *FOREIGN[:2]) == expected
+    assert go_on(folder, "trusted=true") == expected | {"trusted": True}
+
+
+def test_a_folder_cannot_trust_itself(tmp_path: Path) -> None:
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
+    begun(tmp_path / "run", "model=custom", "model._target_=evil.network", "trusted=true")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        with pytest.raises(SettingsError, match="would run code"):
+            go_on(tmp_path / "run")
+    finally:
+        sys.path.remove(str(tmp_path))
+
+
+def test_the_record_keeps_what_was_asked_for(tmp_path: Path) -> None:
+    asked = merged_overrides(["+experiment=demo", "seed=3"], ["training.resume=x", "trusted=true", "seed=4"])
+    assert asked == ["+experiment=demo", "seed=4"]
+    RunRecord(tmp_path).begin(["resq-rl"], asked, make_settings(values_of()), resume=False)
+    assert RunRecord(tmp_path).command_line("train") == "resq-rl train +experiment=demo seed=4"

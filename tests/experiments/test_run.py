@@ -24,8 +24,9 @@ from tests.envs.worlds import CLASSES, World, moving_frames, tiny_network
 from tests.policies.test_learned import made
 from tests.policies.test_runner import follower_world
 
+Capture = pytest.CaptureFixture[str]
 SIZE = (32, 48)
-TINY = ["tracking=disabled", "threads=1"]
+TINY = ["tracking=disabled", "threads=1", "trusted=true"]  # the networks are code of the tests
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +202,43 @@ def follower() -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         return Follower().eval()
+
+
+@pytest.mark.parametrize(
+    "making",
+    [
+        {"_target_": "evil.network"},
+        {"_target_": "resq_rl.perception.load_network", "source": "evil.pt2"},  # a program, which is code
+        {"_target_": "resq_rl.perception.save_weights", "path": "evil.safetensors"},  # none of the options
+        {"_target_": "resq_rl.experiments.deployment.trained_network", "policy": "{folder}", "trusted": True},
+        {"_target_": "resq_rl.perception.compact_ddrnet", "classes": {"_target_": "evil.classes"}},
+        {"_target_": ["evil.network"]},
+    ],
+)
+def test_code_that_a_policy_folder_names_is_not_run(
+    making: dict[str, Any],
+    trained: Path,
+    video: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    """Not even imported, unless the command line says that the folder is trusted."""
+    (tmp_path / "evil.py").write_text("from pathlib import Path\nPath('ran').touch()\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    folder = Path(shutil.copytree(trained / "seed0", tmp_path / "policy"))
+    task = {"_target_": "resq_rl.perception.Segmentation", "classes": CLASSES}
+    (folder / "network.json").write_text(json.dumps({"model": making, "task": task}).replace("{folder}", str(folder)))
+    words = [*TINY[:2], "results=results", f"policy={folder}", f"source={video}"]
+    assert main(["run", *words]) == 2
+    error = capsys.readouterr().err
+    assert f"The policy in {folder} would run code that none of resq_rl's own options runs (model." in error
+    assert "add trusted=true; or say how it is made: model=OPTION." in error
+    assert not (tmp_path / "ran").exists()
+    if making["_target_"] == "evil.network":
+        assert main(["run", *words, "trusted=true"]) == 2, "evil has no network"
+        assert (tmp_path / "ran").exists(), "else this test could not fail"
 
 
 def test_another_task_can_be_set(trained: Path, video: Path, tmp_path: Path) -> None:

@@ -2,9 +2,13 @@ import dataclasses
 import json
 import logging
 import math
+import multiprocessing
+import os
 import shutil
+import signal
 import socket
 import socketserver
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -25,6 +29,8 @@ from resq_rl.experiments.outbox import Operation, Outbox
 from resq_rl.experiments.settings import TrackingSettings
 from resq_rl.experiments.tracking import PARENT_RUN_VARIABLE, NullTracker, Tracker, open_tracker, run_name
 from resq_rl.files import write_atomic
+from tests.experiments.conftest import free_port, serving
+from tests.experiments.killing import PRELOADED
 
 
 def settings(uri: str | None = None, **changes: Any) -> TrackingSettings:
@@ -108,6 +114,15 @@ def test_a_run_on_a_real_server(mlflow_server: str, tmp_path: Path) -> None:
     assert Path(copy).read_text() == "hello"
     assert tracker.hint.startswith(f"{mlflow_server}/#/experiments/")
     assert not (tmp_path / "mlflow.db").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux's list of sockets")
+def test_the_server_listens_on_this_machine_only(mlflow_server: str) -> None:
+    port, listening = int(mlflow_server.rpartition(":")[2]), []
+    for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
+        rows = [line.split() for line in table.read_text().splitlines()[1:]] if table.exists() else []
+        listening += [row[1].partition(":") for row in rows if row[3] == "0A"]  # state: listening
+    assert {address for address, _, number in listening if int(number, 16) == port} == {"0100007F"}  # 127.0.0.1
 
 
 def test_a_name_says_what_was_asked_for(tmp_path: Path) -> None:
@@ -233,6 +248,101 @@ def test_a_server_that_dies_and_comes_back_loses_nothing(
     warnings = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
     assert len([text for text in warnings if "does not answer" in text]) == 1
     assert any("answers again" in record.message for record in caplog.records)
+
+
+class Logging(threading.Thread):
+    """A run that logs a metric every 50 ms until it is told to end."""
+
+    def __init__(self, uri: str, folder: Path) -> None:
+        super().__init__()
+        self._uri, self._folder, self._end, self.steps, self.run_id = uri, folder, threading.Event(), 0, ""
+
+    def run(self) -> None:
+        with open_tracker(settings(self._uri), results=self._folder, folder=self._folder, name="a run") as tracker:
+            while not self._end.wait(0.05):
+                tracker.log_metrics({"loss": 1 / (self.steps + 1)}, self.steps)
+                self.steps += 1
+        self.run_id = tracker.run_id or ""
+
+    def finish(self) -> None:
+        self._end.set()
+        self.join(120)
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_and_away_for_a_minute_loses_no_metric(tmp_path: Path, empty_store: Path) -> None:
+    """`make test ARGS="-m slow -k away_for_a_minute -s"`."""
+    store, port = tmp_path / "server", free_port()
+    store.mkdir()
+    shutil.copy(empty_store, store / "mlflow.db")
+    with serving(store, port) as (address, server):
+        run = Logging(address, tmp_path / "run")
+        run.start()
+        time.sleep(10)
+        os.killpg(server.pid, signal.SIGKILL)
+    before, gone = run.steps, time.monotonic()
+    time.sleep(60)
+    away = run.steps - before
+    with serving(store, port) as (address, _):
+        seconds = time.monotonic() - gone
+        time.sleep(5)
+        run.finish()
+        history = MlflowClient(tracking_uri=address).get_metric_history(run.run_id, "loss")
+    found = [(m.step, m.value) for m in sorted(history, key=lambda m: m.step)]
+    lost = run.steps - len(found)
+    print(f"{run.steps} metrics, {away} of them while the server was away for {seconds:.0f} s: {lost} lost")
+    assert away > 100
+    assert found == [(step, 1 / (step + 1)) for step in range(run.steps)]
+    assert journal(tmp_path / "run")[-1]["kind"] == "sent"
+
+
+WRITERS = 4
+
+
+def write_metrics(results: str, number: int) -> None:
+    """What one of several writers does."""
+    folder = Path(results)
+    with open_tracker(settings(), results=folder, folder=folder / str(number), name=f"writer {number}") as tracker:
+        for step in range(40):
+            tracker.log_metrics({"loss": number + step / 100}, step)
+            tracker.flush()
+
+
+def test_several_processes_write_to_one_sqlite_file(results: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    writers = [context.Process(target=write_metrics, args=(str(results), number)) for number in range(WRITERS)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(120)
+    assert [writer.exitcode for writer in writers] == [0] * WRITERS
+    client = local_client(results)
+    experiment = client.get_experiment_by_name("tests")
+    assert experiment is not None
+    runs = {run.info.run_name: run.info.run_id for run in client.search_runs([experiment.experiment_id])}
+    assert sorted(runs) == [f"writer {number}" for number in range(WRITERS)]
+    for number in range(WRITERS):
+        history = client.get_metric_history(runs[f"writer {number}"], "loss")
+        assert [m.value for m in sorted(history, key=lambda m: m.step)] == [number + s / 100 for s in range(40)]
+        assert journal(results / str(number))[-1]["kind"] == "sent"
+
+
+@pytest.mark.slow
+def test_a_sqlite_file_that_another_process_keeps_locked(results: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is refused at the start, and waited for later; each try takes SQLite's 20 seconds."""
+    with open_local(results) as tracker:
+        other = sqlite3.connect(results / "mlflow.db", isolation_level=None)
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(TrackingError, match=r"Cannot use the tracking store sqlite.*database is locked"):
+            open_tracker(settings(), results=results, folder=results / "second", name="another run")
+        tracker.log_metrics({"loss": 1.0})
+        tracker.flush()
+        assert "database is locked" in caplog.text
+        other.execute("COMMIT")
+        other.close()
+    assert tracker.run_id is not None
+    assert local_client(results).get_run(tracker.run_id).data.metrics == {"loss": 1.0}
 
 
 @pytest.mark.usefixtures("own_requests")

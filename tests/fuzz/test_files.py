@@ -22,6 +22,7 @@ from resq_rl.experiments.outbox import JOURNAL, Operation, Outbox, read_journal
 from resq_rl.experiments.results import Comparison, Point
 from resq_rl.perception import load_network, load_weights, save_weights
 from resq_rl.policies import LearnedPolicy
+from resq_rl.quantization import load_model, save_model
 from resq_rl.sealed import Checkpoints, pack
 from resq_rl.video import VideoFiles
 from resq_rl.video.images import read_frame, read_labels
@@ -131,6 +132,21 @@ def policy_files(name: str) -> Make:
     return make
 
 
+def model_files(name: str) -> Make:
+    def make(folder: Path, world: World) -> Reader:
+        save_model(world.model, folder)
+        content = (folder / name).read_bytes()
+
+        def read(path: Path) -> object:
+            model = load_model(path.parent, tiny_network())
+            weights = [model.integer_weights(o, residual=part)[0] for o in model.operators for part in (False, True)]
+            return {"ranges": model.ranges, "groups": model.groups, "weights": weights}
+
+        return Reader(name, (content,), through(folder / name, read), guarded=True)
+
+    return make
+
+
 def tables(folder: Path, world: World) -> Reader:
     content = table_cache._packed(respond(world.model, world.task, world.store, 0, grid=world.grid))
 
@@ -173,6 +189,8 @@ KINDS: dict[str, Make] = {
     "programs": programs,
     "policy_weights": policy_files("policy.safetensors"),
     "policy_settings": policy_files("policy.json"),
+    "model_weights": model_files("model.safetensors"),
+    "model_settings": model_files("model.json"),
     "tables": tables,
     "checkpoints": checkpoints,
     "journals": journals,

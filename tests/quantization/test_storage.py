@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from resq_rl.errors import CalibrationError, NetworkError
@@ -20,6 +21,7 @@ from resq_rl.quantization import (
     save_model,
     to_float,
 )
+from resq_rl.quantization.storage import UNCHECKED
 from tests.envs.worlds import moving_frames, tiny_network
 
 CONFIGS = {
@@ -133,13 +135,32 @@ def _damage(folder: Path, kind: str) -> None:
         case "text":
             path.write_text(path.read_text()[:100])
         case "lacking":
-            del about["sites"][0]["keyframe"]
+            del about["sites"][0]["keyframe"], about["sha256"]
+            path.write_text(json.dumps(about | {"format": UNCHECKED}))
+        case "step":
+            about["sites"][1]["keyframe"]["step"] *= 1.001
+            path.write_text(json.dumps(about))
+        case "code":
+            content = load(tensors.read_bytes())
+            content["0.keyframe.codes"][0, 0, 0, 0] += 1
+            tensors.write_bytes(save(content))
+        case "sum":
+            del about["sha256"]
             path.write_text(json.dumps(about))
 
 
-@pytest.mark.parametrize("kind", ["missing", "cut", "version", "text", "lacking"])
+@pytest.mark.parametrize("kind", ["missing", "cut", "version", "text", "lacking", "step", "code", "sum"])
 def test_damaged_files_are_one_error(kind: str, tmp_path: Path) -> None:
     save_model(calibrated(tiny_network()), tmp_path)
     _damage(tmp_path, kind)
     with pytest.raises(CalibrationError, match=str(tmp_path)):
         load_model(tmp_path, tiny_network())
+
+
+def test_files_from_before_checksums_are_read(tmp_path: Path) -> None:
+    model = calibrated(tiny_network())
+    save_model(model, tmp_path)
+    about = json.loads((tmp_path / "model.json").read_text())
+    del about["sha256"]
+    (tmp_path / "model.json").write_text(json.dumps(about | {"format": UNCHECKED}))
+    assert all(map(torch.equal, steps(load_model(tmp_path, tiny_network()), "previous"), steps(model, "previous")))

@@ -11,7 +11,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from resq_rl.experiments.decisions import Pair
 from resq_rl.experiments.plots import STYLES
-from resq_rl.experiments.provenance import command_of, versions
+from resq_rl.experiments.provenance import versions
+from resq_rl.experiments.record import RunRecord
 from resq_rl.experiments.report.film import film
 from resq_rl.experiments.report.places import layer_rows, region_maps
 from resq_rl.experiments.report.tables import cost_rows, curve_charts, delta_rows, front_chart, front_rows
@@ -67,7 +68,7 @@ def render(
         "costs": cost_rows(comparison, verdict.anchor),
         "pair": None if pair is None else _pair(world, pair),
         "curves": list(curve_charts(curves)),
-        "command": command_of(run_dir),
+        "command": RunRecord(run_dir).command_line("compare"),
         "config": config.read_text(encoding="utf-8") if config.is_file() else "",
         "versions": versions(world.settings),
         "settings": world.settings,
