@@ -221,6 +221,7 @@ def _list(kinds: Sequence[str]) -> int:
     except ResqError as error:
         print(f"resq-rl {LIST}: {error}", file=sys.stderr)
         return 2
+    print("Next: resq-rl compare +experiment=OPTION, or video=OPTION model=OPTION task=OPTION", file=sys.stderr)
     return 0
 
 

@@ -99,8 +99,8 @@ def alternate(
     return figures
 
 
-def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
-    """Measure; `bench.json` is written anew after each part."""
+def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
+    """Measure; `bench.json` is written anew after each part. Returns the next useful command."""
     world = build_world(settings, ["train"])
     report: dict[str, Any] = {
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
@@ -128,6 +128,7 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
         write_summary(run_dir / "bench.json", report)
     tracker.log_artifact(run_dir / "bench.json")
     _print(report["parts"])
+    return "resq-rl compare +experiment=demo"
 
 
 def _print(parts: Mapping[str, Mapping[str, Any]]) -> None:
