@@ -8,7 +8,7 @@ import pytest
 
 from resq_rl.experiments.app import COMMANDS, main
 from resq_rl.experiments.composition import load_settings
-from tests.shown import PAGES, ROOT, SITE, blocks, commands
+from tests.shown import ROOT, SITE, blocks, commands
 
 # Tested with what they need: a trained policy (test_jobs.py), two files and a comparison (test_adding_a_task.py); files
 # that a page takes in (test_examples.py).

@@ -3,6 +3,7 @@
 `make test ARGS="-m slow -k shown"` runs all of them; by default only the tutorial's run.
 """
 
+import os
 import re
 import shutil
 import signal
@@ -10,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -120,9 +120,8 @@ class Foreground(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(3, 4, 3, 4, 1), nn.ReLU(), nn.Conv2d(4, 1, 1), nn.Upsample(scale_factor=4)
-        )
+        down, up = nn.Conv2d(3, 4, 3, stride=4, padding=1), nn.Upsample(scale_factor=4)
+        self.layers = nn.Sequential(down, nn.ReLU(), nn.Conv2d(4, 1, 1), up)
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
         return torch.sigmoid(self.layers(frames))
@@ -144,9 +143,9 @@ def furnished(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Pa
     torch.export.save(program, folder / "my_network.pt2")
     torch.save(cityscapes_checkpoint(), folder / "best_val_smaller.pth")
     write_cityscapes(folder / "CITYSCAPES")
-    save_weights(
-        compact_ddrnet(pretrained=False, classes=11), folder / "results/camvid_network/weights.safetensors", {}
-    )
+    (folder / "results" / "camvid_network").mkdir()
+    untrained = compact_ddrnet(pretrained=False, classes=11)
+    save_weights(untrained, folder / "results" / "camvid_network" / "weights.safetensors", {})
     for page, name in (("docs/adding_a_task.md", "coverage_task.py"), ("docs/adding_a_policy.md", "panning.py")):
         python = next(b for where, b in blocks("python") if where == page and re.search("class (Coverage|Panning)", b))
         (folder / name).write_text(python)
@@ -210,3 +209,27 @@ def test_a_command_shown_runs(
         assert "is finished already" in captured.err
     elif "--help" not in words:
         assert "Next: " in (captured.err + captured.out).splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [w for w in commands("mlflow").values() if w], ids=" ".join)
+def test_a_server_shown_answers(words: list[str], furnished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(furnished)
+    assert run(["export", "policy=FOLDER"]) == 0  # registers a model
+    port = str(free_port())
+    words = [port if before == "--port" else word for before, word in zip(["", *words], words, strict=False)]
+    words = words if "--port" in words else [*words, "--port", port]
+    store = {"MLFLOW_TRACKING_URI": "sqlite:///results/mlflow.db", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (furnished / "log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", *words],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | store,
+            start_new_session=True,
+        )
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health", server, furnished / "log")
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
