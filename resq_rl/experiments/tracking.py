@@ -52,6 +52,7 @@ LONGEST_TAG = 5000
 LONGEST_RUN_NAME = 120  # beyond it, MLflow's pages are hard to read
 # Settings of where and how a run runs, which do not tell what it is.
 INCIDENTAL = ("results=", "tables=", "threads=", "tracking", "hydra", "training.resume=")
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # or its pages are those for chats
 FORBIDDEN = re.compile(r"[^\w\-. :/]")
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ log = logging.getLogger(__name__)
 def run_name(command: str, overrides: Sequence[str], folder: Path) -> str:
     """A run's name: its command and what was asked of it; where that was nothing in particular, its folder's name."""
     telling = [word for word in overrides if not word.startswith(INCIDENTAL)]
-    return _cut(" ".join([command, *(telling or [folder.name])]), LONGEST_RUN_NAME)
+    return _cut(" ".join([command, *(telling or [folder.name])]).strip(), LONGEST_RUN_NAME)
 
 
 class Tracker:
@@ -306,7 +307,7 @@ def _experiment(client: MlflowClient, name: str, uri: str) -> str:
         if uri.startswith("sqlite:///"):
             artifacts = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
         try:
-            return str(client.create_experiment(name, artifact_location=artifacts))
+            return str(client.create_experiment(name, artifact_location=artifacts, tags=EXPERIMENT_TAGS))
         except MlflowException as error:
             found = client.get_experiment_by_name(name)  # another process may have been faster
             if found is None:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from resq_rl.experiments.fronts import bops_step
 from resq_rl.experiments.measured import MEASURED
 from resq_rl.experiments.provenance import command_of
 from resq_rl.experiments.results import print_policies, write_summary
@@ -28,6 +29,9 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
         with tracker.child(f"ppo seed {seed}", {"seed": seed, "method": "ppo"}) as child:
             policy, report = train_policy(world, seed, folder, child, start=start, resume=resume)
             front = best_policies(front_candidates(world, policy), lambda p: world.measure(p, "validation"))
+            for _, m in front:
+                for run in (child, tracker):
+                    run.log_metrics({"validation/accuracy": m.accuracy, "validation/bops": m.bops}, bops_step(m))
             points = [{"accuracy": m.accuracy, "bops": m.bops, "settings": p.settings} for p, m in front]
         frames = report.frames + (start.frames if start else 0)
         summary.append({"seed": seed, "policy": str(folder), "frames": frames, "validation_front": points})

@@ -270,7 +270,7 @@ def test_flags_after_the_command(run: Run, capsys: pytest.CaptureFixture[str]) -
     assert run("train", "--help") == 0
     page = capsys.readouterr().out
     assert page.startswith("resq-rl train: train something\n")
-    for expected in ("video: camvid, ", "learning_rate: ", "--multirun"):
+    for expected in (" video        camvid, ", "training.learning_rate ", "what residuals are taken against", "--multirun"):
         assert expected in page
     assert run("compare", "--cfg", "job", "--resolve", "seed=5") == 0
     assert OmegaConf.create(capsys.readouterr().out).seed == 5
@@ -308,8 +308,10 @@ def test_a_sweep_is_recorded_under_one_parent(run: Run, results: Path) -> None:
     assert run("train", "--multirun", "seed=3,7", tracking="mlflow") == 2
     parent, *children = runs(results)
     assert parent.info.run_name == "sweep train seed=3,7"
-    assert [child.info.run_name for child in children] == ["train seed=3", "train seed=7"]
+    assert [child.info.run_name for child in children] == ["seed=3", "seed=7"]
     assert children[0].data.tags["mlflow.source.name"] == "resq-rl train seed=3 tracking=mlflow"
+    assert parent.data.tags["mlflow.source.name"] == "resq-rl train --multirun seed=3,7 tracking=mlflow"
+    assert parent.data.params == {"seed": "3,7"}
     assert parent.data.metrics == {"jobs": 2.0, "failed_jobs": 1.0}
     assert [child.data.tags["mlflow.parentRunId"] for child in children] == [parent.info.run_id] * 2
     assert [child.info.status for child in (parent, *children)] == ["FAILED", "FINISHED", "FAILED"]
@@ -327,7 +329,7 @@ def test_a_sweep_that_goes_on_runs_only_what_is_missing(run: Run, results: Path,
     assert run("train", *words, tracking="mlflow") == 2
     assert not done.exists(), "a job that is finished is not run again"
     statuses = {(r.data.params.get("seed"), r.info.status) for r in runs(results)}
-    assert statuses == {(None, "FAILED"), ("3", "FINISHED"), ("7", "FAILED"), ("4", "FINISHED")}
+    assert statuses == {("3,7,4", "FAILED"), ("3", "FINISHED"), ("7", "FAILED"), ("4", "FINISHED")}
     assert len(runs(results)) == 4, "each is one run of MLflow, however often it was begun"
 
 
