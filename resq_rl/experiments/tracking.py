@@ -52,7 +52,6 @@ LONGEST_TAG = 5000
 LONGEST_RUN_NAME = 120  # beyond it, MLflow's pages are hard to read
 # Settings of where and how a run runs, which do not tell what it is.
 INCIDENTAL = ("results=", "tables=", "threads=", "tracking", "hydra", "training.resume=")
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # or its pages are those for chats
 FORBIDDEN = re.compile(r"[^\w\-. :/]")
 
 log = logging.getLogger(__name__)
@@ -307,7 +306,7 @@ def _experiment(client: MlflowClient, name: str, uri: str) -> str:
         if uri.startswith("sqlite:///"):
             artifacts = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
         try:
-            return str(client.create_experiment(name, artifact_location=artifacts, tags=EXPERIMENT_TAGS))
+            return str(client.create_experiment(name, artifact_location=artifacts))
         except MlflowException as error:
             found = client.get_experiment_by_name(name)  # another process may have been faster
             if found is None:
@@ -321,9 +320,10 @@ def _experiment(client: MlflowClient, name: str, uri: str) -> str:
 
 
 def _hint(uri: str, experiment: str) -> str:
+    page = f"#/experiments/{experiment}/runs?workflowType=machine_learning"  # or MLflow begins with pages for chats
     if uri.startswith("http"):
-        return f"{uri}/#/experiments/{experiment}"
-    return f"mlflow ui --backend-store-uri {uri}"
+        return f"{uri}/{page}"
+    return f"mlflow ui --backend-store-uri {uri}, then http://127.0.0.1:5000/{page}"
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import gymnasium
 import pytest
 import torch
 from omegaconf import OmegaConf
+from playwright.sync_api import Browser
 
 import resq_rl.configs
 from resq_rl.errors import VideoError
@@ -31,7 +33,8 @@ FAKE = {
 
 def job(settings: Settings, run_dir: Path, tracker: Tracker) -> str | None:
     """Writes what it was given; the seed says how it ends."""
-    tracker.log_metrics({"loss": 0.5}, step=1)
+    for frames, loss in ((960, 1.0), (1920, 0.5)):
+        tracker.log_metrics({"loss": loss}, step=frames)
     (run_dir / "summary.json").write_text(json.dumps({"seed": settings.seed, "folder": str(run_dir)}))
     logging.getLogger("resq_rl.fake").info("a line of the job")
     match settings.seed:
@@ -270,7 +273,12 @@ def test_flags_after_the_command(run: Run, capsys: pytest.CaptureFixture[str]) -
     assert run("train", "--help") == 0
     page = capsys.readouterr().out
     assert page.startswith("resq-rl train: train something\n")
-    for expected in (" video        camvid, ", "training.learning_rate ", "what residuals are taken against", "--multirun"):
+    for expected in (
+        " video        camvid, ",
+        "training.learning_rate ",
+        "what residuals are taken against",
+        "--multirun",
+    ):
         assert expected in page
     assert run("compare", "--cfg", "job", "--resolve", "seed=5") == 0
     assert OmegaConf.create(capsys.readouterr().out).seed == 5
@@ -318,6 +326,31 @@ def test_a_sweep_is_recorded_under_one_parent(run: Run, results: Path) -> None:
     assert [child.data.params["seed"] for child in children] == ["3", "7"]
     assert all((Path(c.info.artifact_uri.removeprefix("file://")) / "config.yaml").is_file() for c in children)
     assert PARENT_RUN_VARIABLE not in os.environ
+
+
+def test_the_page_of_a_sweep_leads_to_its_jobs_and_their_curves(
+    run: Run, mlflow_server: str, browser: Browser, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = [f"tracking.uri={mlflow_server}", "tracking.experiment=a sweep"]
+    assert run("train", "--multirun", "seed=3,5", "training.gamma=0.5,0.9", *store, tracking="mlflow") == 0
+    (address,) = set(re.findall(r"^Tracking: (\S+)$", capsys.readouterr().err, re.MULTILINE))
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(60_000)  # milliseconds; the page is large
+    page.goto(address)
+    parent = page.get_by_role("link", name="sweep train seed=3,5 gamma=0.5,0.9")
+    parent.wait_for()
+    assert page.get_by_role("link", name="gamma=").count() == 1, "jobs are folded away"
+    parent.click()
+    jobs = [f"seed={seed} gamma={gamma}" for seed in (3, 5) for gamma in (0.5, 0.9)]
+    for name in jobs:
+        page.get_by_role("link", name=name).wait_for()
+    page.get_by_role("link", name=jobs[0]).click()
+    page.get_by_role("heading", name=jobs[0]).wait_for()
+    page.get_by_role("tab", name="Model metrics").click()
+    page.locator(".js-plotly-plot .scatterlayer path.js-line").first.wait_for()
+    ticks = {text.replace(",", "") for text in page.locator(".js-plotly-plot .xtick").all_text_contents()}
+    assert any(1000 <= float(tick.replace("k", "e3")) <= 2000 for tick in ticks), "by environment frames"
+    page.close()
 
 
 def test_a_sweep_that_goes_on_runs_only_what_is_missing(run: Run, results: Path, tmp_path: Path) -> None:
