@@ -1,17 +1,15 @@
 """What README and docs show runs: blocks of Python as they stand, commands as far as their settings."""
 
 import re
-import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from resq_rl.experiments.app import COMMANDS, main
-from resq_rl.experiments.catalogue import KINDS
 from resq_rl.experiments.composition import load_settings
+from tests.shown import ROOT, SITE, blocks, commands
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Tested with what they need: a trained policy (test_jobs.py), two files and a comparison (test_adding_a_task.py); files
 # that a page takes in (test_examples.py).
 ELSEWHERE = ("Runner", "class Coverage", "--8<--")
@@ -19,29 +17,8 @@ ELSEWHERE = ("Runner", "class Coverage", "--8<--")
 SMALLER = {"GeneratedObjects(test=32)": "GeneratedObjects(test=1, frames=4)"}
 
 
-def blocks(language: str) -> list[tuple[str, str]]:
-    """The page and text of every block in a language."""
-    pattern = re.compile(rf"```{language}\n(.*?)```", re.DOTALL)
-    return [
-        (str(page.relative_to(ROOT)), block)
-        for page in PAGES
-        for block in pattern.findall(page.read_text(encoding="utf-8"))
-    ]
-
-
-def commands() -> list[tuple[str, list[str]]]:
-    """The page and arguments of every `resq-rl` in blocks of bash."""
-    found = []
-    for page, block in blocks("bash"):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = [word for word in shlex.split(line, comments=True) if not re.fullmatch(r"[A-Z_]+=\S*", word)]
-            if words and words[0].split("/")[-1] == "resq-rl":
-                found.append((page, words[1:]))
-    return found
-
-
 PYTHON = [(page, block) for page, block in blocks("python") if not any(mark in block for mark in ELSEWHERE)]
-COMMAND_LINES = {" ".join(words): (page, words) for page, words in commands()}
+COMMAND_LINES = commands("resq-rl")
 
 
 @pytest.mark.parametrize(("page", "block"), PYTHON, ids=[page for page, _ in PYTHON])
@@ -52,21 +29,24 @@ def test_python_shown_runs(page: str, block: str, tmp_path: Path, monkeypatch: p
     exec(compile(block, page, "exec"), {"__name__": "shown"})
 
 
-@pytest.mark.parametrize(("page", "words"), COMMAND_LINES.values(), ids=COMMAND_LINES)
-def test_commands_shown_have_valid_settings(page: str, words: list[str]) -> None:
+@pytest.mark.parametrize("words", COMMAND_LINES.values(), ids=COMMAND_LINES)
+def test_commands_shown_have_valid_settings(words: list[str]) -> None:
+    """That they run is tested at small size in tests/experiments/test_shown_commands.py."""
     command, *rest = words
-    if command == "list":
-        assert set(rest) <= set(KINDS)
-    elif command == "sync":
-        assert 1 <= len(rest) <= 2
-    elif "--config-dir" in rest:  # whose files are in blocks of the page, and tested with them
-        assert page in ("docs/adding_a_task.md", "docs/adding_a_policy.md")
-    else:
-        sweep = "--multirun" in rest
-        overrides = [word for word in rest if not word.startswith("-")]
-        if sweep:  # each value is tried alone; here the first
-            overrides = [word if "[" in word else word.split(",")[0] for word in overrides]
-        assert load_settings(COMMANDS[command].config, overrides)
+    if command in ("list", "sync", "COMMAND", "--help") or "--config-dir" in rest:
+        return  # no settings; or those of files that the page shows
+    overrides = [word for word in rest if not word.startswith("-")]
+    if "--multirun" in rest:  # each value is tried alone; here the first
+        overrides = [word if "[" in word else word.split(",")[0] for word in overrides]
+    assert load_settings(COMMANDS[command].config, overrides)
+
+
+@pytest.mark.parametrize("words", commands("make").values(), ids=commands("make"))
+def test_targets_of_make_shown_are_there(words: list[str]) -> None:
+    done = subprocess.run(
+        ["make", "--dry-run", *words], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_dataset_shown_can_be_chosen(
@@ -88,11 +68,11 @@ def test_the_dataset_shown_can_be_chosen(
 
 def test_every_page_is_in_the_navigation() -> None:
     settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    pages = {str(page.relative_to(ROOT / "docs")) for page in PAGES[1:]}
+    pages = {str(page.relative_to(ROOT / "docs")) for page in SITE}
     assert set(re.findall(r"(\S+\.md)$", settings, re.MULTILINE)) == pages
 
 
-@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", SITE, ids=lambda page: page.name)
 def test_links_stay_among_the_pages(page: Path) -> None:
     """What lies outside `docs` is not part of the website: such a link would break there."""
     for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):

@@ -45,15 +45,21 @@ class Command:
         config: name of its primary config in `resq_rl.configs`.
         job: "module:function" of `function(settings, run_dir, tracker)`, which may say what is useful next.
         resume: the setting by which an interrupted run goes on, with {folder} for its folder; empty where it cannot.
+        example: arguments of a typical call.
+        groups: what of the settings it uses, for its page of help; all where there are none.
     """
 
     help: str
     config: str
     job: str
     resume: str = ""
+    example: str = ""
+    groups: Sequence[str] = ()
 
 
 RESUME = "training.resume={folder}"
+WORLD = ("video", "model", "task", "quantization", "environment", "tracking")
+DEPLOYED = ("model", "task", "tracking")
 
 COMMANDS: Mapping[str, Command] = {
     "train": Command(
@@ -61,26 +67,52 @@ COMMANDS: Mapping[str, Command] = {
         "train",
         "resq_rl.experiments.train:run",
         resume=RESUME,
+        example="video.speed=2.0 'training.seeds=[0]' training.frames=20000",
+        groups=(*WORLD, "training"),
     ),
-    "evaluate": Command("measure a trained policy on one split", "evaluate", "resq_rl.experiments.evaluate:run"),
+    "evaluate": Command(
+        "measure a trained policy on one split",
+        "evaluate",
+        "resq_rl.experiments.evaluate:run",
+        example="policy=results/train/DATE/seed0 split=test",
+        groups=(*WORLD, "training"),
+    ),
     "compare": Command(
         "tune, train and measure all methods, and compare their fronts",
         "compare",
         "resq_rl.experiments.compare:run",
         resume=RESUME,
+        example="+experiment=demo",
+        groups=(*WORLD, "training", "heuristic"),
     ),
     "run": Command(
-        "run a trained policy on a video file, a folder of frames or a camera", "run", "resq_rl.experiments.run:run"
+        "run a trained policy on a video file, a folder of frames or a camera",
+        "run",
+        "resq_rl.experiments.run:run",
+        example="policy=results/train/DATE/seed0 source=drive.mp4",
+        groups=(*DEPLOYED, "running"),
     ),
     "export": Command(
-        "write a trained policy for other runtimes, and check each file", "export", "resq_rl.experiments.export:run"
+        "write a trained policy for other runtimes, and check each file",
+        "export",
+        "resq_rl.experiments.export:run",
+        example="policy=results/train/DATE/seed0 'exporting.formats=[portable,thresholds]'",
+        groups=("video", *DEPLOYED, "environment", "exporting"),
     ),
-    "bench": Command("measure how fast the simulation is on this machine", "bench", "resq_rl.experiments.bench:run"),
+    "bench": Command(
+        "measure how fast the simulation is on this machine",
+        "bench",
+        "resq_rl.experiments.bench:run",
+        example="threads=1 'benchmark.batches=[8]'",
+        groups=(*WORLD, "training", "benchmark"),
+    ),
     "pretrain": Command(
         "train the segmentation network that the package ships",
         "pretrain",
         "resq_rl.experiments.pretrain:run",
         resume=RESUME,
+        example="pretraining.steps=1500 model.width=24",
+        groups=("video", "model", "task", "tracking", "pretraining"),
     ),
 }
 
@@ -186,9 +218,7 @@ def main(arguments: Sequence[str] | None = None, commands: Mapping[str, Command]
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     session = _Session(name, commands[name], arguments=rest)
-    if {"-h", "--help"} & set(rest):
-        print(f"resq-rl {name}: {session.command.help}\n")
-    return _run(session, rest)
+    return _help(session, rest) if {"-h", "--help"} & set(rest) else _run(session, rest)
 
 
 def _usage(commands: Mapping[str, Command]) -> str:
@@ -211,6 +241,21 @@ def _sync(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _help(session: _Session, arguments: Sequence[str]) -> int:
+    """`resq-rl COMMAND --help`."""
+    from resq_rl.experiments.help import print_help
+
+    command = session.command
+    title = f"resq-rl {session.name}: {command.help}"
+    title += f"\n\nExample: resq-rl {session.name} {command.example}" if command.example else ""
+    try:
+        print_help(title, *_composed(session, arguments)[:2], command.groups)
+    except ResqError as error:
+        session.report(error)
+        return 2
+    return 0
+
+
 def _list(kinds: Sequence[str]) -> int:
     """`resq-rl list`; flags are for nothing here, but asking for help is no mistake."""
     if {"-h", "--help"} & set(kinds):
@@ -221,6 +266,7 @@ def _list(kinds: Sequence[str]) -> int:
     except ResqError as error:
         print(f"resq-rl {LIST}: {error}", file=sys.stderr)
         return 2
+    print("Next: resq-rl compare +experiment=OPTION, or video=OPTION model=OPTION task=OPTION", file=sys.stderr)
     return 0
 
 
@@ -304,7 +350,8 @@ def _run_job(session: _Session, config: Any, run_dir: Path, overrides: Sequence[
     from resq_rl.experiments.record import RunRecord
     from resq_rl.experiments.resume import CONFIG, kept_text, merged_overrides, with_kept_settings
     from resq_rl.experiments.settings import make_settings, plain
-    from resq_rl.experiments.tracking import open_tracker, run_name
+    from resq_rl.experiments.sweep import job_name
+    from resq_rl.experiments.tracking import open_tracker
     from resq_rl.files import write_atomic
 
     values, record = plain(config), RunRecord(run_dir)
@@ -328,7 +375,7 @@ def _run_job(session: _Session, config: Any, run_dir: Path, overrides: Sequence[
             settings.tracking,
             results=Path(settings.results).absolute(),
             folder=run_dir,
-            name=run_name(session.name, overrides, run_dir),
+            name=job_name(session.name, overrides, run_dir),
             resume=resume,
         ) as tracker,
         _recorded(record, tracker),
@@ -394,8 +441,6 @@ def _set_threads(threads: int) -> None:
 
 def _outside_the_job(error: Exception, session: _Session, arguments: Sequence[str]) -> Exception:
     """What to report for an error of Hydra's, from before a job began."""
-    from hydra._internal.utils import get_args_parser
-
     from resq_rl.experiments.composition import COMPOSITION_ERRORS, explain
 
     system_error = _system_error(error)
@@ -406,14 +451,21 @@ def _outside_the_job(error: Exception, session: _Session, arguments: Sequence[st
         )
     if not isinstance(error, COMPOSITION_ERRORS):
         return error
+    name, overrides, multirun = _composed(session, arguments)
+    explained = explain(error, name, overrides, multirun=multirun)
+    explained.__cause__ = error
+    return explained
+
+
+def _composed(session: _Session, arguments: Sequence[str]) -> tuple[str, list[str], bool]:
+    """Of which config and overrides the settings are composed, and whether those may give several values."""
+    from hydra._internal.utils import get_args_parser
+
     flags = get_args_parser().parse_args(list(arguments))
     overrides = list(flags.overrides)
     if flags.config_dir is not None and Path(flags.config_dir).is_dir():
         overrides.append(f"hydra.searchpath=[file://{Path(flags.config_dir).absolute()}]")
-    name = flags.config_name or session.command.config
-    explained = explain(error, name, overrides, multirun=flags.multirun)
-    explained.__cause__ = error
-    return explained
+    return flags.config_name or session.command.config, overrides, flags.multirun
 
 
 def _named(error: OSError) -> str:

@@ -57,8 +57,8 @@ TRAINING_ROLLOUTS = 2
 RATE_STEPS = 20  # of region agents, and of environments in processes of their own
 
 
-def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
-    """Measure; `bench.json` is written anew after each part."""
+def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
+    """Measure; `bench.json` is written anew after each part. Returns the next useful command."""
     world = build_world(settings, ["train"])
     report: dict[str, Any] = {
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
@@ -91,6 +91,7 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
         write_summary(run_dir / "bench.json", report)
     tracker.log_artifact(run_dir / "bench.json")
     _print(report["parts"])
+    return "resq-rl compare +experiment=demo"
 
 
 def _print(parts: Mapping[str, Mapping[str, Any]]) -> None:

@@ -18,7 +18,7 @@ from rich.console import Console
 from resq_rl.envs import Measurement, Policy
 from resq_rl.experiments.decisions import Measured, Pair, comparable_pair, decisions_figure, trace_pair
 from resq_rl.experiments.frame_level import frame_heuristics, gap_closed, is_frame_level, oracle_front, tabulated
-from resq_rl.experiments.fronts import compare_fronts, points_of
+from resq_rl.experiments.fronts import bops_step, compare_fronts, points_of
 from resq_rl.experiments.measured import MEASURED
 from resq_rl.experiments.plots import plot_curves, plot_fronts
 from resq_rl.experiments.progress import stage
@@ -85,7 +85,7 @@ class _Bench:
         self.write()
         for point in measurements:
             self.tracker.log_metrics(
-                {f"{method}/accuracy": point.accuracy, f"{method}/bops": point.bops}, _bops_step(point)
+                {f"{method}/accuracy": point.accuracy, f"{method}/bops": point.bops}, bops_step(point)
             )
 
     def measure(self, method: str, policies: Sequence[Policy]) -> list[Measurement]:
@@ -124,11 +124,6 @@ class _Bench:
         comparison = self.comparison()
         comparison.write(self.run_dir / "comparison.json")
         return comparison
-
-
-def _bops_step(point: Measurement) -> int:
-    """A point's place on the axis of steps, on which MLflow draws: millionths of W8A8, so that accuracy is a front."""
-    return round(1e6 * point.bops)
 
 
 def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
@@ -314,6 +309,6 @@ def _measure_ppo(
             results = bench.measure("ppo", tuned)
             by_seed[seed] = [replace(m, settings={**m.settings, "seed": seed}) for m in results]
             for m in by_seed[seed]:
-                child.log_metrics({"accuracy": m.accuracy, "bops": m.bops}, _bops_step(m))
+                child.log_metrics({"accuracy": m.accuracy, "bops": m.bops}, bops_step(m))
         bench.add("ppo", by_seed[seed], tuned)
     return by_seed, curves

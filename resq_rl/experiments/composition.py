@@ -18,7 +18,7 @@ from resq_rl.experiments.conversion import did_you_mean, unknown_name
 from resq_rl.experiments.settings import Settings, make_settings
 from resq_rl.experiments.targets import parameter_names
 
-__all__ = ["CONFIG_MODULE", "compose_config", "explain", "load_settings"]
+__all__ = ["CONFIG_MODULE", "compose_config", "explain", "group_options", "load_settings"]
 
 CONFIG_MODULE = "resq_rl.configs"
 VERSION_BASE = "1.3"
@@ -42,6 +42,12 @@ def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfi
             raise _explain(error, config_name, overrides) from error
 
 
+def group_options(config_name: str, overrides: Sequence[str] = ()) -> dict[str, list[str]]:
+    """The options of every group; `overrides` may name folders that add to them."""
+    with initialize_config_module(CONFIG_MODULE, version_base=VERSION_BASE):
+        return _options(config_name, [text for text in overrides if text.startswith("hydra.searchpath=")])
+
+
 def load_settings(config_name: str, overrides: Sequence[str] = ()) -> Settings:
     """Checked settings of a command, such as `load_settings("train", ["video=davis", "video.root=DAVIS"])`.
 
@@ -61,12 +67,8 @@ def explain(error: Exception, config_name: str, overrides: Sequence[str], *, mul
 
 
 def _explain(error: Exception, config_name: str, overrides: Sequence[str], *, multirun: bool = False) -> SettingsError:
-    loader = GlobalHydra.instance().config_loader()
     searchpath = [text for text in overrides if text.startswith("hydra.searchpath=")]
-    groups = {
-        group: loader.get_group_options(group, config_name=config_name, overrides=searchpath)
-        for group in _groups(loader)
-    }
+    groups = _options(config_name, searchpath)
     parser = OverridesParser.create()
     parsed: list[tuple[str, Override]] = []
     for text in overrides:
@@ -142,6 +144,14 @@ def _parents(key: str) -> Iterator[str]:
     while "." in key:
         key = key.rpartition(".")[0]
         yield key
+
+
+def _options(config_name: str, searchpath: list[str]) -> dict[str, list[str]]:
+    loader = GlobalHydra.instance().config_loader()
+    return {
+        group: loader.get_group_options(group, config_name=config_name, overrides=searchpath)
+        for group in _groups(loader)
+    }
 
 
 def _groups(loader: ConfigLoader, parent: str = "") -> Iterator[str]:

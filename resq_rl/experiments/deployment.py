@@ -12,12 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from resq_rl.envs import ClipStore
-from resq_rl.errors import PolicyError, SettingsError, VideoError
-from resq_rl.experiments.progress import stage
+from resq_rl.errors import PolicyError, SettingsError
 from resq_rl.experiments.settings import Settings
 from resq_rl.experiments.targets import TARGET, Target, make_target, refuse_foreign
-from resq_rl.experiments.world import World
+from resq_rl.experiments.world import World, prepare_clips, read_clips
 from resq_rl.files import write_atomic
 from resq_rl.quantization import load_model, save_model
 from resq_rl.video import Split
@@ -90,16 +88,7 @@ def deployed_world(settings: Settings, folder: Path, grid: tuple[int, int], spli
     network, task, video = settings.model.build(), settings.task.build(), settings.video.build()
     model = load_model(folder, network)
     model = model.compile() if settings.quantization.compile else model
-    stores: dict[Split, ClipStore] = {}
-    for split in dict.fromkeys(splits):
-        clips = video.clips(split)
-        if not clips:
-            raise VideoError(f"The {split} split has no clips: give it some in the settings of 'video'.")
-        environment = settings.environment
-        with stage(f"float network, {split}", sum(map(len, clips))) as advance:
-            stores[split] = ClipStore.prepare(
-                model, task, clips, source=environment.accuracy, weighting=environment.weighting, progress=advance
-            )
+    stores = prepare_clips(settings, model, task, read_clips(video, splits))
     settings = replace(settings, environment=replace(settings.environment, grid=grid))
     return World(settings, network, model, task, stores, (), type(video).__name__)
 

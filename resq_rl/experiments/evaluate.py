@@ -4,9 +4,10 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
-from resq_rl.errors import SettingsError
+from resq_rl.experiments.deployment import policy_folder
 from resq_rl.experiments.fronts import points_of
 from resq_rl.experiments.progress import stage
+from resq_rl.experiments.provenance import command_of
 from resq_rl.experiments.results import print_policies, write_summary
 from resq_rl.experiments.settings import Settings
 from resq_rl.experiments.tracking import Tracker
@@ -25,9 +26,8 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
     Returns:
         What is useful next.
     """
-    if settings.policy is None:
-        raise SettingsError("Which policy? Set policy=FOLDER, a folder that `resq-rl train` or `compare` wrote.")
-    policy = LearnedPolicy.load(Path(settings.policy))
+    folder = policy_folder(settings.policy)
+    policy = LearnedPolicy.load(folder)
     world = build_world(settings, [settings.split])
     policies = front_candidates(world, policy)
     store = world.stores[settings.split]
@@ -37,7 +37,7 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
     write_summary(
         run_dir / "summary.json",
         {
-            "policy": settings.policy,
+            "policy": str(folder),
             "split": settings.split,
             "clips": len(store),
             "float_accuracy": store.float_accuracy,
@@ -47,5 +47,5 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
     tracker.log_artifact(run_dir / "summary.json")
     for step, point in enumerate(points):
         tracker.log_metrics({"accuracy": point.accuracy, "bops": point.bops}, step)
-    print_policies(f"{settings.policy}, {settings.split} clips", [{**p.settings, **asdict(p)} for p in points])
-    return f"for the same against tuned heuristics: resq-rl compare policy={settings.policy}"
+    print_policies(f"{folder}, {settings.split} clips", [{**p.settings, **asdict(p)} for p in points])
+    return f"for the same against tuned heuristics: {command_of(run_dir)}"

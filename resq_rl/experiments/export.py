@@ -1,6 +1,7 @@
 """`resq-rl export`: a trained policy as files for other runtimes, each read back and checked on a clip."""
 
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ __all__ = ["run"]
 
 log = logging.getLogger(__name__)
 
+PORTABLE = "policy"
 # Validation clips whose choices are looked at for the table, and the shares of choices that are tried as thresholds.
 TABLE_CLIPS = 6
 SHARES = (0.35, 0.5, 0.65, 0.8)
@@ -56,8 +58,12 @@ class _Export:
         return self.world.trace(policy, self.world.settings.split)
 
 
-def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
-    """Export; `summary.json` says for each format which files it is and how it was checked."""
+def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
+    """Export; `summary.json` says for each format which files it is and how it was checked.
+
+    Returns:
+        What is useful next.
+    """
     folder = policy_folder(settings.policy)
     policy = LearnedPolicy.load(folder)
     world = deployed_world(settings, folder, policy.scheme.grid, ["validation", settings.split])
@@ -80,6 +86,8 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
             table.add_row(name, "-", f"skipped: {skipped}")
         tracker.log_artifact(write_summary(run_dir / "summary.json", summary))
     Console().print(table)
+    shipped = run_dir / PORTABLE if "portable" in summary else folder
+    return f"run it from its files alone: resq-rl run policy={os.path.relpath(shipped)} source=VIDEO"
 
 
 def _portable(work: _Export, reference: Trace) -> dict[str, Any]:
@@ -92,11 +100,11 @@ def _portable(work: _Export, reference: Trace) -> dict[str, Any]:
         policy=LearnedPolicy.load(target),
         world=deployed_world(work.world.settings, target, work.policy.scheme.grid, [work.world.settings.split]),
     )
-    return {"path": "policy", **_same("portable", reference, copied.trace(copied.policy), 0.0)}
+    return {"path": PORTABLE, **_same("portable", reference, copied.trace(copied.policy), 0.0)}
 
 
 def _copied(work: _Export) -> Path:
-    target = work.run_dir / "policy"
+    target = work.run_dir / PORTABLE
     target.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         shutil.copyfile(work.folder / name, target / name)

@@ -11,7 +11,7 @@ from resq_rl.envs import Measurement
 from resq_rl.experiments.results import BdEntry, Point
 from resq_rl.experiments.statistics import BdResult, bd_bops, bootstrap_interval, bootstrap_intervals
 
-__all__ = ["compare_fronts", "points_of"]
+__all__ = ["bops_step", "compare_fronts", "points_of"]
 
 REPLICATES = 1000
 
@@ -30,6 +30,11 @@ def _resampled(measurements: Sequence[Measurement], clips: Int[np.ndarray, "r n"
         columns.append(torch.stack([m.task.accuracy(counts), bops], 1))
     stacked: np.ndarray = torch.stack(columns, 1).numpy()
     return stacked
+
+
+def bops_step(point: Measurement) -> int:
+    """A point's place on the axis of steps, on which MLflow draws: millionths of W8A8, so that accuracy is a front."""
+    return round(1e6 * point.bops)
 
 
 def points_of(measurements: Sequence[Measurement], *, seed: int) -> list[Point]:

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 
 from resq_rl.errors import NetworkError, SettingsError
@@ -62,8 +64,10 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
     write_summary(run_dir / "summary.json", {**_summary(task, report, test), "weights": str(weights)})
     for path in (weights, run_dir / "summary.json"):
         tracker.log_artifact(path)
-    log.info("%s: %.4f on validation, %.4f on test; weights in %s", task.metric, report.validation, test, weights)
-    return f"resq-rl compare model.weights={os.path.relpath(weights)}"
+    table = Table("steps", f"{task.metric}, validation", f"{task.metric}, test", title=os.path.relpath(weights))
+    table.add_row(str(report.best_step), f"{report.validation:.4f}", f"{test:.4f}")
+    Console().print(table)
+    return f"resq-rl compare model.weights={os.path.relpath(weights)}, with the video and task of this run"
 
 
 def _summary(task: Trainable, report: PretrainReport, test: float) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import importlib.metadata
 import platform
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -27,6 +28,7 @@ def versions(settings: Settings) -> dict[str, str]:
     return found
 
 
+@cache  # a process runs the code that it began with
 def _own_version() -> str:
     """The package's version, and where it runs from a checkout of git its commit."""
     root = Path(resq_rl.__file__).resolve().parent.parent

@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 FIELDS = ("frame", "time", "keyframe", "bops", "policy_bops", "bits", "mean_bops", "total_bops")
+OVERLAY = "overlay.mp4"
 
 
 @dataclass
@@ -89,8 +91,12 @@ class _Totals:
         }
 
 
-def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
-    """Run; writes a line per frame, `summary.json` and, if wanted, `overlay.mp4`. An interrupt keeps what is done."""
+def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
+    """Run; writes a line per frame, `summary.json` and, if wanted, `overlay.mp4`. An interrupt keeps what is done.
+
+    Returns:
+        What is useful next.
+    """
     if settings.source is None:
         raise SettingsError("On which video? Set source=PATH, a video file or a folder of frames, or a camera's index.")
     running, folder = settings.running, policy_folder(settings.policy)
@@ -134,6 +140,8 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> None:
         tracker.log_artifact(write_summary(run_dir / "summary.json", summary))
         tracker.log_metrics({name: summary[name] for name in ("bops", "peak_bops", "frames_per_second")})
         _print(summary)
+    look = f"look at {os.path.relpath(run_dir / OVERLAY)}; " if running.overlay else ""
+    return f"{look}ship the policy: resq-rl export policy={os.path.relpath(folder)}"
 
 
 Output = Callable[[Record, Any, UInt8[Tensor, "3 h w"], Tensor, RunCost], None]
@@ -184,7 +192,7 @@ def _writer(file: TextIO, kind: str) -> Callable[[Record], Any]:
 
 @contextmanager
 def _overlay(run_dir: Path, running: RunningSettings, task: Task, rate: float) -> Iterator[Output]:
-    with OverlayVideo(run_dir / "overlay.mp4", task, running.height, rate) as video:
+    with OverlayVideo(run_dir / OVERLAY, task, running.height, rate) as video:
 
         def write(record: Record, picture: Any, frame: Tensor, prediction: Tensor, cost: RunCost) -> None:
             kind = "keyframe" if cost.keyframe else "residual"

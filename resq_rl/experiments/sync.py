@@ -27,8 +27,11 @@ def run(arguments: Sequence[str]) -> None:
     """
     if not 1 <= len(arguments) <= 2 or arguments[0].startswith("-"):
         raise TrackingError("Write resq-rl sync FOLDER, or resq-rl sync FOLDER URI for another tracking store.")
-    for journal, where in sync(Path(arguments[0]), arguments[1] if len(arguments) > 1 else None):
+    sent = sync(Path(arguments[0]), arguments[1] if len(arguments) > 1 else None)
+    for journal, where in sent:
         print(f"{journal.parent}: sent to {where}")
+    for where in dict.fromkeys(where for _, where in sent):
+        print(f"Next: open {where}" if where.startswith("http") else f"Next: mlflow ui --backend-store-uri {where}")
 
 
 def sync(folder: Path, uri: str | None = None) -> list[tuple[Path, str]]:

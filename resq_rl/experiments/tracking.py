@@ -60,7 +60,7 @@ log = logging.getLogger(__name__)
 def run_name(command: str, overrides: Sequence[str], folder: Path) -> str:
     """A run's name: its command and what was asked of it; where that was nothing in particular, its folder's name."""
     telling = [word for word in overrides if not word.startswith(INCIDENTAL)]
-    return _cut(" ".join([command, *(telling or [folder.name])]), LONGEST_RUN_NAME)
+    return _cut(" ".join([command, *(telling or [folder.name])]).strip(), LONGEST_RUN_NAME)
 
 
 class Tracker:
@@ -320,9 +320,10 @@ def _experiment(client: MlflowClient, name: str, uri: str) -> str:
 
 
 def _hint(uri: str, experiment: str) -> str:
+    page = f"#/experiments/{experiment}/runs?workflowType=machine_learning"  # or MLflow begins with pages for chats
     if uri.startswith("http"):
-        return f"{uri}/#/experiments/{experiment}"
-    return f"mlflow ui --backend-store-uri {uri}"
+        return f"{uri}/{page}"
+    return f"mlflow ui --backend-store-uri {uri}, then http://127.0.0.1:5000/{page}"
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -4,7 +4,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from resq_rl.experiments.fronts import bops_step
 from resq_rl.experiments.measured import MEASURED
+from resq_rl.experiments.provenance import command_of
 from resq_rl.experiments.results import print_policies, write_summary
 from resq_rl.experiments.settings import Settings
 from resq_rl.experiments.start import prepare_training
@@ -21,17 +23,22 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
     world, start = prepare_training(build_world(settings, ["train", "validation"], run_dir / MEASURED))
     resume = settings.training.resume is not None
     summary: list[dict[str, Any]] = []
+    curves: dict[str, list[dict[str, float]]] = {}
     for seed in settings.training.seeds:
         folder = run_dir / f"seed{seed}"
         with tracker.child(f"ppo seed {seed}", {"seed": seed, "method": "ppo"}) as child:
             policy, report = train_policy(world, seed, folder, child, start=start, resume=resume)
             front = best_policies(front_candidates(world, policy), lambda p: world.measure(p, "validation"))
+            for _, m in front:
+                for run in (child, tracker):
+                    run.log_metrics({"validation/accuracy": m.accuracy, "validation/bops": m.bops}, bops_step(m))
             points = [{"accuracy": m.accuracy, "bops": m.bops, "settings": p.settings} for p, m in front]
         frames = report.frames + (start.frames if start else 0)
         summary.append({"seed": seed, "policy": str(folder), "frames": frames, "validation_front": points})
-        write_summary(run_dir / "summary.json", {"policies": summary, "curves": {str(seed): report.curve}})
+        curves[str(seed)] = report.curve
+        write_summary(run_dir / "summary.json", {"policies": summary, "curves": curves})
     tracker.log_artifact(run_dir / "summary.json")
     first = run_dir / f"seed{settings.training.seeds[0]}"
     rows = [{**p["settings"], **p, "seed": s["seed"]} for s in summary for p in s["validation_front"]]
     print_policies("validation clips", rows)
-    return f"resq-rl evaluate policy={os.path.relpath(first)}"
+    return f"{command_of(run_dir, 'evaluate')} policy={os.path.relpath(first)}"

@@ -143,7 +143,9 @@ class _Run:
         return policy
 
     def _track(self, before: int, progress: Progress) -> None:
-        self.tracker.log_metrics({f"train/{k}": v for k, v in progress.metrics.items()}, step=before + progress.frames)
+        groups = {name: "choices" if name.startswith("choice_") else "train" for name in progress.metrics}
+        metrics = {f"{groups[name]}/{name}": value for name, value in progress.metrics.items()}
+        self.tracker.log_metrics(metrics, step=before + progress.frames)
         if progress.rollout % 20 == 0:
             shown = ", ".join(f"{k} {v:.3f}" for k, v in progress.metrics.items() if k in ("reward", "bops", "error"))
             log.debug("seed %d, %d frames: %s", self.seed, before + progress.frames, shown)

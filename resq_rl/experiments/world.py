@@ -31,7 +31,7 @@ from resq_rl.policies import Responses
 from resq_rl.quantization import Inputs, QuantizationConfig, ResQModel, choose_residual_weight_bits
 from resq_rl.video import Clip, Split
 
-__all__ = ["World", "build_world"]
+__all__ = ["World", "build_world", "prepare_clips", "read_clips"]
 
 log = logging.getLogger(__name__)
 
@@ -168,24 +168,37 @@ def build_world(settings: Settings, splits: Sequence[Split], measured: Path | No
         raise NetworkError(f"Setting 'model' must make an nn.Module, got {type(network).__name__}.")
     if not isinstance(task, Task):
         raise SettingsError(f"Setting 'task' must make a resq_rl.perception.Task, got {type(task).__name__}.")
+    clips = read_clips(video, ["train", *splits])
+    model = ResQModel(network, example_inputs(task, clips["train"][0]), _config(settings))
+    few = clips["train"][: settings.quantization.calibration_clips]
+    calibration = tuple(clip_inputs(model.float_forward, task, clip) for clip in few)
+    model = _calibrated(settings, model, calibration)
+    stores = prepare_clips(settings, model, task, {name: clips[name] for name in splits})
+    source = type(video).__name__
+    return World(settings, network, model, task, stores, calibration, source, measured=Measured(measured))
+
+
+def read_clips(video: Any, splits: Sequence[Split]) -> dict[Split, list[Clip]]:
+    """The clips of each split.
+
+    Raises:
+        VideoError: a split has none, or one cannot be read.
+    """
     clips: dict[Split, list[Clip]] = {}
-    names: list[Split] = list(dict.fromkeys(["train", *splits]))
+    names = list(dict.fromkeys(splits))
     with stage("reading video", len(names)) as advance:
         for name in names:
             clips[name] = video.clips(name)
             if not clips[name]:
                 raise VideoError(f"The {name} split has no clips: give it some in the settings of 'video'.")
             advance(1)
-    model = ResQModel(network, example_inputs(task, clips["train"][0]), _config(settings))
-    few = clips["train"][: settings.quantization.calibration_clips]
-    calibration = tuple(clip_inputs(model.float_forward, task, clip) for clip in few)
-    model = _calibrated(settings, model, calibration)
-    stores = _stores(settings, model, task, {name: clips[name] for name in splits})
-    source = type(video).__name__
-    return World(settings, network, model, task, stores, calibration, source, measured=Measured(measured))
+    return clips
 
 
-def _stores(settings: Settings, model: ResQModel, task: Task, clips: dict[Split, list[Clip]]) -> dict[Split, ClipStore]:
+def prepare_clips(
+    settings: Settings, model: ResQModel, task: Task, clips: Mapping[Split, Sequence[Clip]]
+) -> dict[Split, ClipStore]:
+    """Clips with what they are judged by: labels or the float network's predictions, as the settings say."""
     stores: dict[Split, ClipStore] = {}
     with stage("float network", sum(len(c) for own in clips.values() for c in own)) as advance:
         for name, own in clips.items():

@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import gymnasium
 import pytest
 import torch
 from omegaconf import OmegaConf
+from playwright.sync_api import Browser
 
 import resq_rl.configs
 from resq_rl.errors import VideoError
@@ -31,7 +33,8 @@ FAKE = {
 
 def job(settings: Settings, run_dir: Path, tracker: Tracker) -> str | None:
     """Writes what it was given; the seed says how it ends."""
-    tracker.log_metrics({"loss": 0.5}, step=1)
+    for frames, loss in ((960, 1.0), (1920, 0.5)):
+        tracker.log_metrics({"loss": loss}, step=frames)
     (run_dir / "summary.json").write_text(json.dumps({"seed": settings.seed, "folder": str(run_dir)}))
     logging.getLogger("resq_rl.fake").info("a line of the job")
     match settings.seed:
@@ -270,7 +273,12 @@ def test_flags_after_the_command(run: Run, capsys: pytest.CaptureFixture[str]) -
     assert run("train", "--help") == 0
     page = capsys.readouterr().out
     assert page.startswith("resq-rl train: train something\n")
-    for expected in ("video: camvid, ", "learning_rate: ", "--multirun"):
+    for expected in (
+        " video        camvid, ",
+        "training.learning_rate ",
+        "what residuals are taken against",
+        "--multirun",
+    ):
         assert expected in page
     assert run("compare", "--cfg", "job", "--resolve", "seed=5") == 0
     assert OmegaConf.create(capsys.readouterr().out).seed == 5
@@ -308,8 +316,10 @@ def test_a_sweep_is_recorded_under_one_parent(run: Run, results: Path) -> None:
     assert run("train", "--multirun", "seed=3,7", tracking="mlflow") == 2
     parent, *children = runs(results)
     assert parent.info.run_name == "sweep train seed=3,7"
-    assert [child.info.run_name for child in children] == ["train seed=3", "train seed=7"]
+    assert [child.info.run_name for child in children] == ["seed=3", "seed=7"]
     assert children[0].data.tags["mlflow.source.name"] == "resq-rl train seed=3 tracking=mlflow"
+    assert parent.data.tags["mlflow.source.name"] == "resq-rl train --multirun seed=3,7 tracking=mlflow"
+    assert parent.data.params == {"seed": "3,7"}
     assert parent.data.metrics == {"jobs": 2.0, "failed_jobs": 1.0}
     assert [child.data.tags["mlflow.parentRunId"] for child in children] == [parent.info.run_id] * 2
     assert [child.info.status for child in (parent, *children)] == ["FAILED", "FINISHED", "FAILED"]
@@ -334,6 +344,31 @@ def test_commands_start_no_server_and_no_other_process(run: Run, results: Path) 
     assert {(event, Path(what).name) for event, what in seen} <= {("subprocess.Popen", "git")}, seen
 
 
+def test_the_page_of_a_sweep_leads_to_its_jobs_and_their_curves(
+    run: Run, mlflow_server: str, browser: Browser, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = [f"tracking.uri={mlflow_server}", "tracking.experiment=a sweep"]
+    assert run("train", "--multirun", "seed=3,5", "training.gamma=0.5,0.9", *store, tracking="mlflow") == 0
+    (address,) = set(re.findall(r"^Tracking: (\S+)$", capsys.readouterr().err, re.MULTILINE))
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(60_000)  # milliseconds; the page is large
+    page.goto(address)
+    parent = page.get_by_role("link", name="sweep train seed=3,5 gamma=0.5,0.9")
+    parent.wait_for()
+    assert page.get_by_role("link", name="gamma=").count() == 1, "jobs are folded away"
+    parent.click()
+    jobs = [f"seed={seed} gamma={gamma}" for seed in (3, 5) for gamma in (0.5, 0.9)]
+    for name in jobs:
+        page.get_by_role("link", name=name).wait_for()
+    page.get_by_role("link", name=jobs[0]).click()
+    page.get_by_role("heading", name=jobs[0]).wait_for()
+    page.get_by_role("tab", name="Model metrics").click()
+    page.locator(".js-plotly-plot .scatterlayer path.js-line").first.wait_for()
+    ticks = {text.replace(",", "") for text in page.locator(".js-plotly-plot .xtick").all_text_contents()}
+    assert any(1000 <= float(tick.replace("k", "e3")) <= 2000 for tick in ticks), "by environment frames"
+    page.close()
+
+
 def test_a_sweep_that_goes_on_runs_only_what_is_missing(run: Run, results: Path, tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     words = ["--multirun", "seed=3,7,4", f"training.resume={sweep}"]
@@ -343,7 +378,7 @@ def test_a_sweep_that_goes_on_runs_only_what_is_missing(run: Run, results: Path,
     assert run("train", *words, tracking="mlflow") == 2
     assert not done.exists(), "a job that is finished is not run again"
     statuses = {(r.data.params.get("seed"), r.info.status) for r in runs(results)}
-    assert statuses == {(None, "FAILED"), ("3", "FINISHED"), ("7", "FAILED"), ("4", "FINISHED")}
+    assert statuses == {("3,7,4", "FAILED"), ("3", "FINISHED"), ("7", "FAILED"), ("4", "FINISHED")}
     assert len(runs(results)) == 4, "each is one run of MLflow, however often it was begun"
 
 

@@ -98,10 +98,13 @@ def test_the_table_tells_its_loss(exported: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "agents"), [("region_bits", "region"), ("frame_bits", "frame")])
 def test_policies_that_choose_bits_have_no_table(
-    kind: ActionKind, agents: Agents, world: World, tmp_path: Path
+    kind: ActionKind, agents: Agents, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     policy = deploy(world, tmp_path / "policy", kind, agents)
     folder = export(tmp_path, f"policy={policy}", "tracking=disabled")
+    shipped = os.path.relpath(folder / "policy")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"Next: run it from its files alone: resq-rl run policy={shipped} source=VIDEO"
     found = summary(folder)
     assert "skipped" in found["thresholds"]
     assert found["portable"]["equal"]

@@ -113,8 +113,11 @@ def test_ppo_is_charged_for_its_network_and_its_first_keyframe(compared: Path) -
     assert {point.settings["seed"] for point in comparison.fronts["ppo"]} == {0, 1}
 
 
-def test_evaluate_agrees_with_compare(compared: Path, tmp_path: Path) -> None:
+def test_evaluate_agrees_with_compare(compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run(tmp_path, "evaluate", f"policy={compared / 'seed1'}")
+    following = capsys.readouterr().err.splitlines()[-1]
+    assert following.startswith("Next: for the same against tuned heuristics: resq-rl compare tracking=disabled ")
+    assert f"policy={compared / 'seed1'}" in following
     evaluated = json.loads((folder / "summary.json").read_text())["points"]
     comparison = Comparison.read(compared / "comparison.json")
     for point in comparison.fronts["ppo"]:
@@ -212,19 +215,27 @@ def test_compare_learns_keyframes_and_counts_their_frames(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("environment", "agents"),
-    [("frame_bits", "frame"), ("region_bits", "region"), ("region_bits", "frame"), ("region_thresholds", "frame")],
+    ("environment", "agents", "seeds"),
+    [
+        ("frame_bits", "frame", [0, 1]),
+        ("region_bits", "region", [0]),
+        ("region_bits", "frame", [0]),
+        ("region_thresholds", "frame", [0]),
+    ],
 )
-def test_ppo_trains_on_every_environment(tmp_path: Path, environment: str, agents: str) -> None:
+def test_ppo_trains_on_every_environment(tmp_path: Path, environment: str, agents: str, seeds: list[int]) -> None:
     folder = run(
         tmp_path,
         "train",
         f"environment={environment}",
         f"environment.agents={agents}",
-        "training.seeds=[0]",
+        f"training.seeds={seeds}",
         "training.frames=40",
     )
-    assert json.loads((folder / "summary.json").read_text())["policies"][0]["validation_front"]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [policy["seed"] for policy in summary["policies"] if policy["validation_front"]] == seeds
+    assert list(summary["curves"]) == [str(seed) for seed in seeds]
+    assert all(curve[-1]["frames"] >= 40 for curve in summary["curves"].values())
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/deploy.md"])

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from resq_rl.experiments.app import main
 from resq_rl.perception import Segmentation
 from resq_rl.policies import Runner
 from resq_rl.quantization import save_model
-from resq_rl.video import VideoFiles, VideoStream
+from resq_rl.video import VideoFiles, VideoStream, stream
 from tests.envs.test_recurrent import Follower
 from tests.envs.worlds import CLASSES, World, moving_frames, tiny_network
 from tests.policies.test_learned import made
@@ -114,6 +116,20 @@ def test_a_folder_of_one_picture_as_csv_without_overlay(trained: Path, tmp_path:
     (row,) = csv.DictReader((folder / "frames.csv").read_text().splitlines())
     assert (row["frame"], row["keyframe"], row["bops"], row["bits"]) == ("0", "True", "1.0", "8.0")
     assert {p.name for p in folder.iterdir()} & {"overlay.mp4", "frames.jsonl"} == set()
+
+
+def test_a_camera_is_run_on_until_it_has_given_enough(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """FFmpeg's generator of test pictures is an input device, as a camera is, and gives frames without end."""
+    monkeypatch.setitem(stream._CAMERAS, sys.platform, ("lavfi", "testsrc=size=64x48:rate=30"))
+    folder = run(tmp_path, f"policy={trained}", "source=0", "running.frames=3")
+    assert json.loads((folder / "summary.json").read_text())["source"] == "camera 0"
+    assert [record["time"] for record in records(folder)] == pytest.approx([0, 1 / 30, 2 / 30], abs=1e-6)
+    assert len(pictures(folder / "overlay.mp4")) == 3
+    last = capsys.readouterr().err.splitlines()[-1]
+    overlay, policy = (os.path.relpath(path) for path in (folder / "overlay.mp4", trained / "seed0"))
+    assert last == f"Next: look at {overlay}; ship the policy: resq-rl export policy={policy}"
 
 
 def test_no_more_frames_than_wanted(trained: Path, video: Path, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_a_run_in_the_default_store(results: Path) -> None:
     check_everything(local_client(results), tracker.run_id, child)
     artifacts = results / "mlartifacts" / tracker.run_id / "artifacts"
     assert (artifacts / "texts" / "notes.txt").read_text() == "hello"
-    assert tracker.hint == f"mlflow ui --backend-store-uri sqlite:///{results}/mlflow.db"
+    assert tracker.hint.startswith(f"mlflow ui --backend-store-uri sqlite:///{results}/mlflow.db, then http://")
     assert sorted(path.name for path in (results / "run").iterdir()) == ["curve.png", "curve.svg", "tracking.jsonl"]
 
 
@@ -144,14 +144,14 @@ def test_the_page_of_runs_shows_parents_with_their_children(
             child.log_metrics({"train/reward": 2.0}, 1920)
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.set_default_timeout(60_000)  # milliseconds; the page is large
-    page.goto(f"{tracker.hint}/runs")
+    page.goto(tracker.hint)
     parent = page.get_by_role("link", name="compare +experiment=demo")
     parent.wait_for()
     assert page.get_by_role("link", name="ppo seed 0").count() == 0, "children are folded away"
     parent.click()
     page.get_by_text("PPO needs half.").wait_for()
     page.get_by_role("link", name="ppo seed 0").wait_for()
-    page.goto(f"{tracker.hint}/runs/{tracker.run_id}/artifacts/report.html")
+    page.goto(tracker.hint.replace("/runs?", f"/runs/{tracker.run_id}/artifacts/report.html?"))
     page.frame_locator("iframe").get_by_role("heading", name="a report").wait_for()
     page.close()
 
