@@ -103,14 +103,17 @@ class MaskPropagation(Segmentation):
     def objective(self, clips: Sequence[Clip], settings: PretrainSettings, purpose: str = "training") -> Loss:
         """As for segmentation, frame by frame: a small object counts as much as a large one, as it does in J and F.
 
+        Frames of which no pixel is labelled do not count.
+
         Raises:
             VideoError: no clips, or labels that do not fit. SettingsError: the task is not of kind "logits".
         """
         of_frames = super().objective(clips, settings, purpose)
 
         def loss(output: Tensor, labels: Tensor) -> Tensor:
-            pairs = zip(output.split(1), labels.split(1), strict=True)
-            return torch.stack([of_frames(*pair) for pair in pairs]).mean()
+            known = (labels != IGNORE).flatten(1).any(1)
+            pairs = zip(output[known].split(1), labels[known].split(1), strict=True)
+            return torch.stack([of_frames(*pair) for pair in pairs]).mean() if bool(known.any()) else 0 * output.sum()
 
         return loss
 
