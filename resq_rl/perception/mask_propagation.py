@@ -1,5 +1,6 @@
 """The task of video object segmentation by mask propagation: J and F, and the previous mask as the network's input."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from resq_rl.errors import SettingsError, VideoError
 from resq_rl.perception.mask_errors import perturbed
 from resq_rl.perception.region_and_contour import contour_accuracy, region_similarity
 from resq_rl.perception.segmentation import Segmentation
+from resq_rl.perception.task import Loss, PretrainSettings
 from resq_rl.video import IGNORE, Clip
 
 __all__ = ["MaskPropagation"]
@@ -97,6 +99,23 @@ class MaskPropagation(Segmentation):
         masks, drawn = labels == 1, torch.rand(len(labels), 1, 1, generator=generator)
         masks = torch.where(drawn < DISTURBED, perturbed(masks, generator), masks)
         return (masks & (drawn >= LOST)).to(torch.uint8)
+
+    def objective(self, clips: Sequence[Clip], settings: PretrainSettings, purpose: str = "training") -> Loss:
+        """As for segmentation, frame by frame: a small object counts as much as a large one, as it does in J and F.
+
+        Frames of which no pixel is labelled do not count.
+
+        Raises:
+            VideoError: no clips, or labels that do not fit. SettingsError: the task is not of kind "logits".
+        """
+        of_frames = super().objective(clips, settings, purpose)
+
+        def loss(output: Tensor, labels: Tensor) -> Tensor:
+            known = (labels != IGNORE).flatten(1).any(1)
+            pairs = zip(output[known].split(1), labels[known].split(1), strict=True)
+            return torch.stack([of_frames(*pair) for pair in pairs]).mean() if bool(known.any()) else 0 * output.sum()
+
+        return loss
 
     # How it is judged -------------------------------------------------------------------------------------------------
 

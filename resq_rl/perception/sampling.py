@@ -181,5 +181,6 @@ def augmented(
     images = torch.where(mirrored.view(-1, *[1] * (images.dim() - 1)), images.flip(-1), images)
     labels = torch.where(mirrored.view(-1, *[1] * (labels.dim() - 1)), mirror(labels, images.shape[-1]), labels)
     gain, shift = uniform(0.7, 1.3) * uniform(0.9, 1.1, 3), uniform(-0.1, 0.1)
-    noise = torch.randn(images.shape, generator=generator) * uniform(0.0, 0.02)
-    return ((images - 0.5) * gain + 0.5 + shift + noise).clamp(0, 1), labels
+    noise = torch.randn(images.shape, generator=generator).mul_(uniform(0.0, 0.02))
+    images.sub_(0.5).mul_(gain).add_(0.5).add_(shift).add_(noise).clamp_(0, 1)  # in place: windows are large
+    return images, labels

@@ -23,6 +23,7 @@ from resq_rl.perception import (
 )
 from resq_rl.perception.mask_errors import perturbed
 from resq_rl.perception.sampling import FrameSampler
+from resq_rl.perception.segmentation import segmentation_loss
 from resq_rl.video import IGNORE, Clip, GeneratedObjects
 
 VIDEO = GeneratedObjects(size=(48, 64), frames=6, train=4, validation=2, test=1)
@@ -87,6 +88,20 @@ def test_a_missed_pixel_of_a_small_object_costs_more_than_of_the_background() ->
     table = TASK.error_table(torch.tensor([0.5, 0.5, 1.0, 60.0, 600.0], dtype=torch.float64), "iou")
     torch.testing.assert_close(table, torch.tensor([[0.0, 5.0], [5.0, 0.0]]))
     assert TASK.error_table(torch.ones(5, dtype=torch.float64), "pixel").tolist() == [[0, 1], [1, 0]]
+
+
+def test_the_loss_is_of_each_labelled_frame_by_itself() -> None:
+    """A small object missed costs as much beside a large one as alone, and a frame without labels costs nothing."""
+    labels = torch.zeros(3, 16, 16, dtype=torch.int64)
+    labels[0, :2, :2], labels[1, :, :12], labels[2] = 1, 1, IGNORE
+    logits = torch.randn(3, 2, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+    loss = TASK.objective(VIDEO.clips("train"), PretrainSettings(dice=1.0, class_balance=0.0))
+    alone = [segmentation_loss(logits[i : i + 1], labels[i : i + 1], torch.ones(2), 1.0) for i in range(2)]
+    torch.testing.assert_close(loss(logits, labels), (alone[0] + alone[1]) / 2)
+    assert loss(logits[2:], labels[2:]).item() == 0
+    loss(logits[2:], labels[2:]).backward()
+    assert logits.grad is not None
+    assert float(logits.grad.abs().max()) == 0
 
 
 def test_disturbed_masks_are_like_the_objects_but_wrong() -> None:

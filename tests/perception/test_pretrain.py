@@ -78,6 +78,7 @@ def test_training_learns_colours(tmp_path: Path) -> None:
     assert len(class_iou(report.counts)) == 3
     measured = float(mean_iou(measure_counts(model, VALIDATION, TASK).sum(0)))
     assert measured == pytest.approx(report.validation)
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
     fresh = network()
     metadata = load_weights(fresh, tmp_path / "w.safetensors")
     assert same(weights_of(fresh), weights_of(model))
