@@ -351,7 +351,7 @@ def _run_job(session: _Session, config: Any, run_dir: Path, overrides: Sequence[
     from resq_rl.experiments.resume import CONFIG, kept_text, merged_overrides, with_kept_settings
     from resq_rl.experiments.settings import make_settings, plain
     from resq_rl.experiments.sweep import job_name
-    from resq_rl.experiments.tracking import open_tracker
+    from resq_rl.experiments.tracking import command_tags, open_tracker
     from resq_rl.files import write_atomic
 
     values, record = plain(config), RunRecord(run_dir)
@@ -380,9 +380,7 @@ def _run_job(session: _Session, config: Any, run_dir: Path, overrides: Sequence[
         ) as tracker,
         _recorded(record, tracker),
     ):
-        source = shlex.join(["resq-rl", session.name, *overrides])
-        tracker.set_tags({"mlflow.source.name": source, "mlflow.source.type": "LOCAL"})
-        tracker.set_tags({"command": session.name, "folder": run_dir, "resq_rl": __version__})
+        tracker.set_tags(command_tags(session.name, overrides, run_dir))
         tracker.log_parameters(values)
         tracker.log_artifact(resolved)
         log.info("Will %s. Results go to %s", session.command.help, os.path.relpath(run_dir))

@@ -1,7 +1,6 @@
 """The MLflow run of a sweep (--multirun), under which the runs of its jobs are nested."""
 
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,11 +10,10 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from resq_rl import __version__
 from resq_rl.errors import ResqError
 from resq_rl.experiments.conversion import convert_dataclass
 from resq_rl.experiments.settings import TrackingSettings
-from resq_rl.experiments.tracking import PARENT_RUN_VARIABLE, Status, Tracker, open_tracker, run_name
+from resq_rl.experiments.tracking import PARENT_RUN_VARIABLE, Status, Tracker, command_tags, open_tracker, run_name
 
 __all__ = ["SweepCallback", "job_name"]
 
@@ -63,9 +61,7 @@ class SweepCallback(Callback):
             tracker = open_tracker(settings, results=results, folder=folder, name=name, resume=resume)
         except ResqError:
             return  # each job reports it
-        source = shlex.join(["resq-rl", config.hydra.job.name, "--multirun", *words])
-        tracker.set_tags({"mlflow.source.name": source, "mlflow.source.type": "LOCAL"})
-        tracker.set_tags({"command": config.hydra.job.name, "folder": folder, "resq_rl": __version__})
+        tracker.set_tags(command_tags(config.hydra.job.name, ["--multirun", *words], folder))
         tracker.log_parameters({key: word.partition("=")[2] for key, word in varied.items()})
         if tracker.run_id is not None:
             SweepCallback._tracker = tracker

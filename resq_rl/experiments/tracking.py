@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import OmegaConf
 
+from resq_rl import __version__
 from resq_rl.errors import TrackingError
 from resq_rl.experiments.outbox import (
     LOCAL,
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 else:  # slow to import; names that annotations can be checked against
     Figure = MlflowClient = Any
 
-__all__ = ["PARENT_RUN_VARIABLE", "NullTracker", "Tracker", "open_tracker", "quiet_mlflow", "run_name"]
+__all__ = ["PARENT_RUN_VARIABLE", "NullTracker", "Tracker", "command_tags", "open_tracker", "quiet_mlflow", "run_name"]
 
 PARENT_RUN_VARIABLE = "RESQ_RL_PARENT_RUN"
 OFFLINE = "offline"  # as tracking.uri: a journal and no store
@@ -52,6 +54,7 @@ LONGEST_TAG = 5000
 LONGEST_RUN_NAME = 120  # beyond it, MLflow's pages are hard to read
 # Settings of where and how a run runs, which do not tell what it is.
 INCIDENTAL = ("results=", "tables=", "threads=", "tracking", "hydra", "training.resume=")
+PARENTS = re.compile(r"[^\s=,\[\]]*/(?=[^\s/,\[\]]+/[^\s/,\[\]]+)")  # of a path, but for the last
 FORBIDDEN = re.compile(r"[^\w\-. :/]")
 
 log = logging.getLogger(__name__)
@@ -59,8 +62,14 @@ log = logging.getLogger(__name__)
 
 def run_name(command: str, overrides: Sequence[str], folder: Path) -> str:
     """A run's name: its command and what was asked of it; where that was nothing in particular, its folder's name."""
-    telling = [word for word in overrides if not word.startswith(INCIDENTAL)]
+    telling = [PARENTS.sub("", word) for word in overrides if not word.startswith(INCIDENTAL)]
     return _cut(" ".join([command, *(telling or [folder.name])]).strip(), LONGEST_RUN_NAME)
+
+
+def command_tags(command: str, arguments: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Tags that say what a run is of. MLflow shows its source as a path, so the arguments have a tag of their own."""
+    source = {"mlflow.source.name": f"resq-rl {command}", "mlflow.source.type": "LOCAL"}
+    return {**source, "command": command, "arguments": shlex.join(arguments), "folder": folder, "resq_rl": __version__}
 
 
 class Tracker:

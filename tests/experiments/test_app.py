@@ -317,8 +317,8 @@ def test_a_sweep_is_recorded_under_one_parent(run: Run, results: Path) -> None:
     parent, *children = runs(results)
     assert parent.info.run_name == "sweep train seed=3,7"
     assert [child.info.run_name for child in children] == ["seed=3", "seed=7"]
-    assert children[0].data.tags["mlflow.source.name"] == "resq-rl train seed=3 tracking=mlflow"
-    assert parent.data.tags["mlflow.source.name"] == "resq-rl train --multirun seed=3,7 tracking=mlflow"
+    assert children[0].data.tags["arguments"] == "seed=3 tracking=mlflow"
+    assert parent.data.tags["arguments"] == "--multirun seed=3,7 tracking=mlflow"
     assert parent.data.params == {"seed": "3,7"}
     assert parent.data.metrics == {"jobs": 2.0, "failed_jobs": 1.0}
     assert [child.data.tags["mlflow.parentRunId"] for child in children] == [parent.info.run_id] * 2

@@ -129,6 +129,14 @@ def test_a_name_says_what_was_asked_for(tmp_path: Path) -> None:
     folder = tmp_path / "2026-01-02"
     assert run_name("compare", ["results=x", "tracking.uri=y", "threads=1"], folder) == "compare 2026-01-02"
     assert run_name("compare", ["+experiment=demo", "threads=1"], folder) == "compare +experiment=demo"
+    words = [
+        "policy=results/train/2026-01-02/seed0",
+        "source=package://some/where/clip.mp4",
+        "video.paths.test=[a/b/c,d]",
+    ]
+    assert (
+        run_name("run", words, folder) == "run policy=2026-01-02/seed0 source=where/clip.mp4 video.paths.test=[b/c,d]"
+    )
     assert len(run_name("train", ["a=1"] * 100, folder)) == 120
 
 
