@@ -49,6 +49,7 @@ def make_network(seed: int = 0) -> nn.Module:
 
 def main() -> None:
     """Wrap, calibrate, and measure three policies by their agreement with the float network."""
+    torch.set_num_threads(1)  # on frames this small, more threads would only wait for each other
     network = make_network()
     video = GeneratedVideo(size=SIZE, frames=8, train=3, test=3)
     config = QuantizationConfig(

@@ -32,6 +32,7 @@ TRADE_OFFS = (0.05, 1.0)  # lambda, the price of bits: one policy is trained for
 
 def main(frames: int = 400) -> None:
     """Calibrate, tune the heuristic, train for so many frames, and compare on test clips."""
+    torch.set_num_threads(1)  # on frames this small, more threads would only wait for each other
     # A frozen network and clips in three disjoint splits; the first makes the second's ranges.
     video = GeneratedVideo(size=SIZE, frames=8, train=4, validation=2, test=3)
     task = Segmentation()

@@ -230,7 +230,8 @@ class HeuristicSettings(_Group):
         other_kappas: tried beside `kappa` with the settings that were best with it.
         scene_changes: mean residuals of a frame (square root, 0..1) above which it runs as a keyframe, tried likewise.
         frame_taus: for frame-level decisions, mean residuals of a frame (square root, 0..1) at which it takes a higher
-            level; `frame_kappa` are the multipliers by level.
+            level.
+        frame_kappa: their multipliers by level.
         searches: how static thresholds per layer group are searched, with as many frames as the training of one policy.
         clairvoyant_points: values of lambda for which a choice by region that knows the errors ahead is measured beside
             the greedy search; each takes (fields x horizon) times as long as a policy.
