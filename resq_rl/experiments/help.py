@@ -61,7 +61,7 @@ def _rows(group: str, config: DictConfig, owner: type) -> Iterator[tuple[str, st
     meanings = _meanings(_made(config) if owner is Target else owner)
     for name, value in OmegaConf.to_container(config, resolve=False).items():  # type: ignore[union-attr]
         meaning = "what makes it" if name == TARGET else meanings.get(str(name), "")
-        yield f"{group}.{name}", _shown(value), meaning
+        yield f"{group}.{name!s}", _shown(value), meaning
 
 
 def _made(config: DictConfig) -> object:
