@@ -64,7 +64,7 @@ SMALL_VIDEO = {
     "GeneratedVideo": [*FEW_CLIPS, "video.size=[32,48]"],
     "GeneratedObjects": [*FEW_CLIPS, "video.size=[32,48]"],
     "FigureVideo": [*FEW_CLIPS, "video.size=[32,48]"],
-    "VideoFiles": ["video.frames=3"],
+    "VideoFiles": ["++video.frames=3"],
     "DavisVideo": ["video.frames=3"],
     "CamVidVideo": ["video.frames=2"],
     "WarpedVideo": ["+video.source.frames=2", "video.train=1", "video.validation=1", "video.frames=2"],
