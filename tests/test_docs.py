@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from resq_rl.experiments.app import COMMANDS, main
-from resq_rl.experiments.composition import load_settings
+from resq_rl.experiments.app import main
 from tests.shown import ROOT, SITE, blocks, commands
 
 # Tested with what they need: a trained policy (test_jobs.py), two files and a comparison (test_adding_a_task.py); files
@@ -18,7 +17,6 @@ SMALLER = {"GeneratedObjects(test=32)": "GeneratedObjects(test=1, frames=4)"}
 
 
 PYTHON = [(page, block) for page, block in blocks("python") if not any(mark in block for mark in ELSEWHERE)]
-COMMAND_LINES = commands("resq-rl")
 
 
 @pytest.mark.parametrize(("page", "block"), PYTHON, ids=[page for page, _ in PYTHON])
@@ -27,18 +25,6 @@ def test_python_shown_runs(page: str, block: str, tmp_path: Path, monkeypatch: p
     for shown, smaller in SMALLER.items():
         block = block.replace(shown, smaller)
     exec(compile(block, page, "exec"), {"__name__": "shown"})
-
-
-@pytest.mark.parametrize("words", COMMAND_LINES.values(), ids=COMMAND_LINES)
-def test_commands_shown_have_valid_settings(words: list[str]) -> None:
-    """That they run is tested at small size in tests/experiments/test_shown_commands.py."""
-    command, *rest = words
-    if command in ("list", "sync", "COMMAND", "--help") or "--config-dir" in rest:
-        return  # no settings; or those of files that the page shows
-    overrides = [word for word in rest if not word.startswith("-")]
-    if "--multirun" in rest:  # each value is tried alone; here the first
-        overrides = [word if "[" in word else word.split(",")[0] for word in overrides]
-    assert load_settings(COMMANDS[command].config, overrides)
 
 
 @pytest.mark.parametrize("words", commands("make").values(), ids=commands("make"))

@@ -78,10 +78,14 @@ def small(command: str, words: Sequence[str]) -> list[str]:
     """What makes a command small: settings that it does not give itself a value of its own for."""
     if "--config-dir" in words:
         return SMALL
-    overrides = [word for word in words if not word.startswith("-")]
-    settings = load_settings(COMMANDS[command].config, [word.split(",")[0] for word in overrides if "[" not in word])
-    video = settings.video.path.rpartition(".")[2]
+    video = load_settings(COMMANDS[command].config, single(words)).video.path.rpartition(".")[2]
     return [*SMALL, *SMALL_VIDEO.get(video, [])]
+
+
+def single(words: Sequence[str]) -> list[str]:
+    """The overrides of a command; of several values for a sweep, each of which is tried alone, the first."""
+    overrides = [word for word in words if not word.startswith("-")]
+    return [word if "[" in word or "--multirun" not in words else word.split(",")[0] for word in overrides]
 
 
 def run(words: Sequence[str], server: str = "") -> int:
@@ -180,6 +184,14 @@ def write_cityscapes(root: Path) -> None:
 
 
 SHOWN = commands("resq-rl")
+WITHOUT_SETTINGS = ("list", "sync", "COMMAND", "--help")
+
+
+@pytest.mark.parametrize("line", [line for line, (name, *_) in SHOWN.items() if name not in WITHOUT_SETTINGS])
+def test_a_command_shown_has_valid_settings(line: str) -> None:
+    command, *words = SHOWN[line]
+    if "--config-dir" not in words:  # or they are of files that the page shows
+        assert load_settings(COMMANDS[command].config, [*single(words), *small(command, words)])
 
 
 @pytest.mark.slow
