@@ -7,7 +7,7 @@ from pathlib import Path
 from resq_rl.experiments.deployment import policy_folder
 from resq_rl.experiments.fronts import points_of
 from resq_rl.experiments.progress import stage
-from resq_rl.experiments.provenance import command_of
+from resq_rl.experiments.record import RunRecord
 from resq_rl.experiments.results import print_policies, write_summary
 from resq_rl.experiments.settings import Settings
 from resq_rl.experiments.tracking import Tracker
@@ -48,4 +48,4 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
     for step, point in enumerate(points):
         tracker.log_metrics({"accuracy": point.accuracy, "bops": point.bops}, step)
     print_policies(f"{folder}, {settings.split} clips", [{**p.settings, **asdict(p)} for p in points])
-    return f"for the same against tuned heuristics: {command_of(run_dir)}"
+    return f"for the same against tuned heuristics: {RunRecord(run_dir).command_line('compare')}"

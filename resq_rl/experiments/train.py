@@ -6,7 +6,7 @@ from typing import Any
 
 from resq_rl.experiments.fronts import bops_step
 from resq_rl.experiments.measured import MEASURED
-from resq_rl.experiments.provenance import command_of
+from resq_rl.experiments.record import RunRecord
 from resq_rl.experiments.results import print_policies, write_summary
 from resq_rl.experiments.settings import Settings
 from resq_rl.experiments.start import prepare_training
@@ -41,4 +41,4 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
     first = run_dir / f"seed{settings.training.seeds[0]}"
     rows = [{**p["settings"], **p, "seed": s["seed"]} for s in summary for p in s["validation_front"]]
     print_policies("validation clips", rows)
-    return f"{command_of(run_dir, 'evaluate')} policy={os.path.relpath(first)}"
+    return f"{RunRecord(run_dir).command_line('evaluate')} policy={os.path.relpath(first)}"
