@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any, Final, TypeGuard
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from resq_rl.errors import SettingsError
 from resq_rl.experiments.composition import compose_config
@@ -59,7 +57,7 @@ def with_kept_settings(
         return dict(given)
     try:
         kept = OmegaConf.to_container(OmegaConf.create(text))
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+    except Exception as error:  # of OmegaConf and of the YAML parser
         raise _unusable(run_dir, str(error)) from error
     if not isinstance(kept, dict):
         raise _unusable(run_dir, "no settings in it")

@@ -1,6 +1,8 @@
 import os
+import shutil
 import warnings
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,28 @@ def test_a_zip_that_is_no_program_is_refused(tmp_path: Path) -> None:
         file.writestr("readme.txt", "nothing here")
     with pytest.raises(NetworkError, match="damaged"):
         load_network(tmp_path / "other.pt2")
+
+
+def test_a_program_writes_nothing_beside_it(
+    program: tuple[nn.Module, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the names of its parts."""
+    inner = tmp_path / "a" / "b"
+    inner.mkdir(parents=True)
+    path = Path(shutil.copy(program[1], inner / "network.pt2"))
+    with zipfile.ZipFile(path, "a") as file:
+        root = file.namelist()[0].partition("/")[0]
+        for name in (
+            "../up",
+            f"{root}/../../up",
+            f"{root}/data/aotinductor/../../../../up",
+            str(tmp_path / "absolute"),
+        ):
+            file.writestr(name, "escaped")
+    monkeypatch.chdir(inner)
+    with suppress(NetworkError):
+        load_network(path)
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [path]
 
 
 def test_a_missing_program_is_refused(tmp_path: Path) -> None:

@@ -57,6 +57,16 @@ def tree(tmp_path: Path, write_image: WriteImage, year: int) -> Path:
     return write_tree(tmp_path / "davis", write_image, year)
 
 
+@pytest.mark.parametrize("name", ["..", "../../secret", "/JPEGImages/480p/../00000.jpg x", "/etc/passwd x"])
+def test_a_list_cannot_lead_out_of_the_dataset(name: str, tree: Path, year: int) -> None:
+    write_lists(tree, year)
+    (tree.parent / "secret").mkdir()
+    for path in (tree / "ImageSets").rglob("val.txt"):
+        path.write_text(f"{name}\n")
+    with pytest.raises(VideoError, match=r"leads out of the DAVIS|is incomplete: .*JPEGImages/480p/(secret|etc)"):
+        DavisVideo(tree)
+
+
 def test_both_years_are_read_and_told_apart(tree: Path, year: int) -> None:
     dataset = DavisVideo(tree, {"train": ["bear"], "test": ["dog", "cows"]})
     assert (dataset.year, dataset.classes) == (year, ("background", "object"))

@@ -132,6 +132,14 @@ def test_a_tree_downloaded_in_part_is_described(tree: Path) -> None:
         JHMDBVideo(tree)
 
 
+@pytest.mark.parametrize("name", ["..", "../../secret.avi", "/etc/passwd"])
+def test_a_list_cannot_lead_out_of_the_dataset(name: str, tree: Path) -> None:
+    (tree.parent / "secret").mkdir()
+    (tree / "splits" / "jump_test_split1.txt").write_text(f"{name} 2\n")
+    with pytest.raises(VideoError, match=r"leads out of the JHMDB|is incomplete: .*Rename_Images/jump/(secret|passwd)"):
+        JHMDBVideo(tree).clips("test")
+
+
 def test_damaged_files_are_named(tree: Path) -> None:
     path = tree / "joint_positions" / "jump" / JUMP / "joint_positions.mat"
     dataset = JHMDBVideo(tree, {"test": ["jump"]})
