@@ -58,7 +58,7 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy resq_rl tests examples
+	$(BIN)/mypy resq_rl hydra_plugins tests examples
 	$(BIN)/lint-imports
 
 docs: $(STAMP)

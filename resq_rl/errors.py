@@ -9,13 +9,15 @@
     ├── PolicyError                 a policy, decision or policy file that does not fit
     ├── SettingsError               a setting with a wrong name, type or value
     ├── TrackingError               an experiment tracker that cannot be used
-    └── ResultsError                a results folder or file that cannot be read or written
+    ├── ResultsError                a results folder or file that cannot be read or written
+    └── LaunchError                 jobs of a sweep that cannot be started or were lost
 
 Each message says what is wrong, where, which value was received, and how to mend it.
 """
 
 __all__ = [
     "CalibrationError",
+    "LaunchError",
     "NetworkError",
     "PolicyError",
     "ResqError",
@@ -66,3 +68,7 @@ class TrackingError(ResqError):
 
 class ResultsError(ResqError):
     """A results folder or file that cannot be read or written."""
+
+
+class LaunchError(ResqError):
+    """Jobs of a sweep that cannot be started, or were lost with the processes that ran them."""

@@ -42,7 +42,7 @@ def imported_by(folders: list[Path]) -> set[str]:
                 names |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module is not None:
                 names.add(node.module.split(".")[0])
-    return names - sys.stdlib_module_names - {"resq_rl"}
+    return names - sys.stdlib_module_names - {"hydra_plugins", "resq_rl"}
 
 
 def normalised(requirement: str) -> str:

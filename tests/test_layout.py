@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 LINKED = ("configs", "envs", "policies")
+PLAIN = ("hydra_plugins", "resq_rl")  # imported by the names of their folders
 
 # Imports everything from the unpacked wheel and from nowhere else, then prints the files it came from.
 RUN_WHEEL = """
@@ -59,9 +60,9 @@ def test_link_resolves_to_the_folder_at_the_root(name: str, root: Path) -> None:
 
 def test_every_package_folder_is_listed(root: Path) -> None:
     settings = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    folders = {file.parent for top in ("resq_rl", *LINKED) for file in (root / top).rglob("__init__.py")}
+    folders = {file.parent for top in (*PLAIN, *LINKED) for file in (root / top).rglob("__init__.py")}
     relative = {folder.relative_to(root) for folder in folders}
-    names = {".".join(p.parts if p.parts[0] == "resq_rl" else ("resq_rl", *p.parts)) for p in relative}
+    names = {".".join(p.parts if p.parts[0] in PLAIN else ("resq_rl", *p.parts)) for p in relative}
     assert names == set(settings["packages"])
 
 
@@ -73,9 +74,9 @@ def test_wheel_holds_every_package_file_and_runs_alone(links: bool, root: Path, 
         built = {name for name in archive.namelist() if ".dist-info/" not in name}
         archive.extractall(tmp_path / "unpacked")
     expected = {
-        file.as_posix() if file.parts[0] == "resq_rl" else f"resq_rl/{file.as_posix()}"
+        file.as_posix() if file.parts[0] in PLAIN else f"resq_rl/{file.as_posix()}"
         for file in files
-        if file.parts[0] in ("resq_rl", *LINKED) and not (root / file).is_symlink()
+        if file.parts[0] in (*PLAIN, *LINKED) and not (root / file).is_symlink()
     }
     assert built == expected
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resq_rl import __version__
-from resq_rl.errors import ResqError, ResultsError, SettingsError
+from resq_rl.errors import LaunchError, ResqError, ResultsError, SettingsError
 from resq_rl.experiments.catalogue import KINDS, print_catalogue
 from resq_rl.experiments.conversion import did_you_mean
 
@@ -161,37 +161,42 @@ class _Session:
     debug: bool = field(default_factory=_debugging)
     process: int = field(default_factory=os.getpid)
     run_dir: Path | None = None
-    jobs: int = 0
     failures: list[Exception] = field(default_factory=list)
     interrupted: bool = False
 
     def report(self, error: Exception, where: str = "") -> None:
         """Print an error as one line; with its traceback for debugging, or for a bug that no log file keeps."""
-        bug, logged = not isinstance(error, ResqError), self._log_file()
-        if self.debug or (bug and logged is None):
+        if self.debug or (not isinstance(error, ResqError) and self._log_file() is None):
             traceback.print_exception(error)
-            return
+        else:
+            print(f"resq-rl {self.name}: {self.line_of(error)}{where}", file=sys.stderr)
+
+    def line_of(self, error: Exception) -> str:
+        """An error in a line; of a bug, with where its traceback is."""
         text = " ".join(str(error).split())
-        if bug:
-            text = f"{type(error).__name__}: {text.rstrip('.') or 'no message'}."
-            text = f"{text} This is a bug; its traceback is in {logged}."
-        print(f"resq-rl {self.name}: {text}{where}", file=sys.stderr)
+        if isinstance(error, ResqError):
+            return text
+        text = f"{type(error).__name__}: {text.rstrip('.') or 'no message'}."
+        return f"{text} This is a bug; its traceback is in {self._log_file()}."
 
     def _log_file(self) -> Path | None:
         """The log of the job that ran last, which keeps tracebacks."""
         path = None if self.run_dir is None else self.run_dir / f"{self.name}.log"
         return path if path is not None and path.is_file() else None
 
-    def interruption(self) -> str:
+    def interruption(self, sweep: Path | None) -> str:
         """What an interrupted command keeps, and how to go on."""
-        if self.run_dir is None:
+        folder = sweep or self.run_dir
+        if folder is None:
             return "interrupted; nothing had started."
-        text = f"interrupted; what was computed so far is in {self.run_dir}."
-        if not self.command.resume or self.jobs > 1:
-            return text
-        resume = self.command.resume.format(folder=self.run_dir)
+        text = f"interrupted; what was computed so far is in {folder}."
+        return f"{text} To go on: {self.resumption(folder)}" if sweep or self.command.resume else text
+
+    def resumption(self, folder: Path) -> str:
+        """The command that goes on with a run or a sweep."""
+        resume = (self.command.resume or RESUME).format(folder=folder)
         kept = [word for word in self.arguments if not word.startswith(resume.partition("=")[0])]
-        return f"{text} To go on: {shlex.join(['resq-rl', self.name, *kept, resume])}"
+        return shlex.join(["resq-rl", self.name, *kept, resume])
 
 
 def main(arguments: Sequence[str] | None = None, commands: Mapping[str, Command] = COMMANDS) -> int:
@@ -275,25 +280,31 @@ def _run(session: _Session, arguments: Sequence[str]) -> int:
         _run_hydra(session, arguments)
     except KeyboardInterrupt:
         session.interrupted = True
-        print(f"resq-rl {session.name}: {session.interruption()}", file=sys.stderr)
-        return 130
+        print(f"resq-rl {session.name}: {session.interruption(_sweep_folder())}", file=sys.stderr)
     except SystemExit as stop:  # the argument parser's and Hydra's own
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception as error:
         if not (session.failures and _system_error(error)):  # else the log ends where the job's own error says
             session.failures.append(_outside_the_job(error, session, arguments))
             session.report(session.failures[-1])
-    finally:
-        _end_sweep(session)
-    if session.jobs > 1 and session.failures:
-        print(f"resq-rl {session.name}: {len(session.failures)} of {session.jobs} jobs failed.", file=sys.stderr)
-    return max((2 if isinstance(error, ResqError) else 1 for error in session.failures), default=0)
+    codes = [_exit_code(error) for error in session.failures] + _end_sweep(session)
+    return 130 if session.interrupted else max(codes, default=0)
+
+
+def _exit_code(error: Exception) -> int:
+    return 2 if isinstance(error, ResqError) else 1
 
 
 def _run_hydra(session: _Session, arguments: Sequence[str]) -> None:
     import hydra
+    from hydra.core.plugins import Plugins
 
     from resq_rl.experiments.composition import CONFIG_MODULE, VERSION_BASE
+
+    plugins = Plugins.instance()
+    from hydra_plugins.resq_rl_ray import RayLauncher
+
+    plugins.register(RayLauncher)  # Hydra finds it in a checkout and a wheel, but not in an editable installation
 
     def job(config: Any) -> None:
         _guard_job(session, config)
@@ -330,31 +341,37 @@ def _guard_job(session: _Session, config: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from resq_rl.experiments.record import RunRecord
+
     hydra_config = HydraConfig.get()
-    session.run_dir = Path(hydra_config.runtime.output_dir)
-    session.jobs += 1
+    run_dir = session.run_dir = Path(hydra_config.runtime.output_dir)
+    sweeping = hydra_config.mode == RunMode.MULTIRUN
+    if os.getpid() != session.process:
+        from resq_rl.experiments.sweep import become_worker
+
+        become_worker(run_dir.name)
+    record = RunRecord(run_dir)
     try:
-        _run_job(session, config, session.run_dir, list(hydra_config.overrides.task))
+        _run_job(session, config, record, list(hydra_config.overrides.task))
     except Exception as error:
-        if os.getpid() != session.process:  # in a worker of a launcher, which tells its parent only what is raised
-            raise
-        session.failures.append(error)
         log.debug("The job failed.", exc_info=error)
-        sweeping = hydra_config.mode == RunMode.MULTIRUN
+        with suppress(ResultsError):
+            record.fail(session.line_of(error), _exit_code(error))
+        if not sweeping:  # the jobs of a sweep may run elsewhere: their records tell how they ended
+            session.failures.append(error)
         session.report(error, f" [{' '.join(hydra_config.overrides.task)}]" if sweeping else "")
 
 
-def _run_job(session: _Session, config: Any, run_dir: Path, overrides: Sequence[str]) -> None:
+def _run_job(session: _Session, config: Any, record: "RunRecord", overrides: Sequence[str]) -> None:
     from omegaconf import OmegaConf
 
-    from resq_rl.experiments.record import RunRecord
     from resq_rl.experiments.resume import CONFIG, kept_text, merged_overrides, with_kept_settings
     from resq_rl.experiments.settings import make_settings, plain
     from resq_rl.experiments.sweep import job_name
     from resq_rl.experiments.tracking import command_tags, open_tracker
     from resq_rl.files import write_atomic
 
-    values, record = plain(config), RunRecord(run_dir)
+    run_dir, values = record.path.parent, plain(config)
     resume = (values.get("training") or {}).get("resume") is not None
     if resume:
         values = with_kept_settings(run_dir, session.command.config, values, overrides)
@@ -364,6 +381,7 @@ def _run_job(session: _Session, config: Any, run_dir: Path, overrides: Sequence[
     text = OmegaConf.to_yaml(OmegaConf.create(values))
     if resume and record.finished and kept_text(run_dir) == text:
         log.info("%s is finished already.", os.path.relpath(run_dir))
+        record.keep()
         return
     module, _, function = session.command.job.partition(":")
     job: Callable[..., str | None] = getattr(importlib.import_module(module), function)
@@ -439,6 +457,9 @@ def _set_threads(threads: int) -> None:
 
 def _outside_the_job(error: Exception, session: _Session, arguments: Sequence[str]) -> Exception:
     """What to report for an error of Hydra's, from before a job began."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
     from resq_rl.experiments.composition import COMPOSITION_ERRORS, explain
 
     system_error = _system_error(error)
@@ -447,6 +468,8 @@ def _outside_the_job(error: Exception, session: _Session, arguments: Sequence[st
             f"Cannot write the results folder{_named(system_error)}: {system_error.strerror}. "
             "Choose a writable one with results=FOLDER."
         )
+    if _sweep_folder() is not None and not isinstance(error, ResqError | HydraException | OmegaConfBaseException):
+        return LaunchError(f"The launcher of the sweep stopped: {type(error).__name__}: {str(error).split('. ')[0]}.")
     if not isinstance(error, COMPOSITION_ERRORS):
         return error
     name, overrides, multirun = _composed(session, arguments)
@@ -470,15 +493,29 @@ def _named(error: OSError) -> str:
     return "" if error.filename is None else f" {error.filename}"
 
 
-def _end_sweep(session: _Session) -> None:
+def _sweep_folder() -> Path | None:
+    """The folder of the sweep in progress, if there is one."""
     if "resq_rl.experiments.sweep" not in sys.modules:  # Hydra has not come to its callbacks
-        return
+        return None
     from resq_rl.experiments.sweep import SweepCallback
-    from resq_rl.experiments.tracking import Status
 
-    counts = {"jobs": session.jobs, "failed_jobs": len(session.failures)}
-    status: Status = "KILLED" if session.interrupted else "FAILED" if session.failures else "FINISHED"
-    SweepCallback.finish(counts, status)
+    return SweepCallback.folder
+
+
+def _end_sweep(session: _Session) -> list[int]:
+    """End the record of a sweep, if there was one; say which jobs failed, and return their exit codes."""
+    folder = _sweep_folder()
+    if folder is None:
+        return []
+    from resq_rl.experiments.sweep import end_sweep
+
+    if session.interrupted:
+        end_sweep(folder, "KILLED")
+        return []
+    failed = end_sweep(folder, "FAILED" if session.failures else "FINISHED")
+    if failed or session.failures:
+        print(f"To run what is missing: {session.resumption(folder)}", file=sys.stderr)
+    return [job.exit_code for job in failed]
 
 
 def _system_error(error: BaseException | None) -> OSError | None:

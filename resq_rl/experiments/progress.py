@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["Advance", "stage"]
+__all__ = ["Advance", "say_lines", "stage"]
 
 log = logging.getLogger(__name__)
 
@@ -17,6 +17,14 @@ Advance = Callable[[int], None]
 
 # Between lines about one stage, where there is no terminal.
 SPOKEN_SECONDS = 60.0
+
+_lines_only = False
+
+
+def say_lines() -> None:
+    """Draw no bars in this process, even on a terminal: others write there too."""
+    global _lines_only
+    _lines_only = True
 
 
 @contextmanager
@@ -27,7 +35,7 @@ def stage(title: str, total: int | None) -> Iterator[Advance]:
     one every minute, and one at the end.
     """
     started = time.monotonic()
-    if not sys.stderr.isatty():
+    if _lines_only or not sys.stderr.isatty():
         log.info("%s ...", title)
         yield _spoken(title, total, started)
         log.info("%s: %.0f s", title, time.monotonic() - started)

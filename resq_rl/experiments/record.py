@@ -30,6 +30,7 @@ class RunRecord:
     def __init__(self, folder: Path) -> None:
         self.path = folder / RECORD
         self._values = self._read()
+        self._begun = False
 
     @property
     def finished(self) -> bool:
@@ -46,6 +47,16 @@ class RunRecord:
         """What makes the run anew."""
         return shlex.join(["resq-rl", command, *self.overrides])
 
+    @property
+    def failure(self) -> tuple[str, int] | None:
+        """Why the newest session did not come to its end, with its exit code; None if it did."""
+        newest = self._values.get("refused") or (self._values.get("sessions") or [{}])[-1]
+        if "error" in newest:
+            return str(newest["error"]), int(newest.get("exit_code", 1))
+        if self.finished:
+            return None
+        return "interrupted" if self._values.get("status") == "interrupted" else "ended from outside", 1
+
     def begin(self, command: Sequence[str], overrides: Sequence[str], settings: Settings, *, resume: bool) -> None:
         """Write what this session is made with.
 
@@ -59,6 +70,7 @@ class RunRecord:
         before = self._values.get("sessions", []) if resume else []
         session = _session(settings) | {"command": list(command), "overrides": list(overrides)}
         self._values = {"status": "running", "sessions": [*before, session]}
+        self._begun = True
         self._write()
 
     def end(self, status: str) -> Path:
@@ -70,6 +82,25 @@ class RunRecord:
         self._values["status"] = status
         self._values["sessions"][-1]["ended"] = _now()
         return self._write()
+
+    def fail(self, error: str, exit_code: int) -> None:
+        """Write why this session failed, or was refused before it began, which leaves the state of the run as it was.
+
+        Raises:
+            ResultsError: the file cannot be written.
+        """
+        reason = {"error": error, "exit_code": exit_code}
+        if self._begun:
+            self._values["sessions"][-1] |= {"ended": _now()} | reason
+            self._values["status"] = "failed"
+        else:
+            self._values = {"status": "refused", "sessions": []} | self._values | {"refused": reason}
+        self._write()
+
+    def keep(self) -> None:
+        """Take back that a session was refused: what there is, is what was asked for."""
+        if self._values.pop("refused", None) is not None:
+            self._write()
 
     def _read(self) -> dict[str, Any]:
         try:

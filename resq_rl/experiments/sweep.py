@@ -1,7 +1,13 @@
-"""The MLflow run of a sweep (--multirun), under which the runs of its jobs are nested."""
+"""Sweeps (--multirun): the MLflow run under which the runs of their jobs are nested, and how each job ended.
 
+A launcher may run jobs in other processes and on other machines. What is known of a job is what it left in its folder.
+"""
+
+import logging
 import os
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,11 +17,61 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from resq_rl.errors import ResqError
+from resq_rl.experiments import composition  # noqa: F401 - processes of launchers need its resolver
 from resq_rl.experiments.conversion import convert_dataclass
+from resq_rl.experiments.progress import say_lines
+from resq_rl.experiments.record import RunRecord
 from resq_rl.experiments.settings import TrackingSettings
 from resq_rl.experiments.tracking import PARENT_RUN_VARIABLE, Status, Tracker, command_tags, open_tracker, run_name
 
-__all__ = ["SweepCallback", "job_name"]
+__all__ = ["FailedJob", "SweepCallback", "become_worker", "end_sweep", "job_name"]
+
+
+@dataclass(frozen=True)
+class FailedJob:
+    """A job that did not come to its end.
+
+    Attributes:
+        folder: its own.
+        error: why, in a line.
+        exit_code: that of the command, had it been the only job.
+    """
+
+    folder: Path
+    error: str
+    exit_code: int
+
+
+def _jobs_of(sweep: Path) -> tuple[int, list[FailedJob]]:
+    """The number of jobs that were begun in the folder of a sweep, and those that failed or were ended."""
+    # Hydra makes this file before a job begins.
+    folders = sorted(path.parent.parent for path in sweep.rglob(".hydra/overrides.yaml"))
+    folders.sort(key=lambda folder: int(folder.name) if folder.name.isdecimal() else 0)
+    failures = [(folder, RunRecord(folder).failure) for folder in folders]
+    return len(folders), [FailedJob(folder, *failure) for folder, failure in failures if failure is not None]
+
+
+def end_sweep(folder: Path, status: Status) -> list[FailedJob]:
+    """End the record of the sweep in progress, and say and return which jobs failed, unless it was ended itself."""
+    jobs, failed = _jobs_of(folder)
+    SweepCallback.finish(
+        {"jobs": jobs, "failed_jobs": len(failed)}, "FAILED" if failed and status == "FINISHED" else status
+    )
+    if status == "KILLED" or not failed:
+        return []
+    print(f"{len(failed)} of {jobs} jobs failed.", file=sys.stderr)
+    for job in failed:
+        print(f"  {os.path.relpath(job.folder)}: {job.error}", file=sys.stderr)
+    return failed
+
+
+def become_worker(job: str) -> None:
+    """Prepare a process of a launcher for a job: lines tell which job they are of, and there are no bars."""
+    say_lines()
+    logging.raiseExceptions = False  # a log file on a full disk must not print a traceback for every line
+    for handler in logging.getLogger().handlers:
+        if not isinstance(handler, logging.FileHandler):
+            handler.setFormatter(logging.Formatter(f"[{job}] %(message)s"))
 
 
 def job_name(command: str, overrides: Sequence[str], folder: Path) -> str:
@@ -42,15 +98,16 @@ def _varied(overrides: Sequence[str]) -> dict[str, str]:
 class SweepCallback(Callback):
     """Hydra's callback that starts the parent run; Hydra makes its own instances, so the run is kept by the class."""
 
+    folder: ClassVar[Path | None] = None
     _tracker: ClassVar[Tracker | None] = None
     _outer_parent: ClassVar[str | None] = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Start the parent run and name it in the environment, which the processes of jobs inherit."""
+        folder = SweepCallback.folder = Path(config.hydra.sweep.dir).absolute()
         try:
             values = OmegaConf.to_container(config.tracking, resolve=True)
             settings = convert_dataclass(values, TrackingSettings, "tracking.")
-            folder = Path(config.hydra.sweep.dir).absolute()
             results = Path(config.results).absolute()
             words = list(config.hydra.overrides.task)
             varied = _varied(words)
@@ -71,7 +128,7 @@ class SweepCallback(Callback):
     @classmethod
     def finish(cls, counts: Mapping[str, float], status: Status) -> None:
         """End the parent run, if there is one, with `counts` as its metrics."""
-        tracker, cls._tracker = cls._tracker, None
+        tracker, cls._tracker, cls.folder = cls._tracker, None, None
         if tracker is None:
             return
         tracker.log_metrics(counts)
