@@ -1,7 +1,7 @@
 """How the cost of a step grows: with regions, resolution, layers, width, layer groups and the length of clips."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
