@@ -149,7 +149,7 @@ def _each(world: World, builders: dict[str, Callable[[], tuple[ResQModel, list[T
 
 
 def _residual(
-    world: World, model: ResQModel, frames: list[tuple[Tensor, ...]], grid: tuple[int, int]
+    world: World, model: ResQModel, frames: Sequence[tuple[Tensor, ...]], grid: tuple[int, int]
 ) -> dict[str, Any]:
     """A residual step under thresholds against the previous frame."""
     jobs = step_jobs(model, frames, grid, world.settings.heuristic.kappa, ("previous",))
