@@ -24,7 +24,7 @@ __all__ = ["clip_lengths", "groups", "layers", "moving", "regions", "resolutions
 log = logging.getLogger(__name__)
 
 # Of stacks of convolutions and of the shipped network's architecture.
-DEPTHS, CHANNELS, WIDTHS = (5, 10, 20, 40), 32, (16, 32, 64)
+DEPTHS, CHANNELS, WIDTHS = (5, 20), 32, (16, 32, 64)
 FACTORS = (0.5, 1.0, 2.0)  # of the frame's height and width
 CALIBRATION = 2  # clips
 TAU = 0.7
