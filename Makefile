@@ -2,7 +2,7 @@
 # make test    the tests            make test ARGS="tests/video -k davis"
 # make lint    ruff, mypy --strict, import-linter
 # make docs    the documentation as a website, in site/; warnings are errors
-# make bench   how fast the simulation is on this machine
+# make bench   how fast the simulation is on this machine; make bench-parts, how long its parts take
 # make format  let ruff mend what it can
 # make venv    set up .venv and no more
 # make clean   remove .venv, builds and caches (results of runs stay)
@@ -11,12 +11,12 @@
 #   PYTHON      interpreter to build .venv from, 3.11 or newer (default python3)
 #   TORCH_ARGS  pip options for PyTorch alone, such as an --index-url with builds for another device
 #   TASK        experiment that `make demo` runs (configs/experiment/TASK.yaml)
-#   ARGS        further arguments of `make demo` and `make bench` (Hydra overrides), `make test` (pytest) or `make docs` (MkDocs)
+#   ARGS        further arguments of `make demo` and `make bench` (Hydra overrides), `make test` and `make bench-parts` (pytest) or `make docs` (MkDocs)
 
 SHELL := /bin/bash -o pipefail
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint docs bench format clean
+.PHONY: help venv demo test lint docs bench bench-parts format clean
 
 PYTHON ?= python3
 TORCH_ARGS ?=
@@ -66,6 +66,9 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/resq-rl bench $(ARGS)
+
+bench-parts: $(STAMP)
+	@$(BIN)/python -m pytest benchmarks/parts.py -p pytest_benchmark.plugin --benchmark-columns=min,median,iqr,rounds $(ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

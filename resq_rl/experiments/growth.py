@@ -1,7 +1,7 @@
 """How the cost of a step grows: with regions, resolution, layers, width, layer groups and the length of clips."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ __all__ = ["clip_lengths", "groups", "layers", "moving", "regions", "resolutions
 log = logging.getLogger(__name__)
 
 # Of stacks of convolutions and of the shipped network's architecture.
-DEPTHS, CHANNELS, WIDTHS = (5, 10, 20, 40), 32, (16, 32, 64)
+DEPTHS, CHANNELS, WIDTHS = (5, 20), 32, (16, 32, 64)
 FACTORS = (0.5, 1.0, 2.0)  # of the frame's height and width
 CALIBRATION = 2  # clips
 TAU = 0.7
@@ -149,7 +149,7 @@ def _each(world: World, builders: dict[str, Callable[[], tuple[ResQModel, list[T
 
 
 def _residual(
-    world: World, model: ResQModel, frames: list[tuple[Tensor, ...]], grid: tuple[int, int]
+    world: World, model: ResQModel, frames: Sequence[tuple[Tensor, ...]], grid: tuple[int, int]
 ) -> dict[str, Any]:
     """A residual step under thresholds against the previous frame."""
     jobs = step_jobs(model, frames, grid, world.settings.heuristic.kappa, ("previous",))

@@ -109,10 +109,8 @@ class _Native(Kernels):
         self._convolve, self._highest = library.resq_convolve, library.resq_highest
         for function in (self._encode, self._encode_keyframe, self._convolve, self._highest):
             function.restype = None
-        shape, pointers = [c_int64] * 6, [c_void_p] * 7
-        self._encode.argtypes = [
-            *[*shape, *pointers, c_float, c_void_p, c_int64, c_void_p, c_int64, c_int, c_float],
-        ]
+        numbers: list[Any] = [c_float, c_void_p, c_int64, c_void_p, c_int64, c_int, c_float]
+        self._encode.argtypes = [*[c_int64] * 6, *[c_void_p] * 7, *numbers]
         self._encode_keyframe.argtypes = [*[c_int64] * 5, *[c_void_p] * 4, *[c_float] * 3]
         self._convolve.argtypes = [c_void_p, c_int64, *[c_void_p] * 4, c_int, c_void_p]
         self._highest.argtypes = [*[c_int64] * 5, *[c_void_p] * 2]

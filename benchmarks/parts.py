@@ -1,0 +1,139 @@
+"""How long the parts of a step take: `make bench-parts`. Ratios of whole steps are what `resq-rl bench` measures."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from resq_rl.envs import (
+    ActionScheme,
+    BatchedEnvironment,
+    ClipStore,
+    EpisodeSettings,
+    FrameView,
+    Simulator,
+    TableSimulator,
+    respond,
+)
+from resq_rl.envs.sb3 import AgentsVecEnv
+from resq_rl.perception import Segmentation, compact_ddrnet
+from resq_rl.policies.ppo import PPOSettings, deployed, untrained
+from resq_rl.quantization import QuantizationConfig, ResQModel, ThresholdField, to_float
+from resq_rl.quantization.execution import Execution
+from resq_rl.quantization.kernels import PLAIN, Kernels
+from resq_rl.quantization.native import native
+from resq_rl.quantization.operators import Geometry
+from resq_rl.video import GeneratedVideo
+
+CLIPS, FRAMES, GRID, SLOTS = 32, 8, (6, 10), 1024
+# Of the operator: the one that most layers of the default network are like.
+CHANNELS, SIZE, STEP = 32, (24, 40), 0.01
+KERNELS = pytest.mark.parametrize("kernels", [PLAIN, native()], ids=["plain", "native"])
+
+Timed = Callable[..., object]  # pytest-benchmark's fixture
+
+
+@pytest.fixture(scope="module")
+def model() -> ResQModel:
+    video = GeneratedVideo(frames=FRAMES)
+    config = QuantizationConfig(weight_rounding="nearest")
+    model = ResQModel(compact_ddrnet(), torch.zeros(1, 3, *video.size), config).compile()
+    return model.calibrate([video.clip("train", i).frames for i in range(2)])
+
+
+@pytest.fixture(scope="module")
+def store(model: ResQModel) -> ClipStore:
+    video = GeneratedVideo(frames=FRAMES)
+    return ClipStore.prepare(model, Segmentation(), [video.clip("train", i) for i in range(4)])
+
+
+@pytest.fixture
+def simulator(model: ResQModel, store: ClipStore) -> Simulator:
+    simulator = Simulator(model, Segmentation(), store, slots=CLIPS, grid=GRID)
+    simulator.start(range(CLIPS), [i % len(store) for i in range(CLIPS)])
+    return simulator
+
+
+@pytest.fixture
+def agents(simulator: Simulator) -> AgentsVecEnv:
+    scheme = ActionScheme("region_thresholds", "region", simulator.groups, GRID)
+    environment = AgentsVecEnv(BatchedEnvironment(simulator, scheme, EpisodeSettings()))
+    environment.seed(0)
+    environment.reset()
+    return environment
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Input and reference of an operator, a quantizer's steps and the entry of each pixel."""
+    generator = torch.Generator().manual_seed(0)
+    x, reference = (
+        torch.randn(CLIPS, CHANNELS, *SIZE, generator=generator).contiguous(memory_format=torch.channels_last)
+        for _ in range(2)
+    )
+    steps = torch.tensor([[0.0, 9.0, 40.0, 90.0], [0.0, 1.0, 7.0, 127.0], [0.0, 24.0, 8.0, 4.0], [0.0, 8, 16, 32]])
+    return x, reference, steps, torch.zeros(CLIPS, *SIZE, dtype=torch.int64)
+
+
+@KERNELS
+def test_quantization_of_a_residual(benchmark: Timed, kernels: Kernels) -> None:
+    x, reference, steps, index = inputs()
+    tau = torch.full((CLIPS, *SIZE), 0.5)
+    benchmark(kernels.encode, x, reference, steps, index, STEP, tau, 1.0, (1.0, 2.0, 8.0))
+
+
+@KERNELS
+def test_quantization_of_a_keyframe(benchmark: Timed, kernels: Kernels) -> None:
+    benchmark(kernels.encode_keyframe, inputs()[0], STEP, -128.0, 127.0)
+
+
+@KERNELS
+def test_a_residual_operator(benchmark: Timed, kernels: Kernels) -> None:
+    x, reference, steps, index = inputs()
+    weight = torch.randint(-7, 8, (CHANNELS, CHANNELS, 3, 3)).float()
+    geometry, scale = Geometry("conv2d", (3, 3), padding=(1, 1, 1, 1)), torch.rand(1, CHANNELS, 1, 1)
+    product = kernels.product(geometry, weight, scale, exact=True, precision="bf16")
+    output, index = torch.zeros_like(x), index + 2
+
+    def run() -> None:
+        codes, _ = kernels.encode(x, reference, steps, index, STEP, product=product)
+        kernels.accumulate(product, codes, STEP, output, over=True)
+
+    benchmark(run)
+
+
+def test_ledger(benchmark: Timed, model: ResQModel, simulator: Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[Execution] = []
+    finish = Execution.finish
+    monkeypatch.setattr(Execution, "finish", lambda own: passes.append(own) or finish(own))
+    field = ThresholdField.constant(0.5, CLIPS, len(model.groups), GRID)
+    model.step(to_float(simulator.seen().frame), simulator.state, torch.zeros(CLIPS, dtype=torch.bool), field)
+    monkeypatch.undo()
+    benchmark(passes[0].finish)
+
+
+def test_observation(benchmark: Timed, simulator: Simulator) -> None:
+    benchmark(simulator.observe)
+
+
+def test_a_step_of_region_agents(benchmark: Timed, agents: AgentsVecEnv) -> None:
+    actions = np.stack([agents.action_space.sample()] * agents.num_envs)
+    benchmark(agents.step, actions)
+
+
+def test_a_step_of_the_table_environment(benchmark: Timed, model: ResQModel, store: ClipStore) -> None:
+    few = store.subset([0, 1])
+    tables = [respond(model, few.task, few, i, grid=GRID) for i in range(len(few))]
+    simulator = TableSimulator(model, few.task, few, tables, slots=SLOTS)
+    scheme = ActionScheme("frame_level", "frame", simulator.groups, GRID, len(model.config.levels))
+    environment = AgentsVecEnv(BatchedEnvironment(simulator, scheme, EpisodeSettings()))
+    environment.seed(0)
+    environment.reset()
+    benchmark(environment.step, np.tile(np.array([[1, 0]]), (SLOTS, 1)))
+
+
+def test_choices_of_a_policy(benchmark: Timed, agents: AgentsVecEnv) -> None:
+    settings = PPOSettings()
+    policy = deployed(untrained(agents, settings, seed=0), agents, settings)
+    benchmark(lambda: policy.decide(FrameView(agents.core.simulator)))
