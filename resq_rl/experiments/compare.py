@@ -17,6 +17,7 @@ from rich.console import Console
 
 from resq_rl.envs import Measurement, Policy
 from resq_rl.experiments.decisions import Measured, Pair, comparable_pair, decisions_figure, trace_pair
+from resq_rl.experiments.deployment import policy_words
 from resq_rl.experiments.frame_level import frame_heuristics, gap_closed, is_frame_level, oracle_front, tabulated
 from resq_rl.experiments.fronts import bops_step, compare_fronts, points_of
 from resq_rl.experiments.measured import MEASURED
@@ -176,8 +177,8 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
     tracker.log_artifact(report)
     log.info("Plots: %s", ", ".join(str(p.name) for p in sorted(run_dir.glob("*.png"))))
     log.info("Report: %s", os.path.relpath(report))
-    trained = settings.policy or os.path.relpath(run_dir)
-    return f"open the report; run a policy on a video: resq-rl run policy={trained} source=VIDEO"
+    trained = policy_words(Path(settings.policy or run_dir))
+    return f"open the report; run a policy on a video: resq-rl run {trained} source=VIDEO"
 
 
 def _traced_pair(bench: _Bench) -> Pair | None:

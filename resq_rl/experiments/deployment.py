@@ -5,6 +5,7 @@ calibrated network's integers and steps) and `network.json` (which settings make
 """
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,13 +25,15 @@ __all__ = [
     "FILES",
     "deployed_world",
     "policy_folder",
+    "policy_words",
     "save_deployment",
     "trained_network",
     "trained_task",
     "trained_video",
 ]
 
-FILES = ("policy.safetensors", "policy.json", "model.safetensors", "model.json", "network.json")
+NETWORK = "network.json"
+FILES = ("policy.safetensors", "policy.json", "model.safetensors", "model.json", NETWORK)
 
 
 def save_deployment(world: World, folder: Path) -> None:
@@ -41,7 +44,7 @@ def save_deployment(world: World, folder: Path) -> None:
     """
     save_model(world.model, folder)
     making = {group: _plain(getattr(world.settings, group)) for group in ("model", "task", "video")}
-    write_atomic(folder / "network.json", json.dumps(making, indent=2) + "\n")
+    write_atomic(folder / NETWORK, json.dumps(making, indent=2) + "\n")
 
 
 def policy_folder(policy: str | None) -> Path:
@@ -58,6 +61,20 @@ def policy_folder(policy: str | None) -> Path:
         if (candidate / "policy.json").is_file():
             return candidate
     raise PolicyError(f"No policy in {folder}: give a folder with policy.safetensors and policy.json, or a run's.")
+
+
+def policy_words(folder: Path) -> str:
+    """How a command line names a policy's folder, or a run's; code of its own must be trusted by the user."""
+    words = f"policy={os.path.relpath(folder)}"
+    try:
+        making = json.loads((policy_folder(str(folder)) / NETWORK).read_text())
+        for group in ("model", "task"):
+            refuse_foreign(making[group], group, "")
+    except SettingsError:
+        return f"{words} trusted=true"
+    except (OSError, KeyError, ValueError, PolicyError):  # the command will say so
+        pass
+    return words
 
 
 def trained_network(policy: str | None, trusted: bool = False) -> nn.Module:
@@ -94,7 +111,7 @@ def deployed_world(settings: Settings, folder: Path, grid: tuple[int, int], spli
 
 
 def _made(policy: str | None, group: str, trusted: bool) -> Any:
-    path = policy_folder(policy) / "network.json"
+    path = policy_folder(policy) / NETWORK
     mend = f"Say how it is made, as in training: {group}=OPTION."
     try:
         node = json.loads(path.read_text())[group]

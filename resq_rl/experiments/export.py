@@ -1,7 +1,6 @@
 """`resq-rl export`: a trained policy as files for other runtimes, each read back and checked on a clip."""
 
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from rich.table import Table
 from resq_rl import __version__
 from resq_rl.envs import FrameView, Policy, Simulator, Trace
 from resq_rl.errors import PolicyError
-from resq_rl.experiments.deployment import FILES, deployed_world, policy_folder
+from resq_rl.experiments.deployment import FILES, deployed_world, policy_folder, policy_words
 from resq_rl.experiments.progress import stage
 from resq_rl.experiments.results import write_summary
 from resq_rl.experiments.settings import Settings
@@ -87,7 +86,7 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
         tracker.log_artifact(write_summary(run_dir / "summary.json", summary))
     Console().print(table)
     shipped = run_dir / PORTABLE if "portable" in summary else folder
-    return f"run it from its files alone: resq-rl run policy={os.path.relpath(shipped)} source=VIDEO"
+    return f"run it from its files alone: resq-rl run {policy_words(shipped)} source=VIDEO"
 
 
 def _portable(work: _Export, reference: Trace) -> dict[str, Any]:

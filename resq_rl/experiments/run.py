@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from resq_rl.errors import ResultsError, SettingsError
-from resq_rl.experiments.deployment import policy_folder
+from resq_rl.experiments.deployment import policy_folder, policy_words
 from resq_rl.experiments.overlay import OverlayVideo
 from resq_rl.experiments.progress import stage
 from resq_rl.experiments.results import write_summary
@@ -141,7 +141,7 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
         tracker.log_metrics({name: summary[name] for name in ("bops", "peak_bops", "frames_per_second")})
         _print(summary)
     look = f"look at {os.path.relpath(run_dir / OVERLAY)}; " if running.overlay else ""
-    return f"{look}ship the policy: resq-rl export policy={os.path.relpath(folder)}"
+    return f"{look}ship the policy: resq-rl export {policy_words(folder)}"
 
 
 Output = Callable[[Record, Any, UInt8[Tensor, "3 h w"], Tensor, RunCost], None]

@@ -104,7 +104,7 @@ def test_policies_that_choose_bits_have_no_table(
     folder = export(tmp_path, f"policy={policy}", "tracking=disabled")
     shipped = os.path.relpath(folder / "policy")
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == f"Next: run it from its files alone: resq-rl run policy={shipped} source=VIDEO"
+    assert last == f"Next: run it from its files alone: resq-rl run policy={shipped} trusted=true source=VIDEO"
     found = summary(folder)
     assert "skipped" in found["thresholds"]
     assert found["portable"]["equal"]

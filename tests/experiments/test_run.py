@@ -129,7 +129,7 @@ def test_a_camera_is_run_on_until_it_has_given_enough(
     assert len(pictures(folder / "overlay.mp4")) == 3
     last = capsys.readouterr().err.splitlines()[-1]
     overlay, policy = (os.path.relpath(path) for path in (folder / "overlay.mp4", trained / "seed0"))
-    assert last == f"Next: look at {overlay}; ship the policy: resq-rl export policy={policy}"
+    assert last == f"Next: look at {overlay}; ship the policy: resq-rl export policy={policy} trusted=true"
 
 
 def test_no_more_frames_than_wanted(trained: Path, video: Path, tmp_path: Path) -> None:
