@@ -168,8 +168,8 @@ class _Run:
         self.settings, self.task, self.validation, self.device = settings, task, validation, device
         self.loss = task.objective(train, settings, "training")
         task.objective(validation, settings, "validation")  # a mistake in them must not show after hours
-        # a quarter faster on a CPU than the usual layout
-        self.network = network.to(device, memory_format=torch.channels_last).requires_grad_(True).train()
+        self.network = network.to(device).requires_grad_(True).train()
+        _arrange(self.network, torch.channels_last)  # a quarter faster on a CPU than the usual layout
         decayed = [p for p in network.parameters() if p.dim() > 1]
         plain = [p for p in network.parameters() if p.dim() <= 1]
         groups = [
@@ -251,7 +251,8 @@ class _Run:
     def finish(self, seconds: float) -> PretrainReport:
         """Give the network its best weights."""
         self.network.load_state_dict(self.best_weights)
-        self.network.to(memory_format=torch.contiguous_format).eval()
+        self.network.eval()
+        _arrange(self.network, torch.contiguous_format)
         return PretrainReport(
             validation=self.best_accuracy,
             counts=self.best_counts,
@@ -301,6 +302,13 @@ class _Run:
             ) from error
         self.step, self.history = int(state["step"]), [tuple(entry) for entry in state["history"]]
         self.best_step, self.best_accuracy, self.best_counts, self.best_weights = state["best"]
+
+
+def _arrange(network: nn.Module, layout: torch.memory_format) -> None:
+    """Lay the weights of convolutions out in memory; their values stay."""
+    for parameter in network.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=layout)
 
 
 def _metadata(run: _Run, report: PretrainReport) -> dict[str, str]:
