@@ -85,12 +85,18 @@ def _setting(override: str) -> str:
 def _replaced(
     kept: Mapping[str, Any], given: Mapping[str, Any], default: Mapping[str, Any], named: set[str], prefix: str = ""
 ) -> dict[str, Any]:
-    """Kept settings, with the given ones in place of those that were named or are not what they are by default."""
+    """Kept settings, with the given ones in place of those that were named or are not what they are by default.
+
+    Settings that the kept ones lack, as of an older version, are the given ones; but a target's arguments are what they
+    were, for it has defaults of its own.
+    """
     values = dict(kept)
     for name, value in given.items():
         before, usual, path = kept.get(name), default.get(name), f"{prefix}{name}"
-        if path in named or name not in kept:
+        if path in named or (name not in kept and (TARGET not in kept or value != usual)):
             values[name] = value
+        elif name not in kept:
+            continue
         elif _same_kind(before, value):
             values[name] = _replaced(before, value, usual if isinstance(usual, Mapping) else {}, named, f"{path}.")
         elif value != usual:

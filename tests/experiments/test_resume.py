@@ -115,6 +115,13 @@ def test_a_run_goes_on_with_the_settings_in_its_folder(tmp_path: Path) -> None:
     assert make_settings(go_on(folder)).training.learning_rate == 1e-4
 
 
+def test_a_target_goes_on_with_the_arguments_it_had(tmp_path: Path) -> None:
+    """Though the default option has the same target, with more of them."""
+    target = values_of()["model"]["_target_"]
+    folder = begun(tmp_path / "run", "model=custom", f"model._target_={target}", "+model.pretrained=false")
+    assert go_on(folder)["model"] == {"_target_": target, "pretrained": False}
+
+
 @pytest.mark.parametrize("given", ["threads=2", "training.frames=123", "tracking=disabled", "results=elsewhere"])
 def test_what_is_given_anew_replaces_what_was_kept(given: str, tmp_path: Path) -> None:
     """Also with the value that it has by default, as threads=2."""
