@@ -34,6 +34,7 @@ SMALL = [
     "environment.grid=[2,3]",
     "environment.clips_per_batch=2",
     "environment.keyframe_intervals=[2]",
+    "environment.trade_off=[0.05,1.0]",  # with so little, a range may not be found
     "environment.thresholds=[0.3,1.0,100.0]",
     "training.frames=16",
     "training.search_frames=8",
