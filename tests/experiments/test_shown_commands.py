@@ -21,6 +21,7 @@ from torch import nn
 from resq_rl.experiments.app import COMMANDS, main
 from resq_rl.experiments.composition import load_settings
 from resq_rl.perception import compact_ddrnet, save_weights
+from resq_rl.video import stream
 from tests.envs.worlds import moving_frames
 from tests.experiments.conftest import free_port, wait_for
 from tests.experiments.test_jobs import write_video
@@ -209,6 +210,7 @@ def test_a_command_shown_runs(
         monkeypatch.setenv("RESQ_RL_SHARED", str(request.getfixturevalue("shared")))
     monkeypatch.chdir(furnished)
     monkeypatch.syspath_prepend(furnished)
+    monkeypatch.setitem(stream._CAMERAS, sys.platform, ("lavfi", "testsrc=size=64x48:rate=30"))
     words = SHOWN[line]
     if words[0] == "COMMAND":
         assert [main([command, *words[1:]]) for command in COMMANDS] == [0] * len(COMMANDS)
@@ -234,12 +236,13 @@ def test_a_server_shown_answers(words: list[str], furnished: Path, monkeypatch: 
     words = [port if before == "--port" else word for before, word in zip(["", *words], words, strict=False)]
     words = words if "--port" in words else [*words, "--port", port]
     store = {"MLFLOW_TRACKING_URI": "sqlite:///results/mlflow.db", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # of an environment that is not active
     with (furnished / "log").open("w") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "mlflow", *words],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=os.environ | store,
+            env=os.environ | store | {"PATH": programs},
             start_new_session=True,
         )
     try:
