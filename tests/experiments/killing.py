@@ -17,8 +17,8 @@ from mlflow import MlflowClient
 from resq_rl.perception.checkpoints import read_weights
 from resq_rl.sealed import checksum
 
-PRELOADED = ["tests.experiments.killing", "resq_rl.experiments.compare", "resq_rl.experiments.train"]
-PRELOADED += ["mlflow.tracking", "tests.envs.worlds", "torch._dynamo", "matplotlib.figure"]
+PRELOADED = [f"resq_rl.experiments.{command}" for command in ("compare", "pretrain", "train")]
+PRELOADED += ["tests.experiments.killing", "tests.envs.worlds", "mlflow.tracking", "torch._dynamo", "matplotlib.figure"]
 SMALL = [
     "threads=1",
     "model=custom",
