@@ -4,6 +4,7 @@ Only the command line is offered here, since nothing slow may be imported before
 from its modules.
 """
 
-from resq_rl.experiments.app import COMMANDS, Command, main
+from resq_rl.experiments.app import main
+from resq_rl.experiments.commands import COMMANDS, Command
 
 __all__ = ["COMMANDS", "Command", "main"]

@@ -1,120 +1,30 @@
 """The command line: `resq-rl COMMAND [flags] [overrides]`.
 
-A command is a job, a function `run(settings, run_dir, tracker)` that is imported when it runs. This module
-composes and checks the settings, makes the run's folder, opens the tracker, and turns errors into one line
-and an exit code: 0 done, 1 a failure that is not the user's, 2 a `ResqError`, 130 interrupted.
+A command is a job (`resq_rl.experiments.commands`) that Hydra makes a folder and composes settings for. This module
+turns whatever goes wrong into one line and an exit code: 0 done, 1 a failure that is not the user's, 2 a `ResqError`,
+130 interrupted.
 """
 
-import errno
-import importlib
 import logging
 import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from resq_rl import __version__
-from resq_rl.errors import LaunchError, ResqError, ResultsError, SettingsError
+from resq_rl.errors import LaunchError, ResqError, ResultsError
 from resq_rl.experiments.catalogue import KINDS, print_catalogue
+from resq_rl.experiments.commands import COMMANDS, RESUME, Command
 from resq_rl.experiments.conversion import did_you_mean
 
-if TYPE_CHECKING:
-    from resq_rl.experiments.record import RunRecord
-    from resq_rl.experiments.settings import Settings
-    from resq_rl.experiments.tracking import Tracker
-
-__all__ = ["COMMANDS", "Command", "main"]
+__all__ = ["main"]
 
 log = logging.getLogger(__name__)
-
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # as PyTorch says it, of CPU and GPU
-DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-
-
-@dataclass(frozen=True)
-class Command:
-    """One command.
-
-    Attributes:
-        help: what it does, in a line.
-        config: name of its primary config in `resq_rl.configs`.
-        job: "module:function" of `function(settings, run_dir, tracker)`, which may say what is useful next.
-        resume: the setting by which an interrupted run goes on, with {folder} for its folder; empty where it cannot.
-        example: arguments of a typical call.
-        groups: what of the settings it uses, for its page of help; all where there are none.
-    """
-
-    help: str
-    config: str
-    job: str
-    resume: str = ""
-    example: str = ""
-    groups: Sequence[str] = ()
-
-
-RESUME = "training.resume={folder}"
-WORLD = ("video", "model", "task", "quantization", "environment", "tracking")
-DEPLOYED = ("model", "task", "tracking")
-
-COMMANDS: Mapping[str, Command] = {
-    "train": Command(
-        "train a bit-allocation policy by PPO, with checkpoints",
-        "train",
-        "resq_rl.experiments.train:run",
-        resume=RESUME,
-        example="video.speed=2.0 'training.seeds=[0]' training.frames=20000",
-        groups=(*WORLD, "training"),
-    ),
-    "evaluate": Command(
-        "measure a trained policy on one split",
-        "evaluate",
-        "resq_rl.experiments.evaluate:run",
-        example="policy=results/train/DATE/seed0 split=test",
-        groups=(*WORLD, "training"),
-    ),
-    "compare": Command(
-        "tune, train and measure all methods, and compare their fronts",
-        "compare",
-        "resq_rl.experiments.compare:run",
-        resume=RESUME,
-        example="+experiment=demo",
-        groups=(*WORLD, "training", "heuristic"),
-    ),
-    "run": Command(
-        "run a trained policy on a video file, a folder of frames or a camera",
-        "run",
-        "resq_rl.experiments.run:run",
-        example="policy=results/train/DATE/seed0 source=drive.mp4",
-        groups=(*DEPLOYED, "running"),
-    ),
-    "export": Command(
-        "write a trained policy for other runtimes, and check each file",
-        "export",
-        "resq_rl.experiments.export:run",
-        example="policy=results/train/DATE/seed0 'exporting.formats=[portable,thresholds]'",
-        groups=("video", *DEPLOYED, "environment", "exporting"),
-    ),
-    "bench": Command(
-        "measure how fast the simulation is on this machine",
-        "bench",
-        "resq_rl.experiments.bench:run",
-        example="threads=1 'benchmark.batches=[8]'",
-        groups=(*WORLD, "training", "benchmark"),
-    ),
-    "pretrain": Command(
-        "train the segmentation network that the package ships",
-        "pretrain",
-        "resq_rl.experiments.pretrain:run",
-        resume=RESUME,
-        example="pretraining.steps=1500 model.width=24",
-        groups=("video", "model", "task", "tracking", "pretraining"),
-    ),
-}
 
 LIST, SYNC = "list", "sync"
 
@@ -341,6 +251,7 @@ def _guard_job(session: _Session, config: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from resq_rl.experiments.job import run_job
     from resq_rl.experiments.record import RunRecord
 
     hydra_config = HydraConfig.get()
@@ -352,7 +263,7 @@ def _guard_job(session: _Session, config: Any) -> None:
         become_worker(run_dir.name)
     record = RunRecord(run_dir)
     try:
-        _run_job(session, config, record, list(hydra_config.overrides.task))
+        run_job(session.name, session.command, session.arguments, config, record, hydra_config.overrides.task)
     except Exception as error:
         log.debug("The job failed.", exc_info=error)
         with suppress(ResultsError):
@@ -360,99 +271,6 @@ def _guard_job(session: _Session, config: Any) -> None:
         if not sweeping:  # the jobs of a sweep may run elsewhere: their records tell how they ended
             session.failures.append(error)
         session.report(error, f" [{' '.join(hydra_config.overrides.task)}]" if sweeping else "")
-
-
-def _run_job(session: _Session, config: Any, record: "RunRecord", overrides: Sequence[str]) -> None:
-    from omegaconf import OmegaConf
-
-    from resq_rl.experiments.resume import CONFIG, kept_text, merged_overrides, with_kept_settings
-    from resq_rl.experiments.settings import make_settings, plain
-    from resq_rl.experiments.sweep import job_name
-    from resq_rl.experiments.tracking import command_tags, open_tracker
-    from resq_rl.files import write_atomic
-
-    run_dir, values = record.path.parent, plain(config)
-    resume = (values.get("training") or {}).get("resume") is not None
-    if resume:
-        values = with_kept_settings(run_dir, session.command.config, values, overrides)
-        overrides = merged_overrides(record.overrides, overrides)
-    settings = make_settings(values)
-    values = values | {"training": values["training"] | {"resume": None}, "trusted": False}  # which are for once
-    text = OmegaConf.to_yaml(OmegaConf.create(values))
-    if resume and record.finished and kept_text(run_dir) == text:
-        log.info("%s is finished already.", os.path.relpath(run_dir))
-        record.keep()
-        return
-    module, _, function = session.command.job.partition(":")
-    job: Callable[..., str | None] = getattr(importlib.import_module(module), function)
-    resolved = write_atomic(run_dir / CONFIG, text)
-    _set_threads(settings.threads)
-    record.begin(["resq-rl", session.name, *session.arguments], overrides, settings, resume=resume)
-    with (
-        open_tracker(
-            settings.tracking,
-            results=Path(settings.results).absolute(),
-            folder=run_dir,
-            name=job_name(session.name, overrides, run_dir),
-            resume=resume,
-        ) as tracker,
-        _recorded(record, tracker),
-    ):
-        tracker.set_tags(command_tags(session.name, overrides, run_dir))
-        tracker.log_parameters(values)
-        tracker.log_artifact(resolved)
-        log.info("Will %s. Results go to %s", session.command.help, os.path.relpath(run_dir))
-        with _named_shortage(session.name, settings):
-            following = job(settings, run_dir, tracker)
-    log.info("Results: %s", os.path.relpath(run_dir))
-    if tracker.hint:
-        log.info("Tracking: %s", tracker.hint)
-    if following:
-        log.info("Next: %s", following)
-
-
-@contextmanager
-def _named_shortage(command: str, settings: "Settings") -> Iterator[None]:
-    """Say which setting to lower where memory runs out, and what to do where the disk is full or read-only."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
-            raise
-        name, value = "environment.clips_per_batch", settings.environment.clips_per_batch
-        if command == "pretrain":
-            name, value = "pretraining.batch", settings.pretraining.batch
-        raise SettingsError(
-            f"Out of memory with {name}={value}: lower it, or video.size ({str(error).splitlines()[0][:200]})."
-        ) from error
-    except OSError as error:
-        if error.errno not in DISK_TROUBLE:
-            raise
-        raise ResultsError(
-            f"Cannot write {error.filename or 'a file'}: {error.strerror}. Free some space or choose a writable "
-            "folder, then go on with training.resume=FOLDER; what was done is kept."
-        ) from error
-
-
-@contextmanager
-def _recorded(record: "RunRecord", tracker: "Tracker") -> Iterator[None]:
-    """Record how a job ends, whatever it raises."""
-    status = "failed"
-    try:
-        yield
-        status = "finished"
-    except KeyboardInterrupt:
-        status = "interrupted"
-        raise
-    finally:
-        with suppress(ResultsError) if status != "finished" else nullcontext():  # the job's own error counts
-            tracker.log_artifact(record.end(status))
-
-
-def _set_threads(threads: int) -> None:
-    import torch
-
-    torch.set_num_threads(threads)
 
 
 def _outside_the_job(error: Exception, session: _Session, arguments: Sequence[str]) -> Exception:

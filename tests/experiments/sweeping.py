@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from resq_rl.errors import VideoError
-from resq_rl.experiments.app import Command
+from resq_rl.experiments.commands import Command
 from resq_rl.experiments.settings import Settings
 from resq_rl.experiments.tracking import Tracker
 

@@ -19,8 +19,9 @@ from playwright.sync_api import Browser
 
 import resq_rl.configs
 from resq_rl.errors import VideoError
-from resq_rl.experiments.app import COMMANDS, Command, main
+from resq_rl.experiments.app import main
 from resq_rl.experiments.catalogue import KINDS
+from resq_rl.experiments.commands import COMMANDS, Command
 from resq_rl.experiments.settings import Settings
 from resq_rl.experiments.tracking import PARENT_RUN_VARIABLE, Tracker
 

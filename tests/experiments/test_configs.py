@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from resq_rl.experiments.app import COMMANDS
+from resq_rl.experiments.commands import COMMANDS
 from resq_rl.experiments.composition import load_settings
 
 CONFIGS = Path(str(resources.files("resq_rl.configs")))

@@ -4,7 +4,8 @@ from dataclasses import fields
 
 import pytest
 
-from resq_rl.experiments.app import COMMANDS, main
+from resq_rl.experiments.app import main
+from resq_rl.experiments.commands import COMMANDS
 from resq_rl.experiments.composition import load_settings
 
 

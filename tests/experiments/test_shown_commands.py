@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from resq_rl.experiments.app import COMMANDS, main
+from resq_rl.experiments.app import main
+from resq_rl.experiments.commands import COMMANDS
 from resq_rl.experiments.composition import load_settings
 from resq_rl.perception import compact_ddrnet, save_weights
 from resq_rl.video import stream

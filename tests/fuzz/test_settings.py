@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from resq_rl.experiments.app import COMMANDS
+from resq_rl.experiments.commands import COMMANDS
 from resq_rl.experiments.composition import compose_config, load_settings
 from tests.fuzz.mutations import TOKENS, outcome
 
