@@ -88,7 +88,8 @@ def by_regions(name: str, seed: int, world: World, settings: dict[str, Any], act
         where = f"{what}, regions, step {t}"
         assert parts.bops.mean() == pytest.approx(float(frame.bops[0]), rel=1e-6), where
         assert parts.error.mean() == pytest.approx(float(frame.error[0]), rel=1e-6, abs=1e-9), where
-        assert parts.rewards.mean() == pytest.approx(float(frame.rewards[0]), rel=1e-5), where
+        rounding = 4 * float(np.finfo(np.float32).eps)  # of 1 minus error minus price, which may leave next to nothing
+        assert parts.rewards.mean() == pytest.approx(float(frame.rewards[0]), rel=1e-5, abs=rounding), where
         if parts.truncated[0]:
             return  # the next clip is drawn by each face's own generator
         seen = core.simulator.observe().whole().numpy()
