@@ -19,7 +19,7 @@ from resq_rl.envs import (
     measure,
 )
 from resq_rl.envs.sb3 import AgentsVecEnv
-from resq_rl.experiments.statistics import bd_bops
+from resq_rl.experiments.results.statistics import bd_bops
 from resq_rl.perception import Segmentation, compact_ddrnet
 from resq_rl.policies import best_policies, dynamic_resq_settings
 from resq_rl.policies.ppo import FirstChoice, PPOSettings, train_ppo

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from resq_rl.experiments.app import main
+from resq_rl.experiments.cli.app import main
 from tests.shown import ROOT, SITE, blocks, commands
 
 # Tested with what they need: a trained policy (test_jobs.py), two files and a comparison (test_adding_a_task.py); files

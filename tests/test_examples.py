@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from resq_rl.experiments.composition import load_settings
+from resq_rl.experiments.config.composition import load_settings
 from resq_rl.quantization import ResQModel
 
 

@@ -16,7 +16,7 @@ PLAIN = ("hydra_plugins", "resq_rl")  # imported by the names of their folders
 RUN_WHEEL = """
 import importlib, os, pkgutil, sys
 sys.path.insert(0, sys.argv[1])
-import resq_rl, resq_rl.configs, resq_rl.envs, resq_rl.experiments.app, resq_rl.policies
+import resq_rl, resq_rl.configs, resq_rl.envs, resq_rl.experiments.cli.app, resq_rl.policies
 for name in sorted(sys.modules):
     module = sys.modules[name]
     if name.split(".")[0] == "resq_rl":

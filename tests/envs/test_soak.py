@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from resq_rl.experiments.bench import _mebibytes
+from resq_rl.experiments.bench.bench import _mebibytes
 from resq_rl.quantization import ThresholdField, to_float
 from resq_rl.video import GeneratedVideo
 from tests.envs.worlds import make_world

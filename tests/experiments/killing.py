@@ -55,7 +55,7 @@ SMALL = [
 
 def _command(arguments: list[str], log: str) -> None:
     """What a process does: one command, with its output in a file."""
-    from resq_rl.experiments.app import main
+    from resq_rl.experiments.cli.app import main
 
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)

@@ -18,8 +18,8 @@ from PIL import Image
 
 from resq_rl.envs import ActionScheme, table_cache
 from resq_rl.envs.table import ResponseTable, respond
-from resq_rl.experiments.outbox import JOURNAL, Operation, Outbox, read_journal
-from resq_rl.experiments.results import Comparison, Point
+from resq_rl.experiments.results.comparison import Comparison, Point
+from resq_rl.experiments.tracking.outbox import JOURNAL, Operation, Outbox, read_journal
 from resq_rl.perception import load_network, load_weights, save_weights
 from resq_rl.policies import LearnedPolicy
 from resq_rl.quantization import load_model, save_model

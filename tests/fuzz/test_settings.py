@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from resq_rl.experiments.commands import COMMANDS
-from resq_rl.experiments.composition import compose_config, load_settings
+from resq_rl.experiments.cli.commands import COMMANDS
+from resq_rl.experiments.config.composition import compose_config, load_settings
 from tests.fuzz.mutations import TOKENS, outcome
 
 FEW, MANY = 25, int(os.environ.get("RESQ_RL_FUZZ_CASES", "1000"))

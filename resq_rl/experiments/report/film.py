@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from resq_rl.envs import Trace
-from resq_rl.experiments.decisions import Pair
-from resq_rl.experiments.results import TITLES
-from resq_rl.experiments.world import World
+from resq_rl.experiments.results.comparison import TITLES
+from resq_rl.experiments.study.decisions import Pair
+from resq_rl.experiments.study.world import World
 
 __all__ = ["film", "sheet"]
 

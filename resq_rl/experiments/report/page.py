@@ -9,16 +9,16 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from resq_rl.experiments.decisions import Pair
-from resq_rl.experiments.plots import STYLES
-from resq_rl.experiments.provenance import versions
-from resq_rl.experiments.record import RunRecord
 from resq_rl.experiments.report.film import film
 from resq_rl.experiments.report.places import layer_rows, region_maps
 from resq_rl.experiments.report.tables import cost_rows, curve_charts, delta_rows, front_chart, front_rows
 from resq_rl.experiments.report.verdict import choices_of, verdict_of
-from resq_rl.experiments.results import TITLES, Comparison, short_settings
-from resq_rl.experiments.world import World
+from resq_rl.experiments.results.comparison import TITLES, Comparison, short_settings
+from resq_rl.experiments.results.plots import STYLES
+from resq_rl.experiments.runs.provenance import versions
+from resq_rl.experiments.runs.record import RunRecord
+from resq_rl.experiments.study.decisions import Pair
+from resq_rl.experiments.study.world import World
 from resq_rl.files import write_atomic
 
 __all__ = ["render", "write_report"]

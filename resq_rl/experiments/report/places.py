@@ -11,7 +11,7 @@ from matplotlib.colors import to_hex
 from torch import Tensor
 
 from resq_rl.envs import Trace
-from resq_rl.experiments.decisions import Pair
+from resq_rl.experiments.study.decisions import Pair
 from resq_rl.quantization import ResQModel
 
 __all__ = ["layer_rows", "region_maps"]

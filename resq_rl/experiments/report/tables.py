@@ -5,9 +5,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from resq_rl.experiments.plots import OTHER, STYLES
-from resq_rl.experiments.results import TITLES, Comparison, Point, short_settings, spread_points
-from resq_rl.experiments.statistics import pareto_envelope
+from resq_rl.experiments.results.comparison import TITLES, Comparison, Point, short_settings, spread_points
+from resq_rl.experiments.results.plots import OTHER, STYLES
+from resq_rl.experiments.results.statistics import pareto_envelope
 
 __all__ = ["cost_rows", "curve_charts", "delta_rows", "front_chart", "front_rows"]
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from resq_rl.experiments.results import TITLES, BdEntry, Comparison, Point, short_settings
+from resq_rl.experiments.results.comparison import TITLES, BdEntry, Comparison, Point, short_settings
 
 __all__ = ["Choice", "Verdict", "choices_of", "verdict_of"]
 

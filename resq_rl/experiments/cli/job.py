@@ -1,0 +1,121 @@
+"""Running a command's job: settings checked and kept, the run recorded and tracked, errors of the machine named."""
+
+import errno
+import importlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from resq_rl.errors import ResultsError, SettingsError
+from resq_rl.experiments.cli.commands import Command
+from resq_rl.experiments.config.settings import Settings, make_settings, plain
+from resq_rl.experiments.runs.record import RunRecord
+from resq_rl.experiments.runs.resume import CONFIG, kept_text, merged_overrides, with_kept_settings
+from resq_rl.experiments.runs.sweep import job_name
+from resq_rl.experiments.tracking.tracker import Tracker, command_tags, open_tracker
+from resq_rl.files import write_atomic
+
+__all__ = ["run_job"]
+
+log = logging.getLogger(__name__)
+
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # as PyTorch says it, of CPU and GPU
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+def run_job(
+    name: str,
+    command: Command,
+    arguments: Sequence[str],
+    config: DictConfig,
+    record: RunRecord,
+    overrides: Sequence[str],
+) -> None:
+    """Run a command's job in the folder of its record, tracked and recorded.
+
+    Args:
+        arguments: of the command line, for the record.
+        config: the composed settings.
+        overrides: of the configuration, by which they came about.
+    """
+    run_dir, values = record.path.parent, plain(config)
+    resume = (values.get("training") or {}).get("resume") is not None
+    if resume:
+        values = with_kept_settings(run_dir, command.config, values, overrides)
+        overrides = merged_overrides(record.overrides, overrides)
+    settings = make_settings(values)
+    values = values | {"training": values["training"] | {"resume": None}, "trusted": False}  # which are for once
+    text = OmegaConf.to_yaml(OmegaConf.create(values))
+    if resume and record.finished and kept_text(run_dir) == text:
+        log.info("%s is finished already.", os.path.relpath(run_dir))
+        record.keep()
+        return
+    module, _, function = command.job.partition(":")
+    job: Callable[..., str | None] = getattr(importlib.import_module(module), function)
+    resolved = write_atomic(run_dir / CONFIG, text)
+    torch.set_num_threads(settings.threads)
+    record.begin(["resq-rl", name, *arguments], overrides, settings, resume=resume)
+    with (
+        open_tracker(
+            settings.tracking,
+            results=Path(settings.results).absolute(),
+            folder=run_dir,
+            name=job_name(name, overrides, run_dir),
+            resume=resume,
+        ) as tracker,
+        _recorded(record, tracker),
+    ):
+        tracker.set_tags(command_tags(name, overrides, run_dir))
+        tracker.log_parameters(values)
+        tracker.log_artifact(resolved)
+        log.info("Will %s. Results go to %s", command.help, os.path.relpath(run_dir))
+        with _named_shortage(name, settings):
+            following = job(settings, run_dir, tracker)
+    log.info("Results: %s", os.path.relpath(run_dir))
+    if tracker.hint:
+        log.info("Tracking: %s", tracker.hint)
+    if following:
+        log.info("Next: %s", following)
+
+
+@contextmanager
+def _named_shortage(command: str, settings: Settings) -> Iterator[None]:
+    """Say which setting to lower where memory runs out, and what to do where the disk is full or read-only."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        name, value = "environment.clips_per_batch", settings.environment.clips_per_batch
+        if command == "pretrain":
+            name, value = "pretraining.batch", settings.pretraining.batch
+        raise SettingsError(
+            f"Out of memory with {name}={value}: lower it, or video.size ({str(error).splitlines()[0][:200]})."
+        ) from error
+    except OSError as error:
+        if error.errno not in DISK_TROUBLE:
+            raise
+        raise ResultsError(
+            f"Cannot write {error.filename or 'a file'}: {error.strerror}. Free some space or choose a writable "
+            "folder, then go on with training.resume=FOLDER; what was done is kept."
+        ) from error
+
+
+@contextmanager
+def _recorded(record: RunRecord, tracker: Tracker) -> Iterator[None]:
+    """Record how a job ends, whatever it raises."""
+    status = "failed"
+    try:
+        yield
+        status = "finished"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    finally:
+        with suppress(ResultsError) if status != "finished" else nullcontext():  # the job's own error counts
+            tracker.log_artifact(record.end(status))

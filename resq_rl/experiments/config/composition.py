@@ -1,0 +1,178 @@
+"""Composing a command's config from groups and overrides, and saying in one line what is wrong with one."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from resq_rl.errors import SettingsError
+from resq_rl.experiments.config.conversion import did_you_mean, unknown_name
+from resq_rl.experiments.config.settings import Settings, make_settings
+from resq_rl.experiments.config.targets import parameter_names
+
+__all__ = ["CONFIG_MODULE", "compose_config", "explain", "group_options", "load_settings"]
+
+CONFIG_MODULE = "resq_rl.configs"
+VERSION_BASE = "1.3"
+# Of several values the first that is not null, as a folder to go on in or else a new one.
+OmegaConf.register_new_resolver("first_given", lambda *values: next(v for v in values if v is not None), replace=True)
+# Hydra raises plain errors for some values of a group.
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError)
+
+
+def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """The config of a command with Hydra overrides applied, without Hydra's own node.
+
+    Raises:
+        SettingsError: an override does not fit; the line names it and the nearest valid name.
+    """
+    within_job = GlobalHydra.instance().is_initialized()
+    with nullcontext() if within_job else initialize_config_module(CONFIG_MODULE, version_base=VERSION_BASE):
+        try:
+            return compose(config_name, list(overrides))
+        except COMPOSITION_ERRORS as error:
+            raise _explain(error, config_name, overrides) from error
+
+
+def group_options(config_name: str, overrides: Sequence[str] = ()) -> dict[str, list[str]]:
+    """The options of every group; `overrides` may name folders that add to them."""
+    with initialize_config_module(CONFIG_MODULE, version_base=VERSION_BASE):
+        return _options(config_name, [text for text in overrides if text.startswith("hydra.searchpath=")])
+
+
+def load_settings(config_name: str, overrides: Sequence[str] = ()) -> Settings:
+    """Checked settings of a command, such as `load_settings("train", ["video=davis", "video.root=DAVIS"])`.
+
+    Raises:
+        SettingsError: an override does not fit, or a value has the wrong type or lies out of bounds.
+    """
+    return make_settings(compose_config(config_name, overrides))
+
+
+def explain(error: Exception, config_name: str, overrides: Sequence[str], *, multirun: bool = False) -> SettingsError:
+    """The error of a failed composition as one line that names the override at fault and the nearest name.
+
+    With `multirun`, an override may give several values, and each is tried.
+    """
+    with initialize_config_module(CONFIG_MODULE, version_base=VERSION_BASE):
+        return _explain(error, config_name, overrides, multirun=multirun)
+
+
+def _explain(error: Exception, config_name: str, overrides: Sequence[str], *, multirun: bool = False) -> SettingsError:
+    searchpath = [text for text in overrides if text.startswith("hydra.searchpath=")]
+    groups = _options(config_name, searchpath)
+    parser = OverridesParser.create()
+    parsed: list[tuple[str, Override]] = []
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+            if multirun and override.is_discrete_sweep():
+                values = [f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()]
+                parsed += [(value, parser.parse_override(value)) for value in values]
+            else:
+                parsed.append((text, override))
+        except HydraException as failure:
+            return SettingsError(_unreadable(text, failure))
+    # A wrong group option hides everything else, so those are tried first.
+    parsed.sort(key=lambda pair: pair[1].key_or_group not in groups)
+    good = searchpath
+    for text, override in parsed:
+        try:
+            compose(config_name, [*good, text])
+        except COMPOSITION_ERRORS as failure:
+            config = compose(config_name, good, return_hydra_config=override.key_or_group.startswith("hydra"))
+            return SettingsError(_wrong_override(text, override, failure, config, groups))
+        good.append(text)
+    return SettingsError(f"Cannot compose the settings: {_one_line(error)}")
+
+
+def _unreadable(text: str, failure: HydraException) -> str:
+    reason = _one_line(failure).split(" See https://", maxsplit=1)[0]
+    if "=" not in text:
+        return f"Cannot read '{text}': write it as NAME=VALUE."
+    return f"Cannot read '{text}': {reason}. Quote the value for the shell and for Hydra: 'NAME=\"VALUE\"'."
+
+
+def _wrong_override(
+    text: str,
+    override: Override,
+    failure: Exception,
+    config: DictConfig,
+    groups: Mapping[str, Sequence[str]],
+) -> str:
+    key = override.key_or_group
+    if override.is_sweep_override():
+        return (
+            f"'{text}' gives several values: for a list write {key}=[...], "
+            "to run the command once for each add --multirun."
+        )
+    value = override.value()
+    if key in groups:
+        return _wrong_option(text, key, value, groups[key], add=override.is_add())
+    names = dict(_names(config))
+    if isinstance(names.get(key), DictConfig) and isinstance(value, dict):
+        for name in value:
+            if name not in names[key]:
+                return str(unknown_name(str(name), names[key], prefix=f"{key}."))
+    if key in names:
+        return f"Cannot set '{key}' with '{text}': {_one_line(failure.__cause__ or failure)}"
+    group = next((name for name in _parents(key) if name in names), "")
+    accepted = [f"{group}.{name}" for name in parameter_names(names.get(group))]
+    if key in accepted:
+        return f"'{key}' is not in the config, but its target takes it: write +{text.lstrip('+')}."
+    others = [name for name in groups if name.startswith("hydra/") == key.startswith("hydra")]
+    return f"Unknown setting '{key}'.{did_you_mean(key, [*names, *accepted, *others])}"
+
+
+def _wrong_option(text: str, group: str, value: Any, options: Sequence[str], *, add: bool) -> str:
+    if not isinstance(value, list) and value not in options:
+        return f"Unknown option '{value}' for '{group}'.{did_you_mean(str(value), options)}"
+    if not add:
+        return f"No option of '{group}' is chosen that '{text}' could replace: write +{text}."
+    return f"An option of '{group}' is chosen already: write {text.lstrip('+')}."
+
+
+def _parents(key: str) -> Iterator[str]:
+    while "." in key:
+        key = key.rpartition(".")[0]
+        yield key
+
+
+def _options(config_name: str, searchpath: list[str]) -> dict[str, list[str]]:
+    loader = GlobalHydra.instance().config_loader()
+    return {
+        group: loader.get_group_options(group, config_name=config_name, overrides=searchpath)
+        for group in _groups(loader)
+    }
+
+
+def _groups(loader: ConfigLoader, parent: str = "") -> Iterator[str]:
+    for name in loader.list_groups(parent):
+        group = f"{parent}/{name}" if parent else name
+        yield group
+        yield from _groups(loader, group)
+
+
+def _names(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names of all settings and groups of settings, with their values."""
+    if isinstance(config, Mapping | DictConfig):
+        for key in config:
+            name = f"{prefix}{key}"
+            value = config._get_node(key) if isinstance(config, DictConfig) else config[key]
+            yield name, value
+            if isinstance(value, DictConfig) and not value._is_none() and not value._is_missing():
+                yield from _names(value, f"{name}.")
+
+
+def _one_line(error: BaseException) -> str:
+    """The first line of an error's text, without a full stop."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")

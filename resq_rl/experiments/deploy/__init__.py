@@ -1,0 +1,1 @@
+"""Trained policies outside of experiments: running on video and exporting."""

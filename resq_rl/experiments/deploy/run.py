@@ -1,0 +1,212 @@
+"""`resq-rl run`: a trained policy and its frozen network on a video file, a folder of frames or a camera."""
+
+import csv
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from jaxtyping import UInt8
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from resq_rl.errors import ResultsError, SettingsError
+from resq_rl.experiments.config.settings import RunningSettings, Settings
+from resq_rl.experiments.deploy.overlay import OverlayVideo
+from resq_rl.experiments.results.comparison import write_summary
+from resq_rl.experiments.runs.progress import stage
+from resq_rl.experiments.study.deployment import policy_folder, policy_words
+from resq_rl.experiments.tracking.tracker import Tracker
+from resq_rl.perception import Task
+from resq_rl.policies import RunCost, Runner
+from resq_rl.policies.runner import REFERENCE_BITS
+from resq_rl.video import VideoStream
+from resq_rl.video.images import read_labels
+
+__all__ = ["run"]
+
+log = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+FIELDS = ("frame", "time", "keyframe", "bops", "policy_bops", "bits", "mean_bops", "total_bops")
+OVERLAY = "overlay.mp4"
+
+
+@dataclass
+class _Totals:
+    """What the frames so far cost, as shares of W8A8."""
+
+    reference_bops: int
+    frames: int = 0
+    keyframes: int = 0
+    keyframe: float = 0.0
+    residual: float = 0.0
+    policy: float = 0.0
+    peak: float = 0.0
+
+    def add(self, cost: RunCost) -> None:
+        self.frames += 1
+        self.keyframes += cost.keyframe
+        self.keyframe += cost.network if cost.keyframe else 0.0
+        self.residual += 0.0 if cost.keyframe else cost.network
+        self.policy += cost.policy
+        self.peak = max(self.peak, cost.bops)
+
+    @property
+    def spent(self) -> float:
+        return self.keyframe + self.residual + self.policy
+
+    @property
+    def total(self) -> int:
+        """Bit-operations, of which shares are rounded."""
+        return round(self.spent * self.reference_bops)
+
+    @property
+    def mean(self) -> float:
+        return self.spent / max(1, self.frames)
+
+    def summary(self) -> dict[str, Any]:
+        """By the names of `comparison.json`; parts are per frame."""
+        frames = max(1, self.frames)
+        return {
+            "frames": self.frames,
+            "keyframes": self.keyframes,
+            "bops": self.mean,
+            "keyframe_bops": self.keyframe / frames,
+            "residual_bops": self.residual / frames,
+            "policy_bops": self.policy / frames,
+            "peak_bops": self.peak,
+            "bits": REFERENCE_BITS * math.sqrt(self.mean),
+            "total_bops": self.total,
+            "reference_bops_per_frame": self.reference_bops,
+        }
+
+
+def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
+    """Run; writes a line per frame, `summary.json` and, if wanted, `overlay.mp4`. An interrupt keeps what is done.
+
+    Returns:
+        What is useful next.
+    """
+    if settings.source is None:
+        raise SettingsError("On which video? Set source=PATH, a video file or a folder of frames, or a camera's index.")
+    running, folder = settings.running, policy_folder(settings.policy)
+    stream = VideoStream(settings.source)
+    runner = Runner.load(
+        folder, settings.model.build(), settings.task.build(), trade_off=running.trade_off, interval=running.interval
+    )
+    if settings.quantization.compile:
+        runner.model.compile()
+    if running.label is not None:
+        runner.reset((read_labels(Path(running.label)) > 0).astype(np.uint8))
+    frames = iter(stream)
+    first = next(frames)  # a source that cannot be read ends here, before anything is written
+    length = running.frames if stream.length is None else min(stream.length, running.frames or stream.length)
+    totals, started, ended = _Totals(runner.model.reference_bops()), time.monotonic(), "failed"
+    try:
+        with ExitStack() as stack:
+            outputs = [stack.enter_context(_records(run_dir, running))]
+            if running.overlay:
+                outputs.append(stack.enter_context(_overlay(run_dir, running, runner.task, stream.rate)))
+            advance = stack.enter_context(stage(f"running {Path(stream.name).name}", length))
+            for picture in islice(chain([first], frames), running.frames):
+                prediction, cost = runner(picture)
+                record = _record(totals, cost, stream.rate)
+                for output in outputs:
+                    output(record, picture, runner.frame, prediction, cost)
+                advance(1)
+        ended = "finished"
+    except KeyboardInterrupt:
+        ended = "interrupted"
+        raise
+    finally:
+        summary: dict[str, Any] = {
+            "policy": str(folder),
+            "source": stream.name,
+            "settings": runner.policy.settings,
+            "ended": ended,
+        }
+        seconds = time.monotonic() - started
+        summary |= totals.summary() | {"seconds": seconds, "frames_per_second": totals.frames / seconds}
+        tracker.log_artifact(write_summary(run_dir / "summary.json", summary))
+        tracker.log_metrics({name: summary[name] for name in ("bops", "peak_bops", "frames_per_second")})
+        _print(summary)
+    look = f"look at {os.path.relpath(run_dir / OVERLAY)}; " if running.overlay else ""
+    return f"{look}ship the policy: resq-rl export {policy_words(folder)}"
+
+
+Output = Callable[[Record, Any, UInt8[Tensor, "3 h w"], Tensor, RunCost], None]
+
+
+def _record(totals: _Totals, cost: RunCost, rate: float) -> Record:
+    number = totals.frames
+    totals.add(cost)
+    values = (
+        number,
+        round(number / rate, 6),
+        cost.keyframe,
+        cost.bops,
+        cost.policy,
+        cost.bits,
+        totals.mean,
+        totals.total,
+    )
+    return dict(zip(FIELDS, values, strict=True))
+
+
+@contextmanager
+def _records(run_dir: Path, running: RunningSettings) -> Iterator[Output]:
+    """A line per frame, on disk as soon as the frame is done."""
+    path = run_dir / f"frames.{running.records}"
+    with path.open("w", newline="", encoding="utf-8", buffering=1) as file:
+        write = _writer(file, running.records)
+
+        def add(record: Record, *_: Any) -> None:
+            try:
+                write(record)
+            except OSError as error:
+                raise ResultsError(
+                    f"Cannot write {path}: {error.strerror or error}. Free some space or choose a writable folder with "
+                    "results=FOLDER."
+                ) from error
+
+        yield add
+
+
+def _writer(file: TextIO, kind: str) -> Callable[[Record], Any]:
+    if kind == "jsonl":
+        return lambda record: file.write(json.dumps(record) + "\n")
+    writer = csv.DictWriter(file, FIELDS)
+    writer.writeheader()
+    return writer.writerow
+
+
+@contextmanager
+def _overlay(run_dir: Path, running: RunningSettings, task: Task, rate: float) -> Iterator[Output]:
+    with OverlayVideo(run_dir / OVERLAY, task, running.height, rate) as video:
+
+        def write(record: Record, picture: Any, frame: Tensor, prediction: Tensor, cost: RunCost) -> None:
+            kind = "keyframe" if cost.keyframe else "residual"
+            text = (
+                f"frame {record['frame']}  {kind}  {cost.bits:.1f} bits, {cost.bops:.3f} of W8A8   "
+                f"mean {record['mean_bops']:.3f}   {record['total_bops'] / 1e9:.2f} GBOPs so far"
+            )
+            video.add(picture, frame, prediction, cost, text)
+
+        yield write
+
+
+def _print(summary: dict[str, Any]) -> None:
+    table = Table("frames", "keyframes", "BOPs, share of W8A8", "peak", "bits", "frames/s", title=summary["source"])
+    names = ("bops", "peak_bops", "bits", "frames_per_second")
+    table.add_row(str(summary["frames"]), str(summary["keyframes"]), *(f"{summary[name]:.3g}" for name in names))
+    Console().print(table)

@@ -1,0 +1,1 @@
+"""The jobs behind `train`, `evaluate`, `compare` and `pretrain`."""

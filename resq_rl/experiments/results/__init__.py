@@ -1,0 +1,1 @@
+"""From measurements to fronts, intervals, tables and figures."""

@@ -1,0 +1,108 @@
+"""From measurements to the points, intervals and Bjontegaard deltas of a comparison."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from jaxtyping import Float64, Int
+
+from resq_rl.envs import Measurement
+from resq_rl.experiments.results.comparison import BdEntry, Point
+from resq_rl.experiments.results.statistics import BdResult, bd_bops, bootstrap_interval, bootstrap_intervals
+
+__all__ = ["bops_step", "compare_fronts", "points_of"]
+
+REPLICATES = 1000
+
+
+def _resampled(measurements: Sequence[Measurement], clips: Int[np.ndarray, "r n"]) -> Float64[np.ndarray, "r points 2"]:
+    """(accuracy, BOPs) of every measurement under every resample of the clips."""
+    count = measurements[0].frames.shape[0]
+    draws = torch.zeros(len(clips), count, dtype=torch.float64)
+    index = torch.as_tensor(clips)
+    draws.scatter_add_(1, index, torch.ones(index.shape, dtype=torch.float64))
+    columns = []
+    for m in measurements:
+        counts = (draws @ m.counts.double().flatten(1)).view(-1, *m.counts.shape[1:])
+        counts = counts if m.counts.is_floating_point() else counts.round().to(m.counts.dtype)
+        bops = (draws @ m.clip_bops) / (draws @ m.frames.double())
+        columns.append(torch.stack([m.task.accuracy(counts), bops], 1))
+    stacked: np.ndarray = torch.stack(columns, 1).numpy()
+    return stacked
+
+
+def bops_step(point: Measurement) -> int:
+    """A point's place on the axis of steps, on which MLflow draws: millionths of W8A8, so that accuracy is a front."""
+    return round(1e6 * point.bops)
+
+
+def points_of(measurements: Sequence[Measurement], *, seed: int) -> list[Point]:
+    """The measurements with 95% intervals, bootstrapped over the clips."""
+    if not measurements:
+        return []
+    intervals = bootstrap_intervals(
+        lambda clips, _: _resampled(measurements, clips).reshape(len(clips), -1),
+        clips=len(measurements[0].frames),
+        generator=np.random.default_rng(seed),
+        replicates=REPLICATES,
+        vectorized=True,
+    )
+    frames = [float(m.frames.sum()) for m in measurements]
+    return [
+        Point(
+            accuracy=m.accuracy,
+            accuracy_ci95=intervals[2 * i].bounds,
+            bops=m.bops,
+            bops_ci95=intervals[2 * i + 1].bounds,
+            peak_bops=float(m.peak.max()),
+            policy_bops=float(m.policy.sum()) / frames[i],
+            state_bytes=m.state_bytes,
+            settings=m.settings,
+            keyframe_bops=float(m.keyframe.sum()) / frames[i],
+        )
+        for i, m in enumerate(measurements)
+    ]
+
+
+def compare_fronts(
+    fronts: Mapping[int, Sequence[Measurement]],
+    anchor: Sequence[Measurement],
+    *,
+    float_accuracy: float,
+    seed: int,
+) -> BdEntry:
+    """Bjontegaard delta of a method against an anchor, averaged over training seeds; interval over clips and seeds.
+
+    Args:
+        fronts: the method's measurements by training seed.
+        anchor: measurements on the same clips.
+        float_accuracy: of the float network on the same clips.
+    """
+    runs = list(fronts.values())
+    every = [*anchor, *(m for run in runs for m in run)]
+    bounds = np.cumsum([0, len(anchor), *(len(run) for run in runs)])
+
+    def deltas(table: Float64[np.ndarray, "points 2"]) -> list[BdResult]:
+        base = table[: bounds[1]]
+        return [bd_bops(table[a:b], base, float_accuracy=float_accuracy) for a, b in pairwise(bounds[1:])]
+
+    def drawn(clips: Int[np.ndarray, " n"], seeds: Int[np.ndarray, " m"]) -> float:
+        values = [np.nan if r.value is None else r.value for r in deltas(_resampled(every, clips[None])[0])]
+        return float(np.mean(np.array(values)[seeds]))
+
+    own = deltas(np.array([[m.accuracy, m.bops] for m in every]))
+    refused = [r for r in own if r.value is None]
+    if refused:
+        return BdEntry(None, None, refused[0].accuracy_range, refused[0].reason)
+    ranges = [r.accuracy_range for r in own if r.accuracy_range is not None]
+    interval = bootstrap_interval(
+        drawn,
+        clips=len(anchor[0].frames),
+        seeds=len(runs),
+        generator=np.random.default_rng(seed),
+        replicates=REPLICATES,
+    )
+    value = float(np.mean([r.value for r in own if r.value is not None]))
+    span = (float(np.mean([r[0] for r in ranges])), float(np.mean([r[1] for r in ranges])))
+    return BdEntry(value, interval.bounds, span, interval.reason, interval.undefined)

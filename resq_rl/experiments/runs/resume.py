@@ -1,0 +1,117 @@
+"""Going on with a run: its settings are those kept in its folder, but for what the command line gives anew."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeGuard
+
+from omegaconf import OmegaConf
+
+from resq_rl.errors import SettingsError
+from resq_rl.experiments.config.composition import compose_config
+from resq_rl.experiments.config.settings import plain
+from resq_rl.experiments.config.targets import TARGET, refuse_foreign
+
+__all__ = ["CONFIG", "kept_text", "merged_overrides", "with_kept_settings"]
+
+CONFIG: Final = "config.yaml"
+TARGETS: Final = ("model", "task", "video")
+FOR_ONCE: Final = ("training.resume", "trusted")  # which say how to go on and not what the run is
+WORLD: Final = (*TARGETS, "environment", "quantization")
+
+log = logging.getLogger(__name__)
+
+
+def kept_text(run_dir: Path) -> str | None:
+    """The settings in a run's folder, as YAML; None where there are none that can be read."""
+    try:
+        return (run_dir / CONFIG).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def merged_overrides(before: Sequence[str], now: Sequence[str]) -> list[str]:
+    """What was asked of a run before, and what is asked of it now in its place or besides."""
+    named = {_setting(override) for override in now}
+    kept = [override for override in before if _setting(override) not in named]
+    return [*kept, *(override for override in now if _setting(override) not in FOR_ONCE)]
+
+
+def with_kept_settings(
+    run_dir: Path, config_name: str, given: Mapping[str, Any], overrides: Sequence[str]
+) -> dict[str, Any]:
+    """The settings to go on with: those kept in the folder, in which those that the overrides give are replaced.
+
+    Args:
+        config_name: of the command.
+        given: its settings as composed from `overrides`, interpolations resolved.
+
+    Raises:
+        SettingsError: the overrides ask for another network, task, video, environment or quantization than the run's,
+            or the folder names code that the command line neither names nor trusts.
+    """
+    text = kept_text(run_dir)
+    if text is None:
+        log.info("There is nothing in %s to go on from: the run begins.", os.path.relpath(run_dir))
+        return dict(given)
+    try:
+        kept = OmegaConf.to_container(OmegaConf.create(text))
+    except Exception as error:  # of OmegaConf and of the YAML parser
+        raise _unusable(run_dir, str(error)) from error
+    if not isinstance(kept, dict):
+        raise _unusable(run_dir, "no settings in it")
+    default = plain(compose_config(config_name))
+    named = {_setting(override) for override in overrides}
+    values: dict[str, Any] = {str(name): value for name, value in kept.items()}
+    values = _replaced(values, given, default, named) | {"trusted": given.get("trusted", False)}
+    differ = [name for name in WORLD if name in kept and values[name] != kept[name]]
+    if differ:
+        raise SettingsError(
+            f"The run in {os.path.relpath(run_dir)} has other settings of {', '.join(differ)}: give only "
+            "training.resume, or the arguments that the run was begun with (they are in its run.json)."
+        )
+    for name in values.keys() & set(TARGETS):
+        if values[name] != given.get(name) and values["trusted"] is not True:
+            refuse_foreign(values[name], name, f"The run in {os.path.relpath(run_dir)}")
+    return values
+
+
+def _setting(override: str) -> str:
+    """The dotted name of the setting, or of the group, that an override gives."""
+    return override.partition("=")[0].lstrip("+~").partition("@")[0]
+
+
+def _replaced(
+    kept: Mapping[str, Any], given: Mapping[str, Any], default: Mapping[str, Any], named: set[str], prefix: str = ""
+) -> dict[str, Any]:
+    """Kept settings, with the given ones in place of those that were named or are not what they are by default.
+
+    Settings that the kept ones lack, as of an older version, are the given ones; but a target's arguments are what they
+    were, for it has defaults of its own.
+    """
+    values = dict(kept)
+    for name, value in given.items():
+        before, usual, path = kept.get(name), default.get(name), f"{prefix}{name}"
+        if path in named or (name not in kept and (TARGET not in kept or value != usual)):
+            values[name] = value
+        elif name not in kept:
+            continue
+        elif _same_kind(before, value):
+            values[name] = _replaced(before, value, usual if isinstance(usual, Mapping) else {}, named, f"{path}.")
+        elif value != usual:
+            values[name] = value
+    return values
+
+
+def _same_kind(one: Any, other: Any) -> TypeGuard[Mapping[str, Any]]:
+    """Whether both are groups of settings, of the same target if of any."""
+    groups = isinstance(one, Mapping) and isinstance(other, Mapping)
+    return groups and one.get(TARGET) == other.get(TARGET)
+
+
+def _unusable(run_dir: Path, reason: str) -> SettingsError:
+    return SettingsError(
+        f"The settings in {run_dir / CONFIG} are damaged ({' '.join(reason.split())[:200]}). Remove the file, and give "
+        "the arguments that the run was begun with (they are in its run.json) and training.resume."
+    )

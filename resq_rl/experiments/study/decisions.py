@@ -1,0 +1,102 @@
+"""A heuristic and a learned policy of about equal accuracy, traced to show where they spend their bits."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from matplotlib.figure import Figure
+
+from resq_rl.envs import Measurement, Policy, Trace
+from resq_rl.experiments.results.comparison import TITLES, short_settings
+from resq_rl.experiments.results.plots import plot_decisions
+from resq_rl.experiments.study.world import World
+
+__all__ = ["Measured", "Pair", "comparable_pair", "decisions_figure", "trace_pair"]
+
+Measured = tuple[Policy, Measurement]
+
+# Accuracy lost against the float network, on a scale of 0 to 1, at which policies are worth a look.
+LEAST_LOSS, MOST_LOSS = 0.01, 0.02
+# How many of the reported clips are traced, at most.
+TRACED_CLIPS = 3
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A heuristic and a learned policy, and what each did on the first of the reported clips.
+
+    Attributes:
+        method: name of the heuristic in `comparison.json`.
+        heuristic, learned: each with its measurement on all reported clips.
+        traces: of both, by clip.
+    """
+
+    method: str
+    heuristic: Measured
+    learned: Measured
+    traces: tuple[tuple[Trace, Trace], ...]
+
+
+def comparable_pair(
+    heuristics: Sequence[Measured], learned: Sequence[Measured], float_accuracy: float
+) -> tuple[Measured, Measured] | None:
+    """The heuristic and the learned policy nearest in accuracy, around 1 to 2 points under the float network.
+
+    A point that the learned policy lies outside of that range weighs as much as a point between the two.
+
+    Args:
+        float_accuracy: of the float network on the clips on which both fronts were measured.
+
+    Returns:
+        None where a front has no point with an accuracy.
+    """
+
+    def distance(pair: tuple[Measured, Measured]) -> float:
+        (_, base), (_, own) = pair
+        lost = float_accuracy - own.accuracy
+        return abs(base.accuracy - own.accuracy) + max(LEAST_LOSS - lost, lost - MOST_LOSS, 0.0)
+
+    pairs = [pair for pair in product(heuristics, learned) if math.isfinite(distance(pair))]
+    return min(pairs, key=distance, default=None)
+
+
+def trace_pair(world: World, method: str, heuristic: Measured, learned: Measured) -> Pair:
+    """Run both policies over the first of the reported clips, keeping every frame.
+
+    The network runs even where policies are measured from tables, which know no predictions.
+
+    Args:
+        method: name of the heuristic in `comparison.json`.
+        heuristic, learned: each with its measurement on the reported clips.
+    """
+    split = world.settings.split
+    clips = range(min(TRACED_CLIPS, len(world.stores[split])))
+    traces = tuple((world.trace(heuristic[0], split, clip), world.trace(learned[0], split, clip)) for clip in clips)
+    return Pair(method, heuristic, learned, traces)
+
+
+def decisions_figure(world: World, pair: Pair) -> Figure:
+    """What both policies predict, spend and choose on the first of the reported clips."""
+    split, scheme = world.settings.split, world.scheme()
+    store = world.stores[split]
+    traces = {}
+    for name, (_, measured), trace in zip(
+        (pair.method, "ppo"), (pair.heuristic, pair.learned), pair.traces[0], strict=True
+    ):
+        lost = 100 * (store.float_accuracy - measured.accuracy)
+        title = (
+            f"{TITLES[name]} ({short_settings(measured.settings)}): {measured.bops:.3f} of W8A8 and {lost:.1f} points "
+            f"lost over all {split} clips"
+        )
+        traces[name] = (title, trace)
+    by_threshold = scheme.kind == "region_thresholds"
+    return plot_decisions(
+        world.task,
+        store.clips[0].frames,
+        traces,
+        choices=scheme.thresholds if by_threshold else range(scheme.levels),
+        meaning="threshold" if by_threshold else "level",
+        groups=world.model.groups,
+        title=f"{store.clips[0].name}, BOPs in {world.settings.quantization.bops_convention} convention",
+    )

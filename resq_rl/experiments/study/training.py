@@ -1,0 +1,169 @@
+"""Training a policy with progress, tracking and checkpoints; used by `train` and `compare`."""
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from resq_rl.envs import BatchedEnvironment
+from resq_rl.envs.sb3 import AgentsVecEnv
+from resq_rl.experiments.config.settings import Settings
+from resq_rl.experiments.runs.progress import stage
+from resq_rl.experiments.study.deployment import FILES, save_deployment
+from resq_rl.experiments.study.start import Start, first_choices
+from resq_rl.experiments.study.world import World
+from resq_rl.experiments.tracking.tracker import Tracker
+from resq_rl.files import write_atomic
+from resq_rl.policies import LearnedPolicy
+from resq_rl.policies.ppo import FirstChoice, PPOSettings, Progress, TrainingReport, train_ppo
+
+__all__ = ["front_candidates", "keyframe_settings", "load_policies", "ppo_settings", "train_policy"]
+
+log = logging.getLogger(__name__)
+
+# Of PPO for keyframe policies.
+KEYFRAME_STEPS, KEYFRAME_BATCH, KEYFRAME_GAMMA = 64, 256, 0.95
+
+
+def ppo_settings(settings: Settings) -> PPOSettings:
+    """The settings of PPO."""
+    training = settings.training
+    return PPOSettings(
+        frames=training.frames,
+        n_steps=training.n_steps,
+        batch_size=training.batch_size,
+        n_epochs=training.epochs,
+        learning_rate=training.learning_rate,
+        gamma=training.gamma,
+        gae_lambda=training.gae_lambda,
+        ent_coef=training.ent_coef,
+        clip_range=training.clip_range,
+        hidden=training.hidden,
+        bits=training.policy_bits,
+        checkpoint_every=training.checkpoint_every,
+    )
+
+
+def keyframe_settings(settings: Settings) -> PPOSettings:
+    """The settings of PPO for a keyframe policy.
+
+    It has one agent per clip, so its rollouts are longer and its minibatches smaller; and a keyframe pays over many
+    frames, so it looks further ahead.
+    """
+    return replace(
+        ppo_settings(settings),
+        frames=settings.training.keyframe_frames,
+        n_steps=KEYFRAME_STEPS,
+        batch_size=KEYFRAME_BATCH,
+        gamma=max(KEYFRAME_GAMMA, settings.training.gamma),
+    )
+
+
+def train_policy(
+    world: World, seed: int, folder: Path, tracker: Tracker, *, start: Start | None, resume: bool
+) -> tuple[LearnedPolicy, TrainingReport]:
+    """Train one policy, with learned keyframes if the settings ask for them; its files and checkpoints are in `folder`.
+
+    Args:
+        start: from `prepare_training`, for `training.warm_start`.
+        resume: go on from the newest checkpoints in `folder`.
+
+    Returns:
+        The policy and the report, whose frames are of both trainings.
+    """
+    training, settings = world.settings.training, ppo_settings(world.settings)
+    first = first_choices(world, start)
+    run = _Run(seed, tracker, resume)
+    policy = run.train(f"training PPO, seed {seed}", world.agents(), settings, folder / "checkpoints", first)
+    policy.save(folder)
+    save_deployment(world, folder)
+    if training.keyframe_frames:
+        _forget_other_keyframes(folder / "keyframes", policy)
+        few = None if training.warm_start == "none" else lambda _: FirstChoice(0)
+        agents, ppo = world.agents(policy), keyframe_settings(world.settings)
+        keyframes = run.train(f"training keyframes, seed {seed}", agents, ppo, folder / "keyframes", few)
+        policy = replace(policy, keyframes=keyframes)
+        policy.save(folder)
+    tracker.log_parameters({"seed": seed, **asdict(settings), "keyframe_frames": training.keyframe_frames})
+    for name in FILES:
+        tracker.log_artifact(folder / name, "policy")
+    return policy, run.report
+
+
+def _forget_other_keyframes(checkpoints: Path, policy: LearnedPolicy) -> None:
+    """Remove checkpoints of keyframes that were learned beside other region agents."""
+    weights = b"".join(tensor.numpy().tobytes() for tensor in (*policy.weights, *policy.biases))
+    mark, digest = checkpoints / "beside.txt", hashlib.sha256(weights).hexdigest()
+    if not mark.exists() or mark.read_text() != digest:
+        if checkpoints.exists():
+            shutil.rmtree(checkpoints)
+        write_atomic(mark, digest)
+
+
+class _Run:
+    """One or more trainings in turn, tracked and reported as one."""
+
+    def __init__(self, seed: int, tracker: Tracker, resume: bool) -> None:
+        self.seed, self.tracker, self.resume = seed, tracker, resume
+        self.report = TrainingReport()
+
+    def train(
+        self,
+        title: str,
+        agents: BatchedEnvironment,
+        settings: PPOSettings,
+        checkpoints: Path,
+        warm_start: Callable[[float], FirstChoice] | None,
+    ) -> LearnedPolicy:
+        """Train one policy, with progress; adds what it took to `report`."""
+        before, done = self.report.frames, 0
+        with stage(title, settings.frames) as advance:
+
+            def on_rollout(progress: Progress) -> None:
+                nonlocal done
+                advance(progress.frames - done)
+                done = progress.frames
+                self._track(before, progress)
+
+            policy, report = train_ppo(
+                AgentsVecEnv(agents),
+                settings,
+                seed=self.seed,
+                warm_start=warm_start,
+                on_rollout=on_rollout,
+                checkpoints=checkpoints,
+                resume=self.resume,
+            )
+        curve = [{**row, "frames": before + row["frames"]} for row in report.curve]
+        self.report = TrainingReport(
+            before + report.frames, self.report.rollouts + report.rollouts, [*self.report.curve, *curve]
+        )
+        return policy
+
+    def _track(self, before: int, progress: Progress) -> None:
+        groups = {name: "choices" if name.startswith("choice_") else "train" for name in progress.metrics}
+        metrics = {f"{groups[name]}/{name}": value for name, value in progress.metrics.items()}
+        self.tracker.log_metrics(metrics, step=before + progress.frames)
+        if progress.rollout % 20 == 0:
+            shown = ", ".join(f"{k} {v:.3f}" for k, v in progress.metrics.items() if k in ("reward", "bops", "error"))
+            log.debug("seed %d, %d frames: %s", self.seed, before + progress.frames, shown)
+
+
+def load_policies(folder: Path) -> dict[int, LearnedPolicy]:
+    """The trained policies of a run's folder by seed, or the one of a folder that holds a policy itself, as seed 0.
+
+    Raises:
+        PolicyError: there is none, or one is damaged.
+    """
+    seeds = {int(p.parent.name[4:]): p.parent for p in folder.glob("seed*/policy.json") if p.parent.name[4:].isdigit()}
+    return {seed: LearnedPolicy.load(seeds[seed]) for seed in sorted(seeds)} or {0: LearnedPolicy.load(folder)}
+
+
+def front_candidates(world: World, policy: LearnedPolicy) -> list[LearnedPolicy]:
+    """A policy at every lambda, with every keyframe interval and its learned keyframes, if any; validation chooses."""
+    trade_offs = world.settings.training.spread(policy.trade_off_range)
+    intervals = world.settings.environment.keyframe_intervals if policy.scheme.agents == "region" else (0,)
+    learned = [] if policy.keyframes is None else [policy.at(t) for t in trade_offs]
+    return [*learned, *(policy.at(t, i) for t in trade_offs for i in intervals)]

@@ -1,0 +1,151 @@
+"""What training begins from: the range of lambda from constant fields, and the best that was tried."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resq_rl.envs import ActionScheme, Measurement, Policy
+from resq_rl.errors import SettingsError
+from resq_rl.experiments.config.composition import load_settings
+from resq_rl.experiments.runs.progress import Advance
+from resq_rl.experiments.study.start import Start, first_choice, first_choices, prepare_training
+from resq_rl.experiments.study.world import World, build_world
+from resq_rl.policies import GroupThresholds, StaticResQ, Tried
+from resq_rl.video import Split
+
+
+def fields(*points: tuple[float, float, float]) -> Start:
+    """From (error, BOPs, accuracy) of levels 0, 1, ..."""
+    return Start(tuple(Tried(StaticResQ(level=i), *point) for i, point in enumerate(points)))
+
+
+def level(start: Start, trade_off: float) -> int:
+    policy = start.best(trade_off)
+    assert isinstance(policy, StaticResQ)
+    return policy.level
+
+
+def test_the_range_ends_at_the_slopes_of_the_hull() -> None:
+    known = fields((0.10, 0.5, 0.9), (0.11, 0.3, 0.88), (0.19, 0.2, 0.82), (0.69, 0.1, 0.5))
+    # A quarter of 0.01 / 0.2, and 0.08 / 0.1; the last point is too far below the first.
+    assert known.trade_off_range() == pytest.approx((0.012, 0.8))
+
+
+def test_points_above_the_hull_do_not_count() -> None:
+    known = fields((0.10, 0.5, 0.9), (0.30, 0.45, 0.85), (0.11, 0.3, 0.88), (0.19, 0.2, 0.82), (0.12, 0.6, 0.9))
+    assert known.trade_off_range() == pytest.approx((0.012, 0.8))
+
+
+def test_all_points_count_where_none_comes_near() -> None:
+    known = fields((0.5, 0.5, 0.4), (0.6, 0.3, 0.2))
+    assert known.trade_off_range() == pytest.approx((0.12, 0.5))
+
+
+@pytest.mark.parametrize("points", [[(0.1, 0.5, 0.9)], [(0.1, 0.5, 0.9), (0.05, 0.2, 0.9)], [(0.1, 0.5, 0.9)] * 2])
+def test_no_range_is_said(points: list[tuple[float, float, float]]) -> None:
+    with pytest.raises(SettingsError, match="no constant choice is more accurate for more bits"):
+        fields(*points).trade_off_range()
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.floats(0.01, 1), st.floats(0.75, 0.9)), min_size=2, max_size=8),
+    st.floats(-4, 2),
+)
+def test_the_best_choice_and_the_range_agree(points: list[tuple[float, float, float]], exponent: float) -> None:
+    """Beyond the upper end the choice never changes any more among those near the float network."""
+    known = fields(*points)
+    trade_off = 10.0**exponent
+    chosen = level(known, trade_off)
+    losses = [error + trade_off * bops for error, bops, _ in points]
+    assert losses[chosen] == min(losses)
+    try:
+        low, high = known.trade_off_range()
+    except SettingsError:
+        return
+    assert 0 < low <= high
+    if all(p[2] >= 0.8 for p in points):
+        beyond = {points[level(known, t)][:2] for t in np.geomspace(1.06 * high + 1e-9, 1e6, 5)}
+        assert len(beyond) == 1
+
+
+def test_searched_thresholds_are_taken_where_they_are_better() -> None:
+    scheme = ActionScheme("region_thresholds", "region", 2, (2, 2), thresholds=(0.5, 1.0, 2.0))
+    constants = [Tried(GroupThresholds(taus=(t, t)), e, b, 0.9) for t, e, b in ((0.5, 0.1, 0.5), (2.0, 0.5, 0.1))]
+    start = Start(tuple(constants), (Tried(GroupThresholds(taus=(0.5, 2.0)), 0.15, 0.2),))
+    assert [first_choice(scheme, start.best(t)).choices for t in (0.01, 0.5, 9.0)] == [[0, 0], [0, 2], [2, 2]]
+    assert start.trade_off_range() == pytest.approx((0.25, 1.0)), "constants alone set the range"
+
+
+def test_a_level_stands_for_all_layer_groups() -> None:
+    scheme = ActionScheme("frame_bits", "frame", 3, (2, 2))
+    own = first_choice(scheme, StaticResQ(interval=5, level=2))
+    assert scheme.uniform_action(own.choices).tolist() == [2, 2, 2, 0]
+    assert own.interval == 5
+
+
+def test_constants_are_spread_evenly_from_most_to_fewest_bops() -> None:
+    constants = [
+        Tried(GroupThresholds("previous", interval, taus=(tau,)), error=0.9 - tau, bops=1 / tau)
+        for interval in (8, 0)
+        for tau in (2.0, 0.5, 1.0)
+    ]
+    start = Start(tuple(constants))
+    places = [start.even(p) for p in (0.0, 0.2, 0.3, 0.5, 0.7, 0.8, 1.0)]
+    assert [p.taus[0] for p in places if isinstance(p, GroupThresholds)] == [0.5, 0.5, 1.0, 1.0, 1.0, 2.0, 2.0]
+
+
+# On a world --------------------------------------------------------------------------------------------------------
+
+SMALL = [
+    "threads=1",
+    "video.size=[32,48]",
+    "video.frames=6",
+    "video.train=2",
+    "environment.grid=[2,3]",
+    "environment.keyframe_intervals=[4,0]",
+    "environment.trade_off=[0.05,1.0]",
+    "environment.thresholds=[0.3,1.0,100.0]",
+    "quantization.calibration_clips=1",
+]
+CASES = {
+    "constants and searched": (["training.search_frames=30"], 2 * 3 + 3),
+    "a share of one setting counts as a whole": (["training.search_frames=1"], 2 * 3 + 1),
+    "constants": (["training.search_frames=0"], 2 * 3),
+    "even": (["training.warm_start=even", "training.search_frames=30"], 2 * 3),
+    "one lambda": (["environment.trade_off=0.3", "training.search_frames=12"], 2 * 3 + 1),
+    "even with one lambda": (["environment.trade_off=0.3", "training.warm_start=even"], 2 * 3),
+    "frame agents do not search": (["environment.agents=frame", "training.search_frames=30"], 2 * 3),
+    "levels": (["environment=region_bits", "environment.grid=[2,3]", "environment.trade_off=[0.05,1.0]"], 2 * 4),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_training_begins_from(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes, settings = CASES[case]
+    simulated = 0
+    measure = World.measure
+
+    def counted(self: World, policy: Policy, split: Split, advance: Advance | None = None) -> Measurement:
+        nonlocal simulated
+        simulated += self.stores[split].frames
+        return measure(self, policy, split, advance)
+
+    monkeypatch.setattr(World, "measure", counted)
+    world, start = prepare_training(build_world(load_settings("train", [*SMALL, *changes]), ["train"]))
+    assert start is not None
+    assert start.frames == simulated == settings * 2 * 6
+    first = first_choices(world, start)
+    assert first is not None
+    scheme = world.scheme()
+    for trade_off in (0.05, 0.3, 1.0):
+        assert scheme.uniform_action(first(trade_off).choices) is not None
+        assert first(trade_off).interval in (4, 0)
+
+
+def test_at_random_without_a_warm_start() -> None:
+    world, start = prepare_training(
+        build_world(load_settings("train", [*SMALL, "training.warm_start=none"]), ["train"])
+    )
+    assert start is None
+    assert first_choices(world, start) is None

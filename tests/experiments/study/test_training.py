@@ -1,0 +1,113 @@
+"""Training region agents and then their keyframes, on a tiny world without the command line."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from resq_rl.experiments.config.composition import load_settings
+from resq_rl.experiments.study.training import front_candidates, keyframe_settings, ppo_settings, train_policy
+from resq_rl.experiments.study.world import World
+from resq_rl.experiments.tracking.tracker import NullTracker
+from resq_rl.policies import LearnedPolicy
+from resq_rl.policies.ppo import TrainingReport
+from tests.envs.worlds import GRID, tiny_network
+from tests.envs.worlds import World as Parts
+
+FRAMES = (80, 150)  # of the region agents and of their keyframes
+SETTINGS = [
+    f"environment.grid=[{GRID[0]},{GRID[1]}]",
+    "environment.clips_per_batch=2",
+    "environment.keyframe_intervals=[4,0]",
+    "environment.trade_off=[0.1,1.0]",
+    "training.n_steps=5",
+    "training.trade_offs=3",
+    f"training.frames={FRAMES[0]}",
+    f"training.keyframe_frames={FRAMES[1]}",
+]
+
+
+@pytest.fixture
+def tiny(world: Parts) -> World:
+    """A small world that asks for learned keyframes."""
+    stores = {"train": world.store, "validation": world.store}
+    settings = load_settings("train", SETTINGS)
+    return World(settings, tiny_network(), world.model, world.task, stores, (), "tiny")  # type: ignore[arg-type]
+
+
+def of_frames(world: World, frames: int, keyframe_frames: int) -> World:
+    """The same world that trains for other numbers of frames."""
+    training = replace(world.settings.training, frames=frames, keyframe_frames=keyframe_frames)
+    return replace(world, settings=replace(world.settings, training=training))
+
+
+def train(world: World, folder: Path, *, resume: bool = False) -> tuple[LearnedPolicy, TrainingReport]:
+    return train_policy(world, 0, folder, NullTracker(folder), start=None, resume=resume)
+
+
+def same(a: LearnedPolicy | None, b: LearnedPolicy | None) -> bool:
+    assert a is not None
+    assert b is not None
+    return all(torch.equal(x, y) for x, y in zip((*a.weights, *a.biases), (*b.weights, *b.biases), strict=True))
+
+
+def test_keyframes_are_learned_beside_agents_that_stay_as_they_are(tiny: World, tmp_path: Path) -> None:
+    alone, before = train(of_frames(tiny, FRAMES[0], 0), tmp_path / "alone")
+    joint, report = train(tiny, tmp_path / "joint")
+    assert alone.keyframes is None
+    assert not (tmp_path / "alone" / "keyframes").exists()
+    assert same(alone, joint)
+    assert joint.keyframes is not None
+    assert joint.keyframes.scheme.kind == "keyframe"
+    assert same(LearnedPolicy.load(tmp_path / "joint").keyframes, joint.keyframes)
+    assert report.frames >= before.frames + FRAMES[1]
+    assert report.curve[: before.rollouts] == before.curve
+    frames = [row["frames"] for row in report.curve]
+    assert frames == sorted(set(frames)), "one curve after the other"
+    assert (frames[-1], len(frames)) == (report.frames, report.rollouts)
+
+
+def test_keyframes_are_added_to_a_finished_run(tiny: World, tmp_path: Path) -> None:
+    alone, _ = train(of_frames(tiny, FRAMES[0], 0), tmp_path / "later")
+    later, _ = train(tiny, tmp_path / "later", resume=True)
+    at_once, _ = train(tiny, tmp_path / "at once")
+    assert same(alone, later)
+    assert same(later.keyframes, at_once.keyframes)
+
+
+def test_a_finished_run_comes_back_with_its_keyframes(tiny: World, tmp_path: Path) -> None:
+    policy, report = train(tiny, tmp_path)
+    again, twin = train(tiny, tmp_path, resume=True)
+    assert same(policy, again)
+    assert same(policy.keyframes, again.keyframes)
+    assert twin == report
+
+
+def test_keyframes_are_learned_anew_for_agents_that_went_on(tiny: World, tmp_path: Path) -> None:
+    before, _ = train(tiny, tmp_path)
+    longer, report = train(of_frames(tiny, 3 * FRAMES[0], FRAMES[1]), tmp_path, resume=True)
+    assert not same(before, longer)
+    assert not same(before.keyframes, longer.keyframes)
+    assert report.frames >= 3 * FRAMES[0] + FRAMES[1]
+
+
+def test_validation_chooses_among_learned_and_fixed_timing(tiny: World, tmp_path: Path) -> None:
+    joint, _ = train(tiny, tmp_path)
+    lambdas = [pytest.approx(0.1), pytest.approx(10**-0.5), pytest.approx(1.0)]
+    found = front_candidates(tiny, joint)
+    assert [p.trade_off for p in found if p.keyframes is not None] == lambdas
+    assert [p.trade_off for p in found if p.keyframes is None and p.interval == 4] == lambdas
+    assert [p.trade_off for p in found if p.keyframes is None and p.interval == 0] == lambdas
+    assert len(found) == 9
+    results = {tuple(tiny.measure(p, "validation").keyframes.tolist()) for p in found if p.keyframes is None}
+    assert results == {(1, 1, 1, 1), (2, 2, 2, 2)}
+    assert len(front_candidates(tiny, joint.at(0.2, 0))) == 6
+
+
+def test_the_keyframe_policy_looks_further_ahead(tiny: World) -> None:
+    regions, keyframes = ppo_settings(tiny.settings), keyframe_settings(tiny.settings)
+    assert keyframes.frames == FRAMES[1]
+    assert keyframes.gamma > regions.gamma
+    assert keyframes.n_steps > regions.n_steps
+    assert keyframes.bits == regions.bits, "they are charged together"
