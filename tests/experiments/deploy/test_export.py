@@ -27,7 +27,7 @@ from tests.envs.worlds import CLASSES, World, moving_frames, tiny_network
 from tests.experiments.conftest import free_port
 from tests.policies.test_learned import made
 
-VIDEO = {"_target_": "tests.experiments.test_export.TinyVideo"}
+VIDEO = {"_target_": "tests.experiments.deploy.test_export.TinyVideo"}
 MODEL = {"_target_": "tests.envs.worlds.tiny_network"}
 TASK = {"_target_": "resq_rl.perception.Segmentation", "classes": CLASSES}
 

@@ -198,7 +198,7 @@ def test_a_mask_to_follow_is_read_from_an_image(tmp_path: Path, capsys: pytest.C
     world, folder = follower_world(), tmp_path / "policy"
     made(world.scheme(), network=world.model.groups).save(folder)
     save_model(world.model, folder)
-    making = {"model": {"_target_": "tests.experiments.test_run.follower"}}
+    making = {"model": {"_target_": "tests.experiments.deploy.test_run.follower"}}
     making["task"] = {"_target_": "resq_rl.perception.MaskPropagation"}
     (folder / "network.json").write_text(json.dumps(making))
     clip = world.store.clips[0]
