@@ -10,9 +10,20 @@ from resq_rl.envs import Measurement, Policy
 from resq_rl.policies.fixed import DynamicResQ, SkipGate, StaticResQ
 from resq_rl.quantization import DEFAULT_KAPPA, Reference
 
-__all__ = ["best_of", "best_policies", "dynamic_resq_settings", "skip_gate_settings", "static_resq_settings", "thinned"]
+__all__ = [
+    "Measured",
+    "best_of",
+    "best_policies",
+    "dynamic_resq_settings",
+    "skip_gate_settings",
+    "static_resq_settings",
+    "thinned",
+]
 
 P = TypeVar("P", bound=Policy)
+
+Measured = tuple[Policy, Measurement]
+"""A policy and its measurement."""
 
 
 def best_policies(policies: Iterable[P], evaluate: Callable[[P], Measurement]) -> list[tuple[P, Measurement]]:

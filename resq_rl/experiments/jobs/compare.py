@@ -22,17 +22,18 @@ from resq_rl.experiments.results.comparison import BdEntry, Comparison, Point, p
 from resq_rl.experiments.results.fronts import bops_step, compare_fronts, points_of
 from resq_rl.experiments.results.plots import plot_curves, plot_fronts
 from resq_rl.experiments.runs.progress import stage
-from resq_rl.experiments.study.decisions import Measured, Pair, comparable_pair, decisions_figure, trace_pair
+from resq_rl.experiments.study.decisions import Pair, comparable_pair, decisions_figure, trace_pair
 from resq_rl.experiments.study.deployment import policy_words
 from resq_rl.experiments.study.frame_level import frame_heuristics, gap_closed, is_frame_level, oracle_front, tabulated
-from resq_rl.experiments.study.measured import MEASURED
+from resq_rl.experiments.study.measurements import MEASUREMENTS
 from resq_rl.experiments.study.start import Start, measure_constants, prepare_training, search
+from resq_rl.experiments.study.study import Study, build_study
 from resq_rl.experiments.study.training import front_candidates, load_policies, train_policy
-from resq_rl.experiments.study.world import World, build_world
 from resq_rl.experiments.tracking.tracker import Tracker
 from resq_rl.policies import Clairvoyant, GroupThresholds, LearnedPolicy, PerFrame, RandomLevels
 from resq_rl.policies.search import Strategy, Tried, best_for
 from resq_rl.policies.tuning import (
+    Measured,
     best_of,
     best_policies,
     dynamic_resq_settings,
@@ -70,7 +71,7 @@ FRONT_POINTS = 12
 class _Bench:
     """Measurements so far; `comparison.json` is written anew after each method, so that nothing is lost."""
 
-    world: World
+    study: Study
     run_dir: Path
     tracker: Tracker
     started: float = field(default_factory=time.monotonic)
@@ -91,29 +92,29 @@ class _Bench:
 
     def measure(self, method: str, policies: Sequence[Policy]) -> list[Measurement]:
         """Measure policies on the reported clips, with progress."""
-        split = self.world.settings.split
-        frames = len(policies) * self.world.stores[split].frames
+        split = self.study.settings.split
+        frames = len(policies) * self.study.problems[split].frames
         with stage(f"{method.replace('_', ' ')} on {split}", frames) as advance:
-            return [self.world.measure(policy, split, advance) for policy in policies]
+            return [self.study.measure(policy, split, advance) for policy in policies]
 
     def comparison(self) -> Comparison:
         """What is known so far."""
-        settings = self.world.settings
-        store, seed = self.world.stores[settings.split], settings.seed
+        settings = self.study.settings
+        problem, seed = self.study.problems[settings.split], settings.seed
         fronts: dict[str, Sequence[Point]] = {
             method: points_of(self.measured.get(method, []), seed=seed) for method in METHODS
         }
-        agreement, metric = store.source == "teacher", self.world.task.metric
+        agreement, metric = problem.source == "teacher", self.study.task.metric
         return Comparison(
-            task=type(self.world.task).__name__.lower(),
-            video=self.world.video,
+            task=type(self.study.task).__name__.lower(),
+            video=self.study.video,
             split=settings.split,
-            clips=len(store),
-            frames=store.frames,
+            clips=len(problem),
+            frames=problem.frames,
             accuracy_metric=f"agreement with float ({metric})" if agreement else metric,
-            float_accuracy=store.float_accuracy,
+            float_accuracy=problem.float_accuracy,
             bops_convention=settings.quantization.bops_convention,
-            reference_bops_per_frame=float(self.world.model.reference_bops()),
+            reference_bops_per_frame=float(self.study.model.reference_bops()),
             env_frames_used_for_training=self.training_frames,
             wall_seconds=time.monotonic() - self.started,
             fronts=fronts,
@@ -136,25 +137,25 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
     started = time.monotonic()
     given = load_policies(Path(settings.policy)) if settings.policy else {}
     splits: list[Split] = ["train", "validation", settings.split]
-    world, start = prepare_training(build_world(settings, splits, run_dir / MEASURED))
-    frame_level = is_frame_level(world)
-    world = tabulated(world) if frame_level else world
-    bench = _Bench(world, run_dir, tracker, started)
-    log.info("float network: %.4f on the %s clips", world.stores[settings.split].float_accuracy, settings.split)
+    study, start = prepare_training(build_study(settings, splits, run_dir / MEASUREMENTS))
+    frame_level = is_frame_level(study)
+    study = tabulated(study) if frame_level else study
+    bench = _Bench(study, run_dir, tracker, started)
+    log.info("float network: %.4f on the %s clips", study.problems[settings.split].float_accuracy, settings.split)
     _measure_fixed(bench)
     if frame_level:
-        _measure_tuned(bench, frame_heuristics(world))
+        _measure_tuned(bench, frame_heuristics(study))
     else:
         _measure_random(bench)
         _measure_heuristics(bench)
     by_seed, curves = _measure_ppo(bench, start, given)
     if settings.heuristic.searches and not frame_level:
         _measure_searches(bench, start)
-    float_accuracy = world.stores[settings.split].float_accuracy
+    float_accuracy = study.problems[settings.split].float_accuracy
     if frame_level:
-        bench.add("oracle", oracle_front(world, settings.split))
+        bench.add("oracle", oracle_front(study, settings.split))
         policies = given or load_policies(run_dir)
-        bench.deltas["gap_to_oracle_closed_by_ppo"] = gap_closed(world, policies, settings.split)
+        bench.deltas["gap_to_oracle_closed_by_ppo"] = gap_closed(study, policies, settings.split)
     for anchor in (a for a in ANCHORS if a in bench.measured):
         bench.deltas[f"ppo_vs_{anchor}"] = compare_fronts(
             by_seed, bench.measured[anchor], float_accuracy=float_accuracy, seed=settings.seed
@@ -171,9 +172,9 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
     print_comparison(comparison, Console(width=None if sys.stdout.isatty() else 110))
     pair = _traced_pair(bench)
     if pair is not None:
-        tracker.log_figure(decisions_figure(world, pair), "decisions")
+        tracker.log_figure(decisions_figure(study, pair), "decisions")
     with stage("report", 1):
-        report = write_report(run_dir, world, comparison, curves=curves, pair=pair)
+        report = write_report(run_dir, study, comparison, curves=curves, pair=pair)
     tracker.log_artifact(report)
     log.info("Plots: %s", ", ".join(str(p.name) for p in sorted(run_dir.glob("*.png"))))
     log.info("Report: %s", os.path.relpath(report))
@@ -183,19 +184,19 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
 
 def _traced_pair(bench: _Bench) -> Pair | None:
     """The first tuned heuristic among the anchors and a learned policy, of about equal accuracy, traced."""
-    world = bench.world
+    study = bench.study
     anchor = next((method for method in ANCHORS if bench.tuned.get(method)), "")
-    float_accuracy = world.stores[world.settings.split].float_accuracy
+    float_accuracy = study.problems[study.settings.split].float_accuracy
     pair = comparable_pair(bench.tuned.get(anchor, []), bench.tuned["ppo"], float_accuracy)
     if pair is None:
         log.info("No decisions.png: it needs a tuned heuristic and a learned policy with an accuracy.")
         return None
     with stage("tracing two policies", 1):
-        return trace_pair(world, anchor, *pair)
+        return trace_pair(study, anchor, *pair)
 
 
 def _measure_fixed(bench: _Bench) -> None:
-    settings, world = bench.world.settings, bench.world
+    settings, study = bench.study.settings, bench.study
     per_frame = bench.measure("per_frame", [PerFrame(settings.environment.reference)])
     quantization = settings.quantization
     bits: dict[str, object] = {
@@ -203,19 +204,19 @@ def _measure_fixed(bench: _Bench) -> None:
         "activation_bits": quantization.key_activation_bits,
     }
     per_frame = [replace(m, settings=bits) for m in per_frame]
-    halved = world.measure_per_frame(PerFrame(), HALF_BITS, settings.split)
+    halved = study.measure_per_frame(PerFrame(), HALF_BITS, settings.split)
     halved = replace(halved, settings={"weight_bits": HALF_BITS, "activation_bits": HALF_BITS})
     bench.add("per_frame", [*per_frame, halved])
 
 
 def _measure_random(bench: _Bench) -> None:
-    settings = bench.world.settings
+    settings = bench.study.settings
     policy = RandomLevels(len(settings.quantization.levels), settings.seed, 16)
     bench.add("random", bench.measure("random", [policy]))
 
 
 def _measure_heuristics(bench: _Bench) -> None:
-    heuristic, levels = bench.world.settings.heuristic, len(bench.world.settings.quantization.levels)
+    heuristic, levels = bench.study.settings.heuristic, len(bench.study.settings.quantization.levels)
     intervals, references = heuristic.intervals, heuristic.references
     candidates: dict[str, Sequence[Any]] = {
         "static_resq": static_resq_settings(intervals, references[:1], levels),
@@ -226,7 +227,7 @@ def _measure_heuristics(bench: _Bench) -> None:
 
 
 def _measure_tuned(bench: _Bench, candidates: Mapping[str, Sequence[Any]]) -> None:
-    heuristic = bench.world.settings.heuristic
+    heuristic = bench.study.settings.heuristic
     for method, policies in candidates.items():
         chosen = _tuned(bench, method, policies)
         if method == "dynamic_resq":
@@ -242,9 +243,9 @@ def _tuned(bench: _Bench, name: str, policies: Sequence[Any]) -> list[tuple[Any,
     """The envelope of the policies on the validation clips, at most FRONT_POINTS of it."""
     if not policies:
         return []
-    frames = bench.world.stores["validation"].frames
+    frames = bench.study.problems["validation"].frames
     with stage(f"tuning {name.replace('_', ' ')}", len(policies) * frames) as advance:
-        front = best_policies(policies, lambda p: bench.world.measure(p, "validation", advance))
+        front = best_policies(policies, lambda p: bench.study.measure(p, "validation", advance))
     return thinned(front, FRONT_POINTS)
 
 
@@ -253,12 +254,12 @@ def _measure_searches(bench: _Bench, start: Start | None) -> None:
 
     The greedy search goes on from what training began with, whose frames count for both.
     """
-    world, settings = bench.world, bench.world.settings
-    if start is None or world.scheme().kind != "region_thresholds":
-        start = measure_constants(world, replace(world.scheme(), kind="region_thresholds"))
+    study, settings = bench.study, bench.study.settings
+    if start is None or study.scheme().kind != "region_thresholds":
+        start = measure_constants(study, replace(study.scheme(), kind="region_thresholds"))
     for strategy in settings.heuristic.searches:
         known = start if strategy == "greedy" else replace(start, searched=())
-        known = search(world, known, max(0, bench.training_frames - known.frames), strategy)
+        known = search(study, known, max(0, bench.training_frames - known.frames), strategy)
         found = best_for((*known.constants, *known.searched), settings.environment.trade_off_range)
         method = SEARCHES[strategy]
         chosen = _tuned(bench, method, [tried.policy for tried in found])
@@ -269,7 +270,7 @@ def _measure_searches(bench: _Bench, start: Start | None) -> None:
 
 def _measure_clairvoyant(bench: _Bench, found: Sequence[Tried]) -> None:
     """What regions that know the errors ahead save when they choose among searched thresholds."""
-    settings = bench.world.settings
+    settings = bench.study.settings
     heuristic, policies = settings.heuristic, []
     losses = {tried.policy: tried.loss for tried in found if isinstance(tried.policy, GroupThresholds)}
     for trade_off in map(float, np.geomspace(*settings.environment.trade_off_range, heuristic.clairvoyant_points)):
@@ -281,7 +282,7 @@ def _measure_clairvoyant(bench: _Bench, found: Sequence[Tried]) -> None:
     bench.deltas["oracle_vs_searched_thresholds"] = compare_fronts(
         {settings.seed: bench.measured["oracle"]},
         bench.measured["searched_thresholds"],
-        float_accuracy=bench.world.stores[settings.split].float_accuracy,
+        float_accuracy=bench.study.problems[settings.split].float_accuracy,
         seed=settings.seed,
     )
 
@@ -290,7 +291,7 @@ def _measure_ppo(
     bench: _Bench, start: Start | None, given: Mapping[int, LearnedPolicy]
 ) -> tuple[dict[int, list[Measurement]], dict[str, list[dict[str, float]]]]:
     """Measure a policy for each training seed: those given, or else trained here."""
-    world, settings = bench.world, bench.world.settings
+    study, settings = bench.study, bench.study.settings
     resume = settings.training.resume is not None
     by_seed: dict[int, list[Measurement]] = {}
     curves: dict[str, list[dict[str, float]]] = {}
@@ -301,10 +302,10 @@ def _measure_ppo(
             if given:
                 policy = given[seed]
             else:
-                policy, report = train_policy(world, seed, folder, child, start=start, resume=resume)
+                policy, report = train_policy(study, seed, folder, child, start=start, resume=resume)
                 frames, curves[f"seed {seed}"] = report.frames, report.curve
             bench.training_frames = max(bench.training_frames, frames + (start.frames if start else 0))
-            candidates = front_candidates(world, policy)
+            candidates = front_candidates(study, policy)
             chosen = _tuned(bench, "lambda", candidates)
             tuned = [policy for policy, _ in chosen]
             results = bench.measure("ppo", tuned)

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 
@@ -12,30 +12,30 @@ from resq_rl.envs import (
     ActionKind,
     ActionScheme,
     BatchedEnvironment,
-    ClipStore,
     EpisodeSettings,
     Measurement,
+    NetworkEngine,
     Policy,
-    Simulator,
-    TableSimulator,
+    Problem,
+    Streams,
+    TableEngine,
     Trace,
-    measure,
     trace,
 )
 from resq_rl.errors import NetworkError, SettingsError, VideoError
 from resq_rl.experiments.config.settings import Settings
 from resq_rl.experiments.runs.progress import Advance, stage
-from resq_rl.experiments.study.measured import Measured
+from resq_rl.experiments.study.measurements import Measurements
 from resq_rl.perception import Task, clip_inputs, example_inputs
-from resq_rl.policies import Responses
+from resq_rl.policies import measure_on_tables
 from resq_rl.quantization import Inputs, QuantizationConfig, ResQModel, choose_residual_weight_bits
 from resq_rl.video import Clip, Split
 
-__all__ = ["World", "build_world", "prepare_clips", "read_clips"]
+__all__ = ["Study", "build_study", "prepare_problems", "read_clips"]
 
 log = logging.getLogger(__name__)
 
-AGENTS: dict[str, ActionKind] = {
+AGENTS: Final[Mapping[str, ActionKind]] = {
     "resq_rl/FrameBits-v0": "frame_bits",
     "resq_rl/FrameLevel-v0": "frame_level",
     "resq_rl/RegionBits-v0": "region_bits",
@@ -44,74 +44,73 @@ AGENTS: dict[str, ActionKind] = {
 
 
 @dataclass(frozen=True)
-class World:
-    """What one experiment works on.
+class Study:
+    """The settings of one experiment, and its problem on each split of the clips.
 
     Attributes:
         settings: all settings.
         network: the float network.
-        model: it, calibrated.
-        task: its task.
-        stores: clips by split.
-        calibration: what it was calibrated on: clips as the network takes them.
+        problems: by split the calibrated network, its task, the clips and the grid.
+        calibration: the clips it was calibrated on, as the network takes them.
         video: name of the video for reports.
-        responses: tables of frame-level decisions by split, from which policies are measured and trained where given.
-        measured: what was measured on the network before.
+        tables: engines of frame-level decisions by split, from which policies are measured and trained where given.
+        measurements: keeps what was measured on the network.
     """
 
     settings: Settings
     network: nn.Module
-    model: ResQModel
-    task: Task
-    stores: dict[Split, ClipStore]
+    problems: Mapping[Split, Problem]
     calibration: tuple[Inputs, ...]
     video: str
-    responses: Mapping[Split, Responses] = field(default_factory=dict)
-    measured: Measured = field(default_factory=lambda: Measured(None))
+    tables: Mapping[Split, TableEngine] = field(default_factory=dict)
+    measurements: Measurements = field(default_factory=lambda: Measurements(None))
+
+    @property
+    def problem(self) -> Problem:
+        """The problem on the reported clips, or on the training clips where none are reported."""
+        return self.problems[self.settings.split if self.settings.split in self.problems else "train"]
+
+    @property
+    def model(self) -> ResQModel:
+        """The calibrated network."""
+        return self.problem.model
+
+    @property
+    def task(self) -> Task:
+        """The task."""
+        return self.problem.task
 
     def measure(self, policy: Policy, split: Split, advance: Advance | None = None) -> Measurement:
         """Run a policy over the clips of a split."""
-        if split in self.responses:
-            result = self.responses[split].measure(policy)
-            if advance is not None:
-                advance(self.stores[split].frames)
-            return result
-        return self._measure(self.model, policy, split, advance)
+        if split not in self.tables:
+            return self._measure(self.problems[split], policy, advance)
+        if advance is not None:
+            advance(self.problems[split].frames)
+        return measure_on_tables(self.tables[split], policy)
 
     def trace(self, policy: Policy, split: Split, clip: int = 0) -> Trace:
         """Run a policy over one clip of a split, on the network even where tables are given."""
-        grid = self.settings.environment.grid
-        return trace(self.model, self.task, self.stores[split], policy, clip=clip, grid=grid)
+        return trace(self.problems[split], policy, clip=clip)
 
     def measure_per_frame(self, policy: Policy, bits: int, split: Split) -> Measurement:
         """Run a policy on the network quantized to `bits`-bit weights and activations; BOPs still in units of W8A8."""
+        problem = self.problems[split]
         config = _config(self.settings, key_weight_bits=bits, key_activation_bits=bits)
-        example = example_inputs(self.task, self.stores[split].clips[0])
-        model = ResQModel(self.network, example, config).calibrate(self.calibration)
-        return self._measure(model, policy, split, None)
+        model = ResQModel(self.network, example_inputs(problem.task, problem.clips[0]), config)
+        return self._measure(replace(problem, model=model.calibrate(self.calibration)), policy, None)
 
-    def _measure(self, model: ResQModel, policy: Policy, split: Split, advance: Advance | None) -> Measurement:
-        grid, slots = self.settings.environment.grid, self.settings.environment.clips_per_batch
-        store, measured = self.stores[split], self.measured
-        key = measured.key(model, self.task, store, policy, grid, slots)
-        known = measured.get(key, self.task, policy)
-        if known is None:
-            result = measure(model, self.task, store, policy, grid=grid, slots=slots, progress=advance)
-            measured.put(key, result)
-            return result
-        if advance is not None:
-            advance(store.frames)
-        return known
+    def _measure(self, problem: Problem, policy: Policy, advance: Advance | None) -> Measurement:
+        return self.measurements.measure(problem, policy, self.settings.environment.clips_per_batch, advance)
 
     def scheme(self) -> ActionScheme:
         """The actions that the settings ask for."""
-        environment = self.settings.environment
+        environment, problem = self.settings.environment, self.problem
         return ActionScheme(
             AGENTS[environment.id],
             environment.agents,
-            len(self.model.groups),
-            environment.grid,
-            len(self.model.config.levels),
+            problem.groups,
+            problem.grid,
+            len(problem.model.config.levels),
             environment.agents == "region",
             environment.thresholds,
             self.settings.heuristic.kappa,
@@ -121,44 +120,29 @@ class World:
     def agents(self, fields: Policy | None = None) -> BatchedEnvironment:
         """Agents on the training clips; agents that decide on keyframes alone where `fields` chooses the rest."""
         scheme = self.scheme() if fields is None else replace(self.scheme(), kind="keyframe", agents="frame")
-        environment, store = self.settings.environment, self.stores["train"]
+        environment = self.settings.environment
         episodes = EpisodeSettings(
             trade_off=environment.trade_off_range,
             intervals=environment.keyframe_intervals,
             reward_scale=self.settings.training.reward_scale,
             relative=True,
         )
-        slots, trade_off_range = environment.clips_per_batch, environment.trade_off_range
-        simulator = (
-            TableSimulator(
-                self.model,
-                self.task,
-                store,
-                self.responses["train"].tables,
-                slots=slots,
-                trade_off_range=trade_off_range,
-            )
-            if "train" in self.responses
-            else Simulator(
-                self.model,
-                self.task,
-                store,
-                slots=slots,
-                grid=environment.grid,
-                reference=environment.reference,
-                trade_off_range=trade_off_range,
-            )
+        streams = Streams(
+            self.tables.get("train") or NetworkEngine(self.problems["train"]),
+            slots=environment.clips_per_batch,
+            reference=environment.reference,
+            trade_off_range=environment.trade_off_range,
         )
-        return BatchedEnvironment(simulator, scheme, episodes, fields=fields)
+        return BatchedEnvironment(streams, scheme, episodes, fields=fields)
 
 
-def build_world(settings: Settings, splits: Sequence[Split], measured: Path | None = None) -> World:
+def build_study(settings: Settings, splits: Sequence[Split], measurements: Path | None = None) -> Study:
     """Load video and network, calibrate, and prepare the clips of `splits`.
 
     The training split is always read: calibration is done on its first clips.
 
     Args:
-        measured: file of measurements on the network, which are not repeated.
+        measurements: folder of measurements on the network, which are not repeated.
 
     Raises:
         ResqError: a part cannot be built; the message says which and how to mend it.
@@ -173,9 +157,9 @@ def build_world(settings: Settings, splits: Sequence[Split], measured: Path | No
     few = clips["train"][: settings.quantization.calibration_clips]
     calibration = tuple(clip_inputs(model.float_forward, task, clip) for clip in few)
     model = _calibrated(settings, model, calibration)
-    stores = prepare_clips(settings, model, task, {name: clips[name] for name in splits})
+    problems = prepare_problems(settings, model, task, {name: clips[name] for name in splits})
     source = type(video).__name__
-    return World(settings, network, model, task, stores, calibration, source, measured=Measured(measured))
+    return Study(settings, network, problems, calibration, source, measurements=Measurements(measurements))
 
 
 def read_clips(video: Any, splits: Sequence[Split]) -> dict[Split, list[Clip]]:
@@ -195,23 +179,33 @@ def read_clips(video: Any, splits: Sequence[Split]) -> dict[Split, list[Clip]]:
     return clips
 
 
-def prepare_clips(
-    settings: Settings, model: ResQModel, task: Task, clips: Mapping[Split, Sequence[Clip]]
-) -> dict[Split, ClipStore]:
-    """Clips with what they are judged by: labels or the float network's predictions, as the settings say."""
-    stores: dict[Split, ClipStore] = {}
+def prepare_problems(
+    settings: Settings,
+    model: ResQModel,
+    task: Task,
+    clips: Mapping[Split, Sequence[Clip]],
+    grid: tuple[int, int] | None = None,
+) -> dict[Split, Problem]:
+    """The problem on each split: clips with the labels or the float network's predictions as targets.
+
+    Args:
+        grid: rows and columns of regions; by default the settings'.
+    """
+    problems: dict[Split, Problem] = {}
+    environment = settings.environment
     with stage("float network", sum(len(c) for own in clips.values() for c in own)) as advance:
         for name, own in clips.items():
-            stores[name] = ClipStore.prepare(
+            problems[name] = Problem.prepare(
                 model,
                 task,
                 own,
-                source=settings.environment.accuracy,
-                weighting=settings.environment.weighting,
+                grid=environment.grid if grid is None else grid,
+                source=environment.accuracy,
+                weighting=environment.weighting,
                 fill=name == "train",
                 progress=advance,
             )
-    return stores
+    return problems
 
 
 def _calibrated(settings: Settings, model: ResQModel, clips: Sequence[Inputs]) -> ResQModel:
