@@ -8,7 +8,8 @@ from itertools import product
 from matplotlib.figure import Figure
 
 from resq_rl.envs import Measurement, Policy, Trace
-from resq_rl.experiments.results.comparison import TITLES, short_settings
+from resq_rl.experiments.results.comparison import short_settings
+from resq_rl.experiments.results.methods import method_of
 from resq_rl.experiments.results.plots import plot_decisions
 from resq_rl.experiments.study.world import World
 
@@ -79,15 +80,15 @@ def trace_pair(world: World, method: str, heuristic: Measured, learned: Measured
 def decisions_figure(world: World, pair: Pair) -> Figure:
     """What both policies predict, spend and choose on the first of the reported clips."""
     split, scheme = world.settings.split, world.scheme()
-    store = world.stores[split]
+    store, levels = world.stores[split], world.settings.quantization.levels
     traces = {}
     for name, (_, measured), trace in zip(
         (pair.method, "ppo"), (pair.heuristic, pair.learned), pair.traces[0], strict=True
     ):
         lost = 100 * (store.float_accuracy - measured.accuracy)
         title = (
-            f"{TITLES[name]} ({short_settings(measured.settings)}): {measured.bops:.3f} of W8A8 and {lost:.1f} points "
-            f"lost over all {split} clips"
+            f"{method_of(name).title} ({short_settings(measured.settings, levels)}): {measured.bops:.3f} of W8A8 and "
+            f"{lost:.1f} points lost over all {split} clips"
         )
         traces[name] = (title, trace)
     by_threshold = scheme.kind == "region_thresholds"
@@ -96,7 +97,8 @@ def decisions_figure(world: World, pair: Pair) -> Figure:
         store.clips[0].frames,
         traces,
         choices=scheme.thresholds if by_threshold else range(scheme.levels),
-        meaning="threshold" if by_threshold else "level",
+        labels=None if by_threshold else levels,
+        meaning="threshold" if by_threshold else "bits",
         groups=world.model.groups,
         title=f"{store.clips[0].name}, BOPs in {world.settings.quantization.bops_convention} convention",
     )
