@@ -169,7 +169,8 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
     for name, entry in bench.deltas.items():
         if entry.value is not None:
             tracker.log_metrics({f"bd_bops/{name}": entry.value})
-    print_comparison(comparison, Console(width=None if sys.stdout.isatty() else 110))
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    print_comparison(comparison, console, levels=settings.quantization.levels)
     pair = _traced_pair(bench)
     if pair is not None:
         tracker.log_figure(decisions_figure(study, pair), "decisions")

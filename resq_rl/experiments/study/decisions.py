@@ -8,7 +8,8 @@ from itertools import product
 from matplotlib.figure import Figure
 
 from resq_rl.envs import Trace
-from resq_rl.experiments.results.comparison import TITLES, short_settings
+from resq_rl.experiments.results.comparison import short_settings
+from resq_rl.experiments.results.methods import method_of
 from resq_rl.experiments.results.plots import plot_decisions
 from resq_rl.experiments.study.study import Study
 from resq_rl.policies.tuning import Measured
@@ -77,16 +78,15 @@ def trace_pair(study: Study, method: str, heuristic: Measured, learned: Measured
 
 def decisions_figure(study: Study, pair: Pair) -> Figure:
     """What both policies predict, spend and choose on the first of the reported clips."""
-    split, scheme = study.settings.split, study.scheme()
-    problem = study.problems[split]
+    problem, scheme, levels = study.problem, study.scheme(), study.settings.quantization.levels
     traces = {}
     for name, (_, measured), trace in zip(
         (pair.method, "ppo"), (pair.heuristic, pair.learned), pair.traces[0], strict=True
     ):
         lost = 100 * (problem.float_accuracy - measured.accuracy)
         title = (
-            f"{TITLES[name]} ({short_settings(measured.settings)}): {measured.bops:.3f} of W8A8 and {lost:.1f} points "
-            f"lost over all {split} clips"
+            f"{method_of(name).title} ({short_settings(measured.settings, levels)}): {measured.bops:.3f} of W8A8 and "
+            f"{lost:.1f} points lost over all {study.settings.split} clips"
         )
         traces[name] = (title, trace)
     by_threshold = scheme.by_threshold
@@ -95,7 +95,8 @@ def decisions_figure(study: Study, pair: Pair) -> Figure:
         problem.clips[0].frames,
         traces,
         choices=scheme.thresholds if by_threshold else range(scheme.levels),
-        meaning="threshold" if by_threshold else "level",
+        labels=None if by_threshold else levels,
+        meaning="threshold" if by_threshold else "bits",
         groups=study.model.groups,
         title=f"{problem.clips[0].name}, BOPs in {study.settings.quantization.bops_convention} convention",
     )

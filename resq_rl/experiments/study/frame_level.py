@@ -17,7 +17,7 @@ from jaxtyping import Float64, Int
 
 from resq_rl.envs import Measurement, TableEngine, tabulate
 from resq_rl.experiments.results.comparison import BdEntry
-from resq_rl.experiments.results.statistics import bootstrap_interval
+from resq_rl.experiments.results.statistics import bootstrap_intervals
 from resq_rl.experiments.runs.progress import stage
 from resq_rl.experiments.study.study import Study
 from resq_rl.policies import FrameMagnitude, LearnedPolicy, StaticResQ, oracle_measurement
@@ -109,7 +109,7 @@ def share_of_gap(
     value = share(np.arange(clips), np.arange(seeds))
     if math.isnan(value):
         return BdEntry(None, None, None, "for some lambda the heuristic is as good as the oracle")
-    interval = bootstrap_interval(
+    (interval,) = bootstrap_intervals(
         share, clips=clips, seeds=seeds, generator=np.random.default_rng(seed), replicates=REPLICATES
     )
     return BdEntry(value, interval.bounds, None, interval.reason, interval.undefined)
