@@ -24,9 +24,6 @@ from resq_rl.policies.search import Tried, best_for, search_group_thresholds
 from resq_rl.policies.tuning import (
     best_of,
     best_policies,
-    dynamic_resq_settings,
-    skip_gate_settings,
-    static_resq_settings,
     thinned,
 )
 
@@ -48,13 +45,10 @@ __all__ = [
     "best_of",
     "best_policies",
     "best_schedule",
-    "dynamic_resq_settings",
     "measure_on_tables",
     "measure_schedules",
     "oracle_measurement",
     "periodic",
     "search_group_thresholds",
-    "skip_gate_settings",
-    "static_resq_settings",
     "thinned",
 ]

@@ -6,25 +6,24 @@ the best schedule of keyframes and levels is found by dynamic programming.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int
 
 from resq_rl.envs import Measurement, TableEngine, tabulate
 from resq_rl.experiments.results.comparison import BdEntry
+from resq_rl.experiments.results.methods import tuned_methods
 from resq_rl.experiments.results.statistics import bootstrap_intervals
 from resq_rl.experiments.runs.progress import stage
 from resq_rl.experiments.study.study import Study
-from resq_rl.policies import FrameMagnitude, LearnedPolicy, StaticResQ, oracle_measurement
+from resq_rl.policies import LearnedPolicy, oracle_measurement
 from resq_rl.sealed import ContentStore
 from resq_rl.video import Split
 
-__all__ = ["frame_heuristics", "gap_closed", "is_frame_level", "oracle_front", "share_of_gap", "tabulated"]
+__all__ = ["gap_closed", "is_frame_level", "oracle_front", "share_of_gap", "tabulated"]
 
 REPLICATES = 1000
 # Of the heuristic's objective: below it, a gap is rounding.
@@ -50,17 +49,6 @@ def tabulated(study: Study) -> Study:
     return replace(study, tables=engines)
 
 
-def frame_heuristics(study: Study) -> dict[str, Sequence[Any]]:
-    """What is tuned: static levels and levels by magnitude, with every keyframe interval and scene change."""
-    heuristic, levels = study.settings.heuristic, len(study.settings.quantization.levels)
-    static = [StaticResQ("keyframe", i, level=n) for i, n in product(heuristic.intervals, range(levels))]
-    magnitude = [
-        FrameMagnitude("keyframe", i, tau=t, kappa=heuristic.frame_kappa, scene_change=s)
-        for i, t, s in product(heuristic.intervals, heuristic.frame_taus, (*heuristic.scene_changes, math.inf))
-    ]
-    return {"static_resq": static, "frame_magnitude": magnitude}
-
-
 def oracle_front(study: Study, split: Split) -> list[Measurement]:
     """What the best schedules of the split's clips give, for values of lambda over its range."""
     return [oracle_measurement(study.task, study.tables[split].tables, t) for t in _trade_offs(study)]
@@ -76,7 +64,8 @@ def gap_closed(study: Study, policies: Mapping[int, LearnedPolicy], split: Split
         policies: by training seed.
     """
     trade_offs = _trade_offs(study)
-    candidates = [p for own in frame_heuristics(study).values() for p in own]
+    settings = study.settings
+    candidates = [p for method in tuned_methods(settings) if method.candidates for p in method.candidates(settings)]
     tried = [(p, study.measure(p, "validation")) for p in candidates]
     base, best = [], []
     for t in trade_offs:
