@@ -33,7 +33,7 @@ from resq_rl.quantization import (
     as_tuple,
     to_float,
 )
-from resq_rl.quantization.fields import cells_of
+from resq_rl.quantization.specification.fields import cells_of
 
 __all__ = ["Decision", "FrameResult", "Simulator", "clips_that_fit"]
 
