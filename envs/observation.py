@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int64, Num, UInt8
 from torch import Tensor
 
-from resq_rl.quantization.fields import cells_of
+from resq_rl.quantization.specification.fields import cells_of
 
 __all__ = [
     "AGE_OCTAVES",

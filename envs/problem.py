@@ -13,7 +13,7 @@ from resq_rl.envs.observation import pool_mean
 from resq_rl.errors import SettingsError, VideoError
 from resq_rl.perception import Beginning, Recurrent, Task, beginning_of, judged_targets, predict_clip
 from resq_rl.quantization import ResQModel
-from resq_rl.quantization.fields import cells_of
+from resq_rl.quantization.specification.fields import cells_of
 from resq_rl.video import Clip
 
 __all__ = ["AccuracySource", "ErrorWeighting", "Problem", "gather"]

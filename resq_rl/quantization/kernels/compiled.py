@@ -22,8 +22,8 @@ from jaxtyping import BFloat16, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from resq_rl.quantization.kernels import PLAIN, Kernels, Product
-from resq_rl.quantization.operators import Geometry
+from resq_rl.quantization.graph.operators import Geometry
+from resq_rl.quantization.kernels.plain import PLAIN, Kernels, Product
 
 __all__ = ["native"]
 
@@ -56,7 +56,7 @@ def native() -> Kernels:
 
 def _compiled() -> Path:
     """The shared library, compiled unless it is there."""
-    source = files("resq_rl.quantization").joinpath("native.c").read_bytes()
+    source = files("resq_rl.quantization.kernels").joinpath("native.c").read_bytes()
     compiler = shlex.split(os.environ.get("CC", "")) or [_found("cc", "gcc", "clang")]
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     parts = [source, version.encode(), repr((compiler, _FLAGS, _EXTRAS)).encode(), _processor().encode()]

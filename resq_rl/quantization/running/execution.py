@@ -10,16 +10,16 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from resq_rl.errors import NetworkError
-from resq_rl.quantization.calibration import SiteRanges
-from resq_rl.quantization.config import QuantizationConfig
-from resq_rl.quantization.fields import Field, LevelField, carry, cells_of
-from resq_rl.quantization.kernels import Kernels, Product
-from resq_rl.quantization.ledger import FrameCost, bit_cost
-from resq_rl.quantization.operators import Geometry, Pair, ResidualOperator
-from resq_rl.quantization.residual import ResidualTable, threshold_row
-from resq_rl.quantization.rounding import IntegerWeight, Part
-from resq_rl.quantization.state import StreamState
-from resq_rl.quantization.tracing import Site
+from resq_rl.quantization.graph.operators import Geometry, Pair, ResidualOperator
+from resq_rl.quantization.graph.tracing import Site
+from resq_rl.quantization.kernels.plain import Kernels, Product
+from resq_rl.quantization.quantizers.residual import ResidualTable, threshold_row
+from resq_rl.quantization.quantizers.rounding import IntegerWeight
+from resq_rl.quantization.running.calibration import SiteRanges
+from resq_rl.quantization.running.state import StreamState
+from resq_rl.quantization.specification.config import Part, QuantizationConfig
+from resq_rl.quantization.specification.fields import Field, LevelField, carry, cells_of
+from resq_rl.quantization.specification.ledger import FrameCost, bit_cost
 
 __all__ = ["Execution", "SitePlan", "check_order", "plan_site"]
 

@@ -2,16 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from resq_rl.errors import SettingsError
-from resq_rl.quantization.ledger import BopsConvention, check_convention
-from resq_rl.quantization.operators import LayerKind
-from resq_rl.quantization.ranges import RangeEstimator, check_estimator
-from resq_rl.quantization.rounding import WeightRounding, check_rounding
+from resq_rl.quantization.specification.ledger import BopsConvention
 
-__all__ = ["QuantizationConfig"]
+__all__ = ["LayerKind", "Part", "QuantizationConfig", "RangeEstimator", "Reference", "WeightRounding"]
 
-LAYER_KINDS: tuple[LayerKind, ...] = ("conv", "depthwise", "grouped", "linear", "pointwise", "transposed")
+LayerKind = Literal["conv", "depthwise", "grouped", "linear", "pointwise", "transposed"]
+Part = Literal["keyframe", "residual"]
+RangeEstimator = Literal["least_squares", "min_max", "percentile"]
+Reference = Literal["keyframe", "previous"]
+WeightRounding = Literal["nearest", "second_order"]
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,12 @@ class QuantizationConfig:
     groups: str | Mapping[str, Sequence[str]] = "auto"
 
     def __post_init__(self) -> None:
-        check_estimator(self.range_estimator)
-        check_rounding(self.weight_rounding)
-        check_convention(self.bops_convention)
+        for name, known in (
+            ("range_estimator", RangeEstimator),
+            ("weight_rounding", WeightRounding),
+            ("bops_convention", BopsConvention),
+        ):
+            _check_choice(name, getattr(self, name), known)
         if list(self.levels) != sorted(set(self.levels)) or len(self.levels) < 2:
             raise SettingsError(f"levels must be two or more ascending bit-widths, got {list(self.levels)}.")
         if not all(b == 0 or 2 <= b <= 16 for b in self.levels):
@@ -53,10 +58,10 @@ class QuantizationConfig:
             )
         given = self.residual_weight_bits
         widths = given if isinstance(given, Mapping) else {"all": given}
-        unknown = sorted(set(given) - set(LAYER_KINDS)) if isinstance(given, Mapping) else []
+        unknown = sorted(set(given) - set(get_args(LayerKind))) if isinstance(given, Mapping) else []
         if unknown:
             raise SettingsError(
-                f"residual_weight_bits names unknown layer kinds {unknown}; kinds are {list(LAYER_KINDS)}."
+                f"residual_weight_bits names unknown layer kinds {unknown}; kinds are {list(get_args(LayerKind))}."
             )
         if not all(2 <= b <= 16 for b in widths.values()):
             raise SettingsError(f"residual_weight_bits must be 2 to 16, got {given}.")
@@ -66,3 +71,8 @@ class QuantizationConfig:
         if isinstance(self.residual_weight_bits, Mapping):
             return self.residual_weight_bits.get(kind, 4)
         return self.residual_weight_bits
+
+
+def _check_choice(name: str, value: str, known: Any) -> None:
+    if value not in get_args(known):
+        raise SettingsError(f"{name} is one of {', '.join(get_args(known))}, got {value!r}.")

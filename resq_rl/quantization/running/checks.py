@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from resq_rl.errors import CalibrationError, PolicyError, VideoError
-from resq_rl.quantization.fields import Field, LevelField
-from resq_rl.quantization.inputs import Inputs, as_tuple
-from resq_rl.quantization.state import StreamState
+from resq_rl.quantization.running.state import StreamState
+from resq_rl.quantization.specification.fields import Field, LevelField
+from resq_rl.quantization.specification.inputs import Inputs, as_tuple
 
 __all__ = ["check_clips", "check_decision", "check_inputs"]
 

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from resq_rl.quantization.kernels import quantize
-from resq_rl.quantization.quantizer import symmetric_limit
-from resq_rl.quantization.ranges import RangeEstimator, symmetric_step
+from resq_rl.quantization.quantizers.quantizer import symmetric_limit
+from resq_rl.quantization.quantizers.ranges import symmetric_step
+from resq_rl.quantization.specification.config import RangeEstimator
 
 __all__ = ["ResidualTable", "largest_code", "residual_table", "threshold_row"]
 
@@ -53,25 +53,6 @@ class ResidualTable:
     step: float
     limits: tuple[int, ...]
     units: tuple[int, ...]
-
-    def codes(
-        self,
-        residual: Float[Tensor, "*shape"],
-        levels: Int64[Tensor, "*levels"],
-        row: Int64[Tensor, "*levels"] | None = None,
-        kappa: tuple[float, ...] = (),
-    ) -> Float[Tensor, "*shape"]:
-        """Integer codes of a residual in units of `step`, as float32.
-
-        Args:
-            residual: x - x^_ref.
-            levels: level of each pixel; broadcasts over the channels.
-            row: `threshold_row` of each pixel's tau, or None for a bit field.
-            kappa: multipliers of tau, for a threshold field.
-        """
-        index = levels if row is None else levels + row * len(self.units)
-        inverse, limit, unit, _ = self.lookup(None if row is None else kappa, device=residual.device)[:, index]
-        return quantize(residual, inverse, limit, unit)
 
     def lookup(
         self,

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from resq_rl.quantization.operators import Geometry, products_in
+from resq_rl.quantization.graph.operators import Geometry, products_in
 
 __all__ = ["PLAIN", "Kernels", "Product", "affine_codes", "quantize"]
 

@@ -11,31 +11,17 @@ best step for the codes.
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from resq_rl.errors import SettingsError
-from resq_rl.quantization.operators import ResidualOperator
-from resq_rl.quantization.quantizer import symmetric_limit
-from resq_rl.quantization.ranges import RangeEstimator, symmetric_step
+from resq_rl.quantization.graph.operators import ResidualOperator
+from resq_rl.quantization.quantizers.quantizer import symmetric_limit
+from resq_rl.quantization.quantizers.ranges import symmetric_step
+from resq_rl.quantization.specification.config import RangeEstimator
 
-__all__ = [
-    "FINE",
-    "WIDEST",
-    "IntegerWeight",
-    "Part",
-    "WeightRounding",
-    "check_rounding",
-    "integer_weight",
-    "positions_of",
-    "second_moment",
-]
-
-WeightRounding = Literal["nearest", "second_order"]
-Part = Literal["keyframe", "residual"]
+__all__ = ["FINE", "WIDEST", "IntegerWeight", "integer_weight", "positions_of", "second_moment"]
 
 # Weights of so many bits or more lose next to nothing when rounded to nearest.
 FINE = 8
@@ -57,12 +43,6 @@ class IntegerWeight:
 
     codes: Tensor
     scale: Tensor
-
-
-def check_rounding(name: str) -> None:
-    """Raise SettingsError unless `name` is a way to round weights."""
-    if name not in get_args(WeightRounding):
-        raise SettingsError(f"weight_rounding is one of {', '.join(get_args(WeightRounding))}, got {name!r}.")
 
 
 def integer_weight(

@@ -3,22 +3,21 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from resq_rl.errors import CalibrationError
-from resq_rl.quantization.quantizer import AffineQuantizer
-from resq_rl.quantization.ranges import RangeEstimator, affine_quantizer
-from resq_rl.quantization.residual import ResidualTable, residual_table
-from resq_rl.quantization.rounding import WIDEST, Part, positions_of, second_moment
-from resq_rl.quantization.tracing import Site
+from resq_rl.quantization.graph.tracing import Site
+from resq_rl.quantization.quantizers.quantizer import AffineQuantizer
+from resq_rl.quantization.quantizers.ranges import affine_quantizer
+from resq_rl.quantization.quantizers.residual import ResidualTable, residual_table
+from resq_rl.quantization.quantizers.rounding import WIDEST, positions_of, second_moment
+from resq_rl.quantization.specification.config import Part, RangeEstimator, Reference
 
-__all__ = ["Reference", "SiteRanges", "SiteRecorder"]
+__all__ = ["SiteRanges", "SiteRecorder"]
 
-Reference = Literal["keyframe", "previous"]
 REFERENCES: tuple[Reference, ...] = ("keyframe", "previous")
 
 PIXELS_PER_FRAME = 24

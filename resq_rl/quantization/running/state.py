@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resq_rl.quantization.calibration import Reference
+from resq_rl.quantization.specification.config import Reference
 
 __all__ = ["StreamState"]
 

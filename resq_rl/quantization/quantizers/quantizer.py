@@ -12,14 +12,13 @@ arithmetic.
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from resq_rl.errors import CalibrationError
-from resq_rl.quantization.kernels import affine_codes
+from resq_rl.quantization.kernels.plain import affine_codes
 
-__all__ = ["AffineQuantizer", "SymmetricQuantizer", "symmetric_limit"]
+__all__ = ["AffineQuantizer", "symmetric_limit"]
 
 
 def symmetric_limit(bits: int) -> int:
@@ -29,23 +28,6 @@ def symmetric_limit(bits: int) -> int:
     if not 2 <= bits <= 16:
         raise CalibrationError(f"A symmetric quantizer needs 2 to 16 bits (or 0 to skip), got {bits}.")
     return int(2 ** (bits - 1)) - 1
-
-
-@dataclass(frozen=True)
-class SymmetricQuantizer:
-    """Symmetric uniform quantizer; `step` broadcasts against the input (per tensor or per channel)."""
-
-    bits: int
-    step: Float[Tensor, "..."]
-
-    def integers(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Integer codes of `x`, in [-limit, limit], as float32."""
-        limit = symmetric_limit(self.bits)
-        return torch.round(x / self.step).clamp_(-limit, limit)
-
-    def __call__(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Quantize and dequantize `x`."""
-        return self.integers(x) * self.step
 
 
 @dataclass(frozen=True)

@@ -14,19 +14,18 @@ from torch import Tensor, nn
 
 from resq_rl.errors import CalibrationError, NetworkError, SettingsError
 from resq_rl.files import write_atomic
-from resq_rl.quantization.calibration import SiteRanges
-from resq_rl.quantization.config import QuantizationConfig
-from resq_rl.quantization.model import ResQModel
-from resq_rl.quantization.operators import ResidualOperator, laid_out
-from resq_rl.quantization.quantizer import AffineQuantizer
-from resq_rl.quantization.residual import ResidualTable
-from resq_rl.quantization.rounding import IntegerWeight, Part
+from resq_rl.quantization.graph.operators import ResidualOperator, laid_out
+from resq_rl.quantization.quantizers.quantizer import AffineQuantizer
+from resq_rl.quantization.quantizers.residual import ResidualTable
+from resq_rl.quantization.quantizers.rounding import IntegerWeight
+from resq_rl.quantization.running.calibration import SiteRanges
+from resq_rl.quantization.running.model import ResQModel
+from resq_rl.quantization.specification.config import Part, QuantizationConfig
 from resq_rl.sealed import checksum
 
 __all__ = ["load_model", "save_model"]
 
 FORMAT = "resq_rl model 2"
-UNCHECKED = "resq_rl model 1"  # without a checksum
 # By how much sums over a network's parameters may differ from those it was saved with, as a share of their magnitude:
 # another version of torch may fold BatchNorm with another rounding, another network differs far more.
 SAME = 1e-4
@@ -167,10 +166,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ) from error
     except (SafetensorError, ValueError) as error:  # of which JSON and text decoding errors are kinds
         raise CalibrationError(f"The model in {folder} is damaged: {error}. Save it anew or copy it again.") from error
-    if not isinstance(about, dict) or about.get("format") not in (FORMAT, UNCHECKED):
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise CalibrationError(f"{folder / 'model.json'} is not of format {FORMAT!r}.")
-    expected = about.pop("sha256", None)
-    if expected != checksum(about, tensors) and not (expected is None and about["format"] == UNCHECKED):
+    if about.pop("sha256", None) != checksum(about, tensors):
         raise CalibrationError(
             f"The model in {folder} is damaged or was changed: its checksum is wrong. Save it anew or copy both its "
             "files again."

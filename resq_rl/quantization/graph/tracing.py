@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from resq_rl.errors import NetworkError, UnsupportedOperatorError
-from resq_rl.quantization.ledger import coverage_total
-from resq_rl.quantization.operators import ResidualOperator, Switch
+from resq_rl.quantization.graph.operators import ResidualOperator, Switch
+from resq_rl.quantization.specification.ledger import coverage_total
 
 __all__ = ["Site", "check_agreement", "float_outputs", "multiplies", "trace"]
 

@@ -9,22 +9,22 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from resq_rl.errors import CalibrationError, NetworkError, SettingsError
-from resq_rl.quantization.calibration import Reference, SiteRanges, SiteRecorder
-from resq_rl.quantization.checks import check_clips, check_decision, check_inputs
-from resq_rl.quantization.config import QuantizationConfig
-from resq_rl.quantization.execution import Execution, SitePlan, check_order, plan_site
-from resq_rl.quantization.fields import Field
-from resq_rl.quantization.groups import layer_groups
-from resq_rl.quantization.inputs import Inputs, as_tuple, float_frames
-from resq_rl.quantization.kernels import PLAIN, Kernels
-from resq_rl.quantization.ledger import FrameCost, bit_cost
-from resq_rl.quantization.native import native
-from resq_rl.quantization.operators import LayerKind, ResidualOperator, Switch, laid_out
-from resq_rl.quantization.residual import largest_code
-from resq_rl.quantization.rounding import FINE, IntegerWeight, Part, integer_weight
-from resq_rl.quantization.state import StreamState
-from resq_rl.quantization.tracing import Site, check_agreement, float_outputs, trace
-from resq_rl.quantization.wrapping import copy_of, fold_batch_norm, insert_operators
+from resq_rl.quantization.graph.groups import layer_groups
+from resq_rl.quantization.graph.operators import ResidualOperator, Switch, laid_out
+from resq_rl.quantization.graph.tracing import Site, check_agreement, float_outputs, trace
+from resq_rl.quantization.graph.wrapping import copy_of, fold_batch_norm, insert_operators
+from resq_rl.quantization.kernels.compiled import native
+from resq_rl.quantization.kernels.plain import PLAIN, Kernels
+from resq_rl.quantization.quantizers.residual import largest_code
+from resq_rl.quantization.quantizers.rounding import FINE, IntegerWeight, integer_weight
+from resq_rl.quantization.running.calibration import SiteRanges, SiteRecorder
+from resq_rl.quantization.running.checks import check_clips, check_decision, check_inputs
+from resq_rl.quantization.running.execution import Execution, SitePlan, check_order, plan_site
+from resq_rl.quantization.running.state import StreamState
+from resq_rl.quantization.specification.config import LayerKind, Part, QuantizationConfig, Reference
+from resq_rl.quantization.specification.fields import Field
+from resq_rl.quantization.specification.inputs import Inputs, as_tuple, float_frames
+from resq_rl.quantization.specification.ledger import FrameCost, bit_cost
 
 __all__ = ["ResQModel"]
 

@@ -15,9 +15,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Geometry", "LayerKind", "Pair", "ResidualOperator", "Switch", "laid_out", "products_in"]
+from resq_rl.quantization.specification.config import LayerKind
 
-LayerKind = Literal["conv", "depthwise", "grouped", "linear", "pointwise", "transposed"]
+__all__ = ["Geometry", "Pair", "ResidualOperator", "Switch", "laid_out", "products_in"]
 
 Pair = tuple[int, int]
 

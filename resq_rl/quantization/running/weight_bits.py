@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resq_rl.quantization.checks import check_clips
-from resq_rl.quantization.fields import LevelField
-from resq_rl.quantization.inputs import Inputs, as_tuple, float_frames
-from resq_rl.quantization.model import ResQModel
-from resq_rl.quantization.operators import LayerKind
+from resq_rl.quantization.running.checks import check_clips
+from resq_rl.quantization.running.model import ResQModel
+from resq_rl.quantization.specification.config import LayerKind
+from resq_rl.quantization.specification.fields import LevelField
+from resq_rl.quantization.specification.inputs import Inputs, as_tuple, float_frames
 
 __all__ = ["choose_residual_weight_bits"]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from resq_rl.errors import SettingsError
-from resq_rl.quantization.tracing import Site
+from resq_rl.quantization.graph.tracing import Site
 
 __all__ = ["layer_groups"]
 

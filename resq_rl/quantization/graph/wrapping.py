@@ -17,8 +17,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from resq_rl.errors import NetworkError, UnsupportedOperatorError
-from resq_rl.quantization.operators import Geometry, ResidualOperator, Switch
-from resq_rl.quantization.tracing import multiplies
+from resq_rl.quantization.graph.operators import Geometry, ResidualOperator, Switch
+from resq_rl.quantization.graph.tracing import multiplies
 
 __all__ = ["fold_batch_norm", "insert_operators"]
 
