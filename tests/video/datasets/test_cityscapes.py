@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from resq_rl.errors import SettingsError, VideoError
-from resq_rl.video.cityscapes import CityscapesVideo
 from resq_rl.video.clip import IGNORE, Clip
+from resq_rl.video.datasets.cityscapes import CityscapesVideo
 from tests.video.conftest import WriteImage
 
 TRAIN = ("aachen", "bochum", "bremen", "cologne", "darmstadt", "dusseldorf")
@@ -105,15 +105,15 @@ def test_missing_things_are_named(tree: Path, tmp_path: Path) -> None:
         CityscapesVideo(tmp_path)
     with pytest.raises(VideoError, match=r"looked for gtFine/test, leftImg8bit_sequence/test, found train, val in"):
         CityscapesVideo(tree, {"test": ["test"]})
-    with pytest.raises(VideoError, match=r"No single city val/ulm of CityscapesVideo in .*: found frankfurt, lindau"):
+    with pytest.raises(VideoError, match=r"No single video val/ulm of CityscapesVideo in .*: found frankfurt, lindau"):
         CityscapesVideo(tree, {"test": ["val/ulm"]})
-    with pytest.raises(VideoError, match=r"No single city val\[0:2\] of CityscapesVideo"):
+    with pytest.raises(VideoError, match=r"No single video val\[0:2\] of CityscapesVideo"):
         CityscapesVideo(tree, {"test": ["val[:2]"]})
     with pytest.raises(
         VideoError, match=r"No snippet to take of val/lindau\[1:\] in .* found 1 of these among lindau_"
     ):
         CityscapesVideo(tree, {"test": ["val/lindau[1:]"]}).clips("test")
-    with pytest.raises(VideoError, match=r"has no split train in .*: found test\. Add cities"):
+    with pytest.raises(VideoError, match=r"has no split train in .*: found test\. Add it .*val/frankfurt"):
         CityscapesVideo(tree, {"test": ["val"]}).clips("train")
     with pytest.raises(VideoError, match=r"Name '.*/\.\.' leads out of the Cityscapes dataset"):
         CityscapesVideo(tree, {"test": ["../val"]})
@@ -142,5 +142,5 @@ def test_damaged_frames_and_labels_are_named(tree: Path, write_image: WriteImage
     with pytest.raises(VideoError, match=r"labelIds\.png holds values outside the classes: 77"):
         CityscapesVideo(tree).clips("test")
     write_image(tree / "gtFine" / "val" / "frankfurt" / f"{name}_gtFine_labelIds.png", np.full((16, 30), 7))
-    with pytest.raises(VideoError, match=r"must be of the size of its snippet's label, 30x16, got 32x16"):
+    with pytest.raises(VideoError, match=r"must be of the size of its frame, 32x16, got 30x16"):
         CityscapesVideo(tree).clips("test")

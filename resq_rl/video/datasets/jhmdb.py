@@ -1,21 +1,20 @@
 """JHMDB: short clips of one person each, with the positions of 15 joints in every frame."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 import numpy as np
 from jaxtyping import Float32
 from scipy.io import loadmat
 
 from resq_rl.errors import VideoError
-from resq_rl.video.clip import Clip, Split, check_split
-from resq_rl.video.images import check_count, check_size, image_paths
-from resq_rl.video.parts import Part, check_disjoint, listed, split_parts
-from resq_rl.video.people import Person, choose_points, person_clips, points_box
-from resq_rl.video.tracking import check_crop
-from resq_rl.video.tree import below, require
+from resq_rl.video.clip import Split
+from resq_rl.video.datasets.base import Recording
+from resq_rl.video.datasets.points import PointVideo, points_box
+from resq_rl.video.images import check_count, image_paths
+from resq_rl.video.parts import Part
 
 __all__ = ["JHMDBVideo"]
 
@@ -43,7 +42,7 @@ _RATE: Final = 30.0  # frames per second
 
 
 @dataclass(frozen=True)
-class JHMDBVideo:
+class JHMDBVideo(PointVideo):
     """Clips of JHMDB with the joint positions of its puppets as points.
 
     Reads `Rename_Images/ACTION/VIDEO/NUMBER.png` and `joint_positions/ACTION/VIDEO/joint_positions.mat` under `root`,
@@ -67,59 +66,18 @@ class JHMDBVideo:
         VideoError: a missing root, list or video, or splits that overlap.
     """
 
-    root: str | Path
-    splits: Mapping[Split, Sequence[str | Part]] | None = None
     fold: int = 1
-    points: Sequence[str] | None = None
-    size: tuple[int, int] | None = None
-    crop: float | None = None
-    clip_frames: int | None = None
+
+    dataset: ClassVar[str] = "JHMDB"
+    spelling: ClassVar[str] = "ACTION, ACTION/VIDEO or ACTION/VIDEO[start:stop]"
+    names: ClassVar[tuple[str, ...]] = _POINTS
 
     def __post_init__(self) -> None:
-        reader = "JHMDBVideo"
-        object.__setattr__(self, "size", check_size(self.size, reader))
-        check_count(self.fold, "fold", reader, most=3)
-        check_count(self.clip_frames, "clip_frames", reader)
-        check_crop(self.crop, self.size, reader)
-        choose_points(_POINTS, self.points, reader)
-        check_disjoint(self._parts(), reader)
+        check_count(self.fold, "fold", self._reader, most=3)
+        super().__post_init__()
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the points."""
-        return tuple(self.points or _POINTS)
-
-    def clips(self, split: Split) -> list[Clip]:
-        """Decode the clips of a split.
-
-        Raises:
-            VideoError: the split is unknown or empty; or frames or joint positions are missing or damaged.
-        """
-        parts = self._parts()
-        if not parts.get(check_split(split)):
-            raise VideoError(
-                f"JHMDBVideo has no split {split}: found {listed(s for s in parts if parts[s])}. Add videos to it in "
-                "splits, such as walk."
-            )
-        wanted = [name for part in parts[split] for name in (f"{_FRAMES}/{part.name}", _joints_file(part.name))]
-        require(self._root, "JHMDB", wanted, "Finish the download, or leave the video out of splits.")
-        people = [self._person(part) for part in parts[split]]
-        return [
-            clip for one in people for clip in person_clips(one, self._root, self.size, self.crop, self.clip_frames)
-        ]
-
-    @property
-    def _root(self) -> Path:
-        return Path(self.root).expanduser()
-
-    def _parts(self) -> dict[Split, list[Part]]:
-        """The videos of each split as ACTION/VIDEO."""
-        mend = "Set root to the folder that holds them, as published."
-        if self.splits is not None:
-            require(self._root, "JHMDB", (_FRAMES, _JOINTS), mend)
-            given = split_parts(self.splits, "JHMDBVideo")
-            return {split: [own for part in entries for own in self._videos(part)] for split, entries in given.items()}
-        require(self._root, "JHMDB", (_FRAMES, _JOINTS, _LISTS), mend)
+    def _published(self) -> dict[Split, list[Part]]:
+        self._require((_FRAMES, _JOINTS, _LISTS), "Set root to the folder that holds them, as published.")
         found: dict[Split, list[Part]] = {"train": [], "validation": [], "test": []}
         for action in self._folders(""):
             for split, videos in self._listed(action).items():
@@ -127,25 +85,18 @@ class JHMDBVideo:
         return found
 
     def _folders(self, below_frames: str) -> list[str]:
-        folder = below(self._root, f"{_FRAMES}/{below_frames}", "JHMDB")
+        folder = self._below(f"{_FRAMES}/{below_frames}")
         return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
-    def _videos(self, part: Part) -> list[Part]:
-        """An entry of `splits` spelled out as videos."""
-        if "/" in part.name:
-            return [part]
-        require(self._root, "JHMDB", [f"{_FRAMES}/{part.name}"], "Correct the name of the action.")
-        if part != Part(part.name):
-            raise VideoError(
-                f"A range needs a single video of JHMDBVideo, got {part}. Write ACTION, ACTION/VIDEO or "
-                "ACTION/VIDEO[start:stop]."
-            )
-        return [Part(f"{part.name}/{video}") for video in self._folders(part.name)]
+    def _videos(self, group: str) -> list[str]:
+        self._require((_FRAMES, _JOINTS), "Set root to the folder that holds them, as published.")
+        self._require([f"{_FRAMES}/{group}"], "Correct the name of the action.")
+        return self._folders(group)
 
     def _listed(self, action: str) -> dict[Split, list[str]]:
         """The videos of an action by the published list."""
         name = f"{_LISTS}/{action}_test_split{self.fold}.txt"
-        require(self._root, "JHMDB", [name], "Finish the download, or give splits.")
+        self._require([name], "Finish the download, or give splits.")
         path = self._root / name
         lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         if wrong := [" ".join(line) for line in lines if len(line) != 2 or line[1] not in ("0", "1", "2")]:
@@ -162,8 +113,13 @@ class JHMDBVideo:
             "test": [Path(video).stem for video, use in lines if use == "2"],
         }
 
-    def _person(self, part: Part) -> Person:
-        """The person of a video."""
+    def _recordings(self, parts: Sequence[Part]) -> Iterator[Recording]:
+        wanted = [name for part in parts for name in (f"{_FRAMES}/{part.name}", _joints_file(part.name))]
+        self._require(wanted, "Finish the download, or leave the video out of splits.")
+        return map(self._recording, parts)
+
+    def _recording(self, part: Part) -> Recording:
+        """The frames of a video that have joints, or some of them."""
         paths = image_paths(self._root / _FRAMES / part.name)
         points = self._read_points(self._root / _joints_file(part.name))
         if len(points) > len(paths):
@@ -174,10 +130,14 @@ class JHMDBVideo:
         chosen = points[part.start : part.stop]
         if not len(chosen):
             raise VideoError(f"No frame to take of {part} of JHMDBVideo: {len(points)} have joints. Lower start.")
-        frames = [str(path.relative_to(self._root)) for path in paths[part.start :][: len(chosen)]]
-        boxes = [points_box(labels) for labels in chosen]
-        order = choose_points(_POINTS, self.points, "JHMDBVideo")
-        return Person(f"jhmdb/{part.name}", frames, chosen[:, order], boxes, part.start, _RATE)
+        return Recording(
+            part=Part(f"jhmdb/{part.name}", part.start, part.start + len(chosen) if part.start else None),
+            first=part.start,
+            frames=paths[part.start :][: len(chosen)],
+            labels=chosen[:, self._order()],
+            fps=_RATE,
+            boxes=[points_box(labels) for labels in chosen],
+        )
 
     def _read_points(self, path: Path) -> Float32[np.ndarray, "t 15 3"]:
         """Joint positions of all frames, in pixels from the centre of the upper left one (the file counts from 1)."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from resq_rl.video.distractors import Distractor, Light, draw_distractor, draw_light
-from resq_rl.video.motion import Activity, Shake, draw_activity, draw_shake, tileable_noise
-from resq_rl.video.shapes import SHAPES, MovingShape, draw_colours, draw_shape
+from resq_rl.video.generated.distractors import Distractor, Light, draw_distractor, draw_light
+from resq_rl.video.generated.motion import Activity, Shake, draw_activity, draw_shake, tileable_noise
+from resq_rl.video.generated.shapes import SHAPES, MovingShape, draw_colours, draw_shape
 
 __all__ = ["Camera", "Scene", "draw_scene"]
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from resq_rl.errors import VideoError
-from resq_rl.video.tree import below, require
+from resq_rl.video.datasets.tree import below, require
 
 
 @pytest.mark.parametrize("name", ["../other", "a/../../other", "/etc/passwd", ".."])

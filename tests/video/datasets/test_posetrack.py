@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from resq_rl.errors import SettingsError, VideoError
-from resq_rl.video.posetrack import PoseTrackVideo
+from resq_rl.video.datasets.posetrack import PoseTrackVideo
 from tests.video.conftest import WriteImage
 
 TRAIN = [f"{number:06d}_bonn_train" for number in range(1, 7)]
@@ -106,11 +106,11 @@ def test_missing_things_are_named(tree: Path, tmp_path: Path) -> None:
         PoseTrackVideo(tmp_path)
     with pytest.raises(VideoError, match=r"looked for annotations/test, found train, val in"):
         PoseTrackVideo(tree, {"test": ["test"]})
-    with pytest.raises(VideoError, match=rf"looked for annotations/val/000001\.json, found {VAL}\.json in"):
+    with pytest.raises(VideoError, match=rf"No single video val/000001 of PoseTrackVideo .* found .*{VAL}"):
         PoseTrackVideo(tree, {"test": ["val/000001"]})
-    with pytest.raises(VideoError, match="A range needs a single sequence of PoseTrackVideo"):
-        PoseTrackVideo(tree, {"test": ["val[0:3]"]})
-    with pytest.raises(VideoError, match="PoseTrackVideo has no split train: found test"):
+    with pytest.raises(VideoError, match=r"No single video train\[0:3\] of PoseTrackVideo"):
+        PoseTrackVideo(tree, {"test": ["train[0:3]"]})
+    with pytest.raises(VideoError, match=r"PoseTrackVideo has no split train in .*: found test"):
         PoseTrackVideo(tree, {"test": ["val"]}).clips("train")
     with pytest.raises(VideoError, match="must be disjoint"):
         PoseTrackVideo(tree, {"train": ["val"], "test": [f"val/{VAL}"]})

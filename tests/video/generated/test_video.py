@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from resq_rl.errors import SettingsError, VideoError
 from resq_rl.video.clip import IGNORE, SPLITS, Clip, Split
-from resq_rl.video.generated import GeneratedVideo
+from resq_rl.video.generated.video import GeneratedVideo
 
 SMALL = GeneratedVideo(size=(48, 64), frames=8, train=3, validation=2, test=2)
 SHARES = [0.8388, 0.0389, 0.049, 0.0256, 0.0123, 0.0354]  # of the classes, in the first six default test clips

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resq_rl.video.motion import Activity, bounce, draw_activity, draw_path, draw_shake, tileable_noise
+from resq_rl.video.generated.motion import Activity, bounce, draw_activity, draw_path, draw_shake, tileable_noise
 
 seeds = st.integers(0, 10_000)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import binary_dilation, map_coordinates
 
-from resq_rl.video.scene import Scene, draw_scene
+from resq_rl.video.generated.scene import Scene, draw_scene
 
 SIZE = (96, 160)
 TIME = np.arange(0, 48, 6.0)

@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from scipy.ndimage import binary_opening, gaussian_filter, gaussian_filter1d
 
 from resq_rl.video.clip import IGNORE
+from resq_rl.video.datasets.tracking import follow, object_box
 from resq_rl.video.images import Box
-from resq_rl.video.tracking import follow, object_box
 
 
 def test_box_by_hand() -> None:

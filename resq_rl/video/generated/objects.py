@@ -5,8 +5,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from resq_rl.video.generated import GeneratedVideo
-from resq_rl.video.scene import draw_scene
+from resq_rl.video.generated.scene import draw_scene
+from resq_rl.video.generated.video import GeneratedVideo
 
 __all__ = ["GeneratedObjects"]
 

@@ -8,8 +8,8 @@ import torch
 
 from resq_rl.errors import SettingsError
 from resq_rl.video import JOINTS, FigureVideo
-from resq_rl.video.figures import ARM, LEG, TORSO, draw_figure, render_figure
-from resq_rl.video.scene import draw_scene
+from resq_rl.video.generated.figures import ARM, LEG, TORSO, draw_figure, render_figure
+from resq_rl.video.generated.scene import draw_scene
 
 SIZE = (96, 160)
 

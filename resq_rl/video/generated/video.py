@@ -9,8 +9,8 @@ import torch
 
 from resq_rl.errors import SettingsError
 from resq_rl.video.clip import SPLITS, Clip, Split, check_split
-from resq_rl.video.scene import draw_scene
-from resq_rl.video.shapes import SHAPES
+from resq_rl.video.generated.scene import draw_scene
+from resq_rl.video.generated.shapes import SHAPES
 
 __all__ = ["GeneratedVideo"]
 

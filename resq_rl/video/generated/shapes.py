@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from resq_rl.video.motion import Activity, Path, bounce, draw_activity, draw_path, tileable_noise
+from resq_rl.video.generated.motion import Activity, Path, bounce, draw_activity, draw_path, tileable_noise
 
 __all__ = ["SHAPES", "MovingShape", "Pose", "draw_colours", "draw_shape", "window"]
 

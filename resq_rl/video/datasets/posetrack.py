@@ -3,23 +3,20 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
 
 import numpy as np
 
 from resq_rl.errors import VideoError
-from resq_rl.video.clip import Clip, Split, check_split
-from resq_rl.video.images import Box, check_count, check_size
-from resq_rl.video.parts import Part, check_disjoint, listed, split_parts
-from resq_rl.video.people import Person, choose_points, person_clips, points_box
-from resq_rl.video.tracking import check_crop
-from resq_rl.video.tree import below, require
+from resq_rl.video.clip import Split
+from resq_rl.video.datasets.base import Recording, held_out
+from resq_rl.video.datasets.points import PointVideo, points_box
+from resq_rl.video.images import Box
+from resq_rl.video.parts import Part
 
 __all__ = ["PoseTrackVideo"]
 
-_DATASET: Final = "PoseTrack"
 _POINTS: Final = (
     "nose",
     "head_bottom",
@@ -42,7 +39,7 @@ _POINTS: Final = (
 
 
 @dataclass(frozen=True)
-class PoseTrackVideo:
+class PoseTrackVideo(PointVideo):
     """Clips of PoseTrack, each a window that follows one person, whose 17 points are the labels.
 
     Reads `annotations/SET/SEQUENCE.json` under `root` and the frames that they name, decoded at each call. A clip
@@ -68,85 +65,34 @@ class PoseTrackVideo:
         VideoError: a missing root, set or sequence, or splits that overlap.
     """
 
-    root: str | Path
-    splits: Mapping[Split, Sequence[str | Part]] | None = None
+    size: tuple[int, int] | None = (256, 256)
+    crop: float | None = 1.3
     people: int = 1
-    points: Sequence[str] | None = None
-    size: tuple[int, int] = (256, 256)
-    crop: float = 1.3
-    clip_frames: int | None = None
     annotations: str = "annotations"
     fps: float = 25.0
 
-    def __post_init__(self) -> None:
-        reader = "PoseTrackVideo"
-        object.__setattr__(self, "size", check_size(self.size, reader))
-        check_count(self.people, "people", reader)
-        check_count(self.clip_frames, "clip_frames", reader)
-        check_crop(self.crop, self.size, reader)
-        choose_points(_POINTS, self.points, reader)
-        check_disjoint(self._parts(), reader)
+    dataset: ClassVar[str] = "PoseTrack"
+    spelling: ClassVar[str] = "SET, SET/SEQUENCE or SET/SEQUENCE[start:stop]"
+    counts: ClassVar[tuple[str, ...]] = ("people", "clip_frames")
+    names: ClassVar[tuple[str, ...]] = _POINTS
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the points."""
-        return tuple(self.points or _POINTS)
+    def _published(self) -> dict[Split, list[Part]]:
+        return held_out(self._spelled(Part("train")), self._spelled(Part("val")))
 
-    def clips(self, split: Split) -> list[Clip]:
-        """Decode the clips of a split.
+    def _videos(self, group: str) -> list[str]:
+        name = f"{self.annotations}/{group}"
+        self._require([name], "Set root to the folder that holds annotations and images.")
+        return sorted(path.stem for path in self._below(name).glob("*.json"))
 
-        Raises:
-            VideoError: the split is unknown or empty; or an annotation or frame is missing or damaged.
-        """
-        parts = self._parts()
-        if not parts.get(check_split(split)):
-            raise VideoError(
-                f"PoseTrackVideo has no split {split}: found {listed(s for s in parts if parts[s])}. Add sequences to "
-                "it in splits, such as val/000342_mpii_test."
-            )
-        people = [person for part in parts[split] for person in self._people(part)]
-        wanted = [name for person in people for name in person.frames]
-        require(self._root, _DATASET, wanted, "Finish the download, or leave the sequence out of splits.")
-        return [
-            clip for one in people for clip in person_clips(one, self._root, self.size, self.crop, self.clip_frames)
-        ]
+    def _recordings(self, parts: Sequence[Part]) -> list[Recording]:
+        people = [person for part in parts for person in self._people(part)]
+        wanted = [str(path.relative_to(self._root)) for person in people for path in person.frames]
+        self._require(wanted, "Finish the download, or leave the sequence out of splits.")
+        return people
 
-    @property
-    def _root(self) -> Path:
-        return Path(self.root).expanduser()
-
-    def _parts(self) -> dict[Split, list[Part]]:
-        """The sequences of each split as SET/SEQUENCE."""
-        if self.splits is not None:
-            given = split_parts(self.splits, "PoseTrackVideo")
-            return {
-                split: [own for part in entries for own in self._sequences(part)] for split, entries in given.items()
-            }
-        learn, report = self._sequences(Part("train")), self._sequences(Part("val"))
-        return {
-            "train": [part for number, part in enumerate(learn) if number % 5 != 4],
-            "validation": learn[4::5],
-            "test": report,
-        }
-
-    def _sequences(self, part: Part) -> list[Part]:
-        """An entry of `splits` spelled out as sequences."""
-        name, _, sequence = part.name.partition("/")
-        wanted = f"{self.annotations}/{name}" + (f"/{sequence}.json" if sequence else "")
-        require(self._root, _DATASET, [wanted], "Set root to the folder that holds annotations and images.")
-        if sequence:
-            return [part]
-        if part != Part(part.name):
-            raise VideoError(
-                f"A range needs a single sequence of PoseTrackVideo, got {part}. Write SET, SET/SEQUENCE or "
-                "SET/SEQUENCE[start:stop]."
-            )
-        folder = below(self._root, wanted, _DATASET)
-        return [replace(part, name=f"{name}/{path.stem}") for path in sorted(folder.glob("*.json"))]
-
-    def _people(self, part: Part) -> list[Person]:
+    def _people(self, part: Part) -> list[Recording]:
         """The people of a sequence who are labelled most often."""
-        path = below(self._root, f"{self.annotations}/{part.name}.json", _DATASET)
+        path = self._below(f"{self.annotations}/{part.name}.json")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             images = sorted(content["images"], key=lambda image: str(image["file_name"]))[part.start : part.stop]
@@ -166,7 +112,9 @@ class PoseTrackVideo:
                 "format of 2018 (images, annotations with keypoints and track_id); copy it again."
             ) from error
 
-    def _person(self, part: Part, names: list[str], track: object, labelled: Mapping[int, Mapping[str, Any]]) -> Person:
+    def _person(
+        self, part: Part, names: list[str], track: object, labelled: Mapping[int, Mapping[str, Any]]
+    ) -> Recording:
         """One person, from the first labelled frame to the last; `labelled` by number of the frame in `names`."""
         first, last = min(labelled), max(labelled)
         points = np.zeros((last + 1 - first, len(_POINTS), 3), np.float32)
@@ -176,9 +124,15 @@ class PoseTrackVideo:
             labels[:, 2] = labels[:, 2] > 0
             points[number - first] = labels
             boxes[number - first] = _box(own.get("bbox")) or points_box(labels)
-        order = choose_points(_POINTS, self.points, "PoseTrackVideo")
-        name = f"posetrack/{part.name}/{track}"
-        return Person(name, names[first : last + 1], points[:, order], boxes, part.start + first, self.fps)
+        start, name = part.start + first, f"posetrack/{part.name}/{track}"
+        return Recording(
+            part=Part(name, start, start + len(points) if start else None),
+            first=start,
+            frames=[self._below(own) for own in names[first : last + 1]],
+            labels=points[:, self._order()],
+            fps=self.fps,
+            boxes=boxes,
+        )
 
 
 def _box(values: Sequence[float] | None) -> Box | None:

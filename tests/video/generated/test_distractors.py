@@ -4,7 +4,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from resq_rl.video.distractors import Distractor, Kind, Light, draw_distractor, draw_light
+from resq_rl.video.generated.distractors import Distractor, Kind, Light, draw_distractor, draw_light
 
 SIZE = (96, 160)
 

@@ -6,7 +6,7 @@ import torch
 
 from resq_rl.errors import SettingsError, VideoError
 from resq_rl.video.clip import IGNORE, Clip, Split
-from resq_rl.video.warped import WarpedVideo
+from resq_rl.video.generated.warped import WarpedVideo
 
 STILL = {"speed": 0.0, "turn": 0.0, "shake": 0.0, "noise": 0.0}
 

@@ -10,8 +10,8 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Float
 
-from resq_rl.video.motion import Activity, Path, draw_activity, draw_path, tileable_noise
-from resq_rl.video.shapes import draw_colours, window
+from resq_rl.video.generated.motion import Activity, Path, draw_activity, draw_path, tileable_noise
+from resq_rl.video.generated.shapes import draw_colours, window
 
 __all__ = ["Distractor", "Light", "draw_distractor", "draw_light"]
 

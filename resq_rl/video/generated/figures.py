@@ -1,7 +1,7 @@
 """Generated video of an articulated figure with its joints, for human pose.
 
 A figure of capsules, seen from the front, walks, waves, leans and pauses before the ground and distractors of
-`resq_rl.video.scene`; shapes of other objects pass behind and in front of it.
+`resq_rl.video.generated.scene`; shapes of other objects pass behind and in front of it.
 """
 
 import math
@@ -12,10 +12,10 @@ from typing import ClassVar, Final
 import numpy as np
 from jaxtyping import Bool, Float, Float32, UInt8
 
-from resq_rl.video.generated import GeneratedVideo
-from resq_rl.video.motion import Activity, Path, bounce, draw_activity, draw_path
-from resq_rl.video.scene import Scene, draw_scene
-from resq_rl.video.shapes import draw_colours, window
+from resq_rl.video.generated.motion import Activity, Path, bounce, draw_activity, draw_path
+from resq_rl.video.generated.scene import Scene, draw_scene
+from resq_rl.video.generated.shapes import draw_colours, window
+from resq_rl.video.generated.video import GeneratedVideo
 
 __all__ = ["JOINTS", "Figure", "FigureVideo"]
 

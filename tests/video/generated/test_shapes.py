@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.path import Path as Outline
 
-from resq_rl.video.shapes import SHAPES, draw_colours, draw_shape, window
+from resq_rl.video.generated.shapes import SHAPES, draw_colours, draw_shape, window
 
 SIZE = (64, 80)
 HEIGHT = 0.64 * 2  # from the centre of the triangle to a corner: twice the radius of its inner circle
