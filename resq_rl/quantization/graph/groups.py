@@ -20,11 +20,18 @@ def layer_groups(sites: list[Site], setting: str | Mapping[str, Sequence[str]]) 
         return _given_groups(sites, setting)
     if setting != "auto":
         raise SettingsError(f"groups is 'auto' or a mapping of names to layer patterns, got {setting!r}.")
-    tops = [s.operator.name.split(".")[0] for s in sites]
+    tops = _top_children([s.operator.name.split(".") for s in sites])
     names = list(dict.fromkeys(tops))
     if 2 <= len(names) <= MOST_GROUPS:
         return tuple(names), torch.tensor([names.index(t) for t in tops])
     return _groups_by_resolution(sites)
+
+
+def _top_children(names: list[list[str]]) -> list[str]:
+    """The child of the network that each layer lies in; where one child holds all layers, as in a wrapper, its child."""
+    while len({name[0] for name in names}) == 1 and min(map(len, names)) > 1:
+        names = [name[1:] for name in names]
+    return [name[0] for name in names]
 
 
 def _given_groups(sites: list[Site], setting: Mapping[str, Sequence[str]]) -> tuple[tuple[str, ...], Tensor]:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from resq_rl.perception.sampling import FrameSampler, zoomed
+from resq_rl.perception.training_batches import FrameSampler, zoomed
 from resq_rl.video import IGNORE, Clip
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import ndimage
 
-from resq_rl.perception.region_and_contour import contour, contour_accuracy, j_and_f, region_similarity
+from resq_rl.perception.mask_accuracy import contour, contour_accuracy, j_and_f, region_similarity
 from resq_rl.video import DavisVideo
 
 masks = arrays(np.uint8, st.tuples(st.integers(1, 3), st.just(11), st.just(14)), elements=st.integers(0, 1))
