@@ -1,9 +1,19 @@
-"""What README and docs show runs: blocks of Python as they stand, commands as far as their settings."""
+"""What README and docs show runs, and the figures in them are those of the files in docs/results.
 
+Blocks of Python run as they stand; commands, as far as their settings (test_shown_commands.py runs them).
+"""
+
+import importlib.util
+import json
 import re
 import subprocess
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+import gymnasium
+import numpy as np
 import pytest
 
 from resq_rl.experiments.cli.app import main
@@ -64,3 +74,128 @@ def test_links_stay_among_the_pages(page: Path) -> None:
     for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / link).resolve().is_relative_to(ROOT / "docs"), link
         assert (page.parent / link).is_file(), link
+
+
+# "+1.9% [-0.5, +11.4]": a value and, unless there is none, its interval.
+DELTA = re.compile(r"([-+][\d.]+)%(?:\*\*)?(?: \[([-+][\d.]+), ([-+][\d.]+)\])?")
+RIVALS = {
+    "Dynamic ResQ": "ppo_vs_dynamic_resq",
+    "searched thresholds": "ppo_vs_searched_thresholds",
+    "random search": "ppo_vs_random_search",
+    "frame magnitude": "ppo_vs_frame_magnitude",
+    "static ResQ": "ppo_vs_static_resq",
+}
+RESULT_PAGES = [page for page in SITE if page.name == "results.md" or page.parent.name == "results"]
+
+
+def tables(page: Path) -> Iterator[tuple[Path | None, list[str], list[str]]]:
+    """Every row of a page's tables: the file that the row or the text before it names, the titles, the cells."""
+    file, titles = None, None
+    for line in page.read_text("utf-8").splitlines():
+        named = [page.parent / name for name in re.findall(r"\]\(([\w/]+\.json)\)", line)]
+        if not line.startswith("|"):
+            file, titles = (named[-1] if named else file), None
+            continue
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if titles is None:
+            titles = cells
+        elif set(cells) != {"---"}:
+            yield (named[-1] if named else file), titles, cells
+
+
+@cache
+def comparison(file: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    return loaded
+
+
+def assert_delta(cell: str, file: Path, rival: str) -> None:
+    entry = comparison(file)["bd_bops"].get(rival)
+    found = DELTA.search(cell)
+    if entry is None or entry["value"] is None:
+        assert cell
+        assert found is None, (file.name, rival, cell)
+        return
+    assert found, (file.name, rival, cell)
+    shown = [None if number is None else float(number) for number in found.groups()]
+    interval = entry["ci95"] or [None, None]
+    expected = [None if number is None else round(number, 1) for number in (entry["value"], *interval)]
+    assert shown == expected, (file.name, rival, cell)
+
+
+@pytest.mark.parametrize("page", RESULT_PAGES, ids=lambda page: page.stem)
+def test_a_change_of_bops_shown_is_that_of_its_file(page: Path) -> None:
+    checked = 0
+    for file, titles, cells in tables(page):
+        if titles[0] == "PPO against":
+            assert file
+            assert_delta(cells[1], file, RIVALS[cells[0]])
+            checked += 1
+        elif "](" in cells[0] + cells[-1] and file:
+            for title, cell in zip(titles, cells, strict=True):
+                rival = next(
+                    (key for name, key in RIVALS.items() if title.startswith("PPO against") and name in title), ""
+                )
+                if rival:
+                    assert_delta(cell, file, rival)
+                    checked += 1
+    assert checked >= 2
+
+
+@pytest.mark.parametrize("page", [page for page in RESULT_PAGES if "| method |" in page.read_text("utf-8")], ids=str)
+def test_points_shown_are_those_of_their_file(page: Path) -> None:
+    for file, titles, cells in tables(page):
+        if titles[0] != "method":
+            continue
+        assert file
+        front = [p for points in comparison(file)["fronts"].values() for p in points]
+        shown = [float(cells[i].split()[0]) for i in (2, 4)]
+        points = [(p["bops"], p["accuracy"]) for p in front]
+        assert any(np.allclose(shown, point, rtol=0, atol=5.1e-4) for point in points), (file.name, cells)
+
+
+def test_changes_of_bops_in_the_readme_stand_among_the_results() -> None:
+    results = "".join(page.read_text("utf-8") for page in RESULT_PAGES)
+    shown = re.findall(r"(\d+\.\d)% ", (ROOT / "README.md").read_text("utf-8"))
+    assert len(shown) > 4
+    assert [number for number in shown if f"-{number}" not in results] == []
+
+
+def environment_pages() -> Any:
+    spec = importlib.util.spec_from_file_location("environment_pages", ROOT / "docs" / "environment_pages.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_observation_tables_give_every_number_of_every_environment_once() -> None:
+    sheets = environment_pages().data_sheets()
+    for name in (name for name in gymnasium.registry if name.startswith("resq_rl/")):
+        environment: Any = gymnasium.make(name).unwrapped
+        (sheet,) = [part for part in re.split(r"^## ", sheets, flags=re.MULTILINE) if part.startswith(name)]
+        assert str(environment.observation_space) in sheet
+        if same := re.search(r"The same as in \[(\S+)\]", sheet):
+            assert gymnasium.make(same[1]).get_wrapper_attr("feature_names") == environment.feature_names
+            continue
+        seen: dict[int, str] = {}
+        for place, feature, low, high, meaning in re.findall(
+            r"^\| ([^|]+) \| `(\w+)` \| (\S+) \| (\S+) \| (.+) \|$", sheet, re.MULTILINE
+        ):
+            assert (low, high) == ("0", "1")
+            assert len(meaning) > 10
+            step, first = (int(n) for n in re.fullmatch(r"(?:(\d+) r \+ )?(\d+)", place).groups(default="0"))  # type: ignore[union-attr]
+            count = int(re.search(r"from 0 to (\d+)\.", sheet)[1]) + 1 if step else 1  # type: ignore[index]
+            for index in range(first, first + count * max(step, 1), max(step, 1)):
+                assert seen.setdefault(index, feature) == feature
+        assert [seen[i] for i in range(len(seen))] == [f.partition("[")[0] for f in environment.feature_names]
+        assert environment.observation_space.shape == (len(seen),)
+
+
+def test_the_page_of_environments_takes_in_the_tables() -> None:
+    page = (ROOT / "docs" / "environments.md").read_text("utf-8")
+    built = environment_pages().on_page_markdown(page)
+    assert "| `keyframe_age` | 0 | 1 |" in built
+    assert "| default | meaning |" in built
+    assert f"hooks: [docs/{environment_pages().__name__}.py]" in (ROOT / "mkdocs.yml").read_text("utf-8")

@@ -73,7 +73,7 @@ SMALL_VIDEO = {
     "WarpedVideo": ["+video.source.frames=2", "video.train=1", "video.validation=1", "video.frames=2"],
     "CityscapesVideo": ["video.before=2", "video.size=[64,128]"],
 }
-REAL_DATA = ("selfie_", "camvid")
+REAL_DATA = ("selfie_", "_davis", "camvid")
 ALONE = {"evaluate": "Which policy?"}  # commands that running text names, and what they ask for when run like that
 
 
@@ -114,12 +114,25 @@ def test_the_tutorials_commands_shown_run_in_their_order(place: Path, capsys: py
             continue  # the whole demo
         date = next(place.glob("results/compare/*"), place).name
         assert run([word.replace("DATE", date) for word in words]) == 0, words
-        assert capsys.readouterr().err.splitlines()[-1].startswith("Next: "), words
+        printed = capsys.readouterr()
+        assert printed.err.splitlines()[-1].startswith("Next: "), words
+        _assert_ends_as_the_readme_shows(words[0], printed.out + printed.err)
         done.append(words[0])
     assert done == ["compare", "run", "export"]
     assert list(place.glob("results/compare/*/report.html"))
     assert list(place.glob("results/run/*/overlay.mp4"))
     assert list(place.glob("results/export/*/thresholds.json"))
+
+
+def _assert_ends_as_the_readme_shows(command: str, printed: str) -> None:
+    """The README's last lines below the command are printed, though with other numbers and dates."""
+    readme = (ROOT / "README.md").read_text("utf-8")
+    below = readme.split("make demo" if command == "compare" else f"resq-rl {command} policy=", 1)[1]
+    shown = below.split("```text\n", 1)[1].split("```", 1)[0].splitlines()
+    assert len(shown) == 2
+    for line in shown:
+        constant = re.split(r"DATE|[-+]\d.*", line)
+        assert re.search(r"\S+".join(map(re.escape, constant)), printed), (line, printed)
 
 
 class Foreground(nn.Module):
