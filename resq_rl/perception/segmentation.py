@@ -223,6 +223,17 @@ class Segmentation:
         edge[:, :-1] |= prediction[:, 1:] != prediction[:, :-1]
         return self.uncertainty(output), edge.float(), (prediction != 0).float()
 
+    def divergence(self, output: Float[Tensor, "b k h w"], teacher: Float[Tensor, "b k h w"]) -> Float[Tensor, " b"]:
+        """Kullback-Leibler divergence of the class probabilities from the float network's, averaged over the pixels."""
+        log_p, log_q = self._log_probabilities(teacher), self._log_probabilities(output)
+        return (log_p.exp() * (log_p - log_q)).sum(1).mean((1, 2))
+
+    def _log_probabilities(self, output: Float[Tensor, "b k h w"]) -> Float[Tensor, "b c h w"]:
+        if self.kind == "logits":
+            return output.log_softmax(1)
+        logit = output if self.kind == "logit" else torch.logit(output, eps=1e-6)
+        return torch.cat([F.logsigmoid(-logit), F.logsigmoid(logit)], 1)
+
     def overlay(self, frame: Float[Tensor, "3 h w"], prediction: UInt8[Tensor, "h w"]) -> Float[Tensor, "3 h w"]:
         """The frame in grey, tinted where the predicted class is not 0."""
         grey = frame.mean(0, keepdim=True).expand(3, -1, -1)

@@ -106,6 +106,8 @@ class Execution:
         self.rest = torch.nonzero(~refresh)[:, 0].to(device)
         self.rest_decision = decision.rows(self.rest) if len(self.key) and len(self.rest) else decision
         self.position = 0
+        rows = (decision.levels if isinstance(decision, LevelField) else decision.thresholds).shape[1]
+        self._by_layer = rows == len(plans) and rows > 1 + max(plan.group for plan in plans)
         self._costs: list[Tensor] = []
         self._carried: dict[tuple[int, Pair], tuple[Tensor | None, Tensor]] = {}
         self._rows: Tensor | None = None  # of thresholds in the residual tables
@@ -162,7 +164,7 @@ class Execution:
     ) -> tuple[Tensor, Float[Tensor, "b h w"]]:
         """Codes of the residual, and the cost of a multiply-accumulate by pixel (h = w = 1 for a linear layer)."""
         decision, site = self.rest_decision, plan.site
-        place = plan.group, site.map_size(x)
+        place = self.position if self._by_layer else plan.group, site.map_size(x)
         if place not in self._carried:
             self._carried[place] = self._carry(*place)
         tau, index = self._carried[place]

@@ -5,10 +5,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from resq_rl.errors import CalibrationError, NetworkError, SettingsError
+from resq_rl.errors import CalibrationError, NetworkError, PolicyError, SettingsError
 from resq_rl.quantization.graph.groups import layer_groups
 from resq_rl.quantization.graph.operators import ResidualOperator, Switch, laid_out
 from resq_rl.quantization.graph.tracing import Site, check_agreement, float_outputs, trace
@@ -21,6 +21,7 @@ from resq_rl.quantization.running.calibration import SiteRanges, SiteRecorder
 from resq_rl.quantization.running.checks import check_clips, check_decision, check_inputs
 from resq_rl.quantization.running.execution import Execution, SitePlan, check_order, plan_site
 from resq_rl.quantization.running.state import StreamState
+from resq_rl.quantization.running.unrolled import UnrolledExecution
 from resq_rl.quantization.specification.config import LayerKind, Part, QuantizationConfig, Reference
 from resq_rl.quantization.specification.fields import Field
 from resq_rl.quantization.specification.inputs import Inputs, as_tuple, float_frames
@@ -259,12 +260,54 @@ class ResQModel:
             raise CalibrationError("The model is not calibrated: call calibrate(clips) first.")
         given = as_tuple(inputs)
         check_inputs(given, self.input_shapes)
-        check_decision(decision, refresh, state, len(given[0]), len(self.groups), len(self.config.levels))
+        check_decision(
+            decision, refresh, state, len(given[0]), len(self.groups), len(self.sites), len(self.config.levels)
+        )
         execution = Execution(self._plans, self.config, self.kernels, state, refresh, decision)
         output = self._run(laid_out(given, self.layout), execution)
         cost = execution.finish()
         state.age = torch.where(refresh, 0, state.age + 1)
         return output, cost
+
+    def unrolled_step(
+        self,
+        inputs: Inputs,
+        state: StreamState,
+        log_tau: Float[Tensor, "b s"],
+        kappa: tuple[float, ...],
+        *,
+        sharpness: float = 3.0,
+        smooth: bool = False,
+    ) -> tuple[Any, Float[Tensor, " b"]]:
+        """Run one residual frame of every clip with gradients to its thresholds (`UnrolledExecution`).
+
+        Output and cost equal those of `step` but for rounding of float32 sums; with `smooth`, gates are smooth in the
+        forward pass too.
+
+        Args:
+            inputs: one frame per clip, in 0..1, with what else the network takes.
+            state: after a keyframe; changed in place. `StreamState.detach` ends the reach of gradients.
+            log_tau: logarithm of the threshold of each clip and operator call (site).
+            kappa: multipliers of the thresholds by level.
+            sharpness: slope of a gate over the logarithm of the magnitude in the backward pass.
+
+        Returns:
+            The network's output, and BOPs by clip.
+
+        Raises:
+            CalibrationError: `calibrate` was not called.
+            PolicyError: there was no keyframe yet.
+        """
+        if not self.ranges:
+            raise CalibrationError("The model is not calibrated: call calibrate(clips) first.")
+        if not state.inputs:
+            raise PolicyError("The first frame of a clip must be a keyframe: call step() with refresh for it.")
+        execution = UnrolledExecution(self._plans, state, log_tau, kappa, sharpness, smooth=smooth)
+        with torch.enable_grad():
+            output = self._run(laid_out(as_tuple(inputs), self.layout), execution)
+            bops = torch.stack(execution.bops).sum(0)
+        state.age = state.age + 1
+        return output, bops
 
     # Cost ------------------------------------------------------------------------------------------------------------
 
