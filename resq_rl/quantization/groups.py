@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,12 +15,12 @@ __all__ = ["layer_groups"]
 MOST_GROUPS = 8
 
 
-def layer_groups(sites: list[Site], setting: str | Mapping[str, Sequence[str]]) -> tuple[tuple[str, ...], Tensor]:
+def layer_groups(
+    sites: list[Site], setting: Literal["auto"] | Mapping[str, str | Sequence[str]]
+) -> tuple[tuple[str, ...], Tensor]:
     """Names of the layer groups, and the group index of each site."""
     if isinstance(setting, Mapping):
         return _given_groups(sites, setting)
-    if setting != "auto":
-        raise SettingsError(f"groups is 'auto' or a mapping of names to layer patterns, got {setting!r}.")
     tops = [s.operator.name.split(".")[0] for s in sites]
     names = list(dict.fromkeys(tops))
     if 2 <= len(names) <= MOST_GROUPS:
@@ -27,7 +28,7 @@ def layer_groups(sites: list[Site], setting: str | Mapping[str, Sequence[str]]) 
     return _groups_by_resolution(sites)
 
 
-def _given_groups(sites: list[Site], setting: Mapping[str, Sequence[str]]) -> tuple[tuple[str, ...], Tensor]:
+def _given_groups(sites: list[Site], setting: Mapping[str, str | Sequence[str]]) -> tuple[tuple[str, ...], Tensor]:
     patterns = [[p] if isinstance(p, str) else list(p) for p in setting.values()]
     index = []
     for site in sites:

@@ -10,23 +10,15 @@ nothing. cost is the convention: w * a, max(w, a)^2, or the product with both wi
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from resq_rl.errors import SettingsError
-
-__all__ = ["BopsConvention", "FrameCost", "bit_cost", "check_convention"]
+__all__ = ["BopsConvention", "FrameCost", "bit_cost"]
 
 BopsConvention = Literal["clipped", "max", "product"]
 CLIPPED_MINIMUM_BITS = 4
-
-
-def check_convention(name: str) -> None:
-    """Raise SettingsError unless `name` is a BOPs convention."""
-    if name not in get_args(BopsConvention):
-        raise SettingsError(f"bops_convention is one of {', '.join(get_args(BopsConvention))}, got {name!r}.")
 
 
 def bit_cost(weight_bits: int, activation_bits: int, convention: BopsConvention = "product") -> int:

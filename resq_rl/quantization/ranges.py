@@ -8,16 +8,16 @@ Three estimators choose the range [low, high] that a quantizer covers, separatel
 """
 
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from resq_rl.errors import CalibrationError, SettingsError
+from resq_rl.errors import CalibrationError
 from resq_rl.quantization.quantizer import AffineQuantizer, symmetric_limit
 
-__all__ = ["RangeEstimator", "affine_quantizer", "check_estimator", "symmetric_step"]
+__all__ = ["RangeEstimator", "affine_quantizer", "symmetric_step"]
 
 RangeEstimator = Literal["least_squares", "min_max", "percentile"]
 
@@ -28,12 +28,6 @@ _SMALLEST_RANGE = 1e-8
 _AT_ONCE = 1_000_000
 # From so many samples for each code on, sorting them is faster than quantizing them with every candidate.
 _MANY = 2
-
-
-def check_estimator(name: str) -> None:
-    """Raise SettingsError unless `name` is a range estimator."""
-    if name not in get_args(RangeEstimator):
-        raise SettingsError(f"range_estimator is one of {', '.join(sorted(get_args(RangeEstimator)))}, got {name!r}.")
 
 
 def symmetric_step(samples: Float[Tensor, "rows n"], bits: int, estimator: RangeEstimator) -> Float[Tensor, " rows"]:

@@ -11,13 +11,12 @@ best step for the codes.
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from resq_rl.errors import SettingsError
 from resq_rl.quantization.operators import ResidualOperator
 from resq_rl.quantization.quantizer import symmetric_limit
 from resq_rl.quantization.ranges import RangeEstimator, symmetric_step
@@ -28,7 +27,6 @@ __all__ = [
     "IntegerWeight",
     "Part",
     "WeightRounding",
-    "check_rounding",
     "integer_weight",
     "positions_of",
     "second_moment",
@@ -57,12 +55,6 @@ class IntegerWeight:
 
     codes: Tensor
     scale: Tensor
-
-
-def check_rounding(name: str) -> None:
-    """Raise SettingsError unless `name` is a way to round weights."""
-    if name not in get_args(WeightRounding):
-        raise SettingsError(f"weight_rounding is one of {', '.join(get_args(WeightRounding))}, got {name!r}.")
 
 
 def integer_weight(

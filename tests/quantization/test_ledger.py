@@ -1,9 +1,6 @@
-import pytest
 import torch
 
-from resq_rl.errors import SettingsError
 from resq_rl.quantization import FrameCost, bit_cost
-from resq_rl.quantization.ledger import check_convention
 
 
 def test_all_pairs_of_widths() -> None:
@@ -22,11 +19,6 @@ def test_all_pairs_of_widths() -> None:
         assert bit_cost(weight, activation) == product
         assert bit_cost(weight, activation, "max") == largest
         assert bit_cost(weight, activation, "clipped") == clipped
-
-
-def test_an_unknown_convention_is_named_with_the_known_ones() -> None:
-    with pytest.raises(SettingsError, match="clipped, max, product, got 'sum'"):
-        check_convention("sum")
 
 
 def test_sums_of_a_cost() -> None:

@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from resq_rl.errors import CalibrationError, SettingsError
+from resq_rl.errors import CalibrationError
 from resq_rl.quantization import RangeEstimator, SymmetricQuantizer
-from resq_rl.quantization.ranges import affine_quantizer, check_estimator, symmetric_step
+from resq_rl.quantization.ranges import affine_quantizer, symmetric_step
 from tests.quantization.strategies import samples, seeds
 
 ESTIMATORS: tuple[RangeEstimator, ...] = ("least_squares", "min_max", "percentile")
@@ -109,8 +109,3 @@ def test_no_samples() -> None:
         symmetric_step(torch.zeros(1, 0), 8, "min_max")
     with pytest.raises(CalibrationError, match="No samples"):
         affine_quantizer(torch.zeros(0), 8, "min_max")
-
-
-def test_an_unknown_estimator_is_named_with_the_known_ones() -> None:
-    with pytest.raises(SettingsError, match="least_squares, min_max, percentile, got 'mse'"):
-        check_estimator("mse")

@@ -38,7 +38,6 @@ from resq_rl.experiments.bench.timing import REFERENCE, alternate, shown, step_j
 from resq_rl.experiments.config.settings import Settings
 from resq_rl.experiments.results.comparison import write_summary
 from resq_rl.experiments.runs.progress import stage
-from resq_rl.experiments.study.training import ppo_settings
 from resq_rl.experiments.study.world import World, build_world
 from resq_rl.experiments.tracking.tracker import Tracker
 from resq_rl.policies.ordinal import OrdinalPolicy
@@ -125,7 +124,7 @@ def _jobs(world: World, batch: int) -> dict[str, Callable[[], int]]:
 def _environment(world: World) -> dict[str, Any]:
     """Collecting a rollout with region agents under stable-baselines3, per frame."""
     environment = AgentsVecEnv(_agents(world))
-    settings = ppo_settings(world.settings)
+    settings = world.settings.training.ppo()
     model = untrained(environment, settings, seed=0)
     _, callback = model._setup_learn(settings.n_steps * environment.num_envs, ConvertCallback(lambda *_: True))
     forward = _jobs(world, environment.core.clips)[REFERENCE]
@@ -153,7 +152,7 @@ def _training(world: World, tracker: Tracker) -> dict[str, Any]:
     core = _agents(world)
     rollouts = TRAINING_ROLLOUTS * world.settings.training.n_steps * core.clips
     store = core.simulator.store
-    settings = replace(ppo_settings(world.settings), frames=rollouts * store.frames // (store.frames - len(store)) + 1)
+    settings = world.settings.training.ppo(frames=rollouts * store.frames // (store.frames - len(store)) + 1)
     spent: dict[str, float] = {}
     methods = {
         "network and quantization": (core.simulator.model, "step"),

@@ -28,7 +28,7 @@ from resq_rl.experiments.runs.progress import Advance, stage
 from resq_rl.experiments.study.measured import Measured
 from resq_rl.perception import Task, clip_inputs, example_inputs
 from resq_rl.policies import Responses
-from resq_rl.quantization import Inputs, QuantizationConfig, ResQModel, choose_residual_weight_bits
+from resq_rl.quantization import Inputs, ResQModel, choose_residual_weight_bits
 from resq_rl.video import Clip, Split
 
 __all__ = ["World", "build_world", "prepare_clips", "read_clips"]
@@ -85,7 +85,7 @@ class World:
 
     def measure_per_frame(self, policy: Policy, bits: int, split: Split) -> Measurement:
         """Run a policy on the network quantized to `bits`-bit weights and activations; BOPs still in units of W8A8."""
-        config = _config(self.settings, key_weight_bits=bits, key_activation_bits=bits)
+        config = self.settings.quantization.config(key_weight_bits=bits, key_activation_bits=bits)
         example = example_inputs(self.task, self.stores[split].clips[0])
         model = ResQModel(self.network, example, config).calibrate(self.calibration)
         return self._measure(model, policy, split, None)
@@ -169,7 +169,7 @@ def build_world(settings: Settings, splits: Sequence[Split], measured: Path | No
     if not isinstance(task, Task):
         raise SettingsError(f"Setting 'task' must make a resq_rl.perception.Task, got {type(task).__name__}.")
     clips = read_clips(video, ["train", *splits])
-    model = ResQModel(network, example_inputs(task, clips["train"][0]), _config(settings))
+    model = ResQModel(network, example_inputs(task, clips["train"][0]), settings.quantization.config())
     few = clips["train"][: settings.quantization.calibration_clips]
     calibration = tuple(clip_inputs(model.float_forward, task, clip) for clip in few)
     model = _calibrated(settings, model, calibration)
@@ -222,19 +222,3 @@ def _calibrated(settings: Settings, model: ResQModel, clips: Sequence[Inputs]) -
             bits = choose_residual_weight_bits(model, clips[:4], tolerance=settings.quantization.weight_tolerance)
             log.info("residual weight bits: %s", ", ".join(f"{k} {b}" for k, b in sorted(bits.items())))
     return model
-
-
-def _config(settings: Settings, **changes: Any) -> QuantizationConfig:
-    quantization = settings.quantization
-    bits = quantization.residual_weight_bits
-    values: dict[str, Any] = {
-        "key_weight_bits": quantization.key_weight_bits,
-        "key_activation_bits": quantization.key_activation_bits,
-        "levels": quantization.levels,
-        "residual_weight_bits": 8 if bits == "auto" else bits,
-        "weight_rounding": quantization.weight_rounding,
-        "range_estimator": quantization.range_estimator,
-        "bops_convention": quantization.bops_convention,
-        "groups": quantization.groups,
-    }
-    return QuantizationConfig(**(values | changes))
