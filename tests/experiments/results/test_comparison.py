@@ -223,7 +223,7 @@ def test_figure_tells_methods_apart_and_shows_the_float_accuracy(comparison: Com
     (axes,) = plot_fronts(comparison).axes
     legend = axes.get_legend()
     assert legend is not None
-    assert {text.get_text() for text in legend.get_texts()} == {"float network", "per-frame", "Dynamic ResQ", "PPO"}
+    assert [t.get_text() for t in legend.get_texts()] == ["per-frame", "Dynamic ResQ", "PPO", "float network"]
     marks = [c for c in axes.collections if isinstance(c, PathCollection)]
     assert len({np.asarray(c.get_facecolor()).tobytes() for c in marks}) == 3
     assert len({np.asarray(c.get_paths()[0].vertices).tobytes() for c in marks}) == 3
