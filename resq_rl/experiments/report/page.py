@@ -137,13 +137,13 @@ def _front_charts(comparison: Comparison, tips: Mapping[str, str]) -> list[str]:
         for number, (method, points) in enumerate(comparison.fronts.items())
     }
     every = [point for points in comparison.fronts.values() for point in points]
-    near = [point for point in every if comparison.float_accuracy - point.accuracy <= NEAR]
+    far = sum(comparison.float_accuracy - point.accuracy > NEAR for point in every)
     charts = []
     for within, label in ((NEAR, "near the float network"), (float("inf"), "all points")):
         figure = plot_fronts(comparison, within=within, links=links)
         figure.set_size_inches(CHART_INCHES)
         charts.append(inline_svg(figure, f"{comparison.accuracy_metric} against BOPs per frame, {label}", tips))
-    return charts if 0 < len(near) < len(every) else charts[1:]
+    return charts if 0 < far < len(every) else charts[1:]
 
 
 def inline_svg(figure: Figure, label: str, tips: Mapping[str, str] | None = None) -> str:
@@ -161,7 +161,9 @@ def inline_svg(figure: Figure, label: str, tips: Mapping[str, str] | None = None
     text = buffer.getvalue().decode()
     text = re.sub(r' (xmlns(:\w+)?|width|height)="[^"]*"', "", text[text.index("<svg") :], count=4)
     text = re.sub(r' id="[\w.]+_\d+"', "", text)  # names of parts, the same in every figure
-    text = text.replace("xlink:href", "href").replace("#000000", "var(--ink)").replace("#ffffff", "var(--paper)")
+    text = text.replace(' xlink:href="#', ' href="#')
+    for colour, own in (("#000000", "var(--ink)"), ("#ffffff", "var(--paper)")):
+        text = re.sub(rf"\b(fill|stroke): {colour}", rf"\1: {own}", text)
     for name, tip in (tips or {}).items():
         link = f'<a href="#{name}"><title>{escape(tip)}</title>'
         text = text.replace(f'<a href="#{name}" target="_blank">', link)

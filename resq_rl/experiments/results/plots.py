@@ -49,7 +49,9 @@ def plot_fronts(
         known = [
             (point, address)
             for point, address in zip(points, addresses, strict=True)
-            if comparison.float_accuracy - point.accuracy <= within and math.isfinite(point.accuracy) and point.bops > 0
+            if math.isfinite(point.accuracy)
+            and point.bops > 0
+            and not comparison.float_accuracy - point.accuracy > within
         ]
         if known:
             _draw_front(axes, method_of(method), [point for point, _ in known], [address for _, address in known])
