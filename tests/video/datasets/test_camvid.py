@@ -87,9 +87,7 @@ def test_overlapping_splits_are_refused(tree: Path) -> None:
 def test_missing_things_are_named(tree: Path, tmp_path: Path, unchecked_types: None) -> None:
     with pytest.raises(VideoError, match=r"No CamVid dataset at .*: looked for test, train, val, found camvid in"):
         CamVidVideo(tmp_path)
-    with pytest.raises(
-        VideoError, match=r"CamVidVideo has no split test .*: found train, validation. .*FOLDERannot"
-    ):
+    with pytest.raises(VideoError, match=r"CamVidVideo has no split test .*: found train, validation. .*FOLDERannot"):
         CamVidVideo(tree).clips("test")
     with pytest.raises(VideoError, match=r"looked for valid, validannot, found train, trainannot, val, valannot"):
         CamVidVideo(tree, {"test": ["valid"]})
