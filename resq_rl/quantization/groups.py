@@ -28,7 +28,7 @@ def layer_groups(sites: list[Site], setting: str | Mapping[str, Sequence[str]]) 
 
 
 def _top_children(names: list[list[str]]) -> list[str]:
-    """The child of the network that each layer lies in; where one child holds all layers, as in a wrapper, its child."""
+    """The child of the network that each layer lies in; where one child holds all layers, its own child."""
     while len({name[0] for name in names}) == 1 and min(map(len, names)) > 1:
         names = [name[1:] for name in names]
     return [name[0] for name in names]
