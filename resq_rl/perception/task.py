@@ -137,6 +137,19 @@ class PretrainSettings(Checked):
     validate_every: Count = 500
     seed: NotNegative = 0
 
+    def refuse_unused(self, what: str, *names: str) -> None:
+        """Refuse settings that have no effect on training for some kind of task, unless they have their defaults.
+
+        Raises:
+            SettingsError: a setting in `names` was changed.
+        """
+        for name in names:
+            value, default = getattr(self, name), getattr(PretrainSettings, name)
+            if value != default:
+                raise SettingsError(
+                    f"Pretraining: {name} has no effect on a task of {what}, got {value}. Leave it at {default}."
+                )
+
 
 @runtime_checkable
 class Trainable(Task, Protocol):
