@@ -21,10 +21,9 @@ from resq_rl.envs.sb3 import AgentsVecEnv
 from resq_rl.perception import Segmentation, compact_ddrnet
 from resq_rl.policies.ppo import PPOSettings, deployed, untrained
 from resq_rl.quantization import QuantizationConfig, ResQModel, ThresholdField, to_float
-from resq_rl.quantization.execution import Execution
-from resq_rl.quantization.kernels import PLAIN, Kernels
-from resq_rl.quantization.native import native
-from resq_rl.quantization.operators import Geometry
+from resq_rl.quantization.graph.operators import Geometry
+from resq_rl.quantization.kernels import PLAIN, Kernels, native
+from resq_rl.quantization.running.execution import Execution
 from resq_rl.video import GeneratedVideo
 
 CLIPS, FRAMES, GRID, SLOTS = 32, 8, (6, 10), 1024

@@ -1,8 +1,8 @@
-"""Environments over a batched simulator of ResQ-quantized perception."""
+"""Environments over streams of clips that a ResQ-quantized network runs."""
 
-from resq_rl.envs.actions import DEFAULT_THRESHOLDS, ActionKind, ActionScheme, Agents
+from resq_rl.envs.actions import ACTIONS, DEFAULT_THRESHOLDS, Action, ActionKind, ActionScheme, Agents
 from resq_rl.envs.batched import BatchedEnvironment, EpisodeSettings, Transition
-from resq_rl.envs.clips import AccuracySource, ClipStore, ErrorWeighting
+from resq_rl.envs.engine import Conditions, Decision, Engine, FrameInputs, FrameResult, NetworkEngine
 from resq_rl.envs.environments import (
     FrameBits,
     FrameLevel,
@@ -10,50 +10,57 @@ from resq_rl.envs.environments import (
     RegionThresholds,
     ResQEnv,
     ResQVectorEnv,
-    default_world,
+    default_problem,
     register,
 )
-from resq_rl.envs.measure import FrameView, Measurement, Policy, Trace, frames_of, measure, trace
+from resq_rl.envs.measure import Measurement, Trace, measure, trace
 from resq_rl.envs.observation import FRAME_FEATURES, Observation, region_features
-from resq_rl.envs.simulator import Decision, FrameResult, Simulator
-from resq_rl.envs.table import ResponseTable, TableSimulator, respond
-from resq_rl.envs.table_cache import TableCache
+from resq_rl.envs.problem import AccuracySource, ErrorWeighting, Problem
+from resq_rl.envs.streams import FrameView, Policy, StreamResult, Streams
+from resq_rl.envs.table import ResponseTable, TableEngine, respond
+from resq_rl.envs.table_cache import tabulate
 
 __all__ = [
+    "ACTIONS",
     "DEFAULT_THRESHOLDS",
     "FRAME_FEATURES",
     "AccuracySource",
+    "Action",
     "ActionKind",
     "ActionScheme",
     "Agents",
     "BatchedEnvironment",
-    "ClipStore",
+    "Conditions",
     "Decision",
+    "Engine",
     "EpisodeSettings",
     "ErrorWeighting",
     "FrameBits",
+    "FrameInputs",
     "FrameLevel",
     "FrameResult",
     "FrameView",
     "Measurement",
+    "NetworkEngine",
     "Observation",
     "Policy",
+    "Problem",
     "RegionBits",
     "RegionThresholds",
     "ResQEnv",
     "ResQVectorEnv",
     "ResponseTable",
-    "Simulator",
-    "TableCache",
-    "TableSimulator",
+    "StreamResult",
+    "Streams",
+    "TableEngine",
     "Trace",
     "Transition",
-    "default_world",
-    "frames_of",
+    "default_problem",
     "measure",
     "region_features",
     "register",
     "respond",
+    "tabulate",
     "trace",
 ]
 

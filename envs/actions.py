@@ -1,22 +1,26 @@
-"""How numbers chosen by an agent become a decision, and which view of the observation the agent gets."""
+"""How numbers chosen by an agent become a decision, and which view of the observation the agent gets.
 
-from collections.abc import Sequence
+An action is composed of a scope, the frame or each region, and a choice, a level, a threshold or nothing but the
+keyframe.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from resq_rl.envs.engine import Decision
 from resq_rl.envs.observation import FRAME_FEATURES, Observation, region_features
-from resq_rl.envs.simulator import Decision
 from resq_rl.errors import PolicyError, SettingsError
 from resq_rl.quantization import DEFAULT_KAPPA, Field, LevelField, ThresholdField
 
-__all__ = ["DEFAULT_THRESHOLDS", "ActionKind", "ActionScheme", "Agents"]
+__all__ = ["ACTIONS", "DEFAULT_THRESHOLDS", "Action", "ActionKind", "ActionScheme", "Agents"]
 
 ActionKind = Literal["frame_bits", "frame_level", "keyframe", "region_bits", "region_thresholds"]
 Agents = Literal["frame", "region"]
@@ -26,13 +30,38 @@ DEFAULT_THRESHOLDS = (0.1, 0.2, 0.3, 0.45, 0.7, 1.0, 1.4, 1.9, 2.8, 4.0, 8.0, 10
 
 
 @dataclass(frozen=True)
+class Action:
+    """What one kind of action decides.
+
+    Attributes:
+        scope: "frame", one choice for the whole frame, or "region", one for each region.
+        choice: "level", "threshold" (from which levels follow per pixel), or "keyframe" (whether to run one, and
+            nothing else).
+        by_group: whether each layer group has a choice of its own; None where the scheme says so.
+    """
+
+    scope: Literal["frame", "region"]
+    choice: Literal["level", "threshold", "keyframe"]
+    by_group: bool | None = None
+
+
+ACTIONS: Final[Mapping[ActionKind, Action]] = {
+    "frame_bits": Action("frame", "level", by_group=True),
+    "frame_level": Action("frame", "level", by_group=False),
+    "keyframe": Action("frame", "keyframe"),
+    "region_bits": Action("region", "level"),
+    "region_thresholds": Action("region", "threshold"),
+}
+
+
+@dataclass(frozen=True)
 class ActionScheme:
     """The discrete actions of one agent.
 
     Attributes:
-        kind: "frame_bits" (a level per layer group), "frame_level" (one level for all of them), "keyframe" (keyframe or
-            not, and nothing else), "region_bits" (a level per region) or "region_thresholds" (a threshold index per
-            region, from which levels follow per pixel).
+        kind: one of `ACTIONS`: "frame_bits" (a level per layer group), "frame_level" (one level for all of them),
+            "keyframe" (keyframe or not, and nothing else), "region_bits" (a level per region) or "region_thresholds" (a
+            threshold index per region, from which levels follow per pixel).
         agents: "frame", one agent decides for the whole frame and for the keyframe; or "region", every region is an
             agent that decides for itself, and keyframes come from elsewhere.
         groups, grid, levels: layer groups, regions (rows, columns) and number of levels of the model.
@@ -53,12 +82,12 @@ class ActionScheme:
     ignored: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(ActionKind) or self.agents not in get_args(Agents):
+        if self.kind not in ACTIONS or self.agents not in get_args(Agents):
             raise SettingsError(
-                f"Unknown action kind {self.kind!r} or agents {self.agents!r}: kinds are {get_args(ActionKind)}, "
+                f"Unknown action kind {self.kind!r} or agents {self.agents!r}: kinds are {tuple(ACTIONS)}, "
                 f"agents {get_args(Agents)}."
             )
-        if self._whole_frame and self.agents == "region":
+        if self.action.scope == "frame" and self.agents == "region":
             raise SettingsError(f"{self.kind} decides for the whole frame: use agents='frame', or a region action.")
         if list(self.thresholds) != sorted(self.thresholds) or min(self.thresholds, default=-1) <= 0:
             raise SettingsError(f"thresholds must be positive and ascending, got {list(self.thresholds)}.")
@@ -70,8 +99,24 @@ class ActionScheme:
                 )
 
     @property
-    def _whole_frame(self) -> bool:
-        return self.kind in ("frame_bits", "frame_level", "keyframe")
+    def action(self) -> Action:
+        """Scope and choice of the actions."""
+        return ACTIONS[self.kind]
+
+    @property
+    def by_threshold(self) -> bool:
+        """Whether agents choose thresholds; else they choose levels, or keyframes alone."""
+        return self.action.choice == "threshold"
+
+    @property
+    def values(self) -> tuple[float, ...] | range:
+        """The thresholds or levels behind the indices of a choice."""
+        return self.thresholds if self.by_threshold else range(self.levels)
+
+    @property
+    def choices(self) -> int:
+        """Number of values of each decision: thresholds or levels."""
+        return len(self.values)
 
     @property
     def regions(self) -> int:
@@ -84,18 +129,22 @@ class ActionScheme:
         return self.regions if self.agents == "region" else 1
 
     @property
-    def choices(self) -> int:
-        """Number of values of each decision: thresholds or levels."""
-        return len(self.thresholds) if self.kind == "region_thresholds" else self.levels
+    def _places(self) -> tuple[int, int]:
+        """Rows and columns of places in a frame with a choice of their own."""
+        return (1, 1) if self.action.scope == "frame" else self.grid
+
+    @property
+    def _choices_per_place(self) -> int:
+        if self.action.choice == "keyframe":
+            return 0
+        by_group = self.by_group if self.action.by_group is None else self.action.by_group
+        return self.groups if by_group else 1
 
     @property
     def nvec(self) -> tuple[int, ...]:
         """Sizes of the multi-discrete action; for a frame agent the last of 2 is the keyframe decision."""
-        per_region = self.groups if self.by_group else 1
-        if self.agents == "region":
-            return (self.choices,) * per_region
-        count = {"frame_bits": self.groups, "frame_level": 1, "keyframe": 0}.get(self.kind, self.regions * per_region)
-        return (*(self.choices,) * count, 2)
+        places = self._places[0] * self._places[1] // self.agents_per_clip
+        return (self.choices,) * (places * self._choices_per_place) + ((2,) if self.agents == "frame" else ())
 
     @property
     def observation_size(self) -> int:
@@ -108,22 +157,17 @@ class ActionScheme:
         region = region_features(self.groups)
         if self.agents == "region":
             return region + FRAME_FEATURES
-        if self._whole_frame:
+        if self.action.scope == "frame":
             return (*(f"mean_{n}" for n in region), *(f"max_{n}" for n in region), *FRAME_FEATURES)
         cells = [(r, c) for r in range(self.grid[0]) for c in range(self.grid[1])]
         return (*(f"{n}[{r},{c}]" for r, c in cells for n in region), *FRAME_FEATURES)
 
-    def observe(self, observation: Observation) -> Float[np.ndarray, "agents n"]:
+    def observe(self, observation: Observation) -> Float[Tensor, "agents n"]:
         """Each agent's view, clip by clip and region by region."""
-        array: np.ndarray = self.view(observation).numpy()
-        return array
-
-    def view(self, observation: Observation) -> Float[Tensor, "agents n"]:
-        """`observe` as a tensor."""
         if self.agents == "region":
             view = observation.per_region().flatten(0, 2)
         else:
-            view = observation.per_frame() if self._whole_frame else observation.whole()
+            view = observation.per_frame() if self.action.scope == "frame" else observation.whole()
         return view * self._seen if self.ignored else view
 
     @cached_property
@@ -139,12 +183,7 @@ class ActionScheme:
         due: Bool[Tensor, " b"] | None = None,
         field: Field | None = None,
     ) -> Decision:
-        """The decision that the agents' actions make together.
-
-        Args:
-            actions: one row per agent, in the order of `observe`.
-            due: for region agents, which clips are due a keyframe.
-            field: for "keyframe", how the frames run that are none.
+        """`decision` for actions from outside, which are checked.
 
         Raises:
             PolicyError: the actions have another shape or are out of range, or "keyframe" is given no field.
@@ -156,25 +195,28 @@ class ActionScheme:
     def decision(
         self, chosen: Int[Tensor, "agents k"], due: Bool[Tensor, " b"] | None = None, field: Field | None = None
     ) -> Decision:
-        """`decide` for actions that are known to be valid."""
-        if self.kind == "keyframe":
-            if field is None:
-                raise PolicyError(
-                    "Actions of kind 'keyframe' choose no bits: give decide() the field of another policy."
-                )
-            return Decision(chosen[:, -1] == 1, field)
-        if self.agents == "region":
-            clips = len(chosen) // self.regions
-            table = chosen.view(clips, *self.grid, -1).permute(0, 3, 1, 2)
-            refresh = torch.zeros(clips, dtype=torch.bool) if due is None else due
+        """The decision that the agents' actions make together.
+
+        Args:
+            chosen: one row of indices per agent, in the order of `observe`.
+            due: for region agents, which clips are due a keyframe.
+            field: for "keyframe", how the other frames run.
+
+        Raises:
+            PolicyError: "keyframe" is given no field.
+        """
+        clips = len(chosen) // self.agents_per_clip
+        if self.agents == "frame":
+            refresh, chosen = chosen[:, -1] == 1, chosen[:, :-1]
         else:
-            clips, refresh, table = len(chosen), chosen[:, -1] == 1, chosen[:, :-1]
-            if self._whole_frame:
-                table = table[:, :, None, None]
-            else:
-                table = table.view(clips, *self.grid, -1).permute(0, 3, 1, 2)
+            refresh = torch.zeros(clips, dtype=torch.bool) if due is None else due
+        if self.action.choice == "keyframe":
+            if field is None:
+                raise PolicyError("Actions of kind 'keyframe' choose no bits: give the field of another policy.")
+            return Decision(refresh, field)
+        table = chosen.reshape(clips, *self._places, self._choices_per_place).permute(0, 3, 1, 2)
         table = table.expand(-1, self.groups, -1, -1).long()
-        if self.kind == "region_thresholds":
+        if self.by_threshold:
             return Decision(refresh, ThresholdField(torch.tensor(self.thresholds)[table], self.kappa))
         return Decision(refresh, LevelField(table))
 
@@ -200,12 +242,8 @@ class ActionScheme:
         per_group = [int(c) for c in choice] if isinstance(choice, Sequence) else [int(choice)] * self.groups
         if len(per_group) != self.groups:
             raise PolicyError(f"One choice, or one for each of {self.groups} layer groups, is needed, got {per_group}.")
-        if self.agents == "region":
-            values = per_group if self.by_group else per_group[:1]
-        elif self._whole_frame:
-            values = [*per_group[: len(self.nvec) - 1], 0]
-        else:
-            values = [*(per_group if self.by_group else per_group[:1]) * self.regions, 0]
+        places = self._places[0] * self._places[1] // self.agents_per_clip
+        values = per_group[: self._choices_per_place] * places + ([0] if self.agents == "frame" else [])
         return np.array(values, dtype=np.int64)
 
 

@@ -1,4 +1,4 @@
-"""Many agents over one simulator: the core that every face of the environments shares."""
+"""Agents over streams of clips: the core that every face of the environments shares."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from resq_rl.envs.actions import ActionScheme
-from resq_rl.envs.measure import FrameView, Policy
-from resq_rl.envs.simulator import FrameResult, Simulator
+from resq_rl.envs.streams import Policy, StreamResult, Streams
 from resq_rl.errors import SettingsError, VideoError
 
 __all__ = ["BatchedEnvironment", "EpisodeSettings", "Transition"]
@@ -27,8 +26,8 @@ class EpisodeSettings:
         intervals: keyframe intervals, one of which is drawn for every clip; used by region agents only (0: no keyframe
             but the first).
         reward_scale: factor on the rewards.
-        relative: rewards for learning: the float network's error is taken off the error. Which action is best stays,
-            but what no action can mend is no longer noise.
+        relative: subtract the float network's error from the error as a baseline: the best action stays the same, and
+            the variance of the rewards falls.
         frame_share: share of the frame's reward in a region agent's; the rest is its own region's.
         shuffle: whether clips come in random order; otherwise in turn.
     """
@@ -75,19 +74,19 @@ class Transition:
     rewards: Float[np.ndarray, " agents"]
     truncated: Bool[np.ndarray, " agents"]
     final_observations: Float[np.ndarray, "agents n"] | None
-    result: FrameResult
+    result: StreamResult
     frame_rewards: Float[np.ndarray, " b"]
     trade_off: Float[np.ndarray, " b"]
 
 
 class BatchedEnvironment:
-    """Clips stream through the simulator's slots; a clip that ends is followed at once by the next.
+    """Agents that act on every clip of some streams; a clip that ends is followed at once by the next.
 
     Every slot draws from a generator of its own, so slot i of a batch seeded s behaves like a batch of one seeded s +
     i.
 
     Args:
-        simulator: the simulator; its `trade_off_range` must be the episodes'.
+        streams: the clips that step together; their `trade_off_range` must be the episodes'.
         scheme: actions and observations of the agents.
         episodes: what is drawn for each episode.
         autoreset: whether a clip that ends is followed by the next in the same step.
@@ -101,42 +100,42 @@ class BatchedEnvironment:
 
     def __init__(
         self,
-        simulator: Simulator,
+        streams: Streams,
         scheme: ActionScheme,
         episodes: EpisodeSettings,
         *,
         autoreset: bool = True,
         fields: Policy | None = None,
     ) -> None:
-        if scheme.groups != simulator.groups or scheme.grid != simulator.grid:
+        if scheme.groups != streams.problem.groups or scheme.grid != streams.problem.grid:
             raise SettingsError(
-                f"The actions are for {scheme.groups} groups and grid {scheme.grid}, the simulator has "
-                f"{simulator.groups} and {simulator.grid}."
+                f"The actions are for {scheme.groups} groups and grid {scheme.grid}, the problem has "
+                f"{streams.problem.groups} and {streams.problem.grid}."
             )
-        if simulator.trade_off_range != episodes.trade_off_range:
+        if streams.trade_off_range != episodes.trade_off_range:
             raise SettingsError(
-                f"Episodes draw lambda from {episodes.trade_off_range}, but the simulator's observations place it in "
-                f"{simulator.trade_off_range}: give both one range."
+                f"Episodes draw lambda from {episodes.trade_off_range}, but the streams' observations place it in "
+                f"{streams.trade_off_range}: give both one range."
             )
-        _check_fields(scheme, fields, simulator)
-        short = [clip.name for clip in simulator.store.clips if len(clip) < 2]
+        _check_fields(scheme, fields, streams)
+        short = [clip.name for clip in streams.problem.clips if len(clip) < 2]
         if short:
             raise VideoError(
                 f"An episode needs clips of 2 frames or more (the first is a forced keyframe), got one frame in "
-                f"{', '.join(short[:3])} ({len(short)} of {len(simulator.store)} clips). Leave them out or read longer "
+                f"{', '.join(short[:3])} ({len(short)} of {len(streams.problem)} clips). Leave them out or read longer "
                 "ones."
             )
-        self.simulator, self.scheme, self.episodes, self.autoreset = simulator, scheme, episodes, autoreset
+        self.streams, self.scheme, self.episodes, self.autoreset = streams, scheme, episodes, autoreset
         self.fields = fields
-        self.interval = torch.zeros(simulator.slots, dtype=torch.int64)
+        self.interval = torch.zeros(streams.slots, dtype=torch.int64)
         self._generators: list[np.random.Generator] = []
         self._queues: list[list[int]] = []
-        self._view = FrameView(simulator)
+        self._view = streams.view()
 
     @property
     def clips(self) -> int:
         """Clips that step together."""
-        return self.simulator.slots
+        return self.streams.slots
 
     @property
     def agents(self) -> int:
@@ -160,10 +159,10 @@ class BatchedEnvironment:
         Raises:
             PolicyError: the actions do not fit, or a clip is over (without `autoreset`) or `reset` was not called.
         """
-        due = (self.interval > 0) & (self.simulator.age + 1 >= self.interval)
+        due = (self.interval > 0) & (self.streams.age + 1 >= self.interval)
         field = None if self.fields is None else self.fields.decide(self._view).field
-        result = self.simulator.step(self.scheme.decide(actions, due, field))
-        trade_off = self.simulator.trade_off.clone()  # clips that start below get another
+        result = self.streams.step(self.scheme.decide(actions, due, field))
+        trade_off = self.streams.trade_off.clone()  # clips that start below get another
         frame = result.reward(trade_off)
         rewards = self._rewards(result, frame)
         truncated = result.last.repeat_interleave(self.scheme.agents_per_clip)
@@ -184,11 +183,11 @@ class BatchedEnvironment:
             trade_off.numpy(),
         )
 
-    def _rewards(self, result: FrameResult, frame: Tensor) -> Float[Tensor, " agents"]:
-        trade_off, episodes = self.simulator.trade_off, self.episodes
+    def _rewards(self, result: StreamResult, frame: Tensor) -> Float[Tensor, " agents"]:
+        trade_off, episodes = self.streams.trade_off, self.episodes
         local = result.region_reward(trade_off)
         if episodes.relative:
-            local = local - 1 + self.simulator.float_error(result)
+            local = local - 1 + self.streams.engine.float_error(result.clip, result.time)
             frame = local.mean((1, 2))
         if self.scheme.agents == "frame":
             return frame * episodes.reward_scale
@@ -196,8 +195,9 @@ class BatchedEnvironment:
         return mixed.flatten() * episodes.reward_scale
 
     def _observe(self) -> Float[np.ndarray, "agents n"]:
-        self._view = FrameView(self.simulator)  # its observation is also that of the fields' policy
-        return self.scheme.observe(self._view.observation)
+        self._view = self.streams.view()  # its observation is also that of the fields' policy
+        observed: np.ndarray = self.scheme.observe(self._view.observation).numpy()
+        return observed
 
     def _start(self, slots: list[int]) -> None:
         low, high = (math.log(v) for v in self.episodes.trade_off_range)
@@ -207,12 +207,12 @@ class BatchedEnvironment:
             drawn = math.exp(generator.uniform(low, high))
             trade_off.append(drawn if high > low else self.episodes.trade_off_range[0])
             self.interval[slot] = int(generator.choice(np.array(self.episodes.intervals)))
-        self.simulator.start(slots, [self._next_clip(s) for s in slots], trade_off)
+        self.streams.start(slots, [self._next_clip(s) for s in slots], trade_off)
 
     def _next_clip(self, slot: int) -> int:
         queue = self._queues[slot]
         if not queue:
-            order = np.arange(len(self.simulator.store))
+            order = np.arange(len(self.streams.problem))
             queue.extend((self._generators[slot].permutation(order) if self.episodes.shuffle else order).tolist())
         return queue.pop(0)
 
@@ -227,7 +227,7 @@ class BatchedEnvironment:
             "generators": [g.bit_generator.state for g in self._generators],
             "queues": self._queues,
             "interval": self.interval,
-            "simulator": self.simulator.snapshot() if streams else None,
+            "streams": self.streams.snapshot() if streams else None,
         }
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
@@ -237,19 +237,19 @@ class BatchedEnvironment:
             generator.bit_generator.state = state
         self._queues = [list(queue) for queue in snapshot["queues"]]
         self.interval = snapshot["interval"]
-        if snapshot["simulator"] is not None:
-            self.simulator.restore(snapshot["simulator"])
-            self._view = FrameView(self.simulator)
+        if snapshot["streams"] is not None:
+            self.streams.restore(snapshot["streams"])
+            self._view = self.streams.view()
 
 
-def _check_fields(scheme: ActionScheme, fields: Policy | None, simulator: Simulator) -> None:
+def _check_fields(scheme: ActionScheme, fields: Policy | None, streams: Streams) -> None:
     if (scheme.kind == "keyframe") != (fields is not None):
         raise SettingsError(
             f"Actions of kind {scheme.kind!r} {'choose their fields' if fields is not None else 'choose no fields'}: "
             "give a policy as 'fields' with kind 'keyframe', and with no other."
         )
-    if fields is not None and fields.reference != simulator.reference:
+    if fields is not None and fields.reference != streams.reference:
         raise SettingsError(
-            f"The policy of the fields is for the reference {fields.reference!r}, the simulator has "
-            f"{simulator.reference!r}: give both one."
+            f"The policy of the fields is for the reference {fields.reference!r}, the problem has "
+            f"{streams.reference!r}: give both one."
         )

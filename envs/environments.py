@@ -1,7 +1,7 @@
 """The registered environments, single and vector."""
 
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict, Unpack
 
 import gymnasium
 import numpy as np
@@ -12,46 +12,57 @@ from jaxtyping import Float, Int, UInt8
 
 from resq_rl.envs.actions import DEFAULT_THRESHOLDS, ActionKind, ActionScheme
 from resq_rl.envs.batched import BatchedEnvironment, EpisodeSettings, Transition
-from resq_rl.envs.clips import ClipStore
-from resq_rl.envs.simulator import Simulator
+from resq_rl.envs.engine import NetworkEngine
+from resq_rl.envs.problem import Problem
+from resq_rl.envs.streams import Streams
 from resq_rl.errors import SettingsError
-from resq_rl.perception import Segmentation, Task, compact_ddrnet
+from resq_rl.perception import Segmentation, compact_ddrnet
 from resq_rl.quantization import DEFAULT_KAPPA, Reference, ResQModel
 from resq_rl.video import GeneratedVideo
 
 __all__ = [
+    "EnvironmentArguments",
     "FrameBits",
     "FrameLevel",
     "RegionBits",
     "RegionThresholds",
     "ResQEnv",
     "ResQVectorEnv",
-    "default_world",
+    "default_problem",
     "register",
 ]
 
-World = tuple[ResQModel, Task, ClipStore]
-
 
 @lru_cache(maxsize=2)
-def default_world(clips: int = 4, frames: int = 16) -> World:
+def default_problem(clips: int = 4, frames: int = 16) -> Problem:
     """The shipped network, calibrated, with its task and a few generated clips: enough to try an environment."""
     task = Segmentation()
     video = GeneratedVideo(train=clips, frames=frames)
     made = video.clips("train")
     height, width = video.size
     model = ResQModel(compact_ddrnet(), torch.zeros(1, 3, height, width)).calibrate([c.frames for c in made])
-    return model, task, ClipStore.prepare(model, task, made)
+    return Problem.prepare(model, task, made)
 
 
-def _core(
+class EnvironmentArguments(TypedDict, total=False):
+    """The arguments of all registered environments, beside `problem` and those of Gymnasium: see `ResQEnv`."""
+
+    reference: Reference
+    trade_off: float | tuple[float, float]
+    budget: float | None
+    by_group: bool
+    thresholds: tuple[float, ...]
+    kappa: tuple[float, ...]
+    reward_scale: float
+    shuffle: bool
+
+
+def _agents(
     kind: ActionKind,
     slots: int,
+    problem: Problem | None,
     *,
-    model: ResQModel | None = None,
-    task: Task | None = None,
-    store: ClipStore | None = None,
-    grid: tuple[int, int] = (6, 10),
+    autoreset: bool,
     reference: Reference = "previous",
     trade_off: float | tuple[float, float] = 0.3,
     budget: float | None = None,
@@ -60,26 +71,19 @@ def _core(
     kappa: tuple[float, ...] = DEFAULT_KAPPA,
     reward_scale: float = 1.0,
     shuffle: bool = True,
-    autoreset: bool = True,
 ) -> BatchedEnvironment:
-    given = [part is not None for part in (model, task, store)]
-    if any(given) and not all(given):
-        raise SettingsError("Give model, task and store together, or none of them for the embedded default.")
-    if model is None or task is None or store is None:
-        model, task, store = default_world()
+    problem = default_problem() if problem is None else problem
     episodes = EpisodeSettings(trade_off=trade_off, reward_scale=reward_scale, shuffle=shuffle)
-    scheme = ActionScheme(kind, "frame", len(model.groups), grid, len(model.config.levels), by_group, thresholds, kappa)
-    simulator = Simulator(
-        model,
-        task,
-        store,
+    levels = len(problem.model.config.levels)
+    scheme = ActionScheme(kind, "frame", problem.groups, problem.grid, levels, by_group, thresholds, kappa)
+    streams = Streams(
+        NetworkEngine(problem),
         slots=slots,
-        grid=grid,
         reference=reference,
         trade_off_range=episodes.trade_off_range,
         budget=budget,
     )
-    return BatchedEnvironment(simulator, scheme, episodes, autoreset=autoreset)
+    return BatchedEnvironment(streams, scheme, episodes, autoreset=autoreset)
 
 
 def _frame_info(step: Transition, slot: int) -> dict[str, Any]:
@@ -106,7 +110,7 @@ class ResQEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     Reward:
         accuracy_t - lambda * BOPs_t / BOPs_W8A8, accuracy being 1 minus the mean error cost of the pixels
-        (`ClipStore`).
+        (`Problem.error`).
 
     Start:
         Frame 0 of the next clip has run as a forced keyframe; the observation is for frame 1.
@@ -115,17 +119,19 @@ class ResQEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         The last frame of the clip truncates the episode; nothing terminates it.
 
     Info:
-        `error` mean error cost, `bops` share of W8A8, `keyframe` and `clip` (its index in the store) of the frame that
-        ran, and the `trade_off` (lambda) that it was rewarded under; after `reset` only the last two.
+        Of the frame that ran: `error` mean error cost, `bops` share of W8A8, `keyframe`, `clip` (its index), and the
+        `trade_off` (lambda) that it was rewarded under; after `reset` only the last two.
 
     Arguments:
-        model, task, store: a calibrated model, its task and clips; the embedded default without them.
-        grid: rows and columns of regions. reference: "previous" or "keyframe".
-        trade_off: lambda, or a range it is drawn from log-uniformly for each clip.
-        budget: BOPs per frame as a share of W8A8, shown in the observation.
-        by_group: one choice per region and layer group instead of one per region.
-        thresholds: values of threshold indices. kappa: multipliers of the threshold rule.
-        reward_scale: factor on rewards. shuffle: random order of clips.
+        problem: network, task, clips and grid (`Problem`); `default_problem()` by default.
+        reference: what residuals are taken against, "previous" (default) or "keyframe".
+        trade_off: lambda, 0.3 by default, or a range it is drawn from log-uniformly for each clip.
+        budget: BOPs per frame as a share of W8A8, shown in the observation; none by default.
+        by_group: one choice per region and layer group; by default one per region.
+        thresholds: values behind threshold indices, ascending (`DEFAULT_THRESHOLDS`).
+        kappa: multipliers of the threshold rule (`resq_rl.quantization.DEFAULT_KAPPA`).
+        reward_scale: factor on rewards, 1 by default.
+        shuffle: whether clips come in random order (default) or in turn.
         render_mode: "rgb_array" shows the frame beside the bit-operations spent by region.
 
     Versions:
@@ -135,11 +141,17 @@ class ResQEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 15}  # type: ignore[misc]
     kind: ClassVar[ActionKind] = "frame_bits"
 
-    def __init__(self, render_mode: str | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        problem: Problem | None = None,
+        *,
+        render_mode: str | None = None,
+        **arguments: Unpack[EnvironmentArguments],
+    ) -> None:
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise SettingsError(f"render_mode is None or 'rgb_array', got {render_mode!r}.")
         self.render_mode = render_mode
-        self.core = _core(self.kind, 1, autoreset=False, **settings)
+        self.core = _agents(self.kind, 1, problem, autoreset=False, **arguments)
         scheme = self.core.scheme
         self.feature_names = scheme.feature_names
         self.observation_space = spaces.Box(0.0, 1.0, (scheme.observation_size,), np.float32)
@@ -153,8 +165,8 @@ class ResQEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         super().reset(seed=seed)
         self._last = None
         first = self.core.reset(None if seed is None else [seed])[0]
-        simulator = self.core.simulator
-        return first, {"clip": int(simulator.clip[0]), "trade_off": float(simulator.trade_off[0])}
+        streams = self.core.streams
+        return first, {"clip": int(streams.clip[0]), "trade_off": float(streams.trade_off[0])}
 
     def step(self, action: Int[np.ndarray, " k"]) -> tuple[Float[np.ndarray, " n"], float, bool, bool, dict[str, Any]]:
         """Run the next frame."""
@@ -166,9 +178,11 @@ class ResQEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         """The last frame beside the share of W8A8 spent in each region (white: all)."""
         if self.render_mode is None:
             return None
-        simulator = self.core.simulator
-        frame = simulator.last_frame(0).permute(1, 2, 0).numpy()
-        keyframe = simulator.spent[0].float().expand(simulator.grid)  # all that was spent so far, before the first step
+        streams = self.core.streams
+        frame = streams.last_frame(0).permute(1, 2, 0).numpy()
+        keyframe = (
+            streams.spent[0].float().expand(streams.problem.grid)
+        )  # all that was spent so far, before the first step
         share = (keyframe if self._last is None else self._last.result.share[0]).clamp(0, 1)
         spread = torch.nn.functional.interpolate(share[None, None], frame.shape[:2], mode="nearest")[0, 0]
         grey = (spread * 255).byte().numpy()[..., None].repeat(3, 2)
@@ -197,7 +211,7 @@ class FrameLevel(ResQEnv):
         keyframe.
 
     The observation is that of `FrameBits`. Everything else as in `ResQEnv`. With `reference="keyframe"` a
-    `TableSimulator` gives the same episodes without running the network.
+    `TableEngine` gives the same episodes without running the network.
     """
 
     kind = "frame_level"
@@ -242,11 +256,19 @@ class ResQVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         "render_modes": [],
     }
 
-    def __init__(self, kind: ActionKind, num_envs: int = 1, render_mode: str | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        kind: ActionKind,
+        num_envs: int = 1,
+        problem: Problem | None = None,
+        *,
+        render_mode: str | None = None,
+        **arguments: Unpack[EnvironmentArguments],
+    ) -> None:
         if num_envs < 1:
             raise SettingsError(f"num_envs must be at least 1, got {num_envs}.")
         self.num_envs, self.render_mode = num_envs, render_mode
-        self.core = _core(kind, num_envs, autoreset=True, **settings)
+        self.core = _agents(kind, num_envs, problem, autoreset=True, **arguments)
         scheme = self.core.scheme
         self.feature_names = scheme.feature_names
         self.single_observation_space = spaces.Box(0.0, 1.0, (scheme.observation_size,), np.float32)
@@ -275,8 +297,8 @@ class ResQVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                 raise SettingsError(f"{self.num_envs} sub-environments need as many seeds, got {len(seed)}.")
             drawn = np.random.SeedSequence().generate_state(self.num_envs)
             seeds = [int(d) if s is None else s for s, d in zip(seed, drawn, strict=True)]
-        observations, simulator = self.core.reset(seeds), self.core.simulator
-        return observations, {"clip": simulator.clip.numpy().copy(), "trade_off": simulator.trade_off.numpy().copy()}
+        observations, streams = self.core.reset(seeds), self.core.streams
+        return observations, {"clip": streams.clip.numpy().copy(), "trade_off": streams.trade_off.numpy().copy()}
 
     def step(
         self, actions: Int[np.ndarray, "b k"]
@@ -308,8 +330,8 @@ _IDS: dict[str, type[ResQEnv]] = {
 
 
 def _vector_entry_point(kind: ActionKind) -> Any:
-    def make(num_envs: int = 1, **settings: Any) -> ResQVectorEnv:
-        return ResQVectorEnv(kind, num_envs, **settings)
+    def make(num_envs: int = 1, problem: Problem | None = None, **arguments: Any) -> ResQVectorEnv:
+        return ResQVectorEnv(kind, num_envs, problem, **arguments)
 
     return make
 
@@ -318,4 +340,5 @@ def register() -> None:
     """Register the environments with Gymnasium; importing `resq_rl.envs` does it."""
     for name, environment in _IDS.items():
         if name not in gymnasium.registry:
-            gymnasium.register(name, entry_point=environment, vector_entry_point=_vector_entry_point(environment.kind))
+            entry_point: Any = environment
+            gymnasium.register(name, entry_point=entry_point, vector_entry_point=_vector_entry_point(environment.kind))

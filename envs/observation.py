@@ -1,13 +1,15 @@
-"""What a policy sees before a frame runs: only what a device has by then."""
+"""The observation before a frame runs, made only from what a device has by then."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from jaxtyping import Float, Int64, Num, UInt8
 from torch import Tensor
 
-from resq_rl.quantization.fields import cells_of
+from resq_rl.quantization.specification.fields import cells_of
 
 __all__ = [
     "AGE_OCTAVES",
@@ -16,6 +18,7 @@ __all__ = [
     "Seen",
     "age_feature",
     "frame_values",
+    "meaning_of",
     "observed",
     "pool_mean",
     "pool_over_regions",
@@ -23,32 +26,40 @@ __all__ = [
     "region_values",
 ]
 
-# Octaves of the age of a keyframe that are told apart.
+# Octaves of the keyframe's age that observations tell apart.
 AGE_OCTAVES = 6
 
-FRAME_FEATURES = (
-    "keyframe_age",  # log2(1 + frames since the keyframe) / 6, at most 1
-    "trade_off",  # position of lambda in its range, on a log scale
-    "budget_left",  # share of the clip's budget of BOPs that is left; 1 without a budget
-    "frame_residual_mean",  # square root of the mean pixel residual of the frame
-    "foreground_share",  # mean of `foreground` over the frame
-)
-_REGION_FEATURES = (
-    "residual_mean",  # square root of the mean absolute pixel residual against the reference frame
-    "residual_max",  # largest absolute pixel residual
-    "drift_mean",  # square root of the mean absolute pixel difference to the last keyframe
-    "residual_around",  # residual_mean over the region and its eight neighbours
-    "uncertainty",  # mean uncertainty of the last output, as its task defines it (`Task.features`)
-    "boundary",  # mean boundary of the last output; of classes: pixels that differ from the next right or below
-    "boundary_around",  # boundary over the region and its eight neighbours
-    "foreground",  # mean foreground of the last output; of classes: pixels that are not class 0
-    "texture",  # square root of the mean absolute difference of neighbouring pixels' luminance
-)
+_OF_FRAME: Final[Mapping[str, str]] = {
+    "keyframe_age": "log2(1 + frames since the keyframe) / 6, at most 1",
+    "trade_off": "position of lambda in its range, on a log scale",
+    "budget_left": "share of the clip's budget of BOPs that is left; 1 without a budget",
+    "frame_residual_mean": "square root of the mean absolute pixel residual of the frame",
+    "foreground_share": "mean of `foreground` over the frame",
+}
+_OF_REGION: Final[Mapping[str, str]] = {
+    "residual_mean": "square root of the mean absolute pixel residual against the reference frame",
+    "residual_max": "largest absolute pixel residual",
+    "drift_mean": "square root of the mean absolute pixel difference to the last keyframe",
+    "residual_around": "`residual_mean` over the region and its eight neighbours",
+    "uncertainty": "mean uncertainty of the last output, as its task defines it (`Task.features`)",
+    "boundary": "mean boundary of the last output; for classes, pixels that differ from the next one right or below",
+    "boundary_around": "`boundary` over the region and its eight neighbours",
+    "foreground": "mean foreground of the last output; for classes, pixels that are not of class 0",
+    "texture": "square root of the mean absolute difference of neighbouring pixels' luminance",
+}
+FRAME_FEATURES: Final = tuple(_OF_FRAME)
 
 
 def region_features(groups: int) -> tuple[str, ...]:
-    """Names of a region's features by index; the last are the share of W8A8 spent there last, one per layer group."""
-    return _REGION_FEATURES + tuple(f"spent_group{g}" for g in range(groups))
+    """Names of a region's features by index; the last are the shares of W8A8 spent there last, one per layer group."""
+    return (*_OF_REGION, *(f"spent_group{g}" for g in range(groups)))
+
+
+def meaning_of(feature: str) -> str:
+    """The meaning of a feature of `region_features` or `FRAME_FEATURES`; all have values from 0 to 1."""
+    if feature.startswith("spent_group"):
+        return f"BOPs of layer group {feature[11:]} in the last frame, over its W8A8 BOPs in the region"
+    return {**_OF_FRAME, **_OF_REGION}[feature]
 
 
 @dataclass(frozen=True)
@@ -79,11 +90,11 @@ class Observation:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a device has of a batch of clips before a frame runs, from which observations are made.
+    """What a device has of each clip before a frame runs, from which observations are made.
 
     Attributes:
         frame: the frame that runs next.
-        reference_frame: against which its residual is taken: the last frame in the closed loop, else the keyframe.
+        reference_frame: the frame its residual is taken against: the last one in the closed loop, else the keyframe.
         key_frame: the last keyframe.
         output: the means by region of `Task.features` of the last output: uncertainty, boundary, foreground.
         spent: BOPs spent there last, as shares of the W8A8 BOPs of region and layer group.
@@ -103,7 +114,7 @@ class Seen:
 def observed(
     seen: Seen, grid: tuple[int, int], *, closed_loop: bool
 ) -> tuple[Float[Tensor, "b gh gw f"], Float[Tensor, " b"], Float[Tensor, " b"]]:
-    """The features of `region_features`, and `frame_residual_mean` and `foreground_share`."""
+    """Make the features of `region_features`, `frame_residual_mean` and `foreground_share`."""
     residual = difference(seen.frame, seen.reference_frame)
     residual_mean, texture = pool_mean(residual, grid).sqrt_(), frame_texture(seen.frame, grid)
     drift = residual_mean

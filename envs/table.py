@@ -1,29 +1,31 @@
 """Tabulated responses of a clip: against the keyframe, a residual frame depends on its keyframe and level alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64, Num, UInt8
 from torch import Tensor
 
-from resq_rl.envs.clips import ClipStore, gather
+from resq_rl.envs.engine import Conditions, Decision, FrameResult, NetworkEngine
 from resq_rl.envs.observation import (
     Observation,
     difference,
     frame_texture,
+    frame_values,
     pool_max,
     pool_mean,
     pool_over_regions,
     region_values,
 )
-from resq_rl.envs.simulator import Decision, FrameResult, Simulator
+from resq_rl.envs.problem import Problem, gather
 from resq_rl.errors import PolicyError, SettingsError
 from resq_rl.perception import Recurrent, Task
-from resq_rl.quantization import FrameCost, LevelField, ResQModel, StreamState
+from resq_rl.quantization import FrameCost, LevelField, Reference, StreamState
 
-__all__ = ["ResponseTable", "TableSimulator", "check_tabular", "respond"]
+__all__ = ["ResponseTable", "TableEngine", "TableState", "check_tabular", "respond"]
 
 CHUNK = 32  # rows that run in one forward pass
 POOLED_TOGETHER = 4096  # rows
@@ -100,100 +102,101 @@ def check_tabular(task: Task) -> None:
 
 @torch.no_grad()
 def respond(
-    model: ResQModel,
-    task: Task,
-    store: ClipStore,
-    index: int,
-    *,
-    grid: tuple[int, int] = (6, 10),
-    longest: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    problem: Problem, index: int, *, longest: int | None = None, progress: Callable[[int], None] | None = None
 ) -> ResponseTable:
     """Run every frame of a clip against every keyframe before it, at every level.
 
     That is T keyframes, L frames for the costs and L * T * (T - 1) / 2 residual frames of T, fewer with `longest`.
 
     Args:
-        model, task, store: as a `Simulator` has them.
-        index: which of the store's clips.
-        grid: rows and columns of regions.
+        problem: the network, its task and the clips.
+        index: which of the problem's clips.
         longest: greatest age of a keyframe, in frames; None for the length of the clip.
         progress: called with the number of frames done after each step.
 
     Raises:
-        SettingsError: `longest` is negative, the clip and grid do not fit the model, or the task is recurrent.
+        SettingsError: `longest` is negative, or the task is recurrent.
     """
-    check_tabular(task)
+    check_tabular(problem.task)
     if longest is not None and longest < 0:
         raise SettingsError(f"longest must be 0 frames or more, or None for the whole clip, got {longest}.")
-    clip = _Clip(model, task, store.subset([index]), grid, progress)
-    pixels, levels = store.clips[index].frames, len(model.config.levels)
+    grid = problem.grid
+    clip = _AnyOrder(NetworkEngine(problem), index, progress)
+    pixels, levels = problem.clips[index].frames, len(problem.model.config.levels)
     frames = len(pixels)
     ages = frames if longest is None else min(longest + 1, frames)
-    shape = store.float_counts.shape[1:]
-    counts = torch.zeros(frames, ages, levels, *shape, dtype=store.float_counts.dtype)
+    shape = problem.float_counts.shape[1:]
+    counts = torch.zeros(frames, ages, levels, *shape, dtype=problem.float_counts.dtype)
     error = torch.full((frames, ages, levels, *grid), torch.nan)
     output = torch.full((frames, ages, levels, *grid, 3), torch.nan)
     residual, frame_residual = torch.full((frames, ages, *grid, 2), torch.nan), torch.full((frames, ages), torch.nan)
-    float_error = torch.zeros(frames, *grid)
     costs: list[FrameCost] = []
     for key in range(frames):
-        state = model.new_state(1, "keyframe")
-        own, counts[key, 0], output[key, 0] = clip.run(state, torch.tensor([key]), torch.tensor([0]))
+        references = problem.model.new_state(1, "keyframe")
+        own, counts[key, 0], output[key, 0] = clip.run(references, torch.tensor([key]), torch.tensor([0]))
         error[key, 0] = own.error
-        float_error[key] = clip.simulator(1).float_error(own)[0]
         known = min(ages, frames - key)
         residual[key, :known], frame_residual[key, :known] = _residuals(pixels[key : key + known], pixels[key], grid)
         if not costs:
-            costs = [clip.run(state, torch.zeros(levels, dtype=torch.int64), torch.arange(levels))[0].cost, own.cost]
+            every = torch.arange(levels)
+            costs = [clip.run(references, torch.zeros(levels, dtype=torch.int64), every)[0].cost, own.cost]
         later = torch.cartesian_prod(torch.arange(1, known), torch.arange(levels))
         for age, level in (part.T for part in later.split(CHUNK) if len(part)):
-            result, counts[key, age, level], output[key, age, level] = clip.run(state, key + age, level)
+            result, counts[key, age, level], output[key, age, level] = clip.run(references, key + age, level)
             error[key, age, level] = result.error
     names = ("bops", "keyframe", "elementwise")
     cost = FrameCost(*(torch.cat([getattr(c, name) for c in costs]) for name in names))
-    bops = cost.total / model.reference_bops()
-    texture, state_bytes = frame_texture(pixels, grid), model.state_bytes("keyframe")
-    return ResponseTable(counts, error, output, residual, frame_residual, texture, float_error, cost, bops, state_bytes)
+    return ResponseTable(
+        counts,
+        error,
+        output,
+        residual,
+        frame_residual,
+        frame_texture(pixels, grid),
+        problem.float_error(torch.full((frames,), index), torch.arange(frames)),
+        cost,
+        cost.total / problem.reference_bops,
+        problem.model.state_bytes("keyframe"),
+    )
 
 
 def _residuals(
     frames: UInt8[Tensor, "n 3 h w"], keyframe: UInt8[Tensor, "3 h w"], grid: tuple[int, int]
 ) -> tuple[Float[Tensor, "n gh gw 2"], Float[Tensor, " n"]]:
-    """Features of the pixel residuals against a keyframe, as `Simulator.observe` computes them."""
+    """Features of the pixel residuals against a keyframe, as `NetworkEngine.observe` computes them."""
     residual = difference(frames, keyframe.expand_as(frames))
     parts = [pool_mean(residual, grid).sqrt_(), pool_max(residual, grid)]
     return torch.stack(parts, -1), residual.mean((1, 2)).sqrt_()
 
 
 @dataclass(frozen=True)
-class _Clip:
-    """A clip (the only one of its store) whose frames run in any order."""
+class _AnyOrder:
+    """Runs the frames of one clip in any order against one keyframe."""
 
-    model: ResQModel
-    task: Task
-    store: ClipStore
-    grid: tuple[int, int]
+    engine: NetworkEngine
+    index: int
     progress: Callable[[int], None] | None
 
-    def simulator(self, slots: int) -> Simulator:
-        """A simulator of the clip."""
-        return Simulator(self.model, self.task, self.store, slots=slots, grid=self.grid, reference="keyframe")
-
     def run(
-        self, state: StreamState, times: Int64[Tensor, " b"], levels: Int64[Tensor, " b"]
+        self, references: StreamState, times: Int64[Tensor, " b"], levels: Int64[Tensor, " b"]
     ) -> tuple[FrameResult, Num[Tensor, "b *c"], Float[Tensor, "b gh gw 3"]]:
-        """Frames against the keyframe in `state`, or as it where there is none: result, counts, output features."""
-        simulator = self.simulator(len(times))
-        refresh = torch.full((len(times),), not state.inputs)
-        simulator.state = state if not state.inputs else _spread(state, len(times))
-        simulator.time, simulator.length[:] = times.clone(), len(self.store.clips[0])
-        field = LevelField(levels[:, None, None, None].expand(-1, simulator.groups, 1, 1))
-        result = simulator.step(Decision(refresh, field))
-        targets = gather(self.store.targets, result.clip, result.time)
+        """Frames against the keyframe in `references`, or as the keyframe where there is none.
+
+        Returns:
+            The result, the counts of the task and the features of the output.
+        """
+        problem, clips = self.engine.problem, len(times)
+        known = bool(references.inputs)
+        state = self.engine.new_state(clips, "keyframe")
+        state.references = _spread(references, clips) if known else references
+        refresh = torch.full((clips,), not known)
+        field = LevelField(levels[:, None, None, None].expand(-1, problem.groups, 1, 1))
+        inputs = self.engine.inputs(torch.full((clips,), self.index), times)
+        result = self.engine.step(inputs, state, Decision(refresh, field))
         if self.progress is not None:
-            self.progress(len(times))
-        return result, self.task.counts(result.prediction, targets), simulator._output
+            self.progress(clips)
+        targets = gather(problem.targets, torch.full((clips,), self.index), times)
+        return result, problem.task.counts(result.prediction, targets), state.output
 
 
 def _spread(state: StreamState, clips: int) -> StreamState:
@@ -288,86 +291,118 @@ class _LookedUpCost(FrameCost):
         return found
 
 
-class TableSimulator(Simulator):
-    """A `Simulator` against the keyframe reference that looks frames up instead of running the network.
+@dataclass
+class TableState:
+    """What a `TableEngine` keeps of each clip: where the frame that ran last is in the tables.
 
-    Decisions must give each clip one level, the same for all layer groups and regions (the actions "frame_level").
-    Observations, errors, BOPs and rewards are those of a `Simulator`; only `FrameResult.prediction` is empty, since
-    tables do not keep predictions.
-
-    Args:
-        model, task, store, slots, trade_off_range, budget: as of a `Simulator`.
-        tables: the response of each clip of the store.
-
-    Raises:
-        SettingsError: the tables do not fit the store or each other.
-        PolicyError: by `step`: a level is not the same everywhere, or a keyframe is older than the tables know.
+    Attributes:
+        age: frames since the keyframe; -1 before the first.
+        key: index of the keyframe in its clip.
+        row: its row.
+        level: its level; 0 for a keyframe.
+        cost: its row among the costs: its level, or beyond the last for a keyframe.
     """
 
-    def __init__(
-        self,
-        model: ResQModel,
-        task: Task,
-        store: ClipStore,
-        tables: Sequence[ResponseTable],
-        *,
-        slots: int,
-        trade_off_range: tuple[float, float] = (0.05, 1.0),
-        budget: float | None = None,
-    ) -> None:
-        lengths = [len(clip) for clip in store.clips]
-        if [table.frames for table in tables] != lengths or len({table.grid for table in tables}) > 1:
+    age: Int64[Tensor, " b"]
+    key: Int64[Tensor, " b"]
+    row: Int64[Tensor, " b"]
+    level: Int64[Tensor, " b"]
+    cost: Int64[Tensor, " b"]
+    reference: ClassVar[Reference] = "keyframe"
+
+    def put(self, rows: Int64[Tensor, " n"], other: "TableState") -> None:
+        """Replace the clips in `rows` by those of `other`, in order."""
+        for name, value in vars(other).items():
+            getattr(self, name)[rows] = value
+
+    def clone(self) -> "TableState":
+        """A copy that runs on by itself."""
+        return TableState(**{name: value.clone() for name, value in vars(self).items()})
+
+    def snapshot(self) -> dict[str, Any]:
+        """What `restore` needs; not a copy."""
+        return dict(vars(self))
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Go on from a snapshot, which then belongs to this state."""
+        vars(self).update(snapshot)
+
+
+class TableEngine:
+    """An engine against the keyframe reference that looks frames up instead of running the network.
+
+    Decisions must give each clip one level, the same for all layer groups and regions (the actions "frame_level").
+    Observations, errors, BOPs and rewards are those of a `NetworkEngine`; only `FrameResult.prediction` is empty, since
+    tables do not keep predictions. Its inputs are the indices of clip and frame.
+
+    Args:
+        problem: the network, its task and the clips.
+        tables: the response of each clip.
+
+    Raises:
+        SettingsError: the tables do not fit the clips, the grid or each other.
+    """
+
+    def __init__(self, problem: Problem, tables: Sequence[ResponseTable]) -> None:
+        lengths = [len(clip) for clip in problem.clips]
+        grids = sorted({table.grid for table in tables})
+        if [table.frames for table in tables] != lengths or grids not in ([], [problem.grid]):
             raise SettingsError(
-                f"Clips of {lengths} frames need tables of as many frames and one grid, got "
-                f"{[table.frames for table in tables]} frames and grids {sorted({table.grid for table in tables})}."
+                f"Clips of {lengths} frames and a grid of {problem.grid} need tables of as many frames and that grid, "
+                f"got {[table.frames for table in tables]} frames and grids {grids}."
             )
-        super().__init__(
-            model,
-            task,
-            store,
-            slots=slots,
-            grid=tables[0].grid,
-            reference="keyframe",
-            trade_off_range=trade_off_range,
-            budget=budget,
-        )
-        self.tables = tuple(tables)
-        self._share, spent = self._spending_of(tables[0].cost)
+        self.problem, self.tables = problem, tuple(tables)
+        self._share, spent = NetworkEngine(problem).spending(tables[0].cost)
         self._rows = _Rows(tables, spent)
-        self._row = torch.zeros(slots, dtype=torch.int64)  # of the frame that ran last
-        self._ran_at = torch.zeros(slots, dtype=torch.int64)  # its level
-        self._spent_row = torch.zeros(slots, dtype=torch.int64)  # its level, or beyond the last for a keyframe
 
-    def _check_memory(self, model: ResQModel, slots: int) -> None:
-        """Nothing to check: the network does not run."""
+    def subset(self, indices: Sequence[int]) -> "TableEngine":
+        """The engine of the clips in `indices`."""
+        return TableEngine(self.problem.subset(indices), [self.tables[i] for i in indices])
 
-    def last_frame(self, slot: int) -> UInt8[Tensor, "3 h w"]:
-        """The frame that ran last in a slot."""
-        return self.store.clips[int(self.clip[slot])].frames[int(self.time[slot]) - 1]
+    def new_state(self, clips: int, reference: Reference) -> TableState:
+        """A state before the first frame of so many clips.
 
-    def _run(self, rows: Tensor, state: StreamState, decision: Decision) -> FrameResult:
-        level, table = self._level(rows, state, decision), self._rows
+        Raises:
+            PolicyError: `reference` is another one than the keyframe.
+        """
+        if reference != "keyframe":
+            raise PolicyError(f"Tables hold frames against the keyframe, not against the reference {reference!r}.")
+        return TableState(torch.full((clips,), -1), *(torch.zeros(clips, dtype=torch.int64) for _ in range(4)))
+
+    def inputs(
+        self, clips: Int64[Tensor, " b"], times: Int64[Tensor, " b"]
+    ) -> tuple[Int64[Tensor, " b"], Int64[Tensor, " b"]]:
+        """Where the frames are: indices of clip and frame."""
+        return clips, times
+
+    def step(
+        self, inputs: tuple[Int64[Tensor, " b"], Int64[Tensor, " b"]], state: TableState, decision: Decision
+    ) -> FrameResult:
+        """Look a frame of each clip up; `state` is updated in place.
+
+        Raises:
+            PolicyError: a level is not the same everywhere, or a keyframe is older than the tables know.
+        """
+        (clip, time), table = inputs, self._rows
+        state.level = self._level(clip, state, decision).clone()  # the agents' actions are not this state's memory
         state.age = torch.where(decision.refresh, 0, state.age + 1)
-        clip, time = self.clip[rows], self.time[rows]
-        row = table.row(clip, time - state.age, time)
-        spent = torch.where(decision.refresh, self.tables[0].levels, level)
-        self._row[rows], self._ran_at[rows], self._spent_row[rows] = row, level, spent
-        cost = _LookedUpCost(self.tables[0].cost, spent, decision.refresh)
-        teacher = self.store.teacher[0]
-        prediction = teacher.new_zeros(len(rows), *[0] * (teacher.dim() - 1))
-        total = self.tables[0].bops[spent]
-        return self._advance(rows, prediction, table.error[row, level], cost, self._share[spent], total)
+        state.key = time - state.age
+        state.row = table.row(clip, state.key, time)
+        state.cost = torch.where(decision.refresh, self.tables[0].levels, state.level)
+        teacher = self.problem.teacher[0]
+        prediction = teacher.new_zeros(len(clip), *[0] * (teacher.dim() - 1))
+        cost = _LookedUpCost(self.tables[0].cost, state.cost, decision.refresh)
+        error, bops = table.error[state.row, state.level], self.tables[0].bops[state.cost]
+        return FrameResult(prediction, error, cost, self._share[state.cost], bops)
 
-    def float_error(self, result: FrameResult) -> Float[Tensor, "b gh gw"]:
-        """The error that the float network makes on the frames of `result`."""
-        return self._rows.float_error[self._rows.frame[result.clip] + result.time]
-
-    def observe(self) -> Observation:
-        """The observation before each slot's next frame; after a clip's end, of its last frame once more."""
-        table, time = self._rows, torch.minimum(self.time, self.length - 1)
-        row = table.row(self.clip, self.time - 1 - self.age, time)
-        last, level, spent = self._row.clone(), self._ran_at.clone(), self._spent_row.clone()
-        frame = table.frame[self.clip] + time
+    def observe(
+        self, inputs: tuple[Int64[Tensor, " b"], Int64[Tensor, " b"]], state: TableState, conditions: Conditions
+    ) -> Observation:
+        """The observation before the frames of `inputs` run."""
+        (clip, time), table = inputs, self._rows
+        last, level, spent = state.row.clone(), state.level.clone(), state.cost.clone()
+        row = table.row(clip, state.key, time)
+        frame = table.frame[clip] + time
 
         def regions() -> Tensor:
             output = table.output[last, level]
@@ -376,28 +411,42 @@ class TableSimulator(Simulator):
         pooled = table.pooled_residual[row] + table.pooled_output[last, level]
         pooled += table.pooled_texture[frame]
         pooled += table.pooled_spent[spent]
-        features = self._frame_features(table.frame_residual[row], table.foreground[last, level])
+        features = frame_values(
+            state.age,
+            conditions.trade_off,
+            conditions.trade_off_range,
+            conditions.budget_left,
+            table.frame_residual[row],
+            table.foreground[last, level],
+        )
         return _LookedUpObservation(features, pooled, regions)
 
-    def _level(self, rows: Tensor, state: StreamState, decision: Decision) -> Int64[Tensor, " b"]:
+    def float_error(self, clips: Int64[Tensor, " b"], times: Int64[Tensor, " b"]) -> Float[Tensor, "b gh gw"]:
+        """Error of the float network on frames of the problem's clips."""
+        return self._rows.float_error[self._rows.frame[clips] + times]
+
+    def clips_that_fit(self) -> None:
+        """No limit: the network does not run."""
+
+    def _level(self, clip: Int64[Tensor, " b"], state: TableState, decision: Decision) -> Int64[Tensor, " b"]:
         """The one level of each decision.
 
         Raises:
             PolicyError: a level is not the same everywhere, or a keyframe is older than the tables know.
         """
         field, levels = decision.field, self.tables[0].levels
-        values = field.levels.flatten(1) if isinstance(field, LevelField) else torch.full((len(rows), 1), -1)
+        values = field.levels.flatten(1) if isinstance(field, LevelField) else torch.full((len(clip), 1), -1)
         level = values[:, 0]
-        if len(level) != len(rows) or bool(((values != level[:, None]) | (values < 0) | (values >= levels)).any()):
+        if len(level) != len(clip) or bool(((values != level[:, None]) | (values < 0) | (values >= levels)).any()):
             raise PolicyError(
-                f"Tables hold frames at one level for all layer groups and regions: a LevelField of {len(rows)} clips "
-                f"with levels 0 to {levels - 1} is needed. Use the actions 'frame_level', or a Simulator."
+                f"Tables hold frames at one level for all layer groups and regions: a LevelField of {len(clip)} clips "
+                f"with levels 0 to {levels - 1} is needed. Use the actions 'frame_level', or a NetworkEngine."
             )
-        known = self._rows.ages[self.clip[rows]]
+        known = self._rows.ages[clip]
         old = ~decision.refresh & (state.age + 1 >= known)
         if bool(old.any()):
             raise PolicyError(
-                f"The keyframes of slots {rows[old].tolist()} would be {(state.age[old] + 1).tolist()} frames old, the "
+                f"The keyframes of clips {clip[old].tolist()} would be {(state.age[old] + 1).tolist()} frames old, the "
                 f"tables know ages up to {(known[old] - 1).tolist()}: refresh, or tabulate with a greater `longest`."
             )
         return level

@@ -3,21 +3,18 @@
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from resq_rl.envs.clips import ClipStore
+from resq_rl.envs.problem import Problem
 from resq_rl.envs.table import ResponseTable, check_tabular, respond
-from resq_rl.errors import ResultsError
-from resq_rl.files import write_atomic
-from resq_rl.perception import Task, example_inputs
-from resq_rl.quantization import FrameCost, ResQModel, as_tuple
-from resq_rl.sealed import DamagedError, pack, unpack
+from resq_rl.perception import example_inputs
+from resq_rl.quantization import FrameCost, as_tuple
+from resq_rl.sealed import ContentStore
 
-__all__ = ["TableCache", "fingerprint", "fingerprints"]
+__all__ = ["fingerprint", "fingerprints", "tabulate"]
 
 log = logging.getLogger(__name__)
 
@@ -28,70 +25,44 @@ _WHOLE = ("texture", "float_error", "bops")
 _COST = ("bops", "keyframe", "elementwise")
 
 
-class TableCache:
-    """A folder of tables, one file each, named by what it was computed from.
-
-    A file begins with the SHA-256 of its content; one that is damaged is computed anew. Nothing is ever deleted.
-
-    Args:
-        folder: made when the first table is written; None to keep nothing.
-    """
-
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
-
-    def respond(
-        self,
-        model: ResQModel,
-        task: Task,
-        store: ClipStore,
-        index: int,
-        *,
-        grid: tuple[int, int] = (6, 10),
-        longest: int | None = None,
-        progress: Callable[[int], None] | None = None,
-    ) -> ResponseTable:
-        """What `resq_rl.envs.respond` gives, from the folder where it is known."""
-        check_tabular(task)
-        if self.folder is None:
-            return respond(model, task, store, index, grid=grid, longest=longest, progress=progress)
-        path = self.folder / f"{fingerprint(model, task, store, index, grid, longest)}.table"
-        known = _read(path)
-        if known is not None:
-            return known
-        table = respond(model, task, store, index, grid=grid, longest=longest, progress=progress)
-        try:
-            write_atomic(path, _packed(table))
-        except ResultsError as error:
-            log.warning("A table of responses is not kept. %s", error)
-        return table
-
-
-def fingerprint(
-    model: ResQModel, task: Task, store: ClipStore, index: int, grid: tuple[int, int], longest: int | None
-) -> str:
-    """SHA-256 of all that a table depends on.
-
-    Of the network that is its operators with their integer weights and ranges, and for what lies between them, which is
-    code, its float output on the clip's first frame and its predictions on all.
-    """
-    return next(fingerprints(model, task, store, [index], grid, longest))
-
-
-def fingerprints(
-    model: ResQModel,
-    task: Task,
-    store: ClipStore,
-    indices: Iterable[int],
-    grid: tuple[int, int],
+def tabulate(
+    problem: Problem,
+    index: int,
+    store: ContentStore,
+    *,
     longest: int | None = None,
-) -> Iterator[str]:
-    """`fingerprint` of several clips, for which what they share is read once."""
+    progress: Callable[[int], None] | None = None,
+) -> ResponseTable:
+    """The table that `resq_rl.envs.respond` gives, from the store where it is known."""
+    check_tabular(problem.task)
+    key = fingerprint(problem, index, longest)
+    known = store.get(key)
+    if known is not None:
+        try:
+            return _table(known)
+        except (KeyError, TypeError, ValueError) as error:
+            log.warning("The table %s is of another version (%s). It is computed anew.", key, error)
+    table = respond(problem, index, longest=longest, progress=progress)
+    store.put(key, _kept(table))
+    return table
+
+
+def fingerprint(problem: Problem, index: int, longest: int | None = None) -> str:
+    """SHA-256 of all that the table of a clip depends on.
+
+    For the network these are its operators with their integer weights and ranges, and for what lies between them, which
+    is code, its float output on the clip's first frame and its predictions on all.
+    """
+    return next(fingerprints(problem, [index], longest))
+
+
+def fingerprints(problem: Problem, indices: Iterable[int], longest: int | None = None) -> Iterator[str]:
+    """`fingerprint` of several clips; what they share is read once."""
     shared = hashlib.sha256()
-    _add(shared, _of_network(model, task, grid, longest))
+    _add(shared, _of_network(problem, longest))
     for index in indices:
         own = shared.copy()
-        _add(own, _of_clip(model, task, store, index))
+        _add(own, _of_clip(problem, index))
         yield own.hexdigest()
 
 
@@ -101,8 +72,9 @@ def _add(digest: "hashlib._Hash", parts: Iterable[bytes]) -> None:
         digest.update(part)
 
 
-def _of_network(model: ResQModel, task: Task, grid: tuple[int, int], longest: int | None) -> Iterator[bytes]:
-    about = [FORMAT, torch.__version__, type(task).__qualname__, repr(task), grid, longest, model.groups]
+def _of_network(problem: Problem, longest: int | None) -> Iterator[bytes]:
+    model, task = problem.model, problem.task
+    about = [FORMAT, torch.__version__, type(task).__qualname__, repr(task), problem.grid, longest, model.groups]
     yield repr([*about, model.config, [site.operator.geometry for site in model.sites], model.ranges]).encode()
     yield _bytes(model.group_of_site)
     for site in model.sites:
@@ -111,13 +83,13 @@ def _of_network(model: ResQModel, task: Task, grid: tuple[int, int], longest: in
         yield b"" if site.operator.bias is None else _bytes(site.operator.bias)
 
 
-def _of_clip(model: ResQModel, task: Task, store: ClipStore, index: int) -> Iterator[bytes]:
-    clip = store.clips[index]
+def _of_clip(problem: Problem, index: int) -> Iterator[bytes]:
+    model, task, clip = problem.model, problem.task, problem.clips[index]
     inputs = tuple(part.to(model.device) for part in as_tuple(example_inputs(task, clip)))
     yield from map(_bytes, inputs)  # what a recurrent task is given is among them
     raw = model.float_forward(inputs)
-    yield from map(_bytes, (task.output(raw, model.frame_size), clip.frames, store.targets[index]))
-    yield from map(_bytes, (store.teacher[index], store.error_table))
+    yield from map(_bytes, (task.output(raw, model.frame_size), clip.frames, problem.targets[index]))
+    yield from map(_bytes, (problem.teacher[index], problem.error_table))
 
 
 def _bytes(values: Tensor) -> bytes:
@@ -126,7 +98,7 @@ def _bytes(values: Tensor) -> bytes:
     return f"{values.dtype} {tuple(values.shape)} ".encode() + values.numpy().tobytes()
 
 
-def _packed(table: ResponseTable) -> bytes:
+def _kept(table: ResponseTable) -> dict[str, Any]:
     inside = _inside(table.frames, table.ages)
     tensors = {name: getattr(table, name)[inside] for name in _BY_ROW}
     if not tensors["counts"].is_floating_point():
@@ -134,23 +106,7 @@ def _packed(table: ResponseTable) -> bytes:
     tensors |= {name: getattr(table, name) for name in _WHOLE}
     tensors |= {f"cost.{name}": getattr(table.cost, name) for name in _COST}
     about = {"frames": table.frames, "ages": table.ages, "state_bytes": table.state_bytes}
-    return pack({**about, "tensors": tensors})
-
-
-def _read(path: Path) -> ResponseTable | None:
-    """The table in a file; None where there is none, or only a damaged one."""
-    try:
-        whole = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        log.warning("Cannot read %s: %s. The table is computed anew.", path, error.strerror or error)
-        return None
-    try:
-        return _table(unpack(whole))
-    except (DamagedError, KeyError, TypeError, ValueError) as error:
-        log.warning("%s is damaged (%s). The table is computed anew.", path, error)
-        return None
+    return {**about, "tensors": tensors}
 
 
 def _table(state: Mapping[str, Any]) -> ResponseTable:

@@ -13,22 +13,17 @@ from resq_rl.policies.fixed import (
 )
 from resq_rl.policies.learned import LearnedPolicy
 from resq_rl.policies.oracle import (
-    Responses,
     Schedule,
-    Scheduled,
     best_schedule,
+    measure_on_tables,
     measure_schedules,
     oracle_measurement,
-    rollout,
 )
 from resq_rl.policies.runner import RunCost, Runner
 from resq_rl.policies.search import Tried, best_for, search_group_thresholds
 from resq_rl.policies.tuning import (
     best_of,
     best_policies,
-    dynamic_resq_settings,
-    skip_gate_settings,
-    static_resq_settings,
     thinned,
 )
 
@@ -40,11 +35,9 @@ __all__ = [
     "LearnedPolicy",
     "PerFrame",
     "RandomLevels",
-    "Responses",
     "RunCost",
     "Runner",
     "Schedule",
-    "Scheduled",
     "SkipGate",
     "StaticResQ",
     "Tried",
@@ -52,13 +45,10 @@ __all__ = [
     "best_of",
     "best_policies",
     "best_schedule",
-    "dynamic_resq_settings",
+    "measure_on_tables",
     "measure_schedules",
     "oracle_measurement",
     "periodic",
-    "rollout",
     "search_group_thresholds",
-    "skip_gate_settings",
-    "static_resq_settings",
     "thinned",
 ]

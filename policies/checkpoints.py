@@ -44,10 +44,9 @@ class TrainingReport:
 def about_run(environment: AgentsVecEnv, settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """What a checkpoint must have in common with the run that goes on from it, as JSON gives it back."""
     core = environment.core
-    simulator = core.simulator
     digest = hashlib.sha256()
-    for clip in range(len(simulator.store)):
-        known = table_cache.fingerprint(simulator.model, simulator.task, simulator.store, clip, simulator.grid, None)
+    problem = core.streams.problem
+    for known in table_cache.fingerprints(problem, range(len(problem))):
         digest.update(known.encode())
     about = {
         "settings": dict(settings),

@@ -176,22 +176,27 @@ class GroupThresholds(_Free):
         return Decision(periodic(view, self.interval), ThresholdField(taus, self.kappa))
 
 
+@dataclass(frozen=True)
 class RandomLevels(_Free):
-    """A level drawn at random for every layer group and region, refreshed with the keyframe interval."""
+    """A level drawn at random for every layer group and region, with keyframes at the interval.
 
-    def __init__(self, levels: int, seed: int = 0, interval: int = 8, reference: Reference = "previous") -> None:
-        super().__init__(reference, interval)
-        object.__setattr__(self, "levels", levels)
-        object.__setattr__(self, "seed", seed)
-        object.__setattr__(self, "_generator", torch.Generator().manual_seed(seed))
+    Its draws go on from clip to clip; a copy made by `dataclasses.replace` begins them anew.
+    """
+
+    levels: int = 4
+    seed: int = 0
+    _generator: torch.Generator = field(default_factory=torch.Generator, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._generator.manual_seed(self.seed)
 
     @property
     def settings(self) -> dict[str, object]:
         """Fields that identify the policy."""
-        return super().settings | {"seed": self.seed}  # type: ignore[attr-defined]
+        return super().settings | {"seed": self.seed}
 
     def decide(self, view: FrameView) -> Decision:
         """Uniform over the levels."""
-        shape = (view.clips, view.groups, *view.grid)
-        levels = torch.randint(self.levels, shape, generator=self._generator)  # type: ignore[attr-defined]
+        levels = torch.randint(self.levels, (view.clips, view.groups, *view.grid), generator=self._generator)
         return Decision(periodic(view, self.interval), LevelField(levels))

@@ -7,9 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -18,7 +17,7 @@ from torch import Tensor
 from resq_rl.envs import ActionScheme, Decision, FrameView, Observation
 from resq_rl.errors import PolicyError, ResqError
 from resq_rl.files import write_atomic
-from resq_rl.policies.fixed import periodic
+from resq_rl.policies.fixed import periodic_at
 from resq_rl.quantization import Reference, symmetric_limit
 from resq_rl.sealed import checksum
 
@@ -162,32 +161,37 @@ class LearnedPolicy:
             quantized.append(torch.round(weight / step) * step)
         return quantized
 
+    def choose(self, observations: Float[Tensor, "n i"]) -> Int[Tensor, "n k"]:
+        """The choice nearest to every place, as an index."""
+        highest = torch.tensor(self.scheme.nvec) - 1
+        return self.places(observations).round().clamp(torch.zeros_like(highest), highest).long()
+
+    def decision(self, observation: Observation, age: Int64[Tensor, " b"]) -> Decision:
+        """The decision for every clip.
+
+        Args:
+            observation: the observation.
+            age: frames since each clip's keyframe.
+
+        Raises:
+            PolicyError: its actions are "keyframe", which choose no field.
+        """
+        refresh = periodic_at(age, self.interval)
+        if self.keyframes is not None:
+            refresh = self.keyframes.choose(self.keyframes.scheme.observe(observation))[:, -1] == 1
+        return self.scheme.decision(self.choose(self.scheme.observe(observation)), refresh)
+
     def decide(self, view: FrameView) -> Decision:
         """The nearest action of every agent.
 
         Raises:
             PolicyError: it was trained for another network, grid or range of lambda, or its actions are "keyframe",
-                which decide no field.
+                which choose no field.
         """
-        if self.keyframes is None:
-            return self.scheme.decide(self._nearest(view), periodic(view, self.interval))
-        refresh = torch.from_numpy(self.keyframes._nearest(view)[:, -1] == 1)
-        return self.scheme.decide(self._nearest(view), refresh)
-
-    def _nearest(self, view: FrameView) -> Int[np.ndarray, "agents k"]:
         self.check_view(view)
-        chosen: np.ndarray = self.chosen(view.observation).numpy()
-        return chosen
-
-    def chosen(self, observation: Observation) -> Int[Tensor, "agents k"]:
-        """The choices of every agent, as indices."""
-        return self.nearest(self.scheme.view(observation))
-
-    def nearest(self, observations: Float[Tensor, "n i"]) -> Int[Tensor, "n k"]:
-        """The nearest choice to every place."""
-        places = self.places(observations)
-        highest = torch.tensor(self.scheme.nvec) - 1
-        return places.round().clamp(torch.zeros_like(highest), highest).long()
+        if self.keyframes is not None:
+            self.keyframes.check_view(view)
+        return self.decision(view.observation, view.age)
 
     def check_view(self, view: FrameView) -> None:
         """Raise PolicyError unless it was trained for such a network, grid and range of lambda."""

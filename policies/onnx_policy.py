@@ -20,7 +20,6 @@ from resq_rl.envs import Decision, FrameView, Observation
 from resq_rl.envs.observation import Seen, frame_values, observed
 from resq_rl.errors import PolicyError
 from resq_rl.files import write_atomic
-from resq_rl.policies.fixed import periodic_at
 from resq_rl.policies.learned import LearnedPolicy
 from resq_rl.quantization import LevelField, Reference, ThresholdField
 
@@ -46,11 +45,7 @@ class _Graph(nn.Module):
         regions, residual, foreground = observed(seen, policy.scheme.grid, closed_loop=closed_loop)
         budget = torch.ones_like(seen.trade_off)
         frame = frame_values(seen.age, seen.trade_off, policy.trade_off_range, budget, residual, foreground)
-        observation = Observation(regions, frame)
-        refresh = periodic_at(seen.age, policy.interval)
-        if policy.keyframes is not None:
-            refresh = policy.keyframes.chosen(observation)[:, -1] == 1
-        decision = policy.scheme.decision(policy.chosen(observation), refresh)
+        decision = policy.decision(Observation(regions, frame), seen.age)
         field = decision.field
         choice = field.levels if isinstance(field, LevelField) else field.thresholds
         return choice + torch.zeros(1, 1, *policy.scheme.grid, dtype=choice.dtype), decision.refresh
@@ -99,7 +94,7 @@ def _about(policy: LearnedPolicy) -> dict[str, Any]:
     """What a runtime needs to know beside the graph."""
     return {
         "format": FORMAT,
-        "choice": "threshold" if policy.scheme.kind == "region_thresholds" else "level",
+        "choice": "threshold" if policy.scheme.by_threshold else "level",
         "kappa": list(policy.scheme.kappa),
         "reference": policy.reference,
         "trade_off": policy.trade_off,

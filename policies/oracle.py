@@ -1,28 +1,20 @@
 """The clairvoyant bound of frame-level decisions: the best schedule of keyframes and levels, found exactly."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from resq_rl.envs import ClipStore, Decision, FrameView, Measurement, Policy, ResponseTable, TableSimulator
-from resq_rl.envs.measure import batches
+from resq_rl.envs import Measurement, Policy, ResponseTable, Streams, TableEngine
+from resq_rl.envs.measure import batches, policy_share
 from resq_rl.errors import PolicyError
 from resq_rl.perception import Task
-from resq_rl.quantization import LevelField, Reference, ResQModel
+from resq_rl.quantization import LevelField
 
-__all__ = [
-    "Responses",
-    "Schedule",
-    "Scheduled",
-    "best_schedule",
-    "measure_schedules",
-    "oracle_measurement",
-    "rollout",
-]
+__all__ = ["Schedule", "best_schedule", "measure_on_tables", "measure_schedules", "oracle_measurement"]
 
 
 @dataclass(frozen=True)
@@ -151,103 +143,31 @@ def measure_schedules(
     )
 
 
-@dataclass(frozen=True)
-class Responses:
-    """The tables of a store's clips: what frame-level decisions give there, without running the network.
+def measure_on_tables(engine: TableEngine, policy: Policy) -> Measurement:
+    """What `resq_rl.envs.measure` gives for a policy of frame-level decisions, without running the network.
 
-    Attributes:
-        model, task, store: as of a `Simulator`.
-        tables: one per clip.
+    Raises:
+        PolicyError: the policy decides for another reference than the keyframe, or not one level for each frame.
     """
-
-    model: ResQModel
-    task: Task
-    store: ClipStore
-    tables: tuple[ResponseTable, ...]
-
-    def measure(self, policy: Policy) -> Measurement:
-        """What `resq_rl.envs.measure` gives for a policy of frame-level decisions.
-
-        Raises:
-            PolicyError: the policy decides for another reference than the keyframe, or not one level for each frame.
-        """
-        if policy.reference != "keyframe":
-            raise PolicyError(f"Tables hold frames against the keyframe, the policy is for {policy.reference!r}.")
-        schedules: dict[int, Schedule] = {}
-        for index in batches(self.store, len(self.store)):
-            simulator = TableSimulator(
-                self.model,
-                self.task,
-                self.store.subset(index),
-                [self.tables[i] for i in index],
-                slots=len(index),
-                trade_off_range=policy.trade_off_range,
-            )
-            schedules |= dict(zip(index, rollout(simulator, policy), strict=True))
-        share = policy.macs * policy.bits**2 / self.model.reference_bops()
-        own = [schedules[i] for i in range(len(self.store))]
-        return measure_schedules(self.task, self.tables, own, policy.settings, share)
+    problem = engine.problem
+    schedules: dict[int, Schedule] = {}
+    for index in batches(problem, len(problem)):
+        streams = Streams(
+            engine.subset(index),
+            slots=len(index),
+            reference=policy.reference,
+            trade_off_range=policy.trade_off_range,
+        )
+        schedules |= dict(zip(index, _schedules(streams, policy), strict=True))
+    own = [schedules[i] for i in range(len(problem))]
+    return measure_schedules(problem.task, engine.tables, own, policy.settings, policy_share(problem, policy))
 
 
-def rollout(simulator: TableSimulator, policy: Policy) -> list[Schedule]:
-    """The schedules that a policy of frame-level decisions makes, one for the clip in each slot.
-
-    Args:
-        simulator: with as many slots as its store has clips, all of one length.
-        policy: decides one level for each frame, against the keyframe reference.
-    """
-    slots = list(range(simulator.slots))
-    simulator.start(slots, slots, [policy.trade_off] * len(slots))
-    chosen: list[list[int | None]] = [[None] for _ in slots]
-    while bool((simulator.time < simulator.length).all()):
-        decision = policy.decide(FrameView(simulator))
-        simulator.step(decision)  # which refuses all but one level for each frame
+def _schedules(streams: Streams, policy: Policy) -> list[Schedule]:
+    """The schedules that a policy of frame-level decisions makes, one for the clip in each slot."""
+    chosen: list[list[int | None]] = [[] for _ in range(streams.slots)]
+    for decision, _ in streams.run(policy):  # the engine refuses all but one level for each frame
         levels = cast(LevelField, decision.field).levels[:, 0, 0, 0].tolist()
         for own, refresh, level in zip(chosen, decision.refresh.tolist(), levels, strict=True):
             own.append(None if refresh else level)
     return [Schedule(tuple(own)) for own in chosen]
-
-
-@dataclass(frozen=True, eq=False)
-class Scheduled:
-    """A policy that replays a schedule for each clip of a store, whatever it observes.
-
-    Attributes:
-        store: the clips.
-        schedules: one per clip, in order.
-    """
-
-    store: ClipStore
-    schedules: tuple[Schedule, ...]
-    reference: Reference = field(default="keyframe", init=False)
-    trade_off: float = field(default=1.0, init=False)
-    trade_off_range: tuple[float, float] = field(default=(1.0, 1.0), init=False)
-    macs: int = field(default=0, init=False)
-    bits: int = field(default=8, init=False)
-
-    def __post_init__(self) -> None:
-        frames, scheduled = [len(c) for c in self.store.clips], [len(s.levels) for s in self.schedules]
-        if frames != scheduled:
-            raise PolicyError(f"Clips of {frames} frames need schedules of as many, got {scheduled}.")
-
-    @property
-    def settings(self) -> dict[str, object]:
-        """The schedules."""
-        return {"reference": self.reference, "schedules": [list(s.levels) for s in self.schedules]}
-
-    def decide(self, view: FrameView) -> Decision:
-        """What the schedules say.
-
-        Raises:
-            PolicyError: a clip of the view is not of the store.
-        """
-        # A view tells neither clip nor time, which a policy must not know; a replay must, so it looks behind the view.
-        simulator = view._simulator
-        own = {id(clip): schedule for clip, schedule in zip(self.store.clips, self.schedules, strict=True)}
-        clips = [id(simulator.store.clips[c]) for c in simulator.clip.tolist()]
-        if not own.keys() >= set(clips):
-            raise PolicyError("A clip has no schedule: measure a replay on the clips of its own store.")
-        chosen = [own[clip].levels[t] for clip, t in zip(clips, simulator.time.tolist(), strict=True)]
-        levels = torch.tensor([level or 0 for level in chosen])
-        field = LevelField(levels[:, None, None, None].expand(-1, view.groups, 1, 1))
-        return Decision(torch.tensor([level is None for level in chosen]), field)

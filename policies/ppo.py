@@ -25,11 +25,11 @@ from resq_rl.sealed import Checkpoints
 
 __all__ = ["FirstChoice", "PPOSettings", "Progress", "TrainingReport", "train_ppo", "untrained"]
 
-# Of a policy that begins warm, for or against a keyframe: one decision in 16 is the other one, where the width is 1.
+# Log-odds of a keyframe after the warm start, where the width is 1: the other action is sampled once in 16.
 SURE = math.log(15)
-# Values of lambda at which a policy that begins warm is fitted.
+# Values of lambda at which the warm start is fitted.
 POSITIONS = 65
-# Of an update, by stable-baselines3's names.
+# Figures of an update, by stable-baselines3's names.
 UPDATE_FIGURES = ("entropy_loss", "approx_kl", "explained_variance", "loss")
 
 
@@ -140,8 +140,8 @@ def train_ppo(
     """
     torch.manual_seed(seed)
     environment.seed(seed)
-    store = environment.core.simulator.store
-    decided = int(settings.frames * (1 - len(store) / store.frames))  # the first frame of every clip is not
+    problem = environment.core.streams.problem
+    decided = int(settings.frames * (1 - len(problem) / problem.frames))  # the first frame of every clip is not
     total = max(1, decided // environment.core.clips) * environment.num_envs
     about = about_run(environment, asdict(settings), seed)
     model, report = untrained(environment, settings, seed), TrainingReport()
@@ -310,7 +310,7 @@ class _Rollouts(BaseCallback):
         if not finite.all():
             core, result = self.environment.core, step.result
             slot = int(np.argmin(finite)) // core.scheme.agents_per_clip
-            clip = core.simulator.store.clips[int(result.clip[slot])].name
+            clip = core.streams.problem.clips[int(result.clip[slot])].name
             raise PolicyError(
                 f"The {what} of {clip}, frame {int(result.time[slot])}, is not finite, after {self.environment.frames} "
                 f"frames in all: look at {culprit}. Checkpoints before it are kept."
@@ -380,10 +380,10 @@ def deployed(model: PPO, environment: AgentsVecEnv, settings: PPOSettings) -> Le
         trade_off=float(np.sqrt(low * high)),
         trade_off_range=(low, high),
         interval=core.episodes.intervals[0],
-        reference=core.simulator.reference,
+        reference=core.streams.reference,
         bits=settings.bits,
-        frame_size=core.simulator.model.frame_size,
-        network=core.simulator.model.groups,
+        frame_size=core.streams.problem.model.frame_size,
+        network=core.streams.problem.model.groups,
     )
 
 

@@ -9,19 +9,18 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from resq_rl.envs import ClipStore, FrameView, Policy, Simulator
+from resq_rl.envs import Conditions, Decision, FrameInputs, FrameView, NetworkEngine, Policy, Problem
+from resq_rl.envs.measure import policy_share
 from resq_rl.errors import PolicyError, VideoError
-from resq_rl.perception import Recurrent, Task
+from resq_rl.perception import Beginning, Task, beginning_of
 from resq_rl.policies.learned import LearnedPolicy
-from resq_rl.quantization import ResQModel, load_model
+from resq_rl.quantization import load_model
 from resq_rl.video import Clip
 from resq_rl.video.images import resize_frame, resize_labels
 
 __all__ = ["RunCost", "Runner"]
 
 REFERENCE_BITS = 8
-# Frames of the clip that a runner lets the simulator see; the last never runs.
-PLACES = 3
 
 
 @dataclass(frozen=True)
@@ -58,27 +57,24 @@ class Runner:
         for frame in frames:
             prediction, cost = runner(frame)
 
-    What it gives for the frames of a clip equals what the simulator measures on it, bit for bit.
+    Its predictions and costs for the frames of a clip equal those of `resq_rl.envs.trace`, bit for bit.
 
     Args:
         policy: decides how frames run.
-        model: the calibrated network.
-        task: what its output means.
-        grid: rows and columns of regions; not needed for a learned policy.
+        problem: the calibrated network, its task and the policy's grid; clips are not needed.
 
     Raises:
         PolicyError: the policy does not fit the network or the grid.
     """
 
-    def __init__(self, policy: Policy, model: ResQModel, task: Task, grid: tuple[int, int] | None = None) -> None:
-        if grid is None:
-            grid = policy.scheme.grid if isinstance(policy, LearnedPolicy) else (6, 10)
-        self.policy, self.model, self.task, self.grid = policy, model, task, grid
-        self._own_share = policy.macs * policy.bits**2 / model.reference_bops()
-        # Where frames are put before they run: the first, and every later one in the place of the one before.
-        self._frames = torch.zeros(PLACES, 3, *model.frame_size, dtype=torch.uint8)
-        self._given: Tensor | None = None
+    def __init__(self, policy: Policy, problem: Problem) -> None:
+        self.policy, self.problem = policy, problem
+        self._engine = NetworkEngine(problem)
+        self._conditions = Conditions.alone(policy.trade_off, policy.trade_off_range)
+        self._own_share = policy_share(problem, policy)
         self.reset()
+        if isinstance(policy, LearnedPolicy):
+            policy.check_view(self._view(self._state.frame))
 
     @staticmethod
     def load(
@@ -106,7 +102,7 @@ class Runner:
             raise PolicyError(f"The policy was trained for lambda from {low:g} to {high:g}, got {trade_off:g}.")
         if trade_off is not None or interval is not None:
             policy = policy.at(policy.trade_off if trade_off is None else trade_off, interval)
-        return Runner(policy, load_model(Path(folder), network), task)
+        return Runner(policy, Problem(load_model(Path(folder), network), task, policy.scheme.grid))
 
     def reset(self, given: UInt8[np.ndarray, "h w"] | UInt8[Tensor, "h w"] | None = None) -> None:
         """Begin a new video: the next frame runs as a keyframe, and nothing of the frames before is left.
@@ -115,32 +111,40 @@ class Runner:
             given: for a task that begins with it (`Recurrent`), the label of the next frame, such as the mask of the
                 object to follow; brought to the model's size.
         """
-        self._begun = False
-        self._given = None if given is None else _fitted_label(given, self.model.frame_size)
-        if not isinstance(self.task, Recurrent):
-            self._simulator = self._made()
-
-    def _made(self) -> Simulator:
-        """A simulator of a clip of `_frames`; what predictions are compared with there means nothing."""
-        labels = None if self._given is None else self._given.expand(PLACES, -1, -1).contiguous()
-        clip = Clip(self._frames, labels, 1.0, "stream", "stream")
-        simulator = Simulator(
-            self.model,
-            self.task,
-            ClipStore.prepare(self.model, self.task, [clip], source="teacher"),
-            slots=1,
-            grid=self.grid,
-            reference=self.policy.reference,
-            trade_off_range=self.policy.trade_off_range,
-        )
-        if isinstance(self.policy, LearnedPolicy):
-            self.policy.check_view(FrameView(simulator))
-        return simulator
+        self._given = None if given is None else _fitted_label(given, self.problem.model.frame_size)
+        self._starts: list[Beginning] = []
+        self._state = self._engine.new_state(1, self.policy.reference)
 
     @property
     def frame(self) -> UInt8[Tensor, "3 h w"]:
-        """The last frame as the model saw it; the next one overwrites it."""
-        return self._frames[1]
+        """The last frame as the model saw it."""
+        return self._state.frame[0]
+
+    @property
+    def _begun(self) -> bool:
+        return int(self._state.age[0]) >= 0
+
+    def _start(self, frame: UInt8[Tensor, "3 h w"]) -> list[Beginning]:
+        """What a recurrent task is given with the first frame.
+
+        Raises:
+            VideoError: no label was given.
+        """
+        task = self.problem.recurrent
+        if task is None:
+            return []
+        if self._given is None:
+            raise VideoError(
+                f"{type(task).__name__} begins with the label of the first frame, and none was given: call "
+                "reset(label) before it."
+            )
+        return [beginning_of(task, Clip(frame[None], self._given[None], 1.0, "stream", "stream"))]
+
+    def _inputs(self, frame: UInt8[Tensor, "1 3 h w"]) -> FrameInputs:
+        return FrameInputs(frame, None, self._starts, torch.tensor([not self._begun]), lambda _: "the stream")
+
+    def _view(self, frame: UInt8[Tensor, "1 3 h w"]) -> FrameView:
+        return FrameView(self._engine, lambda: self._inputs(frame), self._state, self._conditions)
 
     @torch.no_grad()
     def __call__(self, frame: UInt8[np.ndarray, "h w 3"] | UInt8[Tensor, "3 h w"]) -> tuple[Tensor, RunCost]:
@@ -156,23 +160,14 @@ class Runner:
             VideoError: the frame is no RGB picture of bytes, or a label is wanted first.
             NetworkError: the output holds NaN or infinity.
         """
-        self._frames[1 if self._begun else slice(None)] = _fitted(frame, self.model.frame_size)
-        if not self._begun and isinstance(self.task, Recurrent):
-            if self._given is None:
-                raise VideoError(
-                    f"{type(self.task).__name__} begins with the label of the first frame, and none was given: call "
-                    "reset(label) before it."
-                )
-            self._simulator = self._made()
-        simulator = self._simulator
+        own = _fitted(frame, self.problem.model.frame_size).clone()[None]  # the caller may write into its own
         if self._begun:
-            simulator.time.fill_(1)
-            result = simulator.step(self.policy.decide(FrameView(simulator)))
+            decision, policy_bops = self.policy.decide(self._view(own)), self._own_share
         else:
-            result = simulator.start([0], [0], [self.policy.trade_off])
-        share = float(result.cost.total) / self.model.reference_bops()
-        cost = RunCost(bool(result.cost.keyframe), share, self._own_share if self._begun else 0.0, result.share[0])
-        self._begun = True
+            self._starts = self._start(own[0])
+            decision, policy_bops = Decision.keyframes(1, self.problem.groups), 0.0
+        result = self._engine.step(self._inputs(own), self._state, decision)
+        cost = RunCost(bool(result.cost.keyframe), float(result.bops), policy_bops, result.share[0])
         return result.prediction[0], cost
 
 

@@ -1,18 +1,18 @@
 """Tuning on validation clips: measure many settings, keep those that no other beats."""
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import product
 from typing import TypeVar
 
 import numpy as np
 
 from resq_rl.envs import Measurement, Policy
-from resq_rl.policies.fixed import DynamicResQ, SkipGate, StaticResQ
-from resq_rl.quantization import DEFAULT_KAPPA, Reference
 
-__all__ = ["best_of", "best_policies", "dynamic_resq_settings", "skip_gate_settings", "static_resq_settings", "thinned"]
+__all__ = ["Measured", "best_of", "best_policies", "thinned"]
 
 P = TypeVar("P", bound=Policy)
+
+Measured = tuple[Policy, Measurement]
+"""A policy and its measurement."""
 
 
 def best_policies(policies: Iterable[P], evaluate: Callable[[P], Measurement]) -> list[tuple[P, Measurement]]:
@@ -44,23 +44,3 @@ def thinned(front: Sequence[tuple[P, Measurement]], most: int) -> list[tuple[P, 
     place = np.log([result.bops for _, result in front])
     wanted = np.linspace(place[0], place[-1], most)
     return [front[i] for i in sorted({int(np.abs(place - at).argmin()) for at in wanted})]
-
-
-def dynamic_resq_settings(
-    intervals: Sequence[int],
-    references: Sequence[Reference],
-    taus: Sequence[float],
-    kappa: tuple[float, ...] = DEFAULT_KAPPA,
-) -> list[DynamicResQ]:
-    """Dynamic ResQ at every combination of interval, reference and threshold."""
-    return [DynamicResQ(r, i, tau=t, kappa=kappa) for r, i, t in product(references, intervals, taus)]
-
-
-def static_resq_settings(intervals: Sequence[int], references: Sequence[Reference], levels: int) -> list[StaticResQ]:
-    """Static ResQ at every combination of interval, reference and level."""
-    return [StaticResQ(r, i, level=n) for r, i, n in product(references, intervals, range(levels))]
-
-
-def skip_gate_settings(intervals: Sequence[int], taus: Sequence[float], levels: int) -> list[SkipGate]:
-    """The skip gate at every combination of interval and threshold."""
-    return [SkipGate("previous", i, tau=t, levels=levels) for i, t in product(intervals, taus)]

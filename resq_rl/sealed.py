@@ -1,4 +1,4 @@
-"""Files of numbers and tensors that are whole or refused, and the checkpoints of a run kept in them.
+"""Files of numbers and tensors that are whole or refused: checkpoints of a run, and values kept by their origin.
 
 A sealed file is the SHA-256 of its content and then the content, in the format safetensors: nothing in it is ever run.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from resq_rl.errors import ResultsError
 from resq_rl.files import write_atomic
 
-__all__ = ["Checkpoints", "DamagedError", "checksum", "pack", "unpack"]
+__all__ = ["Checkpoints", "ContentStore", "DamagedError", "checksum", "pack", "unpack"]
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +95,44 @@ def _whole(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(value, dict):
         return {key: _whole(item, tensors) for key, item in value.items()}
     return [_whole(item, tensors) for item in value] if isinstance(value, list) else value
+
+
+class ContentStore:
+    """Sealed values in a folder, one file each, named by the SHA-256 of all that the value was computed from.
+
+    A value that is damaged or cannot be kept costs time, not the run: it is computed anew. Nothing is ever deleted.
+
+    Args:
+        folder: made when the first value is kept; None to keep nothing.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """The value under a key; None where there is none, or only a damaged one."""
+        if self.folder is None:
+            return None
+        path = self._path(self.folder, key)
+        try:
+            return unpack(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (DamagedError, OSError) as error:
+            log.warning("%s cannot be used (%s). Its content is computed anew.", path, error)
+            return None
+
+    def put(self, key: str, value: Mapping[str, Any]) -> None:
+        """Keep a value."""
+        if self.folder is not None:
+            try:
+                write_atomic(self._path(self.folder, key), pack(value))
+            except ResultsError as error:
+                log.warning("A computed value is not kept. %s", error)
+
+    @staticmethod
+    def _path(folder: Path, key: str) -> Path:
+        return folder / f"{key}.sealed"
 
 
 class Checkpoints:

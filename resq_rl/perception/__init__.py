@@ -1,6 +1,6 @@
 """Perception networks: tasks, the shipped networks, loading others, and pretraining."""
 
-from resq_rl.perception.ddrnet import CompactDDRNet, CompactPose, MaskPropagationNet
+from resq_rl.perception.compact_networks import CompactDDRNet, CompactPose, MaskPropagationNet
 from resq_rl.perception.ddrnet23 import DDRNet23Slim, ddrnet23_slim
 from resq_rl.perception.inference import (
     Beginning,
@@ -11,16 +11,16 @@ from resq_rl.perception.inference import (
     predict_clip,
     recurrent_inputs,
 )
+from resq_rl.perception.mask_accuracy import contour_accuracy, j_and_f, region_similarity
 from resq_rl.perception.mask_propagation import MaskPropagation
 from resq_rl.perception.networks import (
     compact_ddrnet,
     compact_pose,
     load_network,
-    load_weights,
     mask_propagation_net,
-    save_weights,
     shipped_weights,
 )
+from resq_rl.perception.normalisation import Normalised
 from resq_rl.perception.pose import Pose, PoseKind
 from resq_rl.perception.pretrain import (
     PretrainProgress,
@@ -28,9 +28,9 @@ from resq_rl.perception.pretrain import (
     measure_counts,
     pretrain,
 )
-from resq_rl.perception.region_and_contour import contour_accuracy, j_and_f, region_similarity
 from resq_rl.perception.segmentation import OutputKind, Segmentation, class_iou, mean_iou, pixel_accuracy
 from resq_rl.perception.task import PretrainSettings, Recurrent, Task, Trainable
+from resq_rl.perception.weight_files import load_weights, save_weights
 
 __all__ = [
     "Beginning",
@@ -39,6 +39,7 @@ __all__ = [
     "DDRNet23Slim",
     "MaskPropagation",
     "MaskPropagationNet",
+    "Normalised",
     "OutputKind",
     "Pose",
     "PoseKind",

@@ -16,9 +16,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resq_rl.errors import NetworkError
-from resq_rl.perception.ddrnet import resize
-from resq_rl.perception.networks import load_network, load_weights
+from resq_rl.errors import NetworkError, SettingsError
+from resq_rl.perception.compact_networks import resize
+from resq_rl.perception.networks import load_network
+from resq_rl.perception.normalisation import IMAGENET_MEAN, IMAGENET_STD, Channels, InputTransform, Values
+from resq_rl.perception.weight_files import load_weights
 
 __all__ = ["DDRNet23Slim", "ddrnet23_slim"]
 
@@ -27,9 +29,6 @@ _CONTEXT: Final = 128  # channels of each scale of the DAPPM
 _HEAD: Final = 64
 _POOLS: Final = ((5, 2), (9, 4), (17, 8))  # kernel and stride of the DAPPM's scales 1 to 3
 _TRAINING_ONLY: Final = ("seghead_extra.*", "loss.*")
-# Of ImageNet, on which the authors pretrained; red, green, blue.
-_MEAN: Final = (0.485, 0.456, 0.406)
-_DEVIATION: Final = (0.229, 0.224, 0.225)
 
 
 def _normed(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
@@ -139,23 +138,22 @@ class DDRNet23Slim(nn.Module):
     Arguments:
         classes: number of output classes, 2 to 255; the published weights have the 19 of Cityscapes.
 
-    Input: `Float[Tensor, "b 3 h w"]`, RGB in 0..1; the normalisation is part of the network. Output: logits
+        transform: what the layers take of the frames; None for the normalisation of ImageNet, on which the authors
+            pretrained.
+
+    Input: `Float[Tensor, "b 3 h w"]`, RGB in 0..1; the transform is part of the network. Output: logits
     `Float[Tensor, "b classes _ _"]` of an eighth of the height and width, which the task resizes.
 
     Raises:
         NetworkError: `classes` is out of range.
     """
 
-    mean: Tensor
-    deviation: Tensor
-
-    def __init__(self, classes: int = 19) -> None:
+    def __init__(self, classes: int = 19, transform: InputTransform | None = None) -> None:
         super().__init__()
         if not 2 <= classes <= 255:
             raise NetworkError(f"DDRNet23Slim: classes must be from 2 to 255, got {classes}.")
         self.classes, w = classes, _WIDTH
-        self.register_buffer("mean", torch.tensor(_MEAN)[:, None, None], persistent=False)
-        self.register_buffer("deviation", torch.tensor(_DEVIATION)[:, None, None], persistent=False)
+        self.transform = transform or InputTransform(IMAGENET_MEAN, IMAGENET_STD, persistent=False)
         self.conv1 = nn.Sequential(
             nn.Conv2d(3, w, 3, stride=2, padding=1),
             nn.BatchNorm2d(w),
@@ -182,7 +180,7 @@ class DDRNet23Slim(nn.Module):
     @no_type_check
     def forward(self, frames: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k _ _"]:
         """Logits of `frames`, RGB in 0..1, at an eighth of their size."""
-        shared = self.layer2(self.layer1(self.conv1((frames - self.mean) / self.deviation)))
+        shared = self.layer2(self.layer1(self.conv1(self.transform(frames))))
         coarse, fine = self.layer3(shared), self.layer3_(shared)
         merged = fine + resize(self.compression3(F.relu(coarse)), fine)
         coarse = self.layer4(coarse + self.down3(F.relu(fine)))
@@ -193,7 +191,15 @@ class DDRNet23Slim(nn.Module):
         return self.final_layer(fine + resize(self.spp(coarse), fine))
 
 
-def ddrnet23_slim(weights: str | Path | None, classes: int = 19, backbone: bool = False) -> DDRNet23Slim:
+def ddrnet23_slim(
+    weights: str | Path | None,
+    classes: int = 19,
+    backbone: bool = False,
+    mean: Values | None = IMAGENET_MEAN,
+    std: Values | None = IMAGENET_STD,
+    channels: Channels = "rgb",
+    value_range: float = 1.0,
+) -> DDRNet23Slim:
     """A frozen `DDRNet23Slim`.
 
     Arguments:
@@ -202,12 +208,17 @@ def ddrnet23_slim(weights: str | Path | None, classes: int = 19, backbone: bool 
         classes: number of output classes.
         backbone: take from `weights` what this network has in common with them, and leave the rest random: for
             training on from the published `DDRNet23s_imagenet.pth`, or to other classes.
+        mean, std, channels, value_range: what frames the weights were trained on, see `InputTransform`; those of
+            ImageNet by default.
 
     Raises:
         NetworkError: `classes` is out of range.
+        SettingsError: `backbone` without `weights`, or what is said of the frames is out of range.
         WeightsError: the weights are missing, damaged or do not fit.
     """
-    network = DDRNet23Slim(classes)
+    if backbone and weights is None:
+        raise SettingsError("backbone takes a part of the weights, and there are none. Set weights, or leave it out.")
+    network = DDRNet23Slim(classes, InputTransform(mean, std, channels, value_range, persistent=False))
     if weights is not None:
         load_weights(network, weights, ignored=_TRAINING_ONLY, partial=backbone)
     load_network(network)

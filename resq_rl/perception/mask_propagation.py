@@ -8,8 +8,8 @@ from jaxtyping import Float, Float64, Num, UInt8
 from torch import Tensor
 
 from resq_rl.errors import SettingsError, VideoError
-from resq_rl.perception.mask_errors import perturbed
-from resq_rl.perception.region_and_contour import contour_accuracy, region_similarity
+from resq_rl.perception.disturbed_masks import perturbed
+from resq_rl.perception.mask_accuracy import contour_accuracy, region_similarity
 from resq_rl.perception.segmentation import Segmentation
 from resq_rl.perception.task import Loss, PretrainSettings
 from resq_rl.video import IGNORE, Clip

@@ -1,47 +1,59 @@
-"""Frozen networks: loading them, their weights, and the network that ships with the package."""
+"""Frozen networks: those that ship with the package, and exported programs."""
 
+import io
+import json
 import logging
 import warnings
 import zipfile
-from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save as pack_tensors
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from resq_rl.errors import NetworkError, WeightsError
-from resq_rl.files import write_atomic
-from resq_rl.perception.checkpoints import read_weights
-from resq_rl.perception.ddrnet import CompactDDRNet, CompactPose, MaskPropagationNet
-from resq_rl.sealed import checksum
+from resq_rl.errors import NetworkError, SettingsError
+from resq_rl.perception.compact_networks import CompactDDRNet, CompactPose, MaskPropagationNet
+from resq_rl.perception.normalisation import Channels, Values, normalised
+from resq_rl.perception.weight_files import is_torchscript, load_weights
 
-__all__ = [
-    "compact_ddrnet",
-    "compact_pose",
-    "load_network",
-    "load_weights",
-    "mask_propagation_net",
-    "save_weights",
-    "shipped_weights",
-]
+__all__ = ["compact_ddrnet", "compact_pose", "load_network", "mask_propagation_net", "shipped_weights"]
 
-CHECKSUM = "sha256"  # in the metadata of weights
-_SHOWN = 4  # names listed in a message
+_EXPORT = (
+    "Write it with torch.export.save(torch.export.export(network, (frames,), dynamic_shapes=({0: "
+    "torch.export.Dim('batch')},)), path), from the network's Python code."
+)
+
+_EXPORT_ANY_BATCH = (
+    "Export it again with a dynamic batch dimension, since any number of clips runs together: "
+    "dynamic_shapes=({0: torch.export.Dim('batch')},)."
+)
+_EXPORT_SIZE = "Set video.size to the height and width that it was exported for, or export it again for other ones."
 
 
-def load_network(source: nn.Module | str | Path) -> nn.Module:
+def load_network(
+    source: nn.Module | str | Path,
+    mean: Values | None = None,
+    std: Values | None = None,
+    channels: Channels = "rgb",
+    value_range: float = 1.0,
+) -> nn.Module:
     """A frozen network ready to be wrapped: in evaluation mode and without gradients.
+
+    It is given RGB frames in 0..1. A network that expects something else is given it by `Normalised`, which the other
+    arguments describe.
 
     Arguments:
         source: a module, which is changed in place, or the path of an exported program (`torch.export.save`,
-            `.pt2`), which keeps the mode it was exported in.
+            `.pt2`), which keeps the mode it was exported in. Programs of any device are brought to the CPU.
+        mean, std, channels, value_range: what frames the network expects, see `Normalised`.
 
     Raises:
         NetworkError: the file is missing, damaged or no exported program, or `source` is something else.
+        SettingsError: `mean`, `std`, `channels` or `value_range` is out of range.
     """
+    if isinstance(source, torch.jit.ScriptModule):
+        raise NetworkError(f"TorchScript cannot be quantized layer by layer. {_EXPORT}")
     if isinstance(source, nn.Module):
         network = source.eval()
     elif isinstance(source, str | Path):
@@ -51,112 +63,122 @@ def load_network(source: nn.Module | str | Path) -> nn.Module:
             f"A network must be a torch.nn.Module or the path of a .pt2 file, got {type(source).__name__}. "
             "Give an instance of a module, not its class or its weights."
         )
-    return network.requires_grad_(False)
+    return normalised(network, mean, std, channels, value_range).requires_grad_(False)
+
+
+# Exported programs ---------------------------------------------------------------------------------------------------
 
 
 def _load_program(path: Path) -> nn.Module:
-    mend = "Write it with torch.export.save(torch.export.export(network, (example,)), path)."
+    start = f"Cannot load the network {path}:"
+    if path.is_file() and is_torchscript(path):
+        raise NetworkError(f"{start} it is TorchScript, which cannot be quantized layer by layer. {_EXPORT}")
     if path.suffix != ".pt2":
-        raise NetworkError(f"Cannot load the network {path}: the file must be an exported program, .pt2. {mend}")
+        raise NetworkError(f"{start} the file must be an exported program, .pt2. {_EXPORT}")
     if not path.is_file():
-        raise NetworkError(f"Cannot load the network {path}: there is no such file. Check the path.")
+        raise NetworkError(f"{start} there is no such file. Check the path.")
     notes = logging.getLogger("torch.export")  # of damage it logs a traceback besides raising
     level = notes.level
     try:
         notes.setLevel(logging.CRITICAL)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # notes on the format's internals, which a caller cannot act on
-            with zipfile.ZipFile(path) as archive:  # PyTorch reads past wrong checksums
-                changed = archive.testzip()
-            if changed is not None:
-                raise ValueError(f"the checksum of {changed} is wrong")
-            return torch.export.load(path).module()
+            program = torch.export.load(_on_cpu(path))
+            network = program.module()
+    except NetworkError:
+        raise
     except Exception as error:  # damaged archives fail in many ways: zip, JSON, pickle, missing operators
         reason = str(error).strip().split("\n")[0][:200]
         raise NetworkError(
-            f"Cannot load the network {path}: it is damaged or was written by another torch than "
-            f"{torch.__version__} ({type(error).__name__}: {reason}). {mend}"
+            f"{start} it is damaged or was written by another torch than "
+            f"{torch.__version__} ({type(error).__name__}: {reason}). {_EXPORT}"
         ) from error
     finally:
         notes.setLevel(level)
+    _check_shapes_in(network, program)
+    return network
 
 
-def save_weights(network: nn.Module, path: str | Path, metadata: dict[str, str]) -> Path:
-    """Write a network's parameters and buffers, with `metadata` and a checksum, as a safetensors file, atomically.
+def _on_cpu(path: Path) -> Path | io.BytesIO:
+    """The file, or where it was exported on another device a copy of its content that names the CPU in its place.
 
     Raises:
-        ResultsError: the file cannot be written; a file that was there before stays.
+        ValueError: a part of the file is damaged. NetworkError: the program was exported without weights.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    return write_atomic(Path(path), pack_tensors(tensors, metadata | {CHECKSUM: checksum(metadata, tensors)}))
+    with zipfile.ZipFile(path) as archive:
+        changed = archive.testzip()  # PyTorch reads past wrong checksums
+        if changed is not None:
+            raise ValueError(f"the checksum of {changed} is wrong")
+        described = {name: json.loads(archive.read(name)) for name in archive.namelist() if name.endswith(".json")}
+        devices = {kind for content in described.values() for kind in _devices(content)}
+        if devices <= {"cpu"}:
+            return path
+        if "meta" in devices:
+            raise NetworkError(f"Cannot load the network {path}: it was exported on the meta device, without weights.")
+        moved = io.BytesIO()
+        with zipfile.ZipFile(moved, "w") as copy:
+            for name in archive.namelist():
+                known = name in described
+                copy.writestr(name, json.dumps(described[name]) if known else archive.read(name))
+    moved.seek(0)
+    return moved
 
 
-def load_weights(
-    network: nn.Module, path: str | Path, *, ignored: Sequence[str] = (), partial: bool = False
-) -> dict[str, str]:
-    """Load a safetensors file or a checkpoint of PyTorch into a network, in place, and return the file's metadata.
+def _devices(content: Any) -> list[str]:
+    """The devices that a description in a program's file names; they are changed to the CPU in place."""
+    if isinstance(content, dict):
+        if content.keys() == {"type", "index"}:
+            kind = str(content["type"])
+            content.update(type="cpu", index=None)
+            return [kind]
+        return [kind for value in content.values() for kind in _devices(value)]
+    return [kind for value in content for kind in _devices(value)] if isinstance(content, list) else []
+
+
+def _check_shapes_in(network: nn.Module, program: torch.export.ExportedProgram) -> None:
+    """Let a program say which fixed sizes it was exported with, in place of torch's "Guard failed"."""
+    if not isinstance(network, fx.GraphModule):
+        return
+    placeholders = [node for node in network.graph.nodes if node.op == "placeholder"]
+    examples = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    sizes = [examples.get(name) for name in program.graph_signature.user_inputs if isinstance(name, str)]
+    fixed = [[n if isinstance(n, int) else None for n in v.shape] if isinstance(v, Tensor) else None for v in sizes]
+    if not placeholders or len(fixed) != len(placeholders):
+        return
+    network.add_submodule("resq_fixed_sizes", _FixedSizes(fixed))
+    with network.graph.inserting_after(placeholders[-1]):
+        network.graph.call_module("resq_fixed_sizes", tuple(placeholders))
+    network.recompile()
+
+
+class _FixedSizes(nn.Module):
+    """Checks the sizes of a program's inputs against those that it was exported with.
 
     Arguments:
-        network: the network.
-        path: the file.
-        ignored: patterns of names in the file that the network does not need.
-        partial: load what the file and the network have in common; the rest of the network keeps its weights.
-
-    Raises:
-        WeightsError: the file is missing, damaged, or holds the weights of another network; of files with a checksum,
-            which `save_weights` writes, any change is damage. The network keeps its weights.
+        sizes: of every input; None for a size, or an input, that may be anything.
     """
-    path = Path(path)
-    tensors, metadata = read_weights(path)
-    expected = metadata.pop(CHECKSUM, None)
-    if expected is not None and expected != checksum(metadata, tensors):
-        raise WeightsError(f"The weights {path} are damaged or were changed: their checksum is wrong. Copy them again.")
-    own = network.state_dict()
-    fitting = {
-        name: value for name, value in tensors.items() if not any(fnmatchcase(name, pattern) for pattern in ignored)
-    }
-    if partial:
-        fitting = {name: value for name, value in fitting.items() if name in own and own[name].shape == value.shape}
-        if not fitting:
-            raise WeightsError(
-                f"The weights {path} have no layer in common with {type(network).__name__}: "
-                f"{_listing('in the file', sorted(tensors))}; {_listing('in the network', sorted(own))}. Choose "
-                "another file."
-            )
-        fitting = own | fitting
-    _check_fit(network, fitting, path)
-    network.load_state_dict(fitting)
-    return metadata
+
+    _is_impure = True  # so that the call is not removed as dead code
+
+    def __init__(self, sizes: list[list[int | None] | None]) -> None:
+        super().__init__()
+        self.sizes = sizes
+
+    def forward(self, *inputs: Any) -> None:
+        """Raise NetworkError where a size differs."""
+        for number, (given, fixed) in enumerate(zip(inputs, self.sizes, strict=True)):
+            if not isinstance(given, Tensor) or fixed is None or given.dim() != len(fixed):
+                continue
+            differ = [i for i, n in enumerate(fixed) if n is not None and n != given.shape[i]]
+            if differ:
+                shape = tuple("any" if n is None else n for n in fixed)
+                raise NetworkError(
+                    f"Input {number} of the exported program has the fixed shape {shape}, got {tuple(given.shape)}. "
+                    f"{_EXPORT_ANY_BATCH if differ == [0] else _EXPORT_SIZE}"
+                )
 
 
-def _check_fit(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    expected = network.state_dict()
-    problems = [
-        _listing("missing", sorted(expected.keys() - tensors.keys())),
-        _listing("unexpected", sorted(tensors.keys() - expected.keys())),
-        _listing(
-            "of another shape",
-            [
-                f"{name} {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
-                for name, value in expected.items()
-                if name in tensors and tensors[name].shape != value.shape
-            ],
-        ),
-    ]
-    found = "; ".join(p for p in problems if p)
-    if found:
-        raise WeightsError(
-            f"The weights {path} do not fit {type(network).__name__}: {found}. They are another network's, "
-            "or of this network with other settings (classes, width): build the network as the file's "
-            "metadata says."
-        )
-
-
-def _listing(what: str, names: list[str]) -> str:
-    if not names:
-        return ""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{len(names)} {what} ({', '.join(names[:_SHOWN])}{more})"
+# Networks of the package ---------------------------------------------------------------------------------------------
 
 
 def shipped_weights(name: str = "compact_ddrnet_generated") -> Path:
@@ -183,12 +205,11 @@ def compact_ddrnet(
 
     Raises:
         NetworkError: `classes` or `width` is out of range.
+        SettingsError: `weights` are given, but `pretrained` is false.
         WeightsError: the weights are missing or do not fit.
     """
     network = CompactDDRNet(classes, width)
-    if pretrained:
-        load_weights(network, shipped_weights() if weights is None else weights)
-    load_network(network)
+    _prepare(network, pretrained, weights, "compact_ddrnet_generated")
     return network
 
 
@@ -198,19 +219,15 @@ def compact_pose(
     """A frozen `CompactPose`.
 
     Arguments:
-        pretrained: load weights; otherwise they are random, from torch's global generator.
+        pretrained, weights: as for `compact_ddrnet`.
         points: number of points; the shipped weights have the 13 of `resq_rl.video.JOINTS`.
         width: channels of the fine branch; the shipped weights have 24.
-        weights: path of the weights to load; None for those that ship with the package.
 
     Raises:
-        NetworkError: `points` or `width` is out of range.
-        WeightsError: the weights are missing or do not fit.
+        NetworkError, SettingsError, WeightsError: as for `compact_ddrnet`.
     """
     network = CompactPose(points, width)
-    if pretrained:
-        load_weights(network, shipped_weights("compact_pose_generated") if weights is None else weights)
-    load_network(network)
+    _prepare(network, pretrained, weights, "compact_pose_generated")
     return network
 
 
@@ -220,16 +237,24 @@ def mask_propagation_net(
     """A frozen `MaskPropagationNet`.
 
     Arguments:
-        pretrained: load weights; otherwise they are random, from torch's global generator.
+        pretrained, weights: as for `compact_ddrnet`.
         width: channels of the fine branch; the shipped weights have 20.
-        weights: path of the weights to load; None for those that ship with the package.
 
     Raises:
-        NetworkError: `width` is out of range.
-        WeightsError: the weights are missing or do not fit.
+        NetworkError, SettingsError, WeightsError: as for `compact_ddrnet`.
     """
     network = MaskPropagationNet(width)
-    if pretrained:
-        load_weights(network, shipped_weights("mask_propagation_generated") if weights is None else weights)
-    load_network(network)
+    _prepare(network, pretrained, weights, "mask_propagation_generated")
     return network
+
+
+def _prepare(network: nn.Module, pretrained: bool, weights: str | Path | None, shipped: str) -> None:
+    """Load the weights that are asked for, and freeze the network."""
+    if weights is not None and not pretrained:
+        raise SettingsError(
+            f"The weights {weights} would not be loaded, because pretrained is false. Set pretrained to true to load "
+            "them, or weights to null to begin with random ones."
+        )
+    if pretrained:
+        load_weights(network, shipped_weights(shipped) if weights is None else weights)
+    load_network(network)

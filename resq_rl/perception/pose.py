@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resq_rl.errors import NetworkError, SettingsError, VideoError
-from resq_rl.perception.sampling import labels_of
 from resq_rl.perception.task import PALETTE, Loss, PretrainSettings, select_output
+from resq_rl.perception.training_batches import labels_of
 from resq_rl.video import JOINTS, Clip
 
 __all__ = ["Pose", "PoseKind"]

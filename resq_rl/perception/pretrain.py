@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from resq_rl.errors import SettingsError, VideoError, WeightsError
 from resq_rl.perception.inference import Beginning, judged_targets, predict_clip, recurrent_inputs
-from resq_rl.perception.networks import save_weights
-from resq_rl.perception.sampling import FrameSampler, labels_of
 from resq_rl.perception.segmentation import Segmentation
 from resq_rl.perception.task import PretrainSettings, Recurrent, Task, Trainable
+from resq_rl.perception.training_batches import FrameSampler, labels_of
+from resq_rl.perception.weight_files import save_weights
 from resq_rl.quantization import as_tuple, to_float
 from resq_rl.sealed import Checkpoints
 from resq_rl.video import Clip

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resq_rl.errors import NetworkError, SettingsError, VideoError
-from resq_rl.perception.sampling import class_shares, mirrored_map
 from resq_rl.perception.task import PALETTE, Loss, PretrainSettings, select_output
-from resq_rl.quantization.native import native
+from resq_rl.perception.training_batches import class_shares, mirrored_map
+from resq_rl.quantization.kernels import native
 from resq_rl.video import IGNORE, Clip
 
 __all__ = ["OutputKind", "Segmentation", "class_iou", "mean_iou", "pixel_accuracy", "segmentation_loss"]

@@ -1,18 +1,19 @@
 """Clips of video with labels: generated, or read from files."""
 
-from resq_rl.video.camvid import CamVidVideo
-from resq_rl.video.cityscapes import CityscapesVideo
 from resq_rl.video.clip import IGNORE, SPLITS, Clip, Split, VideoDataset
-from resq_rl.video.davis import DavisVideo
-from resq_rl.video.figures import JOINTS, FigureVideo
+from resq_rl.video.datasets.camvid import CamVidVideo
+from resq_rl.video.datasets.cityscapes import CityscapesVideo
+from resq_rl.video.datasets.davis import DavisVideo
+from resq_rl.video.datasets.jhmdb import JHMDBVideo
+from resq_rl.video.datasets.posetrack import PoseTrackVideo
 from resq_rl.video.files import VideoFiles, package_video
-from resq_rl.video.generated import GeneratedVideo
-from resq_rl.video.generated_objects import GeneratedObjects
-from resq_rl.video.jhmdb import JHMDBVideo
+from resq_rl.video.framing import Framing, framing_of
+from resq_rl.video.generated.figures import JOINTS, FigureVideo
+from resq_rl.video.generated.objects import GeneratedObjects
+from resq_rl.video.generated.video import GeneratedVideo
+from resq_rl.video.generated.warped import WarpedVideo
 from resq_rl.video.parts import Part
-from resq_rl.video.posetrack import PoseTrackVideo
 from resq_rl.video.stream import VideoStream
-from resq_rl.video.warped import WarpedVideo
 
 __all__ = [
     "IGNORE",
@@ -23,6 +24,7 @@ __all__ = [
     "Clip",
     "DavisVideo",
     "FigureVideo",
+    "Framing",
     "GeneratedObjects",
     "GeneratedVideo",
     "JHMDBVideo",
@@ -33,5 +35,6 @@ __all__ = [
     "VideoFiles",
     "VideoStream",
     "WarpedVideo",
+    "framing_of",
     "package_video",
 ]

@@ -14,7 +14,7 @@ from typing import Any
 
 from mlflow import MlflowClient
 
-from resq_rl.perception.checkpoints import read_weights
+from resq_rl.perception.weight_files import read_weights
 from resq_rl.sealed import checksum
 
 PRELOADED = [f"resq_rl.experiments.{command}" for command in ("compare", "pretrain", "train")]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from resq_rl.errors import NetworkError, WeightsError
 from resq_rl.perception import DDRNet23Slim, Segmentation, ddrnet23_slim
 from resq_rl.quantization import LevelField, QuantizationConfig, ResQModel
-from tests.perception.test_ddrnet import macs
+from tests.perception.test_compact_networks import macs
 
 STATISTICS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 DOWNSAMPLED = ("layer2", "layer3", "layer4")

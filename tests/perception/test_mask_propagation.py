@@ -21,9 +21,9 @@ from resq_rl.perception import (
     pretrain,
     region_similarity,
 )
-from resq_rl.perception.mask_errors import perturbed
-from resq_rl.perception.sampling import FrameSampler
+from resq_rl.perception.disturbed_masks import perturbed
 from resq_rl.perception.segmentation import segmentation_loss
+from resq_rl.perception.training_batches import FrameSampler
 from resq_rl.video import IGNORE, Clip, GeneratedObjects
 
 VIDEO = GeneratedObjects(size=(48, 64), frames=6, train=4, validation=2, test=1)

@@ -2,6 +2,7 @@ import os
 import shutil
 import warnings
 import zipfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,15 +11,19 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from resq_rl.errors import NetworkError, ResultsError, WeightsError
+from resq_rl.errors import NetworkError, ResultsError, SettingsError, WeightsError
 from resq_rl.perception import (
     CompactDDRNet,
     Segmentation,
     compact_ddrnet,
+    compact_pose,
+    ddrnet23_slim,
     load_network,
     load_weights,
+    mask_propagation_net,
     save_weights,
 )
+from resq_rl.quantization import ResQModel
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +106,80 @@ def test_a_program_writes_nothing_beside_it(
     with suppress(NetworkError):
         load_network(path)
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [path]
+
+
+def described_on(device: str, source: Path, target: Path) -> Path:
+    """A copy of a program that says that it was exported on another device, as torch writes it there."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name.endswith(".json"):
+                content = content.replace(b'"type": "cpu", "index": null', f'"type": "{device}", "index": 0'.encode())
+            new.writestr(name, content)
+    return target
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps", "xpu"])
+def test_a_program_of_another_device_is_brought_to_the_cpu(
+    device: str, program: tuple[nn.Module, Path], tmp_path: Path
+) -> None:
+    network, path = program
+    elsewhere = described_on(device, path, tmp_path / "elsewhere.pt2")
+    with pytest.raises(Exception, match=r"(?i)cuda|mps|xpu"):
+        torch.export.load(elsewhere)
+    loaded, frames = load_network(elsewhere), torch.rand(3, 3, 16, 16)
+    assert torch.equal(loaded(frames), load_network(path)(frames))
+    assert torch.allclose(loaded(frames), network(frames), atol=1e-6)
+
+
+def test_a_program_without_weights_is_refused(tmp_path: Path) -> None:
+    network = nn.Conv2d(3, 2, 3).eval().to("meta")
+    exported = torch.export.export(network, (torch.rand(2, 3, 16, 16, device="meta"),))
+    torch.export.save(exported, tmp_path / "meta.pt2")
+    with pytest.raises(NetworkError, match="exported on the meta device, without weights"):
+        load_network(tmp_path / "meta.pt2")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", ["network.pt", "network.pt2", "network.torchscript"])
+def test_torchscript_is_refused(name: str, tmp_path: Path) -> None:
+    scripted = torch.jit.trace(nn.Conv2d(3, 2, 3), torch.rand(1, 3, 8, 8))
+    scripted.save(tmp_path / name)
+    for source in (tmp_path / name, scripted):
+        with pytest.raises(NetworkError, match=r"TorchScript.*torch\.export\.save\(torch\.export\.export\("):
+            load_network(source)
+
+
+@pytest.mark.parametrize(
+    ("exported", "frames", "match"),
+    [
+        ((1, 16, 24), (16, 24), r"fixed shape \(1, 3, 16, 24\), got \(2, 3, 16, 24\).* with a dynamic batch dimension"),
+        ((2, 16, 24), (16, 24), r"fixed shape \(2, 3, 16, 24\), got \(1, 3, 16, 24\).* with a dynamic batch dimension"),
+        ((None, 16, 24), (32, 24), r"\('any', 3, 16, 24\), got \(1, 3, 32, 24\)\. Set video\.size"),
+        ((1, 16, 24), (16, 32), r"\(1, 3, 16, 24\), got \(1, 3, 16, 32\)\. Set video\.size"),
+    ],
+)
+def test_a_program_of_fixed_sizes_says_so(
+    exported: tuple[int | None, int, int], frames: tuple[int, int], match: str, tmp_path: Path
+) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    batch = exported[0]
+    dynamic = None if batch else ({0: torch.export.Dim("batch", min=1, max=64)},)
+    program = torch.export.export(network, (torch.rand(batch or 2, 3, *exported[1:]),), dynamic_shapes=dynamic)
+    torch.export.save(program, tmp_path / "fixed.pt2")
+    with pytest.raises(NetworkError, match=match):
+        ResQModel(load_network(tmp_path / "fixed.pt2"), torch.rand(1, 3, *frames))
+
+
+def test_a_program_of_the_right_sizes_is_wrapped(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    dynamic = (dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO),)
+    torch.export.save(
+        torch.export.export(network, (torch.rand(2, 3, 16, 24),), dynamic_shapes=dynamic), tmp_path / "any.pt2"
+    )
+    frames = torch.rand(3, 3, 40, 24)
+    model = ResQModel(load_network(tmp_path / "any.pt2"), frames)
+    assert torch.allclose(model.float_forward(frames), network(frames), atol=1e-5)
 
 
 def test_a_missing_program_is_refused(tmp_path: Path) -> None:
@@ -199,6 +278,17 @@ def test_compact_ddrnet_without_pretraining_is_frozen_too() -> None:
     network = compact_ddrnet(pretrained=False, classes=3, width=8)
     assert not network.training
     assert not any(p.requires_grad for p in network.parameters())
+
+
+@pytest.mark.parametrize("make", [compact_ddrnet, compact_pose, mask_propagation_net])
+def test_weights_that_would_not_be_loaded_are_refused(make: Callable[..., nn.Module]) -> None:
+    with pytest.raises(SettingsError, match=r"weights w\.pth would not be loaded, because pretrained is false"):
+        make(pretrained=False, weights="w.pth")
+
+
+def test_a_backbone_of_no_weights_is_refused() -> None:
+    with pytest.raises(SettingsError, match="backbone takes a part of the weights, and there are none"):
+        ddrnet23_slim(None, backbone=True)
 
 
 def test_shipped_weights_of_another_number_of_classes_are_refused() -> None:

@@ -20,8 +20,8 @@ from resq_rl.perception import (
     measure_counts,
     pretrain,
 )
-from resq_rl.perception.sampling import FrameSampler, augmented
 from resq_rl.perception.segmentation import class_iou, segmentation_loss
+from resq_rl.perception.training_batches import FrameSampler, augmented
 from resq_rl.sealed import Checkpoints
 from resq_rl.video import IGNORE, Clip, GeneratedVideo
 

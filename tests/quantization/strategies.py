@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from torch import Tensor
 
-from resq_rl.quantization import AffineQuantizer, SymmetricQuantizer
+from resq_rl.quantization import AffineQuantizer
 
 bit_widths = st.integers(2, 16)
 
@@ -21,10 +21,10 @@ def samples(rows: int | None = None, most: int = 40) -> st.SearchStrategy[Tensor
     return shapes.flatmap(lambda s: npst.arrays(np.float32, s, elements=numbers)).map(torch.from_numpy)
 
 
-@st.composite
-def symmetric_quantizers(draw: st.DrawFn) -> SymmetricQuantizer:
-    """Symmetric quantizers with one step."""
-    return SymmetricQuantizer(draw(bit_widths), torch.tensor(draw(st.floats(2.0**-13, 100, width=32))))
+def symmetric(x: Tensor, bits: int, step: Tensor) -> Tensor:
+    """Symmetric quantization of `x` to `bits` bits: clamp(round(x / step), -n, n) * step with n = 2^(bits-1) - 1."""
+    limit = 2 ** (bits - 1) - 1
+    return torch.round(x / step).clamp(-limit, limit) * step
 
 
 @st.composite

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from resq_rl.errors import CalibrationError, SettingsError
-from resq_rl.quantization import QuantizationConfig, ResQModel, calibration
+from resq_rl.quantization import QuantizationConfig, ResQModel
+from resq_rl.quantization.running import calibration
 from tests.quantization.networks import byte_clips, wrapped
 
 SIZE = (8, 10)

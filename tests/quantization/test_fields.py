@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from resq_rl.errors import PolicyError
 from resq_rl.quantization import LevelField, ThresholdField
-from resq_rl.quantization.fields import carry, cells_of
+from resq_rl.quantization.specification.fields import carry, cells_of
 from tests.quantization.reference import cells, spread
 from tests.quantization.strategies import grids, seeds, sizes
 

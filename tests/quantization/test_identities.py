@@ -16,9 +16,9 @@ from resq_rl.quantization import (
     Reference,
     ResQModel,
     ThresholdField,
-    calibration,
     to_float,
 )
+from resq_rl.quantization.running import calibration
 from tests.quantization.networks import SmallNet, everywhere, perturb_statistics, video, wrapped
 from tests.quantization.strategies import grids, seeds
 

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from resq_rl.quantization import Field, LevelField, Reference, ResQModel, ThresholdField
-from resq_rl.quantization.kernels import PLAIN, Kernels
-from resq_rl.quantization.native import native
-from resq_rl.quantization.operators import Geometry
+from resq_rl.quantization.graph.operators import Geometry
+from resq_rl.quantization.kernels import PLAIN, Kernels, native
 from tests.quantization.networks import byte_clips
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)

@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from resq_rl.errors import SettingsError
-from resq_rl.quantization import FrameCost, bit_cost
-from resq_rl.quantization.ledger import check_convention
+from resq_rl.quantization import FrameCost, QuantizationConfig, bit_cost
 
 
 def test_all_pairs_of_widths() -> None:
@@ -24,9 +23,17 @@ def test_all_pairs_of_widths() -> None:
         assert bit_cost(weight, activation, "clipped") == clipped
 
 
-def test_an_unknown_convention_is_named_with_the_known_ones() -> None:
-    with pytest.raises(SettingsError, match="clipped, max, product, got 'sum'"):
-        check_convention("sum")
+@pytest.mark.parametrize(
+    ("setting", "known"),
+    [
+        ("bops_convention", "clipped, max, product"),
+        ("range_estimator", "least_squares, min_max, percentile"),
+        ("weight_rounding", "nearest, second_order"),
+    ],
+)
+def test_an_unknown_choice_is_named_with_the_known_ones(setting: str, known: str, unchecked_types: None) -> None:
+    with pytest.raises(SettingsError, match=f"{setting} is one of {known}, got 'other'"):
+        QuantizationConfig(**{setting: "other"})  # type: ignore[arg-type]
 
 
 def test_sums_of_a_cost() -> None:

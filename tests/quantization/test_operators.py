@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from resq_rl.quantization import ResQModel
-from resq_rl.quantization.operators import Geometry, ResidualOperator, Switch
+from resq_rl.quantization.graph.operators import Geometry, ResidualOperator, Switch
 from tests.quantization.networks import CASES, Case
 from tests.quantization.reference import Setting
 

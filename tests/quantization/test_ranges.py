@@ -5,10 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from resq_rl.errors import CalibrationError, SettingsError
-from resq_rl.quantization import RangeEstimator, SymmetricQuantizer
-from resq_rl.quantization.ranges import affine_quantizer, check_estimator, symmetric_step
-from tests.quantization.strategies import samples, seeds
+from resq_rl.errors import CalibrationError
+from resq_rl.quantization import RangeEstimator
+from resq_rl.quantization.quantizers.ranges import affine_quantizer, symmetric_step
+from tests.quantization.strategies import samples, seeds, symmetric
 
 ESTIMATORS: tuple[RangeEstimator, ...] = ("least_squares", "min_max", "percentile")
 
@@ -23,7 +23,7 @@ def test_least_squares_is_never_worse_than_min_max(x: Tensor, bits: int) -> None
     for estimator in ("least_squares", "min_max"):
         step = symmetric_step(x, bits, estimator)
         assert bool((step > 0).all())
-        errors.append(squared(x, SymmetricQuantizer(bits, step[:, None])(x)))
+        errors.append(squared(x, symmetric(x, bits, step[:, None])))
     assert bool((errors[0] <= errors[1] * (1 + 1e-5) + 1e-12).all())
 
 
@@ -43,7 +43,7 @@ def test_affine_quantizers_hold_zero(x: Tensor, bits: int, estimator: RangeEstim
 @given(samples(), st.integers(2, 8))
 def test_min_max_covers_everything(x: Tensor, bits: int) -> None:
     step = float(symmetric_step(x[None], bits, "min_max"))
-    error = (SymmetricQuantizer(bits, torch.tensor(step))(x) - x).abs()
+    error = (symmetric(x, bits, torch.tensor(step)) - x).abs()
     assert float(error.max()) <= step / 2 * (1 + 1e-5) + 1e-6 * float(x.abs().max())
     quantizer = affine_quantizer(x, bits, "min_max")
     # The zero point is an integer, so an end of the range may lie up to half a step inside the data.
@@ -59,7 +59,7 @@ def test_the_search_finds_the_best_of_its_candidates(seed: int, bits: int, count
     codes = (x[:, None].double() / candidates[:, :, None]).round().clamp(-limit, limit)
     errors = (codes * candidates[:, :, None] - x[:, None]).square().sum(2)
     step = symmetric_step(x, bits, "least_squares")
-    found = squared(x, SymmetricQuantizer(bits, step[:, None])(x))
+    found = squared(x, symmetric(x, bits, step[:, None]))
     np.testing.assert_allclose(found.numpy(), errors.amin(1).numpy(), rtol=1e-4)
 
 
@@ -109,8 +109,3 @@ def test_no_samples() -> None:
         symmetric_step(torch.zeros(1, 0), 8, "min_max")
     with pytest.raises(CalibrationError, match="No samples"):
         affine_quantizer(torch.zeros(0), 8, "min_max")
-
-
-def test_an_unknown_estimator_is_named_with_the_known_ones() -> None:
-    with pytest.raises(SettingsError, match="least_squares, min_max, percentile, got 'mse'"):
-        check_estimator("mse")

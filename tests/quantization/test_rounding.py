@@ -8,20 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from resq_rl.quantization import LevelField, QuantizationConfig, ResidualOperator, ResQModel, calibration, to_float
-from resq_rl.quantization.operators import Geometry, Switch
-from resq_rl.quantization.ranges import RangeEstimator, symmetric_step
-from resq_rl.quantization.rounding import (
+from resq_rl.quantization import LevelField, QuantizationConfig, ResidualOperator, ResQModel, to_float
+from resq_rl.quantization.graph.operators import Geometry, Switch
+from resq_rl.quantization.quantizers.ranges import symmetric_step
+from resq_rl.quantization.quantizers.rounding import (
     POSITIONS_PER_FRAME,
     IntegerWeight,
-    Part,
-    WeightRounding,
     _nearest,
     _sweep,
     integer_weight,
     positions_of,
     second_moment,
 )
+from resq_rl.quantization.running import calibration
+from resq_rl.quantization.specification.config import Part, RangeEstimator, WeightRounding
 from tests.quantization.networks import CASES, Case, SmallNet, everywhere, perturb_statistics, smooth_clips, wrapped
 from tests.quantization.strategies import seeds
 

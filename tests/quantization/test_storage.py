@@ -21,7 +21,7 @@ from resq_rl.quantization import (
     save_model,
     to_float,
 )
-from resq_rl.quantization.storage import UNCHECKED
+from resq_rl.sealed import checksum
 from tests.envs.worlds import moving_frames, tiny_network
 
 CONFIGS = {
@@ -136,7 +136,8 @@ def _damage(folder: Path, kind: str) -> None:
             path.write_text(path.read_text()[:100])
         case "lacking":
             del about["sites"][0]["keyframe"], about["sha256"]
-            path.write_text(json.dumps(about | {"format": UNCHECKED}))
+            about["sha256"] = checksum(about, load(tensors.read_bytes()))
+            path.write_text(json.dumps(about))
         case "step":
             about["sites"][1]["keyframe"]["step"] *= 1.001
             path.write_text(json.dumps(about))
@@ -155,12 +156,3 @@ def test_damaged_files_are_one_error(kind: str, tmp_path: Path) -> None:
     _damage(tmp_path, kind)
     with pytest.raises(CalibrationError, match=str(tmp_path)):
         load_model(tmp_path, tiny_network())
-
-
-def test_files_from_before_checksums_are_read(tmp_path: Path) -> None:
-    model = calibrated(tiny_network())
-    save_model(model, tmp_path)
-    about = json.loads((tmp_path / "model.json").read_text())
-    del about["sha256"]
-    (tmp_path / "model.json").write_text(json.dumps(about | {"format": UNCHECKED}))
-    assert all(map(torch.equal, steps(load_model(tmp_path, tiny_network()), "previous"), steps(model, "previous")))

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from resq_rl.errors import VideoError
-from resq_rl.video.camvid import CamVidVideo
 from resq_rl.video.clip import IGNORE, SPLITS, Clip, VideoDataset, check_split
-from resq_rl.video.davis import DavisVideo
+from resq_rl.video.datasets.camvid import CamVidVideo
+from resq_rl.video.datasets.davis import DavisVideo
 from resq_rl.video.files import VideoFiles
-from resq_rl.video.generated import GeneratedVideo
+from resq_rl.video.generated.video import GeneratedVideo
 
 
 def frames(*shape: int) -> torch.Tensor:

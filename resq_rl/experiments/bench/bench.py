@@ -24,26 +24,26 @@ from stable_baselines3.common.vec_env import SubprocVecEnv
 from resq_rl.envs import (
     ActionScheme,
     BatchedEnvironment,
-    ClipStore,
     EpisodeSettings,
+    NetworkEngine,
+    Problem,
     RegionThresholds,
-    Simulator,
-    TableSimulator,
+    Streams,
+    TableEngine,
     respond,
 )
+from resq_rl.envs.engine import clips_that_fit
 from resq_rl.envs.sb3 import AgentsVecEnv
-from resq_rl.envs.simulator import clips_that_fit
 from resq_rl.experiments.bench import growth
 from resq_rl.experiments.bench.timing import REFERENCE, alternate, shown, step_jobs, timed
 from resq_rl.experiments.config.settings import Settings
 from resq_rl.experiments.results.comparison import write_summary
 from resq_rl.experiments.runs.progress import stage
+from resq_rl.experiments.study.study import Study, build_study
 from resq_rl.experiments.study.training import ppo_settings
-from resq_rl.experiments.study.world import World, build_world
 from resq_rl.experiments.tracking.tracker import Tracker
 from resq_rl.policies.ordinal import OrdinalPolicy
 from resq_rl.policies.ppo import Progress, train_ppo, untrained
-from resq_rl.quantization import ResQModel
 from resq_rl.quantization.kernels import PLAIN
 from resq_rl.video import Clip
 
@@ -59,19 +59,19 @@ RATE_STEPS = 20  # of region agents, and of environments in processes of their o
 
 def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
     """Measure; `bench.json` is written anew after each part. Returns the next useful command."""
-    world = build_world(settings, ["train"])
+    study = build_study(settings, ["train"])
     report: dict[str, Any] = {
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "compiled": world.model.kernels is not PLAIN,
-        "frame_size": list(world.model.frame_size),
-        "layers": len(world.model.sites),
-        "macs": world.model.macs,
+        "compiled": study.model.kernels is not PLAIN,
+        "frame_size": list(study.model.frame_size),
+        "layers": len(study.model.sites),
+        "macs": study.model.macs,
         "rounds": settings.benchmark.rounds,
         "parts": {},
     }
-    parts: dict[str, Callable[[World], dict[str, Any]]] = {
+    parts: dict[str, Callable[[Study], dict[str, Any]]] = {
         **{f"steps, batch {b}": _steps_of(b) for b in settings.benchmark.batches},
         "grids": growth.regions,
         "resolutions": growth.resolutions,
@@ -80,14 +80,14 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
         "groups": growth.groups,
         "clip lengths": growth.clip_lengths,
         "environment": _environment,
-        "training": lambda world: _training(world, tracker),
+        "training": lambda study: _training(study, tracker),
         "processes": _processes,
         "tables": _tables,
         "memory": _memory,
     }
     for name, measure in parts.items():
         with stage(name, 1):
-            report["parts"][name] = measure(world)
+            report["parts"][name] = measure(study)
         write_summary(run_dir / "bench.json", report)
     tracker.log_artifact(run_dir / "bench.json")
     _print(report["parts"])
@@ -110,25 +110,25 @@ def _print(parts: Mapping[str, Mapping[str, Any]]) -> None:
 # The model -------------------------------------------------------------------------------------------------------
 
 
-def _steps_of(batch: int) -> Callable[[World], dict[str, Any]]:
-    return lambda world: shown(alternate(_jobs(world, batch), world.settings.benchmark.rounds))
+def _steps_of(batch: int) -> Callable[[Study], dict[str, Any]]:
+    return lambda study: shown(alternate(_jobs(study, batch), study.settings.benchmark.rounds))
 
 
-def _jobs(world: World, batch: int) -> dict[str, Callable[[], int]]:
-    grid, kappa = world.settings.environment.grid, world.settings.heuristic.kappa
-    return step_jobs(world.model, growth.moving(world, batch), grid, kappa)
+def _jobs(study: Study, batch: int) -> dict[str, Callable[[], int]]:
+    grid, kappa = study.settings.environment.grid, study.settings.heuristic.kappa
+    return step_jobs(study.model, growth.moving(study, batch), grid, kappa)
 
 
 # Environments and training ---------------------------------------------------------------------------------------
 
 
-def _environment(world: World) -> dict[str, Any]:
+def _environment(study: Study) -> dict[str, Any]:
     """Collecting a rollout with region agents under stable-baselines3, per frame."""
-    environment = AgentsVecEnv(_agents(world))
-    settings = ppo_settings(world.settings)
+    environment = AgentsVecEnv(_agents(study))
+    settings = ppo_settings(study.settings)
     model = untrained(environment, settings, seed=0)
     _, callback = model._setup_learn(settings.n_steps * environment.num_envs, ConvertCallback(lambda *_: True))
-    forward = _jobs(world, environment.core.clips)[REFERENCE]
+    forward = _jobs(study, environment.core.clips)[REFERENCE]
 
     def collect() -> int:
         before = environment.frames
@@ -136,28 +136,30 @@ def _environment(world: World) -> dict[str, Any]:
         return environment.frames - before
 
     jobs = {REFERENCE: forward, "rollout collection": collect}
-    return shown(alternate(jobs, max(1, world.settings.benchmark.rounds // 3)))
+    return shown(alternate(jobs, max(1, study.settings.benchmark.rounds // 3)))
 
 
-def _agents(world: World) -> BatchedEnvironment:
+def _agents(study: Study) -> BatchedEnvironment:
     """Agents on as many clips as the settings say, but no more than the steps measured, and than memory allows."""
-    environment, most = world.settings.environment, max(world.settings.benchmark.batches)
+    environment, most = study.settings.environment, max(study.settings.benchmark.batches)
     low, high = (0.05, 1.0) if environment.trade_off == "auto" else environment.trade_off_range
-    slots = min(environment.clips_per_batch, most, max(1, clips_that_fit(world.model) or most))
+    slots = min(environment.clips_per_batch, most, max(1, clips_that_fit(study.model) or most))
     fixed = replace(environment, trade_off=(low, high), clips_per_batch=slots)
-    return replace(world, settings=replace(world.settings, environment=fixed)).agents()
+    return replace(study, settings=replace(study.settings, environment=fixed)).agents()
 
 
-def _training(world: World, tracker: Tracker) -> dict[str, Any]:
+def _training(study: Study, tracker: Tracker) -> dict[str, Any]:
     """Shares of the time of training."""
-    core = _agents(world)
-    rollouts = TRAINING_ROLLOUTS * world.settings.training.n_steps * core.clips
-    store = core.simulator.store
-    settings = replace(ppo_settings(world.settings), frames=rollouts * store.frames // (store.frames - len(store)) + 1)
+    core = _agents(study)
+    rollouts = TRAINING_ROLLOUTS * study.settings.training.n_steps * core.clips
+    problem = core.streams.problem
+    settings = replace(
+        ppo_settings(study.settings), frames=rollouts * problem.frames // (problem.frames - len(problem)) + 1
+    )
     spent: dict[str, float] = {}
     methods = {
-        "network and quantization": (core.simulator.model, "step"),
-        "observation": (core.simulator, "observe"),
+        "network and quantization": (problem.model, "step"),
+        "observation": (core.streams.engine, "observe"),
         "choices of the policy": (OrdinalPolicy, "forward"),
         "update of the policy": (PPO, "train"),
         "logging": (tracker, "log_metrics"),
@@ -176,19 +178,17 @@ def _training(world: World, tracker: Tracker) -> dict[str, Any]:
     return {**shares, "the rest, share of the time": 1 - sum(shares.values())}
 
 
-def _processes(world: World) -> dict[str, Any]:
+def _processes(study: Study) -> dict[str, Any]:
     """Frames per second of region agents in one batch, and of a process with an environment of its own per clip."""
-    count = min(world.settings.benchmark.processes, max(1, clips_that_fit(world.model) or 1))
+    count = min(study.settings.benchmark.processes, max(1, clips_that_fit(study.model) or 1))
     try:
-        pickle.dumps(world.model)
+        pickle.dumps(study.model)
     except (TypeError, AttributeError, pickle.PicklingError) as error:  # as exported programs do
         log.warning("The rate against processes is not measured: the network cannot be sent to them (%s).", error)
         return {}
-    core = _agents(world)
+    core = _agents(study)
     rate = _rate(AgentsVecEnv(core), core.clips, RATE_STEPS)
-    alone: list[Callable[[], Any]] = [
-        _Alone(world.model, world.task, world.stores["train"], core.scheme) for _ in range(count)
-    ]
+    alone: list[Callable[[], Any]] = [_Alone(study.problems["train"], core.scheme) for _ in range(count)]
     separate = SubprocVecEnv(alone, start_method="spawn")
     try:
         single = _rate(separate, count, RATE_STEPS)
@@ -205,22 +205,12 @@ def _processes(world: World) -> dict[str, Any]:
 class _Alone:
     """Makes an environment of one clip, in its own process."""
 
-    model: ResQModel
-    task: Any
-    store: ClipStore
+    problem: Problem
     scheme: ActionScheme
 
     def __call__(self) -> RegionThresholds:
         torch.set_num_threads(1)
-        return RegionThresholds(
-            model=self.model,
-            task=self.task,
-            store=self.store,
-            grid=self.scheme.grid,
-            by_group=True,
-            thresholds=self.scheme.thresholds,
-            kappa=self.scheme.kappa,
-        )
+        return RegionThresholds(self.problem, by_group=True, thresholds=self.scheme.thresholds, kappa=self.scheme.kappa)
 
 
 def _rate(environment: Any, clips: int, steps: int) -> float:
@@ -235,16 +225,15 @@ def _rate(environment: Any, clips: int, steps: int) -> float:
     return steps * clips / (time.perf_counter() - started)
 
 
-def _tables(world: World) -> dict[str, Any]:
+def _tables(study: Study) -> dict[str, Any]:
     """Steps per second of frame-level agents on tables."""
-    store = world.stores["train"]
-    clips = [_shortened(clip) for clip in store.clips[:TABLE_CLIPS]]
-    store = ClipStore.prepare(world.model, world.task, clips, source=store.source)
-    grid = world.settings.environment.grid
-    tables = [respond(world.model, world.task, store, i, grid=grid) for i in range(len(store))]
-    simulator = TableSimulator(world.model, world.task, store, tables, slots=TABLE_SLOTS)
-    scheme = ActionScheme("frame_level", "frame", simulator.groups, grid, len(world.model.config.levels))
-    environment = AgentsVecEnv(BatchedEnvironment(simulator, scheme, EpisodeSettings()))
+    whole = study.problems["train"]
+    clips = [_shortened(clip) for clip in whole.clips[:TABLE_CLIPS]]
+    problem = Problem.prepare(whole.model, whole.task, clips, grid=whole.grid, source=whole.source)
+    engine = TableEngine(problem, [respond(problem, i) for i in range(len(problem))])
+    streams = Streams(engine, slots=TABLE_SLOTS, reference="keyframe")
+    scheme = ActionScheme("frame_level", "frame", problem.groups, problem.grid, len(study.model.config.levels))
+    environment = AgentsVecEnv(BatchedEnvironment(streams, scheme, EpisodeSettings()))
     return {f"{TABLE_SLOTS:,} clips, steps a second": _rate(environment, TABLE_SLOTS, TABLE_STEPS)}
 
 
@@ -253,14 +242,13 @@ def _shortened(clip: Clip) -> Clip:
     return replace(clip, frames=clip.frames[:TABLE_FRAMES], labels=labels)
 
 
-def _memory(world: World) -> dict[str, Any]:
+def _memory(study: Study) -> dict[str, Any]:
     """Growth of the memory in use over many steps of one clip, after the first tenth."""
-    environment, steps = world.settings.environment, world.settings.benchmark.soak_steps
-    parts = world.model, world.task, world.stores["train"]
-    simulator = Simulator(*parts, slots=1, grid=environment.grid, reference=environment.reference)
-    core = BatchedEnvironment(simulator, world.scheme(), EpisodeSettings())
+    environment, steps = study.settings.environment, study.settings.benchmark.soak_steps
+    streams = Streams(NetworkEngine(study.problems["train"]), slots=1, reference=environment.reference)
+    core = BatchedEnvironment(streams, study.scheme(), EpisodeSettings())
     core.reset([0])
-    actions = np.stack([world.scheme().uniform_action(0)] * core.agents)
+    actions = np.stack([study.scheme().uniform_action(0)] * core.agents)
     before = 0.0
     for step in range(steps):
         before = _mebibytes() if step == steps // 10 else before

@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from resq_rl import __version__
-from resq_rl.envs import FrameView, Policy, Simulator, Trace
+from resq_rl.envs import NetworkEngine, Policy, Streams, Trace
 from resq_rl.errors import PolicyError
 from resq_rl.experiments.config.settings import Settings
 from resq_rl.experiments.results.comparison import write_summary
 from resq_rl.experiments.runs.progress import stage
-from resq_rl.experiments.study.deployment import FILES, deployed_world, policy_folder, policy_words
-from resq_rl.experiments.study.world import World
+from resq_rl.experiments.study.deployment import FILES, deployed_study, policy_folder, policy_words
+from resq_rl.experiments.study.study import Study
 from resq_rl.experiments.tracking.tracker import Tracker, quiet_mlflow
 from resq_rl.policies import GroupThresholds, LearnedPolicy
 from resq_rl.policies.onnx_policy import OnnxPolicy, export_onnx
@@ -46,7 +46,7 @@ class _SkippedError(Exception):
 class _Export:
     """What is exported, and where to."""
 
-    world: World
+    study: Study
     policy: LearnedPolicy
     folder: Path
     run_dir: Path
@@ -54,7 +54,7 @@ class _Export:
 
     def trace(self, policy: Policy) -> Trace:
         """A policy on the first of the reported clips."""
-        return self.world.trace(policy, self.world.settings.split)
+        return self.study.trace(policy, self.study.settings.split)
 
 
 def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
@@ -65,8 +65,8 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
     """
     folder = policy_folder(settings.policy)
     policy = LearnedPolicy.load(folder)
-    world = deployed_world(settings, folder, policy.scheme.grid, ["validation", settings.split])
-    work = _Export(world, policy, folder, run_dir, tracker)
+    study = deployed_study(settings, folder, policy.scheme.grid, ["validation", settings.split])
+    work = _Export(study, policy, folder, run_dir, tracker)
     reference = work.trace(policy)
     writers: dict[str, Callable[[_Export, Trace], dict[str, Any]]] = {
         "portable": _portable,
@@ -97,7 +97,7 @@ def _portable(work: _Export, reference: Trace) -> dict[str, Any]:
     copied = replace(
         work,
         policy=LearnedPolicy.load(target),
-        world=deployed_world(work.world.settings, target, work.policy.scheme.grid, [work.world.settings.split]),
+        study=deployed_study(work.study.settings, target, work.policy.scheme.grid, [work.study.settings.split]),
     )
     return {"path": PORTABLE, **_same("portable", reference, copied.trace(copied.policy), 0.0)}
 
@@ -145,12 +145,12 @@ def _same(name: str, expected: Trace, found: Trace, most: float) -> dict[str, An
 
 def _thresholds(work: _Export, reference: Trace) -> dict[str, Any]:
     """The table, fitted to the policy on validation clips and measured on the reported ones."""
-    world, scheme, split = work.world, work.policy.scheme, work.world.settings.split
-    if scheme.kind != "region_thresholds":
+    study, scheme, split = work.study, work.policy.scheme, work.study.settings.split
+    if not scheme.by_threshold:
         raise _SkippedError(f"a table holds thresholds, and the policy chooses {scheme.kind.replace('_', ' ')}")
     table = ThresholdTable(
-        world.model.groups,
-        world.model.config.levels,
+        study.model.groups,
+        study.model.config.levels,
         scheme.kappa,
         work.policy.reference,
         tuple(_row(work, trade_off) for trade_off in _trade_offs(work)),
@@ -159,7 +159,7 @@ def _thresholds(work: _Export, reference: Trace) -> dict[str, Any]:
     table.save(path)
     work.tracker.log_artifact(path)
     loaded = ThresholdTable.load(path)
-    again = [world.measure(loaded.policy(row), split) for row in loaded.rows]
+    again = [study.measure(loaded.policy(row), split) for row in loaded.rows]
     if loaded != table or [(m.accuracy, m.bops) for m in again] != [(row.accuracy, row.bops) for row in table.rows]:
         raise PolicyError("Read back, the threshold table gives other results on the reported clips.")
     lost = max(row.accuracy_lost for row in table.rows)
@@ -173,16 +173,16 @@ def _thresholds(work: _Export, reference: Trace) -> dict[str, Any]:
 
 def _trade_offs(work: _Export) -> list[float]:
     low, high = work.policy.trade_off_range
-    return [float(t) for t in np.geomspace(low, high, work.world.settings.exporting.trade_offs if high > low else 1)]
+    return [float(t) for t in np.geomspace(low, high, work.study.settings.exporting.trade_offs if high > low else 1)]
 
 
 def _row(work: _Export, trade_off: float) -> TableRow:
     """The thresholds with the highest reward on validation clips among those typical of the policy's choices."""
-    world, policy = work.world, work.policy.at(trade_off)
-    settings, store = world.settings, world.stores["validation"]
-    few = range(min(TABLE_CLIPS, len(store)))
+    study, policy = work.study, work.policy.at(trade_off)
+    settings, problem = study.settings, study.problems["validation"]
+    few = range(min(TABLE_CLIPS, len(problem)))
     with stage(f"distilling lambda {trade_off:.3g}", None) as advance:
-        traces = [world.trace(policy, "validation", clip) for clip in few]
+        traces = [study.trace(policy, "validation", clip) for clip in few]
         intervals = settings.environment.keyframe_intervals if policy.keyframes else (policy.interval,)
         rows = [
             TableRow(trade_off, interval, taus)
@@ -192,10 +192,10 @@ def _row(work: _Export, trade_off: float) -> TableRow:
         losses = []
         for row in rows:
             rule = _rule(work, row)
-            result = world.measure(rule, "validation", advance)
+            result = study.measure(rule, "validation", advance)
             losses.append(Tried(rule, result.mean_error, result.bops).loss(trade_off))
         best = rows[int(np.argmin(losses))]
-        mine, theirs = (world.measure(p, settings.split, advance) for p in (_rule(work, best), policy))
+        mine, theirs = (study.measure(p, settings.split, advance) for p in (_rule(work, best), policy))
     return replace(
         best, accuracy=mine.accuracy, bops=mine.bops, policy_accuracy=theirs.accuracy, policy_bops=theirs.bops
     )
@@ -236,7 +236,7 @@ def _mlflow(work: _Export, reference: Trace) -> dict[str, Any]:
     loaded = mlflow.pyfunc.load_model(str(path))
     if not np.array_equal(loaded.predict(seen), expected):
         raise PolicyError("Read back, the MLflow model makes other choices on the checked clip.")
-    name = work.world.settings.exporting.name
+    name = work.study.settings.exporting.name
     work.tracker.log_model(path, name)
     registered = f", registered as {name}" if name and work.tracker.run_id else ""
     return {"path": path.name, "checked": f"equal on {len(seen)} observations{registered}", "name": name}
@@ -244,18 +244,15 @@ def _mlflow(work: _Export, reference: Trace) -> dict[str, Any]:
 
 def _observations(work: _Export) -> Iterator[np.ndarray]:
     """What the agents see on the checked clip, frame by frame."""
-    world, policy = work.world, work.policy
-    simulator = Simulator(
-        world.model,
-        world.task,
-        world.stores[world.settings.split].subset([0]),
+    study, policy = work.study, work.policy
+    streams = Streams(
+        NetworkEngine(study.problem.subset([0])),
         slots=1,
-        grid=policy.scheme.grid,
         reference=policy.reference,
         trade_off_range=policy.trade_off_range,
     )
-    result = simulator.start([0], [0], [policy.trade_off])
+    result = streams.start([0], [0], [policy.trade_off])
     while not bool(result.last.all()):
-        view = FrameView(simulator)
-        yield policy.scheme.observe(view.observation)
-        result = simulator.step(policy.decide(view))
+        view = streams.view()
+        yield policy.scheme.observe(view.observation).numpy()
+        result = streams.step(policy.decide(view))

@@ -105,18 +105,18 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
         folder, settings.model.build(), settings.task.build(), trade_off=running.trade_off, interval=running.interval
     )
     if settings.quantization.compile:
-        runner.model.compile()
+        runner.problem.model.compile()
     if running.label is not None:
         runner.reset((read_labels(Path(running.label)) > 0).astype(np.uint8))
     frames = iter(stream)
     first = next(frames)  # a source that cannot be read ends here, before anything is written
     length = running.frames if stream.length is None else min(stream.length, running.frames or stream.length)
-    totals, started, ended = _Totals(runner.model.reference_bops()), time.monotonic(), "failed"
+    totals, started, ended = _Totals(runner.problem.reference_bops), time.monotonic(), "failed"
     try:
         with ExitStack() as stack:
             outputs = [stack.enter_context(_records(run_dir, running))]
             if running.overlay:
-                outputs.append(stack.enter_context(_overlay(run_dir, running, runner.task, stream.rate)))
+                outputs.append(stack.enter_context(_overlay(run_dir, running, runner.problem.task, stream.rate)))
             advance = stack.enter_context(stage(f"running {Path(stream.name).name}", length))
             for picture in islice(chain([first], frames), running.frames):
                 prediction, cost = runner(picture)

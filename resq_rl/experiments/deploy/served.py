@@ -21,10 +21,9 @@ ARTIFACT = "policy"
 
 def choices_of(policy: LearnedPolicy, observations: np.ndarray) -> np.ndarray:
     """What agents with these observations choose: thresholds or levels, a row for each."""
-    index = policy.nearest(torch.from_numpy(np.asarray(observations, dtype=np.float32)))
+    index = policy.choose(torch.from_numpy(np.asarray(observations, dtype=np.float32)))
     scheme = policy.scheme
-    values = scheme.thresholds if scheme.kind == "region_thresholds" else range(scheme.levels)
-    chosen: np.ndarray = np.asarray(values, dtype=np.float32)[index.numpy()]
+    chosen: np.ndarray = np.asarray(scheme.values, dtype=np.float32)[index.numpy()]
     return chosen
 
 

@@ -10,8 +10,8 @@ from resq_rl.experiments.results.fronts import points_of
 from resq_rl.experiments.runs.progress import stage
 from resq_rl.experiments.runs.record import RunRecord
 from resq_rl.experiments.study.deployment import policy_folder
+from resq_rl.experiments.study.study import build_study
 from resq_rl.experiments.study.training import front_candidates
-from resq_rl.experiments.study.world import build_world
 from resq_rl.experiments.tracking.tracker import Tracker
 from resq_rl.policies import LearnedPolicy
 
@@ -28,19 +28,19 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
     """
     folder = policy_folder(settings.policy)
     policy = LearnedPolicy.load(folder)
-    world = build_world(settings, [settings.split])
-    policies = front_candidates(world, policy)
-    store = world.stores[settings.split]
-    with stage(f"policy on {settings.split}", len(policies) * store.frames) as advance:
-        measurements = [world.measure(p, settings.split, advance) for p in policies]
+    study = build_study(settings, [settings.split])
+    policies = front_candidates(study, policy)
+    problem = study.problems[settings.split]
+    with stage(f"policy on {settings.split}", len(policies) * problem.frames) as advance:
+        measurements = [study.measure(p, settings.split, advance) for p in policies]
     points = points_of(measurements, seed=settings.seed)
     write_summary(
         run_dir / "summary.json",
         {
             "policy": str(folder),
             "split": settings.split,
-            "clips": len(store),
-            "float_accuracy": store.float_accuracy,
+            "clips": len(problem),
+            "float_accuracy": problem.float_accuracy,
             "points": [asdict(point) for point in points],
         },
     )

@@ -8,10 +8,10 @@ from resq_rl.experiments.config.settings import Settings
 from resq_rl.experiments.results.comparison import print_policies, write_summary
 from resq_rl.experiments.results.fronts import bops_step
 from resq_rl.experiments.runs.record import RunRecord
-from resq_rl.experiments.study.measured import MEASURED
+from resq_rl.experiments.study.measurements import MEASUREMENTS
 from resq_rl.experiments.study.start import prepare_training
+from resq_rl.experiments.study.study import build_study
 from resq_rl.experiments.study.training import front_candidates, train_policy
-from resq_rl.experiments.study.world import build_world
 from resq_rl.experiments.tracking.tracker import Tracker
 from resq_rl.policies.tuning import best_policies
 
@@ -20,15 +20,15 @@ __all__ = ["run"]
 
 def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
     """Train; `summary.json` holds the validation front of each seed. Returns the next useful command."""
-    world, start = prepare_training(build_world(settings, ["train", "validation"], run_dir / MEASURED))
+    study, start = prepare_training(build_study(settings, ["train", "validation"], run_dir / MEASUREMENTS))
     resume = settings.training.resume is not None
     summary: list[dict[str, Any]] = []
     curves: dict[str, list[dict[str, float]]] = {}
     for seed in settings.training.seeds:
         folder = run_dir / f"seed{seed}"
         with tracker.child(f"ppo seed {seed}", {"seed": seed, "method": "ppo"}) as child:
-            policy, report = train_policy(world, seed, folder, child, start=start, resume=resume)
-            front = best_policies(front_candidates(world, policy), lambda p: world.measure(p, "validation"))
+            policy, report = train_policy(study, seed, folder, child, start=start, resume=resume)
+            front = best_policies(front_candidates(study, policy), lambda p: study.measure(p, "validation"))
             for _, m in front:
                 for run in (child, tracker):
                     run.log_metrics({"validation/accuracy": m.accuracy, "validation/bops": m.bops}, bops_step(m))

@@ -17,7 +17,7 @@ from torch import Tensor
 from resq_rl.envs import Trace
 from resq_rl.experiments.results.comparison import TITLES
 from resq_rl.experiments.study.decisions import Pair
-from resq_rl.experiments.study.world import World
+from resq_rl.experiments.study.study import Study
 
 __all__ = ["film", "sheet"]
 
@@ -32,10 +32,10 @@ TOP_QUANTILE: Final = 0.99
 SCALE_STOPS: Final = 16
 
 
-def film(world: World, pair: Pair) -> dict[str, Any]:
+def film(study: Study, pair: Pair) -> dict[str, Any]:
     """What the player needs, as JSON takes it: for each clip the sheets, the bit maps and the BOPs of each frame."""
-    store = world.stores[world.settings.split]
-    clips = [clip for clip, _ in zip(store.clips, pair.traces, strict=False)]
+    problem = study.problems[study.settings.split]
+    clips = [clip for clip, _ in zip(problem.clips, pair.traces, strict=False)]
     cells = 3 * sum(min(len(clip), MOST_FRAMES) for clip in clips)
     size = _cell_size(clips[0].size, cells)
     shown = []
@@ -43,7 +43,7 @@ def film(world: World, pair: Pair) -> dict[str, Any]:
         frames = list(clip.frames[:MOST_FRAMES])
         methods = []
         for trace in traces:
-            drawn = [world.task.overlay(f.float() / 255, p) for f, p in zip(frames, trace.prediction, strict=False)]
+            drawn = [study.task.overlay(f.float() / 255, p) for f, p in zip(frames, trace.prediction, strict=False)]
             predictions = sheet([_picture(255 * image) for image in drawn], size)
             methods.append({"sheet": predictions, **_costs(trace, len(frames))})
         plain = sheet([_picture(frame) for frame in frames], size)

@@ -18,7 +18,7 @@ from resq_rl.experiments.results.plots import STYLES
 from resq_rl.experiments.runs.provenance import versions
 from resq_rl.experiments.runs.record import RunRecord
 from resq_rl.experiments.study.decisions import Pair
-from resq_rl.experiments.study.world import World
+from resq_rl.experiments.study.study import Study
 from resq_rl.files import write_atomic
 
 __all__ = ["render", "write_report"]
@@ -28,7 +28,7 @@ PACKAGE = "resq_rl.experiments.report"
 
 def write_report(
     run_dir: Path,
-    world: World,
+    study: Study,
     comparison: Comparison,
     *,
     curves: Mapping[str, Sequence[Mapping[str, float]]],
@@ -43,12 +43,12 @@ def write_report(
     Raises:
         ResultsError: the file cannot be written.
     """
-    return write_atomic(run_dir / "report.html", render(run_dir, world, comparison, curves=curves, pair=pair))
+    return write_atomic(run_dir / "report.html", render(run_dir, study, comparison, curves=curves, pair=pair))
 
 
 def render(
     run_dir: Path,
-    world: World,
+    study: Study,
     comparison: Comparison,
     *,
     curves: Mapping[str, Sequence[Mapping[str, float]]],
@@ -66,18 +66,18 @@ def render(
         "deltas": delta_rows(comparison),
         "fronts": front_rows(comparison),
         "costs": cost_rows(comparison, verdict.anchor),
-        "pair": None if pair is None else _pair(world, pair),
+        "pair": None if pair is None else _pair(study, pair),
         "curves": list(curve_charts(curves)),
         "command": RunRecord(run_dir).command_line("compare"),
         "config": config.read_text(encoding="utf-8") if config.is_file() else "",
-        "versions": versions(world.settings),
-        "settings": world.settings,
+        "versions": versions(study.settings),
+        "settings": study.settings,
         "colors": {name: "var(--ink)" if color == "#000000" else color for name, (color, _) in STYLES.items()},
     }
     data = {
         "fronts": front_chart(comparison),
         "curves": curve_charts(curves),
-        "film": None if pair is None else film(world, pair),
+        "film": None if pair is None else film(study, pair),
     }
     environment = Environment(
         loader=PackageLoader(PACKAGE, ""),
@@ -91,7 +91,7 @@ def render(
     return page.render(content, data=data, css=_asset("report.css"), js=_asset("report.js"), icon=_icon())
 
 
-def _pair(world: World, pair: Pair) -> dict[str, Any]:
+def _pair(study: Study, pair: Pair) -> dict[str, Any]:
     """Who the two policies are, and where their bits go."""
     policies = [
         {
@@ -106,14 +106,14 @@ def _pair(world: World, pair: Pair) -> dict[str, Any]:
             (TITLES["ppo"], "ppo", pair.learned),
         )
     ]
-    groups, layers = layer_rows(world.model, pair)
+    groups, layers = layer_rows(study.model, pair)
     return {
         "policies": policies,
         "clips": len(pair.traces),
         "groups": groups,
         "layers": layers,
         "regions": region_maps(pair),
-        "product": world.settings.quantization.bops_convention == "product",
+        "product": study.settings.quantization.bops_convention == "product",
     }
 
 

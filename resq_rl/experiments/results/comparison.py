@@ -1,7 +1,7 @@
-"""What a run leaves behind: `comparison.json`, `summary.json` and the table on the terminal.
+"""The results of a run: `comparison.json`, `summary.json` and the table on the terminal.
 
-The names in `comparison.json` are promises to those who read it. BOPs are fractions of running every frame at W8A8,
-accuracies lie in 0..1, Bjontegaard deltas are in percent. Numbers that are not finite are written as null.
+The names in `comparison.json` do not change. BOPs are fractions of running every frame at W8A8, accuracies lie in 0..1,
+Bjontegaard deltas are in percent. Numbers that are not finite are written as null.
 """
 
 import dataclasses
@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from resq_rl.errors import ResultsError
-from resq_rl.experiments.results.statistics import BdResult, Interval, pareto_envelope
+from resq_rl.experiments.results.methods import method_of
+from resq_rl.experiments.results.statistics import pareto_envelope
 from resq_rl.files import write_atomic
 
 __all__ = [
@@ -34,34 +38,22 @@ __all__ = [
 
 Range = tuple[float, float]
 
-# How the terminal shows a setting; those that are not here are in the file only.
+# How tables show a setting, in this order; the settings that are not here are in the file only.
 SHORT = {
     "weight_bits": "W{}",
     "activation_bits": "A{}",
-    "tau": "tau {}",
-    "scene_change": "scene change {}",
-    "taus": "{}",
     "level": "level {}",
+    "tau": "tau {}",
+    "taus": "tau {}",
     "trade_off": "lambda {}",
-    "interval": "every {}",
-    "keyframes": "keyframes {}",
-    "reference": "{}",
+    "interval": "keyframe every {}",
+    "keyframes": "{} keyframes",
+    "scene_change": "scene change {}",
+    "reference": "{} reference",
     "seed": "seed {}",
 }
-
+INTERVALS = {0: "first keyframe only", 1: "every frame a keyframe"}
 ROWS_PER_METHOD = 6
-TITLES = {
-    "per_frame": "per-frame",
-    "static_resq": "static ResQ",
-    "skip_gate": "skip gate",
-    "random": "random",
-    "dynamic_resq": "Dynamic ResQ",
-    "frame_magnitude": "frame magnitude",
-    "searched_thresholds": "searched thresholds",
-    "random_search": "random search",
-    "ppo": "PPO",
-    "oracle": "oracle",
-}
 
 
 @dataclass(frozen=True)
@@ -69,15 +61,16 @@ class Point:
     """One policy as measured.
 
     Attributes:
-        accuracy: 0..1.
+        accuracy: accuracy, 0..1.
         accuracy_ci95: 95% interval of `accuracy`, or None.
         bops: mean BOPs per frame, keyframes and policy included, as a fraction of W8A8.
         bops_ci95: 95% interval of `bops`, or None.
         peak_bops: BOPs of the most expensive frame, as a fraction of W8A8.
-        policy_bops: what of `bops` the policy itself spends.
+        policy_bops: the part of `bops` that the policy itself spends.
         state_bytes: bytes of reference state that a device keeps.
-        settings: what tells this point from the others of its method.
-        keyframe_bops: what of `bops` keyframes spend; the rest is of residual frames. None in files of older versions.
+        settings: the settings that tell this point from the others of its method.
+        keyframe_bops: the part of `bops` that keyframes spend; residual frames spend the rest. It is None in files of
+            older versions.
     """
 
     accuracy: float
@@ -98,9 +91,9 @@ class BdEntry:
     Attributes:
         value: percent, negative for fewer BOPs; None where it is not reported.
         ci95: 95% interval of `value`, or None.
-        accuracy_range: accuracies a delta is averaged over; None for a share.
+        accuracy_range: accuracies that a delta is averaged over; None for a share.
         reason: why `value` or `ci95` is None.
-        undefined_replicates: bootstrap replicates that had no value.
+        undefined_replicates: number of bootstrap replicates without a value.
     """
 
     value: float | None
@@ -109,34 +102,21 @@ class BdEntry:
     reason: str | None = None
     undefined_replicates: int = 0
 
-    @classmethod
-    def of(cls, result: BdResult, interval: Interval | None) -> "BdEntry":
-        """Join a delta and its bootstrap interval."""
-        if result.value is None or interval is None:
-            return cls(result.value, None, result.accuracy_range, result.reason)
-        return cls(
-            result.value,
-            interval.bounds,
-            result.accuracy_range,
-            interval.reason,
-            undefined_replicates=interval.undefined,
-        )
-
 
 @dataclass(frozen=True)
 class Comparison:
     """Everything that `comparison.json` holds.
 
     Attributes:
-        task, video, split: what was measured, in words and names.
-        clips, frames: how much of it.
+        task, video, split: names of the task, the video source and the split that was measured.
+        clips, frames: number of clips and of frames of the split.
         accuracy_metric: name of the accuracy.
-        float_accuracy: of the network without quantization.
-        bops_convention: cost of one multiplication.
+        float_accuracy: accuracy of the network without quantization.
+        bops_convention: name of the rule for the cost of one multiplication.
         reference_bops_per_frame: BOPs of a W8A8 frame, the unit of all BOPs here.
-        env_frames_used_for_training: environment frames of one training run, with those of what it began from.
+        env_frames_used_for_training: environment frames of one training run, its warm start included.
         wall_seconds: duration of the whole run.
-        fronts: points by method, such as "dynamic_resq" or "ppo".
+        fronts: points by the key of their method, such as "dynamic_resq" or "ppo".
         bd_bops: deltas by name, such as "ppo_vs_dynamic_resq".
     """
 
@@ -155,7 +135,7 @@ class Comparison:
     bd_bops: Mapping[str, BdEntry]
 
     def to_json(self) -> str:
-        """The file's text."""
+        """The text of the file."""
         return _to_json(dataclasses.asdict(self))
 
     def write(self, path: Path) -> Path:
@@ -168,10 +148,10 @@ class Comparison:
 
     @classmethod
     def from_json(cls, text: str) -> "Comparison":
-        """Read what `to_json` gave.
+        """Read the text that `to_json` returned.
 
         Raises:
-            ResultsError: the text is no JSON, or a name is missing or unknown.
+            ResultsError: the text is not JSON, or a name is missing or unknown.
         """
         try:
             values = json.loads(text)
@@ -207,51 +187,74 @@ def write_summary(path: Path, summary: Mapping[str, Any]) -> Path:
     return write_atomic(path, _to_json(summary))
 
 
-def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
-    """Print the table of a comparison to the terminal."""
-    (console or Console()).print(comparison_table(comparison))
+def print_comparison(
+    comparison: Comparison, console: Console | None = None, *, levels: Sequence[int] | None = None
+) -> None:
+    """Print the table of a comparison to the terminal; `levels` are the bits of the levels, if they are known."""
+    (console or Console()).print(comparison_table(comparison, levels))
 
 
-def comparison_table(comparison: Comparison) -> Group:
+def comparison_table(comparison: Comparison, levels: Sequence[int] | None = None) -> Group:
     """The comparison as a table of at most six points per method, and a line per Bjontegaard delta."""
+    every = [point.settings for points in comparison.fronts.values() for point in points]
+    references = {settings["reference"] for settings in every if "reference" in settings}
+    shared = f"; every point has the {references.pop()} reference" if len(references) == 1 else ""
     table = Table(
-        title=f"{comparison.task} on {comparison.video} ({comparison.split}: {comparison.clips} clips)",
-        caption=(
-            f"float {comparison.accuracy_metric} {comparison.float_accuracy:.3f}; BOPs as a share of W8A8 "
-            f"({comparison.bops_convention}); ± is half the 95% interval"
+        title=Text(f"{comparison.task} on {comparison.video} ({comparison.split}: {comparison.clips} clips)"),
+        caption=Text(
+            f"accuracy: {comparison.accuracy_metric}, {comparison.float_accuracy:.3f} for the float network; BOPs: "
+            f"share of W8A8 ({comparison.bops_convention}); ± is half the 95% interval{shared}"
         ),
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
     )
-    table.add_column("method")
-    table.add_column("settings", overflow="fold")
-    for heading in ("BOPs", "fewer than W8A8", comparison.accuracy_metric, "points lost"):
+    table.add_column("method and settings", overflow="fold")
+    for heading in ("BOPs", "times\nfewer", "accuracy", "points\nlost"):
         table.add_column(heading, justify="right", no_wrap=True)
+    hidden = 0
     for method, points in comparison.fronts.items():
         shown = spread_points(points)
-        for index, point in enumerate(shown):
-            name = TITLES.get(method, method) if index == 0 else ""
-            table.add_row(name, *_cells(point, comparison), end_section=index == len(shown) - 1)
-    hidden = sum(len(points) - len(spread_points(points)) for points in comparison.fronts.values())
-    lines = [f"{name.replace('_', ' ')}: {_describe(entry)}" for name, entry in comparison.bd_bops.items()]
+        hidden += len(points) - len(shown)
+        if shown:
+            table.add_row(Text(method_of(method).title, style="bold"))
+        for point in shown:
+            settings = {n: value for n, value in point.settings.items() if not (shared and n == "reference")}
+            words = Padding(Text(short_settings(settings, levels)), (0, 0, 0, 2))
+            table.add_row(words, *_numbers(point, comparison))
+    lines = [f"{delta_title(name)}: {_describe(entry)}" for name, entry in comparison.bd_bops.items()]
     if hidden:
         lines.insert(0, f"{hidden} more points in comparison.json")
-    return Group(table, *lines)
+    return Group(table, *map(Text, lines))
+
+
+def delta_title(name: str) -> str:
+    """The name of a delta, such as "ppo_vs_static_resq", in words."""
+    own, versus, other = name.partition("_vs_")
+    return f"{method_of(own).title} against {method_of(other).title}" if versus else name.replace("_", " ")
 
 
 def print_policies(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print policies as measured: rows with their settings, `accuracy`, `bops` and, if known, `peak_bops`."""
-    table = Table("lambda", "keyframe every", title=title)
-    columns = {"seed": "{}", "bops": "{:.4f}", "accuracy": "{:.4f}", "peak_bops": "{:.4f}"}
-    shown = {name: form for name, form in columns.items() if any(name in row for row in rows)}
-    for name in shown:
-        table.add_column({"bops": "BOPs, share of W8A8", "peak_bops": "peak frame"}.get(name, name), justify="right")
+    """Print measured policies: rows of their settings, `accuracy`, `bops` and, where known, `peak_bops`."""
+    table = Table("lambda", "keyframes", title=Text(title))
+    columns = {
+        "seed": ("seed", "{}"),
+        "bops": ("BOPs, share of W8A8", "{:.4f}"),
+        "accuracy": ("accuracy", "{:.4f}"),
+        "peak_bops": ("peak frame", "{:.4f}"),
+    }
+    columns = {name: column for name, column in columns.items() if any(name in row for row in rows)}
+    for heading, _ in columns.values():
+        table.add_column(heading, justify="right")
     for row in sorted(rows, key=lambda r: (r.get("seed", 0), -r["bops"])):
-        lead = (f"{row['trade_off']:.3g}", str(row.get("interval", "learned")))
-        table.add_row(*lead, *(form.format(row[name]) if name in row else "" for name, form in shown.items()))
+        numbers = (form.format(row[name]) if name in row else "" for name, (_, form) in columns.items())
+        keyframes = short_settings({"interval": row.get("interval")}) or "learned keyframes"
+        table.add_row(f"{row['trade_off']:.3g}", keyframes, *numbers)
     Console().print(table)
 
 
 def spread_points(points: Sequence[Point]) -> list[Point]:
-    """The envelope of a front, thinned evenly, from many BOPs to few; all points of a small front."""
+    """The envelope of a front, thinned evenly, from many BOPs to few, or all points of a small front."""
     ordered = sorted(points, key=lambda point: -point.bops)
     if len(ordered) <= ROWS_PER_METHOD:
         return ordered
@@ -262,10 +265,9 @@ def spread_points(points: Sequence[Point]) -> list[Point]:
     return [best[round(index)] for index in np.linspace(0, len(best) - 1, ROWS_PER_METHOD)]
 
 
-def _cells(point: Point, comparison: Comparison) -> list[str]:
+def _numbers(point: Point, comparison: Comparison) -> list[str]:
     lost = 100 * (comparison.float_accuracy - point.accuracy)
     return [
-        short_settings(point.settings),
         f"{point.bops:.3f}{_half(point.bops_ci95)}",
         f"{1 / point.bops:.1f}x" if point.bops > 0 else "-",
         f"{point.accuracy:.3f}{_half(point.accuracy_ci95)}",
@@ -273,10 +275,21 @@ def _cells(point: Point, comparison: Comparison) -> list[str]:
     ]
 
 
-def short_settings(settings: Mapping[str, Any]) -> str:
-    """What tells the points of one method apart; all of it is in `comparison.json`."""
-    parts = [SHORT[name].format(_short(value)) for name, value in settings.items() if name in SHORT]
-    return " ".join(parts)
+def short_settings(settings: Mapping[str, Any], levels: Sequence[int] | None = None) -> str:
+    """The settings that tell the points of one method apart, in words; `comparison.json` holds all settings.
+
+    Args:
+        settings: the point's settings.
+        levels: the bits of each level; without them a level is shown by its index.
+    """
+    words = {n: form.format(_short(settings[n])) for n, form in SHORT.items() if settings.get(n) is not None}
+    if "weight_bits" in words:
+        words["weight_bits"] += words.pop("activation_bits", "")
+    if "level" in words and levels is not None:
+        words["level"] = f"{levels[settings['level']]} bits"
+    if settings.get("interval") in INTERVALS:
+        words["interval"] = INTERVALS[settings["interval"]]
+    return ", ".join(words.values())
 
 
 def _half(interval: Range | None) -> str:
@@ -284,6 +297,8 @@ def _half(interval: Range | None) -> str:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " ".join(map(_short, value))
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

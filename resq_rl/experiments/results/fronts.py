@@ -9,7 +9,7 @@ from jaxtyping import Float64, Int
 
 from resq_rl.envs import Measurement
 from resq_rl.experiments.results.comparison import BdEntry, Point
-from resq_rl.experiments.results.statistics import BdResult, bd_bops, bootstrap_interval, bootstrap_intervals
+from resq_rl.experiments.results.statistics import BdResult, bd_bops, bootstrap_intervals
 
 __all__ = ["bops_step", "compare_fronts", "points_of"]
 
@@ -33,12 +33,12 @@ def _resampled(measurements: Sequence[Measurement], clips: Int[np.ndarray, "r n"
 
 
 def bops_step(point: Measurement) -> int:
-    """A point's place on the axis of steps, on which MLflow draws: millionths of W8A8, so that accuracy is a front."""
+    """The MLflow step of a point, in millionths of W8A8, so that MLflow draws accuracy over BOPs as a front."""
     return round(1e6 * point.bops)
 
 
 def points_of(measurements: Sequence[Measurement], *, seed: int) -> list[Point]:
-    """The measurements with 95% intervals, bootstrapped over the clips."""
+    """The measurements as points, with 95% intervals that are bootstrapped over the clips."""
     if not measurements:
         return []
     intervals = bootstrap_intervals(
@@ -76,8 +76,9 @@ def compare_fronts(
 
     Args:
         fronts: the method's measurements by training seed.
-        anchor: measurements on the same clips.
-        float_accuracy: of the float network on the same clips.
+        anchor: the anchor's measurements on the same clips.
+        float_accuracy: accuracy of the float network on the same clips.
+        seed: seed of the bootstrap.
     """
     runs = list(fronts.values())
     every = [*anchor, *(m for run in runs for m in run)]
@@ -96,7 +97,7 @@ def compare_fronts(
     if refused:
         return BdEntry(None, None, refused[0].accuracy_range, refused[0].reason)
     ranges = [r.accuracy_range for r in own if r.accuracy_range is not None]
-    interval = bootstrap_interval(
+    (interval,) = bootstrap_intervals(
         drawn,
         clips=len(anchor[0].frames),
         seeds=len(runs),

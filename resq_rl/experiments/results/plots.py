@@ -1,13 +1,15 @@
-"""Figures of results, without pyplot's global state, in colours and markers that the colour-blind can tell apart."""
+"""Figures of results, drawn without pyplot's global state."""
 
 import io
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import numpy as np
-from jaxtyping import UInt8
+import torch
+from jaxtyping import Float64, UInt8
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -15,53 +17,67 @@ from matplotlib.image import AxesImage
 from torch import Tensor
 
 from resq_rl.envs import Trace
-from resq_rl.experiments.results.comparison import TITLES, Comparison, Point
+from resq_rl.experiments.results.comparison import Comparison, Point
+from resq_rl.experiments.results.methods import Method, method_of
 from resq_rl.experiments.results.statistics import pareto_envelope
 from resq_rl.files import write_atomic
 from resq_rl.perception import Task
 
-__all__ = ["plot_curves", "plot_decisions", "plot_fronts", "save_figure"]
+__all__ = ["plot_curves", "plot_decisions", "plot_fronts", "plot_spending", "save_figure"]
 
-# Okabe and Ito's palette; a method keeps its colour and marker in every figure.
-STYLES: Final[Mapping[str, tuple[str, str]]] = {
-    "per_frame": ("#000000", "s"),
-    "static_resq": ("#E69F00", "^"),
-    "skip_gate": ("#F0E442", "v"),
-    "random": ("#999999", "x"),
-    "dynamic_resq": ("#0072B2", "o"),
-    "searched_thresholds": ("#009E73", "D"),
-    "ppo": ("#D55E00", "*"),
-    "oracle": ("#CC79A7", "P"),
-}
-OTHER: Final = ("#56B4E9", "h")
 DPI: Final = 150
 # Frames of a clip in a figure.
 SHOWN: Final = 4
+# Colours of training runs, layer groups and the like, which repeat where there are more.
+COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#6E7781")
 
 
-def plot_fronts(comparison: Comparison, *, log_bops: bool = True) -> Figure:
-    """Accuracy against BOPs: all points of every method with their 95% intervals, and a line along each envelope."""
-    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
+def plot_fronts(
+    comparison: Comparison, *, within: float = math.inf, links: Mapping[str, Sequence[str]] | None = None
+) -> Figure:
+    """Accuracy against BOPs: the points of every method with their 95% intervals, and a line along each envelope.
+
+    Args:
+        comparison: what is drawn.
+        within: points that lose more accuracy than this against the float network are left out.
+        links: an address for each point of each method, which an SVG links its marker to.
+    """
+    figure = _figure(7.2, 4.8)
     axes = figure.add_subplot()
     for method, points in comparison.fronts.items():
-        if points:
-            _draw_front(axes, method, list(points))
-    axes.axhline(comparison.float_accuracy, color="#555555", linestyle="--", linewidth=1, label="float network")
-    if log_bops:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
+        addresses = [""] * len(points) if links is None else links[method]
+        known = [
+            (point, address)
+            for point, address in zip(points, addresses, strict=True)
+            if comparison.float_accuracy - point.accuracy <= within and math.isfinite(point.accuracy) and point.bops > 0
+        ]
+        if known:
+            _draw_front(axes, method_of(method), [point for point, _ in known], [address for _, address in known])
+    axes.axhline(comparison.float_accuracy, color="#777777", linestyle="--", linewidth=1, label="float network")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
     axes.set_xlabel(f"BOPs per frame, share of W8A8 ({comparison.bops_convention})")
-    axes.set_ylabel(comparison.accuracy_metric)
-    axes.set_title(f"{comparison.task} on {comparison.video}, {comparison.split} split", fontsize="medium")
+    axes.set_ylabel(_plain(comparison.accuracy_metric))
+    axes.set_title(_plain(f"{comparison.task} on {comparison.video}, {comparison.split} split"), fontsize="medium")
     axes.grid(True, which="major", alpha=0.3)
     axes.legend(fontsize="small", loc="lower right")
     return figure
 
 
-def _draw_front(axes: Axes, method: str, points: list[Point]) -> None:
-    color, marker = STYLES.get(method, OTHER)
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure of a size in inches, which can be drawn without a display."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _plain(text: str) -> str:
+    """Text in which Matplotlib finds no formula: names of videos, clips and metrics may hold dollar signs."""
+    return text.replace("$", r"\$")
+
+
+def _draw_front(axes: Axes, method: Method, points: Sequence[Point], addresses: Sequence[str]) -> None:
     bops = np.array([point.bops for point in points])
     accuracy = np.array([point.accuracy for point in points])
     axes.errorbar(
@@ -69,16 +85,26 @@ def _draw_front(axes: Axes, method: str, points: list[Point]) -> None:
         accuracy,
         xerr=_distances(bops, [point.bops_ci95 for point in points]),
         yerr=_distances(accuracy, [point.accuracy_ci95 for point in points]),
-        fmt=marker,
-        color=color,
-        markersize=9 if marker == "*" else 6,
+        fmt="none",
+        ecolor=method.colour,
         elinewidth=0.8,
-        alpha=0.85,
-        label=TITLES.get(method, method),
+        alpha=0.7,
     )
-    measured = [(point.accuracy, point.bops) for point in points if point.bops > 0 and np.isfinite(point.accuracy)]
-    envelope = pareto_envelope(measured)
-    axes.plot(envelope[:, 1], envelope[:, 0], color=color, linewidth=1.2)
+    marks = axes.scatter(
+        bops,
+        accuracy,
+        s=90 if method.marker == "*" else 40,
+        marker=method.marker,
+        color=method.colour,
+        edgecolors="#777777",
+        linewidths=0.4,
+        zorder=3,
+        label=_plain(method.title),
+    )
+    if any(addresses):
+        marks.set_urls(list(addresses))
+    envelope = pareto_envelope(np.stack((accuracy, bops), 1))
+    axes.plot(envelope[:, 1], envelope[:, 0], color=method.colour, linewidth=1.2)
 
 
 def _distances(centers: np.ndarray, intervals: list[tuple[float, float] | None]) -> np.ndarray:
@@ -93,15 +119,30 @@ def _distances(centers: np.ndarray, intervals: list[tuple[float, float] | None])
 
 def plot_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     """Reward, error and BOPs of each rollout against environment frames, one line per training run."""
-    figure = Figure(figsize=(9.6, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, name in zip(figure.subplots(1, 3), ("reward", "error", "bops"), strict=True):
-        for (label, rows), color in zip(curves.items(), itertools.cycle(c for c, _ in STYLES.values()), strict=False):
-            axes.plot([row["frames"] for row in rows], [row[name] for row in rows], color=color, label=label)
+    figure = _figure(9.6, 3.2)
+    names = {"reward": "reward", "error": "error", "bops": "BOPs, share of W8A8"}
+    for axes, (name, title) in zip(figure.subplots(1, 3), names.items(), strict=True):
+        for (label, rows), colour in zip(curves.items(), itertools.cycle(COLOURS), strict=False):
+            axes.plot([row["frames"] for row in rows], [row[name] for row in rows], color=colour, label=_plain(label))
         axes.set_xlabel("environment frames")
-        axes.set_title(name, fontsize="medium")
+        axes.set_title(title, fontsize="medium")
         axes.grid(True, alpha=0.3)
     figure.axes[0].legend(fontsize="small")
+    return figure
+
+
+def plot_spending(bops: Mapping[str, Float64[Tensor, " t"]]) -> Figure:
+    """BOPs of each frame of a clip (dashed) and their running mean, by method, with a cursor named `cursor`."""
+    figure = _figure(9.6, 2.8)
+    axes = figure.add_subplot()
+    for key, own in bops.items():
+        method, mean = method_of(key), own.cumsum(0) / torch.arange(1, len(own) + 1)
+        axes.plot(own.numpy(), color=method.colour, linewidth=0.9, linestyle="--", label=f"{method.title}: each frame")
+        axes.plot(mean.numpy(), color=method.colour, linewidth=1.8, label=f"{method.title}: mean so far")
+    axes.axvline(0, color="#000000", linewidth=1.2, gid="cursor")
+    _scale_bops(axes)
+    axes.set_xlabel("frame")
+    axes.legend(fontsize="x-small", ncols=2)
     return figure
 
 
@@ -114,25 +155,27 @@ def plot_decisions(
     meaning: str,
     groups: Sequence[str],
     title: str,
+    labels: Sequence[float] | None = None,
 ) -> Figure:
-    """What policies predict and spend by region on a few frames of a clip, and spend by frame and chose on all of it.
+    """A few frames of a clip under several policies: predictions and BOPs by region; choices and BOPs over the clip.
 
     The frames shown are the middles of equal parts of the clip, where periodic keyframes seldom fall. Regions share one
-    scale of colours, which ends at the dearest region of the residual frames shown: keyframes go beyond it.
+    scale of colours, which ends at the most expensive region of the residual frames shown.
 
     Args:
-        task: draws predictions over frames.
-        frames: the clip's.
-        traces: title and trace by method, of the same clip; the choices of the last are counted.
-        choices, meaning: thresholds or levels among which the last chose, and what to call them.
+        task: draws the predictions.
+        frames: the frames of the clip.
+        traces: heading and trace of each method on this clip; the choices of the last are counted.
+        choices: thresholds or levels among which the last policy chose.
+        meaning: name of the axis of choices.
         groups: names of the layer groups.
-        title: what the clip is.
+        title: title of the figure.
+        labels: names of the choices on their axis; the choices themselves where it is None.
     """
     times = np.unique((1 + (len(frames) - 1) * (np.arange(SHOWN) + 0.5) / SHOWN).astype(int).clip(max=len(frames) - 1))
     rows, (height, width) = 1 + 2 * len(traces), frames.shape[2:]
     heights = rows * (2.35 * height / width + 0.25), 2.8  # inches, without room for a title
-    figure = Figure(figsize=(11.0, sum(heights) + 0.3), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(11.0, sum(heights) + 0.3)
     upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
     axes = upper.subplots(rows, len(times), squeeze=False)
     for ax in axes.flat:
@@ -144,23 +187,26 @@ def plot_decisions(
     shown = [trace.share[t] for _, trace in traces.values() for t in times if not trace.keyframe[t]]
     top = max((float(share.max()) for share in shown), default=1.0) or 1.0
     for own, (name, trace) in zip(axes[1:].reshape(-1, 2, len(times)), traces.values(), strict=True):
-        # As a title, the heading's width would part the columns; an empty one keeps room for its height.
+        # A title as wide as this heading would push the columns apart; the empty title reserves its height.
         own[0, 0].set_title(" ", fontsize="small")
-        own[0, 0].text(0.0, 1.05, name, transform=own[0, 0].transAxes, fontsize="small", in_layout=False)
+        own[0, 0].text(0.0, 1.05, _plain(name), transform=own[0, 0].transAxes, fontsize="small", in_layout=False)
         image = _draw_trace(own, task, frames, times, trace, top)
     label = "BOPs by region, share of W8A8"
     upper.colorbar(image, ax=axes.ravel().tolist(), label=label, extend="max", fraction=0.03, aspect=40)
     left, right = lower.subplots(1, 2)
-    _draw_choices(left, traces, choices, meaning, groups)
+    method, (_, trace) = list(traces.items())[-1]
+    _draw_choices(left, trace.choice_shares(choices).numpy(), choices if labels is None else labels, groups)
+    left.set_xlabel(meaning)
+    left.set_title(_plain(f"choices of {method_of(method).title} by layer group"), fontsize="medium")
     _draw_bops(right, traces, times)
-    figure.suptitle(title, fontsize="medium")
+    figure.suptitle(_plain(title), fontsize="medium")
     return figure
 
 
 def _draw_trace(
     axes: np.ndarray, task: Task, frames: UInt8[Tensor, "t 3 h w"], times: np.ndarray, trace: Trace, top: float
 ) -> AxesImage:
-    """Two rows of axes: predictions over the frames, and BOPs by region up to `top`."""
+    """Draw a row of predictions over the frames, and a row of BOPs by region on a scale that ends at `top`."""
     height, width = frames.shape[2:]
     axes[0, 0].set_ylabel("prediction", fontsize="small")
     axes[1, 0].set_ylabel("BOPs", fontsize="small")
@@ -175,39 +221,37 @@ def _draw_trace(
 
 
 def _draw_choices(
-    axes: Axes,
-    traces: Mapping[str, tuple[str, Trace]],
-    choices: Sequence[float],
-    meaning: str,
-    groups: Sequence[str],
+    axes: Axes, shares: Float64[np.ndarray, "groups choices"], labels: Sequence[float], groups: Sequence[str]
 ) -> None:
-    method, (_, trace) = list(traces.items())[-1]
-    shares = trace.choice_shares(choices).numpy()
-    colors = itertools.cycle(color for color, _ in STYLES.values())
-    base = np.zeros(len(choices))
-    for group, share, color in zip(groups, shares, colors, strict=False):
-        axes.bar(range(len(choices)), share, bottom=base, color=color, label=group)
+    """Stack the share of every layer group in each choice."""
+    base = np.zeros(len(labels))
+    for group, share, colour in zip(groups, shares, itertools.cycle(COLOURS), strict=False):
+        axes.bar(range(len(labels)), share, bottom=base, color=colour, label=_plain(group))
         base += share
-    axes.set_xticks(range(len(choices)), [f"{choice:g}" for choice in choices])
-    axes.set_xlabel(meaning)
+    axes.set_xticks(range(len(labels)), [f"{label:g}" for label in labels])
     axes.set_ylabel("share of choices")
-    axes.set_title(f"choices of {TITLES.get(method, method)} by layer group", fontsize="medium")
     axes.legend(fontsize="x-small")
 
 
 def _draw_bops(axes: Axes, traces: Mapping[str, tuple[str, Trace]], times: np.ndarray) -> None:
-    for method, (_, trace) in traces.items():
-        color, marker = STYLES.get(method, OTHER)
-        label = f"{TITLES.get(method, method)}, mean {float(trace.bops.mean()):.3f}"
-        axes.plot(trace.bops.numpy(), color=color, marker=marker, markersize=3, linewidth=1.0, label=label)
+    for key, (_, trace) in traces.items():
+        method = method_of(key)
+        label = _plain(f"{method.title}, mean {float(trace.bops.mean()):.3f}")
+        axes.plot(
+            trace.bops.numpy(), color=method.colour, marker=method.marker, markersize=3, linewidth=1.0, label=label
+        )
     for time in times:
         axes.axvline(float(time), color="#555555", linestyle=":", linewidth=0.8)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    _scale_bops(axes)
     axes.set_xlabel("frame (dotted: shown above)")
-    axes.set_ylabel("BOPs, share of W8A8")
     axes.set_title("BOPs per frame, policy included", fontsize="medium")
     axes.legend(fontsize="x-small")
+
+
+def _scale_bops(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_ylabel("BOPs, share of W8A8")
 
 
 def save_figure(figure: Figure, path: Path) -> list[Path]:

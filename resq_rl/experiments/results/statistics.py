@@ -1,17 +1,15 @@
 """Fronts, Bjontegaard deltas and bootstrap intervals: the numbers that a comparison reports.
 
-A front is an array of points with the columns (accuracy, BOPs): accuracy in 0..1, BOPs positive, in any one
-unit (fractions of W8A8 in the reports). Nothing here draws from a global random state: intervals take a
-`numpy.random.Generator`.
+A front is an array of points with the columns (accuracy, BOPs): accuracy in 0..1, BOPs positive, all in one unit
+(fractions of W8A8 in the reports). Intervals draw from the `numpy.random.Generator` that they are given.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64
 
 from resq_rl.errors import ResultsError
 
@@ -19,17 +17,16 @@ __all__ = [
     "BdResult",
     "Interval",
     "bd_bops",
-    "bootstrap_interval",
     "bootstrap_intervals",
     "pareto_envelope",
-    "resample",
 ]
 
-MAXIMUM_ACCURACY_LOSS = 0.10  # a Bjontegaard delta looks no lower than this under the float accuracy
-MINIMUM_OVERLAP = 0.5  # of the narrower accuracy range
-MINIMUM_POINTS = 2  # on each envelope
-MAXIMUM_UNDEFINED = 0.05  # share of bootstrap replicates without a value
-CHUNK = 256  # replicates handed to a vectorised statistic at a time
+MAXIMUM_ACCURACY_LOSS = 0.10  # a Bjontegaard delta ignores accuracies further below the float accuracy
+MINIMUM_OVERLAP = 0.5  # shared part of the narrower accuracy range for a Bjontegaard delta
+MINIMUM_POINTS = 2  # points on each envelope for a Bjontegaard delta
+MAXIMUM_UNDEFINED = 0.05  # share of the bootstrap replicates that may lack a value
+QUANTILES = (0.025, 0.975)  # of the replicates: the bounds of a 95% interval
+CHUNK = 256  # replicates that a vectorised statistic takes at a time
 
 
 @dataclass(frozen=True)
@@ -37,9 +34,8 @@ class BdResult:
     """A Bjontegaard delta of BOPs.
 
     Attributes:
-        value: mean change of BOPs at equal accuracy, in percent (negative: fewer), or None where it is not
-            reported.
-        accuracy_range: the accuracies (0..1) it is averaged over, or None where there are none.
+        value: mean change of BOPs at equal accuracy, in percent (negative: fewer), or None where it is not reported.
+        accuracy_range: the accuracies (0..1) that `value` is averaged over, or None where the fronts share none.
         reason: why `value` is None.
     """
 
@@ -54,14 +50,12 @@ class Interval:
 
     Attributes:
         bounds: lower and upper bound, in the statistic's unit, or None where no interval is reported.
-        undefined: how many of the `replicates` had no finite value.
-        replicates: how many times the clips and seeds were drawn.
+        undefined: the number of replicates without a finite value.
         reason: why `bounds` is None.
     """
 
     bounds: tuple[float, float] | None
     undefined: int
-    replicates: int
     reason: str | None
 
 
@@ -103,10 +97,9 @@ def bd_bops(
 
         value = 100 (exp(mean over a of f_front(a) - f_anchor(a)) - 1),
 
-    the mean taken over the accuracies that both envelopes cover, no lower than 10 points (0.10) under
-    `float_accuracy`. Where they share less than half of the narrower range, or an envelope has fewer than two
-    points, nothing is reported but the reason. After Bjontegaard, VCEG-M33 (2001); interpolation by the
-    `bjontegaard` package.
+    the mean taken over the accuracies that both envelopes cover, down to 10 points (0.10) below `float_accuracy`. If
+    they share less than half of the narrower range, or an envelope has fewer than two points, only the reason is
+    reported. After Bjontegaard, VCEG-M33 (2001); interpolation by the `bjontegaard` package.
 
     Args:
         front, anchor: rows of (accuracy 0..1, BOPs); only their envelopes count.
@@ -152,16 +145,6 @@ def _log_change(first: np.ndarray, second: np.ndarray, low: float, high: float) 
     return float(100.0 * (10.0**change - 1.0))
 
 
-def resample(
-    generator: np.random.Generator, *, clips: int, seeds: int = 1, replicates: int = 2000
-) -> tuple[Int64[np.ndarray, "replicates clips"], Int64[np.ndarray, "replicates seeds"]]:
-    """Indices of the clips and of the training seeds of every bootstrap replicate, drawn with replacement."""
-    return (
-        generator.integers(clips, size=(replicates, clips)),
-        generator.integers(seeds, size=(replicates, seeds)),
-    )
-
-
 def bootstrap_intervals(
     statistic: Callable[..., Any],
     *,
@@ -169,75 +152,51 @@ def bootstrap_intervals(
     seeds: int = 1,
     generator: np.random.Generator,
     replicates: int = 2000,
-    confidence: float = 0.95,
     vectorized: bool = False,
 ) -> list[Interval]:
-    """Percentile intervals of several statistics over the same draws of clips and seeds.
+    """95% percentile intervals of one or several statistics over the same draws of clips and seeds.
+
+    Every replicate draws the clips and the training seeds with replacement. Methods that are compared must be computed
+    in one statistic, from the same indices.
 
     Args:
-        statistic: called as `statistic(clip_indices, seed_indices)` with integer arrays of shapes (clips,)
-            and (seeds,); gives an array of shape (values,). A value that is not finite counts as undefined.
-            Methods that are compared must be computed in one statistic, from the same indices. Where
-            `vectorized`, the arrays have shapes (n, clips) and (n, seeds) and the result (n, values), for any
-            n.
-        clips, seeds: how many there are. A seed is one training run; statistics average over the drawn ones.
-        confidence: share of the replicates inside the interval.
+        statistic: called as `statistic(clip_indices, seed_indices)` with integer arrays of shapes (clips,) and
+            (seeds,). It returns a number or an array of shape (values,). A value that is not finite counts as
+            undefined. If `vectorized`, the arguments have shapes (n, clips) and (n, seeds), and the result has shape
+            (n,) or (n, values), for any n.
+        clips, seeds: the numbers of clips and of training runs. A statistic averages over the drawn training runs.
+        replicates: the number of draws.
 
     Returns:
-        One interval per value. It is None, with the reason, for a single clip or where more than 5% of the
+        One interval per value. Its bounds are None, with the reason, for a single clip or where more than 5% of the
         replicates are undefined.
+
+    Raises:
+        ResultsError: the statistic returned an array of another shape.
     """
-    clip_draws, seed_draws = resample(generator, clips=clips, seeds=seeds, replicates=replicates)
+    clip_draws = generator.integers(clips, size=(replicates, clips))
+    seed_draws = generator.integers(seeds, size=(replicates, seeds))
     if vectorized:
         starts = range(0, replicates, CHUNK)
-        parts = [statistic(clip_draws[i : i + CHUNK], seed_draws[i : i + CHUNK]) for i in starts]
-        values = np.concatenate([np.asarray(part, dtype=np.float64) for part in parts])
+        parts = [np.asarray(statistic(clip_draws[i : i + CHUNK], seed_draws[i : i + CHUNK])) for i in starts]
     else:
-        draws = zip(clip_draws, seed_draws, strict=True)
-        values = np.asarray([statistic(*draw) for draw in draws], dtype=np.float64)
-    if values.ndim != 2 or len(values) != replicates:
+        parts = [np.asarray([statistic(*draw) for draw in zip(clip_draws, seed_draws, strict=True)])]
+    if any(part.ndim not in (1, 2) for part in parts) or sum(map(len, parts)) != replicates:
         raise ResultsError(
-            f"A bootstrap statistic must give one array of values per replicate; got shape {values.shape} "
-            f"for {replicates} replicates."
+            f"A bootstrap statistic must return a number or an array of values per replicate; got arrays of the "
+            f"shapes {sorted({part.shape for part in parts})} for {replicates} replicates."
         )
-    return [_percentiles(column, clips, confidence) for column in values.T]
+    values = np.concatenate(parts).astype(np.float64).reshape(replicates, -1)
+    return [_percentiles(column, clips) for column in values.T]
 
 
-def bootstrap_interval(
-    statistic: Callable[..., Any],
-    *,
-    clips: int,
-    seeds: int = 1,
-    generator: np.random.Generator,
-    replicates: int = 2000,
-    confidence: float = 0.95,
-    vectorized: bool = False,
-) -> Interval:
-    """`bootstrap_intervals` of one value: the statistic gives a number, or shape (n,) where `vectorized`."""
-    one_column = partial(_as_column, statistic)
-    return bootstrap_intervals(
-        one_column,
-        clips=clips,
-        seeds=seeds,
-        generator=generator,
-        replicates=replicates,
-        confidence=confidence,
-        vectorized=vectorized,
-    )[0]
-
-
-def _as_column(statistic: Callable[..., Any], clips: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-    return np.asarray(statistic(clips, seeds), dtype=np.float64)[..., np.newaxis]
-
-
-def _percentiles(values: np.ndarray, clips: int, confidence: float) -> Interval:
+def _percentiles(values: Float64[np.ndarray, " replicates"], clips: int) -> Interval:
     defined = values[np.isfinite(values)]
     undefined = len(values) - len(defined)
     if clips < 2:
-        return Interval(None, undefined, len(values), "one clip gives no interval")
+        return Interval(None, undefined, "one clip gives no interval")
     if undefined > MAXIMUM_UNDEFINED * len(values):
         share = 100 * undefined / len(values)
-        return Interval(None, undefined, len(values), f"{share:.0f}% of the bootstrap replicates have no value")
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(defined, (tail, 1 - tail))
-    return Interval((float(low), float(high)), undefined, len(values), None)
+        return Interval(None, undefined, f"{share:.0f}% of the bootstrap replicates have no value")
+    low, high = np.quantile(defined, QUANTILES)
+    return Interval((float(low), float(high)), undefined, None)

@@ -7,14 +7,14 @@ from itertools import product
 
 from matplotlib.figure import Figure
 
-from resq_rl.envs import Measurement, Policy, Trace
-from resq_rl.experiments.results.comparison import TITLES, short_settings
+from resq_rl.envs import Trace
+from resq_rl.experiments.results.comparison import short_settings
+from resq_rl.experiments.results.methods import method_of
 from resq_rl.experiments.results.plots import plot_decisions
-from resq_rl.experiments.study.world import World
+from resq_rl.experiments.study.study import Study
+from resq_rl.policies.tuning import Measured
 
-__all__ = ["Measured", "Pair", "comparable_pair", "decisions_figure", "trace_pair"]
-
-Measured = tuple[Policy, Measurement]
+__all__ = ["Pair", "comparable_pair", "decisions_figure", "trace_pair"]
 
 # Accuracy lost against the float network, on a scale of 0 to 1, at which policies are worth a look.
 LEAST_LOSS, MOST_LOSS = 0.01, 0.02
@@ -61,7 +61,7 @@ def comparable_pair(
     return min(pairs, key=distance, default=None)
 
 
-def trace_pair(world: World, method: str, heuristic: Measured, learned: Measured) -> Pair:
+def trace_pair(study: Study, method: str, heuristic: Measured, learned: Measured) -> Pair:
     """Run both policies over the first of the reported clips, keeping every frame.
 
     The network runs even where policies are measured from tables, which know no predictions.
@@ -70,33 +70,33 @@ def trace_pair(world: World, method: str, heuristic: Measured, learned: Measured
         method: name of the heuristic in `comparison.json`.
         heuristic, learned: each with its measurement on the reported clips.
     """
-    split = world.settings.split
-    clips = range(min(TRACED_CLIPS, len(world.stores[split])))
-    traces = tuple((world.trace(heuristic[0], split, clip), world.trace(learned[0], split, clip)) for clip in clips)
+    split = study.settings.split
+    clips = range(min(TRACED_CLIPS, len(study.problems[split])))
+    traces = tuple((study.trace(heuristic[0], split, clip), study.trace(learned[0], split, clip)) for clip in clips)
     return Pair(method, heuristic, learned, traces)
 
 
-def decisions_figure(world: World, pair: Pair) -> Figure:
+def decisions_figure(study: Study, pair: Pair) -> Figure:
     """What both policies predict, spend and choose on the first of the reported clips."""
-    split, scheme = world.settings.split, world.scheme()
-    store = world.stores[split]
+    problem, scheme, levels = study.problem, study.scheme(), study.settings.quantization.levels
     traces = {}
     for name, (_, measured), trace in zip(
         (pair.method, "ppo"), (pair.heuristic, pair.learned), pair.traces[0], strict=True
     ):
-        lost = 100 * (store.float_accuracy - measured.accuracy)
+        lost = 100 * (problem.float_accuracy - measured.accuracy)
         title = (
-            f"{TITLES[name]} ({short_settings(measured.settings)}): {measured.bops:.3f} of W8A8 and {lost:.1f} points "
-            f"lost over all {split} clips"
+            f"{method_of(name).title} ({short_settings(measured.settings, levels)}): {measured.bops:.3f} of W8A8 and "
+            f"{lost:.1f} points lost over all {study.settings.split} clips"
         )
         traces[name] = (title, trace)
-    by_threshold = scheme.kind == "region_thresholds"
+    by_threshold = scheme.by_threshold
     return plot_decisions(
-        world.task,
-        store.clips[0].frames,
+        study.task,
+        problem.clips[0].frames,
         traces,
         choices=scheme.thresholds if by_threshold else range(scheme.levels),
-        meaning="threshold" if by_threshold else "level",
-        groups=world.model.groups,
-        title=f"{store.clips[0].name}, BOPs in {world.settings.quantization.bops_convention} convention",
+        labels=None if by_threshold else levels,
+        meaning="threshold" if by_threshold else "bits",
+        groups=study.model.groups,
+        title=f"{problem.clips[0].name}, BOPs in {study.settings.quantization.bops_convention} convention",
     )

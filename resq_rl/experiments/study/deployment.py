@@ -7,7 +7,6 @@ calibrated network's integers and steps) and `network.json` (which settings make
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,14 @@ from torch import nn
 from resq_rl.errors import PolicyError, SettingsError
 from resq_rl.experiments.config.settings import Settings
 from resq_rl.experiments.config.targets import TARGET, Target, make_target, refuse_foreign
-from resq_rl.experiments.study.world import World, prepare_clips, read_clips
+from resq_rl.experiments.study.study import Study, prepare_problems, read_clips
 from resq_rl.files import write_atomic
 from resq_rl.quantization import load_model, save_model
 from resq_rl.video import Split
 
 __all__ = [
     "FILES",
-    "deployed_world",
+    "deployed_study",
     "policy_folder",
     "policy_words",
     "save_deployment",
@@ -36,14 +35,14 @@ NETWORK = "network.json"
 FILES = ("policy.safetensors", "policy.json", "model.safetensors", "model.json", NETWORK)
 
 
-def save_deployment(world: World, folder: Path) -> None:
+def save_deployment(study: Study, folder: Path) -> None:
     """Write what a policy needs to run, but for the policy itself, into its folder.
 
     Raises:
         ResultsError: a file cannot be written.
     """
-    save_model(world.model, folder)
-    making = {group: _plain(getattr(world.settings, group)) for group in ("model", "task", "video")}
+    save_model(study.model, folder)
+    making = {group: _plain(getattr(study.settings, group)) for group in ("model", "task", "video")}
     write_atomic(folder / NETWORK, json.dumps(making, indent=2) + "\n")
 
 
@@ -93,7 +92,7 @@ def trained_video(policy: str | None, trusted: bool = False) -> Any:
     return _made(policy, "video", trusted)
 
 
-def deployed_world(settings: Settings, folder: Path, grid: tuple[int, int], splits: Sequence[Split]) -> World:
+def deployed_study(settings: Settings, folder: Path, grid: tuple[int, int], splits: Sequence[Split]) -> Study:
     """The frozen model of a policy's folder and the clips of `splits`; nothing is calibrated.
 
     Args:
@@ -105,9 +104,8 @@ def deployed_world(settings: Settings, folder: Path, grid: tuple[int, int], spli
     network, task, video = settings.model.build(), settings.task.build(), settings.video.build()
     model = load_model(folder, network)
     model = model.compile() if settings.quantization.compile else model
-    stores = prepare_clips(settings, model, task, read_clips(video, splits))
-    settings = replace(settings, environment=replace(settings.environment, grid=grid))
-    return World(settings, network, model, task, stores, (), type(video).__name__)
+    problems = prepare_problems(settings, model, task, read_clips(video, splits), grid)
+    return Study(settings, network, problems, (), type(video).__name__)
 
 
 def _made(policy: str | None, group: str, trusted: bool) -> Any:

@@ -6,67 +6,55 @@ the best schedule of keyframes and levels is found by dynamic programming.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int
 
-from resq_rl.envs import Measurement, TableCache
+from resq_rl.envs import Measurement, TableEngine, tabulate
 from resq_rl.experiments.results.comparison import BdEntry
-from resq_rl.experiments.results.statistics import bootstrap_interval
+from resq_rl.experiments.results.methods import tuned_methods
+from resq_rl.experiments.results.statistics import bootstrap_intervals
 from resq_rl.experiments.runs.progress import stage
-from resq_rl.experiments.study.world import World
-from resq_rl.policies import FrameMagnitude, LearnedPolicy, Responses, StaticResQ, oracle_measurement
+from resq_rl.experiments.study.study import Study
+from resq_rl.policies import LearnedPolicy, oracle_measurement
+from resq_rl.sealed import ContentStore
 from resq_rl.video import Split
 
-__all__ = ["frame_heuristics", "gap_closed", "is_frame_level", "oracle_front", "share_of_gap", "tabulated"]
+__all__ = ["gap_closed", "is_frame_level", "oracle_front", "share_of_gap", "tabulated"]
 
 REPLICATES = 1000
 # Of the heuristic's objective: below it, a gap is rounding.
 SMALLEST_GAP = 1e-9
 
 
-def is_frame_level(world: World) -> bool:
+def is_frame_level(study: Study) -> bool:
     """Whether the agents take the decisions for which an oracle is known."""
-    return world.settings.environment.id == "resq_rl/FrameLevel-v0"
+    return study.settings.environment.id == "resq_rl/FrameLevel-v0"
 
 
-def tabulated(world: World) -> World:
-    """The world with the tables of all its clips, kept in the folder `tables` of the settings."""
-    responses: dict[Split, Responses] = {}
-    grid, folder = world.settings.environment.grid, world.settings.tables
-    cache = TableCache(Path(folder) if folder else None)
-    for split, store in world.stores.items():
-        with stage(f"responses of {split} clips", len(store)) as advance:
+def tabulated(study: Study) -> Study:
+    """The study with the tables of all its clips, kept in the folder `tables` of the settings."""
+    engines: dict[Split, TableEngine] = {}
+    store = ContentStore(Path(study.settings.tables) if study.settings.tables else None)
+    for split, problem in study.problems.items():
+        with stage(f"responses of {split} clips", len(problem)) as advance:
             tables = []
-            for index in range(len(store)):
-                tables.append(cache.respond(world.model, world.task, store, index, grid=grid))
+            for index in range(len(problem)):
+                tables.append(tabulate(problem, index, store))
                 advance(1)
-        responses[split] = Responses(world.model, world.task, store, tuple(tables))
-    return replace(world, responses=responses)
+        engines[split] = TableEngine(problem, tables)
+    return replace(study, tables=engines)
 
 
-def frame_heuristics(world: World) -> dict[str, Sequence[Any]]:
-    """What is tuned: static levels and levels by magnitude, with every keyframe interval and scene change."""
-    heuristic, levels = world.settings.heuristic, len(world.settings.quantization.levels)
-    static = [StaticResQ("keyframe", i, level=n) for i, n in product(heuristic.intervals, range(levels))]
-    magnitude = [
-        FrameMagnitude("keyframe", i, tau=t, kappa=heuristic.frame_kappa, scene_change=s)
-        for i, t, s in product(heuristic.intervals, heuristic.frame_taus, (*heuristic.scene_changes, math.inf))
-    ]
-    return {"static_resq": static, "frame_magnitude": magnitude}
-
-
-def oracle_front(world: World, split: Split) -> list[Measurement]:
+def oracle_front(study: Study, split: Split) -> list[Measurement]:
     """What the best schedules of the split's clips give, for values of lambda over its range."""
-    return [oracle_measurement(world.task, world.responses[split].tables, t) for t in _trade_offs(world)]
+    return [oracle_measurement(study.task, study.tables[split].tables, t) for t in _trade_offs(study)]
 
 
-def gap_closed(world: World, policies: Mapping[int, LearnedPolicy], split: Split) -> BdEntry:
+def gap_closed(study: Study, policies: Mapping[int, LearnedPolicy], split: Split) -> BdEntry:
     """Share of the gap between heuristics and oracle that learned policies close on a split, in percent.
 
     For each lambda the gap is that of the objective, error + lambda * BOPs: of the heuristic whose objective is least
@@ -75,16 +63,17 @@ def gap_closed(world: World, policies: Mapping[int, LearnedPolicy], split: Split
     Args:
         policies: by training seed.
     """
-    trade_offs = _trade_offs(world)
-    candidates = [p for own in frame_heuristics(world).values() for p in own]
-    tried = [(p, world.measure(p, "validation")) for p in candidates]
+    trade_offs = _trade_offs(study)
+    settings = study.settings
+    candidates = [p for method in tuned_methods(settings) if method.candidates for p in method.candidates(settings)]
+    tried = [(p, study.measure(p, "validation")) for p in candidates]
     base, best = [], []
     for t in trade_offs:
         chosen = min(tried, key=lambda pair: float(_objective(pair[1], t).mean()))[0]
-        base.append(_objective(world.measure(chosen, split), t))
-        best.append(_objective(oracle_measurement(world.task, world.responses[split].tables, t), t))
-    own = [[_objective(world.measure(p.at(t), split), t) for t in trade_offs] for p in policies.values()]
-    return share_of_gap(np.array(base), np.array(own), np.array(best), seed=world.settings.seed)
+        base.append(_objective(study.measure(chosen, split), t))
+        best.append(_objective(oracle_measurement(study.task, study.tables[split].tables, t), t))
+    own = [[_objective(study.measure(p.at(t), split), t) for t in trade_offs] for p in policies.values()]
+    return share_of_gap(np.array(base), np.array(own), np.array(best), seed=study.settings.seed)
 
 
 def share_of_gap(
@@ -109,14 +98,14 @@ def share_of_gap(
     value = share(np.arange(clips), np.arange(seeds))
     if math.isnan(value):
         return BdEntry(None, None, None, "for some lambda the heuristic is as good as the oracle")
-    interval = bootstrap_interval(
+    (interval,) = bootstrap_intervals(
         share, clips=clips, seeds=seeds, generator=np.random.default_rng(seed), replicates=REPLICATES
     )
     return BdEntry(value, interval.bounds, None, interval.reason, interval.undefined)
 
 
-def _trade_offs(world: World) -> list[float]:
-    return world.settings.training.spread(world.settings.environment.trade_off_range)
+def _trade_offs(study: Study) -> list[float]:
+    return study.settings.training.spread(study.settings.environment.trade_off_range)
 
 
 def _objective(result: Measurement, trade_off: float) -> Float64[np.ndarray, " n"]:

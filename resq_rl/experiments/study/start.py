@@ -10,7 +10,7 @@ from resq_rl.envs import ActionScheme, Measurement
 from resq_rl.errors import SettingsError
 from resq_rl.experiments.results.statistics import MAXIMUM_ACCURACY_LOSS
 from resq_rl.experiments.runs.progress import stage
-from resq_rl.experiments.study.world import World
+from resq_rl.experiments.study.study import Study
 from resq_rl.policies import GroupThresholds, StaticResQ
 from resq_rl.policies.ppo import FirstChoice
 from resq_rl.policies.search import Strategy, Tried, search_group_thresholds
@@ -84,42 +84,37 @@ def _slope(a: tuple[float, float, float], b: tuple[float, float, float]) -> floa
     return (a[1] - b[1]) / max(b[0] - a[0], 1e-12)
 
 
-def prepare_training(world: World) -> tuple[World, Start | None]:
-    """The world with its range of lambda settled, and what training begins from, where it was measured."""
-    environment, training = world.settings.environment, world.settings.training
+def prepare_training(study: Study) -> tuple[Study, Start | None]:
+    """The study with its range of lambda settled, and what training begins from, where it was measured."""
+    environment, training = study.settings.environment, study.settings.training
     if environment.trade_off != "auto" and training.warm_start == "none":
-        return world, None
-    scheme = world.scheme()
-    start = measure_constants(world, scheme)
+        return study, None
+    scheme = study.scheme()
+    start = measure_constants(study, scheme)
     if environment.trade_off == "auto":
         chosen = start.trade_off_range()
         log.info("lambda from %g to %g", *chosen)
-        world = replace(world, settings=replace(world.settings, environment=replace(environment, trade_off=chosen)))
-    if (
-        training.warm_start == "best"
-        and training.search_frames
-        and scheme.kind == "region_thresholds"
-        and scheme.by_group
-    ):
-        start = search(world, start, training.search_frames, "greedy")
-    return world, start
+        study = replace(study, settings=replace(study.settings, environment=replace(environment, trade_off=chosen)))
+    if training.warm_start == "best" and training.search_frames and scheme.by_threshold and scheme.by_group:
+        start = search(study, start, training.search_frames, "greedy")
+    return study, start
 
 
-def measure_constants(world: World, scheme: ActionScheme) -> Start:
+def measure_constants(study: Study, scheme: ActionScheme) -> Start:
     """Measure every constant choice of a scheme at every keyframe interval."""
-    environment, few = world.settings.environment, _few_clips(world)
-    store = few.stores["train"]
+    environment, few = study.settings.environment, _few_clips(study)
+    problem = few.problems["train"]
     policies = [
         _constant(scheme, choice, interval, environment.reference)
         for interval, choice in product(environment.keyframe_intervals, range(scheme.choices))
     ]
-    with stage("constant fields", len(policies) * store.frames) as advance:
+    with stage("constant fields", len(policies) * problem.frames) as advance:
         results = [few.measure(policy, "train", advance) for policy in policies]
     tried = (_tried(policy, result) for policy, result in zip(policies, results, strict=True))
-    return Start(tuple(tried), clip_frames=store.frames)
+    return Start(tuple(tried), clip_frames=problem.frames)
 
 
-def search(world: World, start: Start, frames: int, strategy: Strategy) -> Start:
+def search(study: Study, start: Start, frames: int, strategy: Strategy) -> Start:
     """Search static thresholds per layer group on a few training clips.
 
     Args:
@@ -129,10 +124,10 @@ def search(world: World, start: Start, frames: int, strategy: Strategy) -> Start
     Returns:
         The start with what was tried besides.
     """
-    settings, few = world.settings, _few_clips(world)
-    store, environment = few.stores["train"], settings.environment
-    evaluations = math.ceil(frames / store.frames)
-    with stage(f"{strategy} search", evaluations * store.frames) as advance:
+    settings, few = study.settings, _few_clips(study)
+    problem, environment = few.problems["train"], settings.environment
+    evaluations = math.ceil(frames / problem.frames)
+    with stage(f"{strategy} search", evaluations * problem.frames) as advance:
         found = search_group_thresholds(
             lambda policy: _tried(policy, few.measure(policy, "train", advance)),
             (*start.constants, *start.searched),
@@ -152,12 +147,12 @@ def _tried(policy: GroupThresholds | StaticResQ, result: Measurement) -> Tried:
     return Tried(policy, result.mean_error, result.bops, result.accuracy)
 
 
-def first_choices(world: World, start: Start | None) -> Callable[[float], FirstChoice] | None:
+def first_choices(study: Study, start: Start | None) -> Callable[[float], FirstChoice] | None:
     """For a lambda, what training begins as; None to begin at random."""
-    scheme, kind = world.scheme(), world.settings.training.warm_start
+    scheme, kind = study.scheme(), study.settings.training.warm_start
     if start is None or kind == "none":
         return None
-    low, high = world.settings.environment.trade_off_range
+    low, high = study.settings.environment.trade_off_range
 
     def even(trade_off: float) -> FirstChoice:
         place = math.log(trade_off / low) / math.log(high / low) if high > low else 0.5
@@ -174,12 +169,12 @@ def first_choice(scheme: ActionScheme, policy: GroupThresholds | StaticResQ) -> 
 
 
 def _constant(scheme: ActionScheme, choice: int, interval: int, reference: Reference) -> GroupThresholds | StaticResQ:
-    if scheme.kind == "region_thresholds":
+    if scheme.by_threshold:
         taus = (scheme.thresholds[choice],) * scheme.groups
         return GroupThresholds(reference, interval, taus=taus, kappa=scheme.kappa)
     return StaticResQ(reference, interval, level=choice)
 
 
-def _few_clips(world: World) -> World:
-    store = world.stores["train"]
-    return replace(world, stores={"train": store.subset(range(min(SEARCH_CLIPS, len(store))))}, responses={})
+def _few_clips(study: Study) -> Study:
+    problem = study.problems["train"]
+    return replace(study, problems={"train": problem.subset(range(min(SEARCH_CLIPS, len(problem))))}, tables={})

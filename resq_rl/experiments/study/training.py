@@ -13,7 +13,7 @@ from resq_rl.experiments.config.settings import Settings
 from resq_rl.experiments.runs.progress import stage
 from resq_rl.experiments.study.deployment import FILES, save_deployment
 from resq_rl.experiments.study.start import Start, first_choices
-from resq_rl.experiments.study.world import World
+from resq_rl.experiments.study.study import Study
 from resq_rl.experiments.tracking.tracker import Tracker
 from resq_rl.files import write_atomic
 from resq_rl.policies import LearnedPolicy
@@ -62,7 +62,7 @@ def keyframe_settings(settings: Settings) -> PPOSettings:
 
 
 def train_policy(
-    world: World, seed: int, folder: Path, tracker: Tracker, *, start: Start | None, resume: bool
+    study: Study, seed: int, folder: Path, tracker: Tracker, *, start: Start | None, resume: bool
 ) -> tuple[LearnedPolicy, TrainingReport]:
     """Train one policy, with learned keyframes if the settings ask for them; its files and checkpoints are in `folder`.
 
@@ -73,16 +73,16 @@ def train_policy(
     Returns:
         The policy and the report, whose frames are of both trainings.
     """
-    training, settings = world.settings.training, ppo_settings(world.settings)
-    first = first_choices(world, start)
+    training, settings = study.settings.training, ppo_settings(study.settings)
+    first = first_choices(study, start)
     run = _Run(seed, tracker, resume)
-    policy = run.train(f"training PPO, seed {seed}", world.agents(), settings, folder / "checkpoints", first)
+    policy = run.train(f"training PPO, seed {seed}", study.agents(), settings, folder / "checkpoints", first)
     policy.save(folder)
-    save_deployment(world, folder)
+    save_deployment(study, folder)
     if training.keyframe_frames:
         _forget_other_keyframes(folder / "keyframes", policy)
         few = None if training.warm_start == "none" else lambda _: FirstChoice(0)
-        agents, ppo = world.agents(policy), keyframe_settings(world.settings)
+        agents, ppo = study.agents(policy), keyframe_settings(study.settings)
         keyframes = run.train(f"training keyframes, seed {seed}", agents, ppo, folder / "keyframes", few)
         policy = replace(policy, keyframes=keyframes)
         policy.save(folder)
@@ -161,9 +161,9 @@ def load_policies(folder: Path) -> dict[int, LearnedPolicy]:
     return {seed: LearnedPolicy.load(seeds[seed]) for seed in sorted(seeds)} or {0: LearnedPolicy.load(folder)}
 
 
-def front_candidates(world: World, policy: LearnedPolicy) -> list[LearnedPolicy]:
+def front_candidates(study: Study, policy: LearnedPolicy) -> list[LearnedPolicy]:
     """A policy at every lambda, with every keyframe interval and its learned keyframes, if any; validation chooses."""
-    trade_offs = world.settings.training.spread(policy.trade_off_range)
-    intervals = world.settings.environment.keyframe_intervals if policy.scheme.agents == "region" else (0,)
+    trade_offs = study.settings.training.spread(policy.trade_off_range)
+    intervals = study.settings.environment.keyframe_intervals if policy.scheme.agents == "region" else (0,)
     learned = [] if policy.keyframes is None else [policy.at(t) for t in trade_offs]
     return [*learned, *(policy.at(t, i) for t in trade_offs for i in intervals)]

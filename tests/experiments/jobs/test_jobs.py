@@ -12,7 +12,7 @@ import torch
 from resq_rl.experiments.cli.app import main
 from resq_rl.experiments.results.comparison import Comparison
 from resq_rl.perception import load_weights
-from resq_rl.perception.ddrnet import CompactDDRNet
+from resq_rl.perception.compact_networks import CompactDDRNet
 from resq_rl.policies import LearnedPolicy
 from resq_rl.sealed import Checkpoints
 from tests.envs.worlds import moving_frames

@@ -7,14 +7,22 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
 from resq_rl.errors import ResultsError
-from resq_rl.experiments.results.comparison import BdEntry, Comparison, Point, print_comparison, write_summary
+from resq_rl.experiments.results.comparison import (
+    BdEntry,
+    Comparison,
+    Point,
+    print_comparison,
+    short_settings,
+    write_summary,
+)
+from resq_rl.experiments.results.methods import METHODS, method_of
 from resq_rl.experiments.results.plots import plot_fronts, save_figure
-from resq_rl.experiments.results.statistics import BdResult, Interval
 
 # The names that are promised to readers of comparison.json.
 NAMES = [
@@ -109,20 +117,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         Comparison.read(tmp_path / "nowhere.json")
 
 
-def test_delta_entries_keep_the_reason_and_the_undefined_replicates() -> None:
-    result = BdResult(-10.0, (0.6, 0.7), None)
-    assert BdEntry.of(result, Interval((-12.0, -8.0), 4, 1000, None)) == BdEntry(
-        -10.0, (-12.0, -8.0), (0.6, 0.7), None, 4
-    )
-    many = BdEntry.of(result, Interval(None, 90, 1000, "9% of the bootstrap replicates have no value"))
-    assert (many.value, many.ci95, many.undefined_replicates) == (-10.0, None, 90)
-    assert many.reason == "9% of the bootstrap replicates have no value"
-    assert BdEntry.of(BdResult(None, None, "too few"), None).reason == "too few"
-
-
-def printed(comparison: Comparison) -> str:
-    console = Console(file=io.StringIO(), width=140)
-    print_comparison(comparison, console)
+def printed(comparison: Comparison, width: int = 140, levels: tuple[int, ...] | None = None) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    print_comparison(comparison, console, levels=levels)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -137,12 +134,72 @@ def test_table_shows_methods_intervals_and_deltas(comparison: Comparison) -> Non
         "0.200 ±0.020",
         "5.0x",
         "0.5",  # points lost by the first PPO setting
-        "ppo vs dynamic resq: -31.2% BOPs at equal accuracy (95% from -40.0% to -20.5%; accuracy 0.660 to 0.715)",
-        "ppo vs oracle: not reported: the envelope of the second front has 1 point",
+        "PPO against Dynamic ResQ: -31.2% BOPs at equal accuracy (95% from -40.0% to -20.5%; accuracy 0.660 to 0.715)",
+        "PPO against oracle: not reported: the envelope of the second front has 1 point",
         "2 more points in comparison.json",
     ):
         assert expected in text
     assert text.count("tau ") == 6
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 110])
+@pytest.mark.parametrize("metric", ["mIoU", "agreement with float (mean IoU of present classes)", "J & F " * 12])
+def test_table_stays_readable_in_a_narrow_terminal(comparison: Comparison, width: int, metric: str) -> None:
+    own = point(0.7, 0.4, interval=0, scene_change=0.4, reference="previous", seed=3, taus=[0.45, 0.7, 2.8, 1.4])
+    fronts = {**comparison.fronts, "searched_thresholds": (own,), "a_method_of_my_own": (point(0.6, 0.1, tau=0.25),)}
+    text = printed(dataclasses.replace(comparison, accuracy_metric=metric, fronts=fronts), width)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= width
+    words = {word.strip(",;:") for word in text.split()}
+    assert {"keyframe", "reference", "thresholds", "method", *metric.split()} <= words, "no word is broken"
+    (numbers,) = (line for line in lines if "0.700 ±0.010" in line and "0.400 ±0.040" in line)
+    assert numbers.split()[-6:] == ["0.400", "±0.040", "2.5x", "0.700", "±0.010", "2.0"], "all numbers in one line"
+    assert "…" not in text
+    heading = next(line for line in lines if "BOPs" in line)
+    assert heading.index("BOPs") < heading.index("accuracy")
+
+
+def test_table_takes_names_as_they_are(comparison: Comparison) -> None:
+    """Rich's markup takes [words] in brackets out of a string."""
+    odd = dataclasses.replace(
+        comparison, video="clips[abc][/b]", fronts={"my[red]": (point(0.7, 0.1, reference="[bold]"),)}, bd_bops={}
+    )
+    text = printed(dataclasses.replace(odd, accuracy_metric="[i]metric"))
+    for expected in ("clips[abc][/b]", "my[red]", "[bold] reference", "[i]metric"):
+        assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"weight_bits": 8, "activation_bits": 4}, "W8A4"),
+        ({"reference": "previous", "interval": 0, "level": 2}, "4 bits, first keyframe only, previous reference"),
+        ({"interval": 1}, "every frame a keyframe"),
+        ({"reference": "keyframe", "interval": 16, "level": 0}, "0 bits, keyframe every 16, keyframe reference"),
+        (
+            {"trade_off": 0.01234, "keyframes": "learned", "bits": 8, "seed": 0},
+            "lambda 0.0123, learned keyframes, seed 0",
+        ),
+        ({"taus": [0.45, 0.7], "kappa": [1, 2, 8], "scene_change": None}, "tau 0.45 0.7"),
+        ({}, ""),
+    ],
+)
+def test_settings_in_words(settings: dict[str, object], words: str) -> None:
+    assert short_settings(settings, (0, 2, 4, 8)) == words
+
+
+def test_levels_without_known_bits_are_shown_as_indices(comparison: Comparison) -> None:
+    fronts = {"static_resq": (point(0.7, 0.1, level=3),)}
+    assert "level 3" in printed(dataclasses.replace(comparison, fronts=fronts))
+    assert "16 bits" in printed(dataclasses.replace(comparison, fronts=fronts), levels=(0, 2, 4, 16))
+
+
+def test_every_method_has_a_look_of_its_own() -> None:
+    looks = [*METHODS, method_of("my_method")]
+    for names in zip(*map(dataclasses.astuple, looks), strict=True):
+        assert len(set(names)) == len(looks)
+    assert looks[-1].title == "my method"
+    assert all(method_of(method.key) is method for method in METHODS)
 
 
 def test_table_of_points_without_intervals_and_deltas_without_bounds(comparison: Comparison) -> None:
@@ -162,20 +219,33 @@ def test_figure_is_written_as_png_and_svg(comparison: Comparison, tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fronts.png", "fronts.svg"]
 
 
-@pytest.mark.parametrize("log_bops", [True, False])
-def test_figure_tells_methods_apart_and_shows_the_float_accuracy(comparison: Comparison, log_bops: bool) -> None:
-    (axes,) = plot_fronts(comparison, log_bops=log_bops).axes
+def test_figure_tells_methods_apart_and_shows_the_float_accuracy(comparison: Comparison) -> None:
+    (axes,) = plot_fronts(comparison).axes
     legend = axes.get_legend()
     assert legend is not None
-    assert [text.get_text() for text in legend.get_texts()] == [
-        "float network",
-        "per-frame",
-        "Dynamic ResQ",
-        "PPO",
-    ]
-    styles = {(line.get_color(), line.get_marker()) for line in axes.lines if line.get_marker() != "None"}
-    assert len({marker for _, marker in styles} - {"|", "_"}) == 3
-    assert axes.get_xscale() == ("log" if log_bops else "linear")
+    assert {text.get_text() for text in legend.get_texts()} == {"float network", "per-frame", "Dynamic ResQ", "PPO"}
+    marks = [c for c in axes.collections if isinstance(c, PathCollection)]
+    assert len({np.asarray(c.get_facecolor()).tobytes() for c in marks}) == 3
+    assert len({np.asarray(c.get_paths()[0].vertices).tobytes() for c in marks}) == 3
+    assert sum(len(np.asarray(c.get_offsets())) for c in marks) == sum(map(len, comparison.fronts.values()))
+    assert axes.get_xscale() == "log"
+
+
+def test_figure_of_the_upper_part_leaves_out_the_rest(comparison: Comparison) -> None:
+    (axes,) = plot_fronts(comparison, within=0.045).axes
+    shown = [o[1] for c in axes.collections if isinstance(c, PathCollection) for o in np.asarray(c.get_offsets())]
+    every = [p.accuracy for points in comparison.fronts.values() for p in points]
+    assert sorted(shown) == sorted(a for a in every if a >= comparison.float_accuracy - 0.045)
+    assert 0 < len(shown) < len(every)
+
+
+def test_names_with_dollars_are_no_formulas(comparison: Comparison, tmp_path: Path) -> None:
+    """Matplotlib reads text between two dollar signs as a formula, and fails where it is none."""
+    odd = dataclasses.replace(
+        comparison, video=r"$\nothing$", accuracy_metric="$_^$", fronts={"$^_$": (point(0.7, 0.1),)}
+    )
+    svg = save_figure(plot_fronts(odd), tmp_path / "odd")[1].read_text()
+    assert r"<!-- segmentation on $\nothing$, test split -->" in svg
 
 
 def test_figure_of_empty_and_unknown_methods(comparison: Comparison, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.interpolate import PchipInterpolator
@@ -10,10 +11,8 @@ from scipy.interpolate import PchipInterpolator
 from resq_rl.errors import ResultsError
 from resq_rl.experiments.results.statistics import (
     bd_bops,
-    bootstrap_interval,
     bootstrap_intervals,
     pareto_envelope,
-    resample,
 )
 
 ANCHOR = [(0.62, 0.10), (0.66, 0.15), (0.70, 0.25), (0.71, 0.40)]
@@ -145,7 +144,7 @@ def test_bootstrap_covers_a_known_mean() -> None:
     generator, covered, trials = np.random.default_rng(0), 0, 300
     for _ in range(trials):
         values = generator.normal(3.0, 2.0, size=(1, 40))
-        interval = bootstrap_interval(means(values), clips=40, generator=generator, replicates=400, vectorized=True)
+        (interval,) = bootstrap_intervals(means(values), clips=40, generator=generator, replicates=400, vectorized=True)
         assert interval.bounds is not None
         covered += interval.bounds[0] <= 3.0 <= interval.bounds[1]
     assert 0.90 <= covered / trials <= 0.98
@@ -153,7 +152,7 @@ def test_bootstrap_covers_a_known_mean() -> None:
 
 def test_bootstrap_width_of_a_normal_mean() -> None:
     values = np.random.default_rng(1).normal(size=(1, 400))
-    interval = bootstrap_interval(
+    (interval,) = bootstrap_intervals(
         means(values), clips=400, generator=np.random.default_rng(2), replicates=4000, vectorized=True
     )
     assert interval.bounds is not None
@@ -163,14 +162,14 @@ def test_bootstrap_width_of_a_normal_mean() -> None:
 
 def test_bootstrap_counts_the_spread_between_seeds() -> None:
     values = np.arange(3.0)[:, np.newaxis] + np.zeros((3, 20))
-    interval = bootstrap_interval(means(values), clips=20, seeds=3, generator=np.random.default_rng(0))
+    (interval,) = bootstrap_intervals(means(values), clips=20, seeds=3, generator=np.random.default_rng(0))
     assert interval.bounds == (0.0, 2.0)
 
 
 def test_bootstrap_is_deterministic_and_vectorization_changes_nothing() -> None:
     values = np.random.default_rng(3).normal(size=(2, 15))
     one, again, batched = (
-        bootstrap_interval(
+        bootstrap_intervals(
             means(values),
             clips=15,
             seeds=2,
@@ -204,25 +203,43 @@ def test_undefined_replicates_are_counted_and_too_many_give_no_interval(share: f
         calls += 1
         return math.nan if calls <= share * 1000 else float(clips.mean())
 
-    interval = bootstrap_interval(statistic, clips=10, generator=np.random.default_rng(0), replicates=1000)
+    (interval,) = bootstrap_intervals(statistic, clips=10, generator=np.random.default_rng(0), replicates=1000)
     assert interval.undefined == 1000 * share
     assert (interval.bounds is not None) == reported
     assert reported or interval.reason == "10% of the bootstrap replicates have no value"
 
 
 def test_one_clip_gives_no_interval() -> None:
-    interval = bootstrap_interval(means(np.ones((1, 1))), clips=1, generator=np.random.default_rng(0))
+    (interval,) = bootstrap_intervals(means(np.ones((1, 1))), clips=1, generator=np.random.default_rng(0))
     assert (interval.bounds, interval.reason) == (None, "one clip gives no interval")
 
 
-def test_a_statistic_of_another_shape_is_refused() -> None:
-    with pytest.raises(ResultsError, match="one array of values per replicate"):
-        bootstrap_intervals(lambda clips, seeds: 1.0, clips=3, generator=np.random.default_rng(0))
+@pytest.mark.parametrize(
+    ("statistic", "vectorized"),
+    [
+        (lambda clips, seeds: 1.0, True),
+        (lambda clips, seeds: np.ones(3), True),
+        (lambda clips, seeds: np.ones((2, 2)), False),
+        (lambda clips, seeds: np.ones((len(clips), 2, 2)), True),
+    ],
+)
+def test_a_statistic_of_another_shape_is_refused(statistic: Callable[..., object], vectorized: bool) -> None:
+    with pytest.raises(ResultsError, match="a number or an array of values per replicate"):
+        bootstrap_intervals(statistic, clips=3, generator=np.random.default_rng(0), vectorized=vectorized)
 
 
-def test_resample_draws_every_index() -> None:
-    clips, seeds = resample(np.random.default_rng(0), clips=5, seeds=2, replicates=300)
-    assert clips.shape == (300, 5)
-    assert seeds.shape == (300, 2)
-    assert set(clips.ravel()) == set(range(5))
-    assert set(seeds.ravel()) == {0, 1}
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_intervals_are_those_of_scipy(seeds: int) -> None:
+    values = np.random.default_rng(7).normal(size=(seeds, 12))
+    samples = [np.arange(12), np.arange(seeds)][: 1 + (seeds > 1)]  # SciPy refuses a sample of one training run
+
+    def statistic(clips: np.ndarray, runs: np.ndarray | None = None) -> float:
+        return float(values[:, clips].mean() if runs is None else values[np.ix_(runs, clips)].mean())
+
+    truth = scipy.stats.bootstrap(
+        samples, statistic, n_resamples=500, vectorized=False, method="percentile", rng=np.random.default_rng(8)
+    )
+    (interval,) = bootstrap_intervals(
+        statistic, clips=12, seeds=seeds, generator=np.random.default_rng(8), replicates=500
+    )
+    assert interval.bounds == pytest.approx(tuple(truth.confidence_interval), rel=1e-12)

@@ -1,0 +1,382 @@
+"""The engine under every environment: it runs one frame of B clips through the quantized network."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import torch
+from jaxtyping import Bool, Float, Int64, Num, UInt8
+from torch import Tensor
+
+from resq_rl.envs.observation import Observation, Seen, frame_values, observed, pool_mean
+from resq_rl.envs.problem import Problem, gather
+from resq_rl.errors import NetworkError, PolicyError
+from resq_rl.perception import Beginning, recurrent_inputs
+from resq_rl.quantization import (
+    Field,
+    FrameCost,
+    Inputs,
+    LevelField,
+    Reference,
+    ResQModel,
+    StreamState,
+    ThresholdField,
+    as_tuple,
+    to_float,
+)
+
+__all__ = [
+    "Conditions",
+    "Decision",
+    "Engine",
+    "FrameInputs",
+    "FrameResult",
+    "NetworkEngine",
+    "NetworkState",
+    "State",
+    "clips_that_fit",
+]
+
+MEMORY = Path("/proc/meminfo")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How one frame of each clip runs: as a keyframe where `refresh` is true, else as a residual under `field`."""
+
+    refresh: Bool[Tensor, " b"]
+    field: Field
+
+    @staticmethod
+    def keyframes(clips: int, groups: int) -> "Decision":
+        """Every clip runs a keyframe."""
+        return Decision(torch.ones(clips, dtype=torch.bool), LevelField.constant(0, clips, groups))
+
+
+@dataclass(frozen=True)
+class FrameResult:
+    """Prediction, error and cost of one frame of each clip.
+
+    Attributes:
+        prediction: what the task predicts.
+        error: cost of the errors by region (`Problem.error`), whose mean is the frame's error; 0 is perfect, and NaN
+            where there was no target to compare with.
+        cost: exact BOPs by layer and region.
+        share: BOPs by region / (W8A8 BOPs of the frame / regions), so that its mean is the frame's share of W8A8.
+        bops: BOPs of the frame as a share of W8A8.
+    """
+
+    prediction: Num[Tensor, "b *p"]
+    error: Float[Tensor, "b gh gw"]
+    cost: FrameCost
+    share: Float[Tensor, "b gh gw"]
+    bops: Num[Tensor, " b"]
+
+    def reward(self, trade_off: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """Frame reward: accuracy (1 - mean error) minus lambda times the share of W8A8 BOPs."""
+        return 1 - self.error.mean((1, 2)) - trade_off * self.share.mean((1, 2))
+
+    def region_reward(self, trade_off: Float[Tensor, " b"]) -> Float[Tensor, "b gh gw"]:
+        """Local reward of each region; its mean over the regions is the frame's reward."""
+        return 1 - self.error - trade_off[:, None, None] * self.share
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Under what each clip runs, as observations show it.
+
+    Attributes:
+        trade_off: lambda of each clip.
+        trade_off_range: range of lambda, by which it is scaled.
+        budget_left: share of each clip's budget of BOPs that is left; 1 without a budget.
+    """
+
+    trade_off: Float[Tensor, " b"]
+    trade_off_range: tuple[float, float]
+    budget_left: Float[Tensor, " b"]
+
+    @staticmethod
+    def alone(trade_off: float, trade_off_range: tuple[float, float]) -> "Conditions":
+        """The conditions of one clip without a budget."""
+        return Conditions(torch.tensor([trade_off], dtype=torch.float32), trade_off_range, torch.ones(1))
+
+
+class State(Protocol):
+    """What an engine keeps of each clip from one frame to the next."""
+
+    reference: Reference
+
+    @property
+    def age(self) -> Int64[Tensor, " b"]:
+        """Frames since each clip's keyframe; -1 before the first."""
+
+    def put(self, rows: Int64[Tensor, " n"], other: Any) -> None:
+        """Replace the clips in `rows` by those of `other`, in order; `other` must not run on."""
+
+    def clone(self) -> Self:
+        """A copy that runs on by itself."""
+
+    def snapshot(self) -> dict[str, Any]:
+        """What `restore` needs; not a copy."""
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Go on from a snapshot, which then belongs to this state."""
+
+
+class Engine(Protocol):
+    """Runs one frame of B clips: from inputs, state and decision to prediction, error and cost.
+
+    `NetworkEngine` runs the network, `resq_rl.envs.TableEngine` looks its responses up.
+    """
+
+    problem: Problem
+
+    def new_state(self, clips: int, reference: Reference) -> Any:
+        """A state before the first frame of so many clips."""
+
+    def inputs(self, clips: Int64[Tensor, " b"], times: Int64[Tensor, " b"]) -> Any:
+        """The inputs of frame `times[i]` of the problem's clip `clips[i]` for every i."""
+
+    def step(self, inputs: Any, state: Any, decision: Decision) -> FrameResult:
+        """Run a frame of each clip; `state` is updated in place.
+
+        Raises:
+            PolicyError: the decision does not fit. NetworkError: an output is not finite.
+        """
+
+    def observe(self, inputs: Any, state: Any, conditions: Conditions) -> Observation:
+        """The observation before the frame of `inputs` runs."""
+
+    def float_error(self, clips: Int64[Tensor, " b"], times: Int64[Tensor, " b"]) -> Float[Tensor, "b gh gw"]:
+        """Error of the float network on frames of the problem's clips."""
+
+    def clips_that_fit(self) -> int | None:
+        """How many clips can step together in the free memory; None where there is no limit, or none is known."""
+
+
+@dataclass(frozen=True)
+class FrameInputs:
+    """One frame of each clip, as a device receives it.
+
+    Attributes:
+        pixels: the frames.
+        targets: what predictions are compared with; None where there is nothing.
+        starts: for a recurrent task, what it is given with each clip.
+        first: which frames are the first of their clips.
+        names: name of each frame, for messages.
+    """
+
+    pixels: UInt8[Tensor, "b 3 h w"]
+    targets: Num[Tensor, "b *t"] | None
+    starts: Sequence[Beginning]
+    first: Bool[Tensor, " b"]
+    names: Callable[[int], str]
+
+
+@dataclass
+class NetworkState:
+    """What a `NetworkEngine` keeps of each clip: references of the network, and what observations show.
+
+    Attributes:
+        references: inputs and outputs of every layer, and the age of the keyframe.
+        frame, key_frame: the last frame and the last keyframe.
+        output: means by region of `Task.features` of the last output: uncertainty, boundary, foreground.
+        spent: BOPs of the last frame as shares of the W8A8 BOPs of region and layer group.
+        previous: the last prediction, for a recurrent task.
+    """
+
+    references: StreamState
+    frame: UInt8[Tensor, "b 3 h w"]
+    key_frame: UInt8[Tensor, "b 3 h w"]
+    output: Float[Tensor, "b gh gw 3"]
+    spent: Float[Tensor, "b gh gw g"]
+    previous: Num[Tensor, "b *p"]
+
+    @property
+    def reference(self) -> Reference:
+        """What residuals are taken against."""
+        return self.references.reference
+
+    @property
+    def age(self) -> Int64[Tensor, " b"]:
+        """Frames since each clip's keyframe; -1 before the first."""
+        return self.references.age
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "references"}
+
+    def put(self, rows: Int64[Tensor, " n"], other: "NetworkState") -> None:
+        """Replace the clips in `rows` by those of `other`, in order; `other` may share memory and must not run on."""
+        self.references.put(rows, other.references)
+        for name, value in other._tensors().items():
+            getattr(self, name)[rows] = value
+
+    def clone(self) -> "NetworkState":
+        """A copy that runs on by itself."""
+        return NetworkState(self.references.clone(), **{name: t.clone() for name, t in self._tensors().items()})
+
+    def snapshot(self) -> dict[str, Any]:
+        """What `restore` needs; not a copy."""
+        return {"references": self.references.snapshot(), **self._tensors()}
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Go on from a snapshot, which then belongs to this state."""
+        self.references.restore(snapshot["references"])
+        for name in self._tensors():
+            setattr(self, name, snapshot[name])
+
+
+class NetworkEngine:
+    """An engine that runs the quantized network of a problem."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self._sequence = problem.recurrent
+        macs = torch.tensor([float(site.macs) for site in problem.model.sites], dtype=torch.float64)
+        by_group = torch.zeros(problem.groups, dtype=torch.float64)
+        by_group.index_add_(0, problem.model.group_of_site, macs)
+        self._group_bops = by_group / macs.sum() * problem.reference_bops
+
+    def new_state(self, clips: int, reference: Reference) -> NetworkState:
+        """A state before the first frame of so many clips."""
+        problem = self.problem
+        previous = [start.prediction for start in problem.starts[:1]] * clips
+        return NetworkState(
+            problem.model.new_state(clips, reference),
+            frame=torch.zeros(clips, 3, *problem.model.frame_size, dtype=torch.uint8),
+            key_frame=torch.zeros(clips, 3, *problem.model.frame_size, dtype=torch.uint8),
+            output=torch.zeros(clips, *problem.grid, 3),
+            spent=torch.zeros(clips, *problem.grid, problem.groups),
+            previous=torch.stack(previous) if previous else torch.zeros(clips, 0),
+        )
+
+    def inputs(self, clips: Int64[Tensor, " b"], times: Int64[Tensor, " b"]) -> FrameInputs:
+        """The frame `times[i]` of the problem's clip `clips[i]` for every i."""
+        problem = self.problem
+        return FrameInputs(
+            gather(problem.frame_tensors, clips, times),
+            gather(problem.targets, clips, times),
+            [problem.starts[c] for c in clips.tolist()] if problem.starts else (),
+            times == 0,
+            lambda i: f"{problem.clips[int(clips[i])].name}, frame {int(times[i])}",
+        )
+
+    def step(self, inputs: FrameInputs, state: NetworkState, decision: Decision) -> FrameResult:
+        """Run a frame of each clip; `state` is updated in place.
+
+        Raises:
+            PolicyError: the decision does not fit. NetworkError: an output is not finite.
+        """
+        problem, task = self.problem, self.problem.task
+        field = _on_grid(decision.field, problem.grid)
+        raw, cost = problem.model.step(self._network_inputs(inputs, state), state.references, decision.refresh, field)
+        output = task.output(raw, problem.model.frame_size)
+        self._check_finite(output, inputs, state)
+        prediction = task.predict(output).cpu()
+        if self._sequence is not None:  # a recurrent task is given the prediction of a clip's first frame
+            for row in torch.nonzero(inputs.first)[:, 0].tolist():
+                prediction[row] = inputs.starts[row].prediction
+            state.previous = prediction.clone()
+        maps = task.features(output, prediction)
+        state.output = torch.stack([pool_mean(values.cpu(), problem.grid) for values in maps], -1)
+        state.frame = inputs.pixels
+        state.key_frame[cost.keyframe] = inputs.pixels[cost.keyframe]
+        share, state.spent = self.spending(cost)
+        return FrameResult(
+            prediction, self._error(prediction, inputs), cost, share, cost.total / problem.reference_bops
+        )
+
+    def _network_inputs(self, inputs: FrameInputs, state: NetworkState) -> Inputs:
+        """What the network takes: the frames, and what a recurrent task adds."""
+        given: Inputs = inputs.pixels
+        if self._sequence is not None:
+            previous = state.previous
+            if bool(inputs.first.any()):
+                starts = torch.stack([start.prediction for start in inputs.starts])
+                every = bool(inputs.first.all())
+                previous = starts if every else torch.where(_spread_over(inputs.first, starts), starts, previous)
+            given = recurrent_inputs(self._sequence, inputs.pixels, previous, inputs.starts)
+        return tuple(to_float(part.to(self.problem.model.device)) for part in as_tuple(given))
+
+    def _error(self, prediction: Num[Tensor, "b *p"], inputs: FrameInputs) -> Float[Tensor, "b gh gw"]:
+        if inputs.targets is None:
+            return torch.full((len(prediction), *self.problem.grid), torch.nan)
+        return self.problem.error(prediction, inputs.targets)
+
+    def _check_finite(self, output: Tensor, inputs: FrameInputs, state: NetworkState) -> None:
+        if not math.isfinite(float(output.sum())):  # a sum shows NaN and infinity at a thirtieth of isfinite's cost
+            finite = torch.isfinite(output).flatten(1).all(1)
+            if bool(finite.all()):
+                return  # large numbers only
+            index = int(torch.nonzero(~finite)[0])
+            layers = zip(self.problem.model.sites, state.references.outputs, strict=True)
+            first = next((s.operator.name for s, y in layers if not bool(torch.isfinite(y[index]).all())), None)
+            where = f"from layer {first!r} on" if first is not None else "behind its layers"
+            raise NetworkError(
+                f"The network's output for {inputs.names(index)}, holds NaN or infinity, {where}: look at divisions, "
+                "roots and logarithms there, or give it more residual bits."
+            )
+
+    def spending(self, cost: FrameCost) -> tuple[Float[Tensor, "b gh gw"], Float[Tensor, "b gh gw g"]]:
+        """`FrameResult.share`, and the features of what layer groups spent."""
+        problem = self.problem
+        share = (cost.per_region * (problem.regions / problem.reference_bops)).float()
+        by_group = cost.per_group(problem.model.group_of_site, problem.groups)
+        spent = (by_group / self._group_bops[:, None, None] * problem.regions).float()
+        return share, spent.permute(0, 2, 3, 1).clamp_(0, 1)
+
+    def seen(self, inputs: FrameInputs, state: NetworkState, trade_off: Float[Tensor, " b"]) -> Seen:
+        """What a device has before the frame of `inputs` runs."""
+        reference = state.frame if state.reference == "previous" else state.key_frame
+        return Seen(inputs.pixels, reference, state.key_frame, state.output, state.spent, state.age, trade_off)
+
+    def observe(self, inputs: FrameInputs, state: NetworkState, conditions: Conditions) -> Observation:
+        """The observation before the frame of `inputs` runs."""
+        seen = self.seen(inputs, state, conditions.trade_off)
+        regions, residual, foreground = observed(seen, self.problem.grid, closed_loop=state.reference == "previous")
+        frame = frame_values(
+            state.age,
+            conditions.trade_off,
+            conditions.trade_off_range,
+            conditions.budget_left,
+            residual,
+            foreground,
+        )
+        return Observation(regions, frame)
+
+    def float_error(self, clips: Int64[Tensor, " b"], times: Int64[Tensor, " b"]) -> Float[Tensor, "b gh gw"]:
+        """Error of the float network on frames of the problem's clips."""
+        return self.problem.float_error(clips, times)
+
+    def clips_that_fit(self) -> int | None:
+        """How many clips can step together in three quarters of the free memory; None where it is not known."""
+        return clips_that_fit(self.problem.model)
+
+
+def _on_grid(field: Field, grid: tuple[int, int]) -> Field:
+    """A constant field spread over the grid, so that its cost is known by region."""
+    if field.grid == grid:
+        return field
+    if field.grid != (1, 1):
+        raise PolicyError(f"The decision is for a grid of {field.grid} regions, the problem has {grid}.")
+    if isinstance(field, LevelField):
+        return LevelField(field.levels.expand(-1, -1, *grid))
+    return ThresholdField(field.thresholds.expand(-1, -1, *grid), field.kappa)
+
+
+def _spread_over(rows: Bool[Tensor, " b"], values: Num[Tensor, "b *p"]) -> Bool[Tensor, "b *one"]:
+    return rows.view(-1, *[1] * (values.dim() - 1))
+
+
+def clips_that_fit(model: ResQModel) -> int | None:
+    """How many clips can step together in three quarters of the free memory; None where the system does not tell."""
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+    elif MEMORY.exists():
+        free = next(int(line.split()[1]) for line in MEMORY.read_text().splitlines() if line.startswith("MemAvailable"))
+        free *= 1024
+    else:
+        return None
+    return 3 * free // (4 * model.simulation_bytes)

@@ -1,0 +1,139 @@
+"""How each method of a comparison is measured: tuned on validation clips, searched for, trained, or known exactly."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import numpy as np
+
+from resq_rl.envs import Measurement
+from resq_rl.experiments.results.fronts import bops_step
+from resq_rl.experiments.results.methods import Method, tuned_methods
+from resq_rl.experiments.study.frame_level import gap_closed, oracle_front
+from resq_rl.experiments.study.scoreboard import FRONT_POINTS, Scoreboard
+from resq_rl.experiments.study.start import Start, measure_constants, search
+from resq_rl.experiments.study.training import front_candidates, train_policy
+from resq_rl.policies import Clairvoyant, GroupThresholds, LearnedPolicy, PerFrame
+from resq_rl.policies.search import Strategy, Tried, best_for
+from resq_rl.policies.tuning import best_of, thinned
+
+__all__ = [
+    "Learned",
+    "measure_heuristics",
+    "measure_learned",
+    "measure_oracle",
+    "measure_per_frame",
+    "measure_searches",
+]
+
+SEARCHES: Final[Mapping[Strategy, str]] = {"greedy": "searched_thresholds", "random": "random_search"}
+HALF_BITS = 4
+
+
+def measure_per_frame(board: Scoreboard) -> None:
+    """Per-frame quantization at the keyframes' bits and at half of 8."""
+    settings = board.study.settings
+    quantization = settings.quantization
+    bits: dict[str, object] = {
+        "weight_bits": quantization.key_weight_bits,
+        "activation_bits": quantization.key_activation_bits,
+    }
+    whole = board.measure("per_frame", [PerFrame(settings.environment.reference)])
+    halved = board.study.measure_per_frame(PerFrame(), HALF_BITS, settings.split)
+    half: dict[str, object] = {"weight_bits": HALF_BITS, "activation_bits": HALF_BITS}
+    board.add("per_frame", [*(replace(m, settings=bits) for m in whole), replace(halved, settings=half)])
+
+
+def measure_heuristics(board: Scoreboard) -> None:
+    """Every method whose settings are tuned on the validation clips."""
+    for method in tuned_methods(board.study.settings):
+        tuned = [policy for policy, _ in _tuned(board, method)]
+        board.add(method.key, board.measure(method.key, tuned), tuned)
+
+
+def _tuned(board: Scoreboard, method: Method) -> list[tuple[Any, Measurement]]:
+    settings = board.study.settings
+    assert method.candidates is not None  # as of all tuned methods
+    chosen: list[tuple[Any, Measurement]] = board.tune(method.key, method.candidates(settings))
+    for name, refine in method.refinements:
+        others = [other for policy, _ in chosen for other in refine(settings.heuristic, policy)]
+        chosen = thinned(best_of([*chosen, *board.tune(name, others)]), FRONT_POINTS)
+    return chosen
+
+
+@dataclass
+class Learned:
+    """The learned policies of a comparison.
+
+    Attributes:
+        policies: by training seed.
+        measurements: by training seed, on the reported clips.
+        curves: figures of each rollout by the name of the training run; none of policies that were given.
+    """
+
+    policies: dict[int, LearnedPolicy] = field(default_factory=dict)
+    measurements: dict[int, list[Measurement]] = field(default_factory=dict)
+    curves: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+
+
+def measure_learned(board: Scoreboard, start: Start | None, given: Mapping[int, LearnedPolicy]) -> Learned:
+    """Measure a policy for each training seed: those given, or else trained here."""
+    study, training, learned = board.study, board.study.settings.training, Learned()
+    for seed in given or training.seeds:
+        with board.tracker.child(f"ppo seed {seed}", {"seed": seed, "method": "ppo"}) as child:
+            frames = training.frames
+            if given:
+                policy = given[seed]
+            else:
+                folder, resume = board.run_dir / f"seed{seed}", training.resume is not None
+                policy, report = train_policy(study, seed, folder, child, start=start, resume=resume)
+                frames, learned.curves[f"seed {seed}"] = report.frames, report.curve
+            board.training_frames = max(board.training_frames, frames + (start.frames if start else 0))
+            tuned = [policy for policy, _ in board.tune("lambda", front_candidates(study, policy))]
+            results = [replace(m, settings={**m.settings, "seed": seed}) for m in board.measure("ppo", tuned)]
+            for m in results:
+                child.log_metrics({"accuracy": m.accuracy, "bops": m.bops}, bops_step(m))
+        learned.policies[seed], learned.measurements[seed] = policy, results
+        board.add("ppo", results, tuned)
+    return learned
+
+
+def measure_searches(board: Scoreboard, start: Start | None) -> None:
+    """Searched thresholds, with as many environment frames as the training of one policy.
+
+    The greedy search goes on from what training began with, whose frames count for both.
+    """
+    study, settings = board.study, board.study.settings
+    if settings.heuristic.searches and (start is None or not study.scheme().by_threshold):
+        start = measure_constants(study, replace(study.scheme(), kind="region_thresholds"))
+    for strategy in settings.heuristic.searches:
+        assert start is not None  # as it was just measured
+        known = start if strategy == "greedy" else replace(start, searched=())
+        known = search(study, known, max(0, board.training_frames - known.frames), strategy)
+        found = best_for((*known.constants, *known.searched), settings.environment.trade_off_range)
+        method = SEARCHES[strategy]
+        chosen = [policy for policy, _ in board.tune(method, [tried.policy for tried in found])]
+        board.add(method, board.measure(method, chosen))
+        if strategy == "greedy" and settings.heuristic.clairvoyant_points:
+            _measure_clairvoyant(board, found)
+
+
+def _measure_clairvoyant(board: Scoreboard, found: Sequence[Tried]) -> None:
+    """The saving of regions that know the errors ahead when they choose among searched thresholds."""
+    settings = board.study.settings
+    heuristic, policies = settings.heuristic, []
+    losses = {tried.policy: tried.loss for tried in found if isinstance(tried.policy, GroupThresholds)}
+    for trade_off in map(float, np.geomspace(*settings.environment.trade_off_range, heuristic.clairvoyant_points)):
+        best = min(losses, key=lambda policy: losses[policy](trade_off))
+        skip = replace(best, taus=(max(settings.environment.thresholds),) * len(best.taus))
+        candidates = (best, *(policy for policy in losses if policy != best), skip)
+        policies.append(Clairvoyant(candidates, trade_off, heuristic.clairvoyant_horizon))
+    board.add("oracle", board.measure("oracle", policies))
+    board.compare("oracle", {settings.seed: board.measured["oracle"]})
+
+
+def measure_oracle(board: Scoreboard, learned: Learned) -> None:
+    """The exact oracle of frame-level decisions, and the share of its saving that the learned policies achieve."""
+    split = board.study.settings.split
+    board.add("oracle", oracle_front(board.study, split))
+    board.deltas["gap_to_oracle_closed_by_ppo"] = gap_closed(board.study, learned.policies, split)

@@ -1,0 +1,329 @@
+"""Putting residual operators into a network: any `nn.Module` and any exported program (`.pt2`).
+
+A module's convolutions, transposed convolutions and linear layers are replaced where they stand, after BatchNorm has
+been folded into them; in the graph of an exported program the same operators are replaced node by node. Whatever else
+does multiply-accumulates (matrix products between activations, recurrent cells, 1-D and 3-D convolutions, functional
+calls with weights that are no module's) cannot be expressed as a residual and is refused by name.
+"""
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.nn.utils import parametrize
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from resq_rl.errors import NetworkError, UnsupportedOperatorError
+from resq_rl.quantization.graph.operators import Geometry, ResidualOperator, Switch
+from resq_rl.quantization.graph.tracing import multiplies
+
+__all__ = ["fold_batch_norm", "insert_operators"]
+
+SUPPORTED = "2-D convolution and transposed convolution with zero padding, and linear layers"
+_Module = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
+
+
+def fold_batch_norm(network: nn.Module) -> list[str]:
+    """Fold BatchNorm layers that directly follow a convolution or linear layer into it, in place.
+
+    Returns:
+        Names of BatchNorm layers that could not be folded; they run in float on the layers' sums.
+    """
+    unfolded = [name for prefix, graph in _program_graphs(network) for name in _fold_graph(prefix, graph)]
+    names = [n for n, m in network.named_modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    if not names:
+        return unfolded
+    try:
+        graph = fx.Tracer().trace(network)
+    except Exception:
+        return unfolded + names  # control flow that depends on data: the layers stay as they are
+    called = [node.target for node in graph.nodes if node.op == "call_module"]
+    for node in graph.nodes:
+        if node.op != "call_module" or node.target not in names or called.count(node.target) > 1 or not node.args:
+            continue
+        source = node.args[0]
+        if source.op != "call_module" or len(source.users) > 1 or called.count(source.target) > 1:
+            continue
+        layer, norm = network.get_submodule(source.target), network.get_submodule(node.target)
+        if _fold_pair(layer, norm):
+            _replace_everywhere(network, norm, nn.Identity())
+            names.remove(node.target)
+    return unfolded + names
+
+
+def _fold_pair(layer: nn.Module, norm: Any) -> bool:
+    if not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear) or norm.running_mean is None:
+        return False
+    if isinstance(layer, nn.Linear):
+        if layer.weight.shape[0] != norm.num_features:
+            return False
+        folded: _Module = fuse_linear_bn_eval(layer, norm)
+    elif isinstance(layer, nn.ConvTranspose2d) and layer.groups > 1:
+        return False
+    else:
+        folded = fuse_conv_bn_eval(layer, norm, transpose=isinstance(layer, nn.ConvTranspose2d))
+    # In place, because the layer may be registered under other names too.
+    layer.weight, layer.bias = folded.weight, folded.bias
+    return True
+
+
+def insert_operators(network: nn.Module, switch: Switch) -> nn.Module:
+    """Replace every supported operator of `network` by a `ResidualOperator`, in place, and return the network.
+
+    Raises:
+        UnsupportedOperatorError: a layer does multiply-accumulates that residual quantization cannot express.
+        NetworkError: the network has no operator to quantize.
+    """
+    made: dict[int, ResidualOperator] = {}
+    for name, module in list(network.named_modules(remove_duplicate=False)):
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            if id(module) not in made:
+                made[id(module)] = _from_module(name, module, switch)
+            if name == "":
+                network = made[id(module)]
+            else:
+                _set_submodule(network, name, made[id(module)])
+    count = len(made) + sum(_replace_nodes(prefix, graph, switch) for prefix, graph in _program_graphs(network))
+    if count == 0:
+        raise NetworkError(f"{type(network).__name__} has no layer to quantize: it needs at least one of {SUPPORTED}.")
+    return network
+
+
+def _from_module(name: str, module: _Module, switch: Switch) -> ResidualOperator:
+    own = type(module).forward not in (nn.Conv2d.forward, nn.ConvTranspose2d.forward, nn.Linear.forward)
+    own |= isinstance(module, nn.Conv2d) and type(module)._conv_forward is not nn.Conv2d._conv_forward
+    if own or "forward" in vars(module):
+        raise UnsupportedOperatorError(
+            f"Layer {name!r} ({type(module).__name__}) has a forward of its own, so its operator cannot be replaced. "
+            f"Supported: {SUPPORTED}."
+        )
+    if isinstance(module, nn.Linear):
+        return ResidualOperator(name, Geometry("linear"), module.weight, module.bias, switch)
+    if module.padding_mode != "zeros":
+        raise UnsupportedOperatorError(
+            f"Layer {name!r} pads with {module.padding_mode!r}; the residual path knows zero padding only. "
+            "Pad outside the layer (nn.ReflectionPad2d and the like) and set padding=0."
+        )
+    transposed = isinstance(module, nn.ConvTranspose2d)
+    geometry = _geometry(
+        "conv_transpose2d" if transposed else "conv2d",
+        module.weight,
+        module.stride,
+        module.padding,
+        module.dilation,
+        module.groups,
+        module.output_padding,
+    )
+    return ResidualOperator(name, geometry, module.weight, module.bias, switch)
+
+
+def _geometry(
+    kind: Any,
+    weight: Tensor,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    output_padding: Any = 0,
+) -> Geometry:
+    kernel = (weight.shape[2], weight.shape[3])
+    dilation = _pair(dilation)
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        sides = (total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2)
+    else:
+        top, left = (0, 0) if padding == "valid" else _pair(padding)
+        sides = (left, left, top, top)
+    return Geometry(kind, kernel, _pair(stride), sides, dilation, int(groups), _pair(output_padding))
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    values = [int(v) for v in value]
+    return (values[0], values[0]) if len(values) == 1 else (values[0], values[1])
+
+
+def _set_submodule(network: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(network.get_submodule(parent), child, module)
+
+
+def _replace_everywhere(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Replace a module under every name that it is registered by."""
+    for name in [n for n, m in network.named_modules(remove_duplicate=False) if m is old]:
+        _set_submodule(network, name, new)
+
+
+# Graphs of exported programs -----------------------------------------------------------------------------------------
+
+_ATEN = torch.ops.aten
+_OPERATORS: dict[Any, str] = {
+    _ATEN.conv2d.default: "conv2d",
+    _ATEN.conv2d.padding: "conv2d",
+    _ATEN.conv_transpose2d.input: "conv_transpose2d",
+    _ATEN.linear.default: "linear",
+    _ATEN.convolution.default: "convolution",
+    _ATEN.addmm.default: "addmm",
+    _ATEN.mm.default: "mm",
+}
+_ARGUMENTS = {
+    "conv2d": ("stride", "padding", "dilation", "groups"),
+    "conv_transpose2d": ("stride", "padding", "output_padding", "groups", "dilation"),
+    "convolution": ("stride", "padding", "dilation", "transposed", "output_padding", "groups"),
+}
+
+
+def _program_graphs(network: nn.Module) -> list[tuple[str, fx.GraphModule]]:
+    """The graphs of exported programs in a network, with the prefix of their nodes' names: itself, or parts of it."""
+    return [
+        (f"{name}." if name else "", module)
+        for name, module in network.named_modules()
+        if isinstance(module, fx.GraphModule)
+        and any(isinstance(node.target, OpOverload | HigherOrderOperator) for node in module.graph.nodes)
+    ]
+
+
+def _replace_nodes(prefix: str, network: fx.GraphModule, switch: Switch) -> int:
+    count = 0
+    for node in list(network.graph.nodes):
+        if node.op != "call_function" or node.target not in _OPERATORS:
+            _check_node(prefix + node.name, node.target)
+            continue
+        operator = _from_node(prefix + node.name, network, node, switch)
+        name = f"resq_{node.name}"
+        network.add_submodule(name, operator)
+        with network.graph.inserting_before(node):
+            source = node.args[1] if _OPERATORS[node.target] == "addmm" else node.args[0]
+            new = network.graph.call_module(name, (source,))
+        node.replace_all_uses_with(new)
+        network.graph.erase_node(node)
+        count += 1
+    if count:
+        network.graph.eliminate_dead_code()
+        network.recompile()
+    return count
+
+
+def _check_node(name: str, target: Any) -> None:
+    """Refuse control flow, and multiply-accumulates that are no operator of this package."""
+    if isinstance(target, HigherOrderOperator) or (isinstance(target, OpOverload) and multiplies(target)):
+        raise UnsupportedOperatorError(
+            f"Node {name!r} ({target}) cannot be quantized as a residual. Supported: {SUPPORTED}."
+        )
+
+
+def _from_node(name: str, network: fx.GraphModule, node: fx.Node, switch: Switch) -> ResidualOperator:
+    kind = _OPERATORS[node.target]
+    if kind in ("addmm", "mm"):  # bias + x @ weight.t() and x @ weight.t(), as decomposed programs write a linear layer
+        weight = _transposed_constant(network, node, node.args[2 if kind == "addmm" else 1])
+        shift = _constant(network, node, node.args[0]) if kind == "addmm" else None
+        if (shift is not None and shift.dim() != 1) or any(v != 1 for v in node.kwargs.values()):
+            raise UnsupportedOperatorError(
+                f"Node {name!r} is an addmm with factors or a matrix to add, no linear layer. Supported: {SUPPORTED}."
+            )
+        return ResidualOperator(name, Geometry("linear"), weight, shift, switch)
+    arguments: list[Any] = [*node.args, *([None] * (3 - len(node.args)))]
+    bias_node = node.kwargs.get("bias", arguments[2])
+    found = _constant(network, node, arguments[1])
+    bias = None if bias_node is None else _constant(network, node, bias_node)
+    if kind == "linear":
+        return ResidualOperator(name, Geometry("linear"), found, bias, switch)
+    settings = dict(zip(_ARGUMENTS[kind], arguments[3:], strict=False)) | {
+        k: v for k, v in node.kwargs.items() if k != "bias"
+    }
+    if kind == "convolution":
+        kind = "conv_transpose2d" if settings.pop("transposed") else "conv2d"
+    if found.dim() != 4:
+        raise UnsupportedOperatorError(f"Node {name!r} is a {found.dim() - 2}-D convolution. Supported: {SUPPORTED}.")
+    return ResidualOperator(name, _geometry(kind, found, **settings), found, bias, switch)
+
+
+def _constant(network: fx.GraphModule, node: fx.Node, source: Any) -> Tensor:
+    if not isinstance(source, fx.Node) or source.op != "get_attr":
+        raise UnsupportedOperatorError(
+            f"Node {node.name!r} ({node.target}) has a weight that is computed in the graph, by {source}. "
+            "Residual quantization needs constant weights: export the network with its weights as parameters."
+        )
+    value: Any = network
+    for part in str(source.target).split("."):
+        value = getattr(value, part)
+    if not isinstance(value, Tensor):
+        raise NetworkError(f"Node {node.name!r} has a weight {source.target!r} that is not a tensor.")
+    return value.detach()
+
+
+def _transposed_constant(network: fx.GraphModule, node: fx.Node, source: Any) -> Tensor:
+    transposes = (_ATEN.t.default, _ATEN.permute.default, _ATEN.transpose.int)
+    if isinstance(source, fx.Node) and source.target in transposes:
+        return _constant(network, node, source.args[0])
+    return _constant(network, node, source).t()
+
+
+def _fold_graph(prefix: str, network: fx.GraphModule) -> list[str]:
+    """Fold `aten.batch_norm` nodes that are the only user of a convolution node, and return the names of the others."""
+    unfolded = []
+    for node in list(network.graph.nodes):
+        if node.op != "call_function" or node.target is not _ATEN.batch_norm.default:
+            continue
+        source, training = node.args[0], node.args[5]
+        if training or None in node.args[3:5] or _OPERATORS.get(source.target) != "conv2d" or len(source.users) > 1:
+            unfolded.append(prefix + node.name)
+            continue
+        gamma, beta = (None if a is None else _constant(network, node, a) for a in node.args[1:3])
+        mean, variance = (_constant(network, node, a) for a in node.args[3:5])
+        scale = (variance + node.args[7]).rsqrt() * (1 if gamma is None else gamma)
+        weight = _constant(network, source, source.args[1])
+        bias_node = source.args[2] if len(source.args) > 2 else None
+        bias = torch.zeros_like(scale) if bias_node is None else _constant(network, source, bias_node)
+        shift = (bias - mean) * scale + (0 if beta is None else beta)
+        names = [f"{source.name}_folded_weight", f"{source.name}_folded_bias"]
+        for name, value in zip(names, (weight * scale[:, None, None, None], shift), strict=True):
+            network.register_buffer(name, value)
+        with network.graph.inserting_before(source):
+            folded = [network.graph.get_attr(name) for name in names]
+        source.args = (source.args[0], *folded, *source.args[3:])
+        node.replace_all_uses_with(source)
+        network.graph.erase_node(node)
+    network.graph.eliminate_dead_code()
+    network.recompile()
+    return unfolded
+
+
+def copy_of(network: nn.Module) -> nn.Module:
+    """A frozen copy in evaluation mode, weights as plain tensors; programs keep the mode they were exported in.
+
+    Raises:
+        NetworkError: the network cannot be copied.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's own, from copying a program's tree of outputs
+            duplicate = copy.deepcopy(network)
+    except Exception as error:
+        raise NetworkError(
+            f"{type(network).__name__} cannot be copied: {error}. Remove what ties its weights to a training graph "
+            "(such as the older torch.nn.utils.weight_norm: call remove_weight_norm), or export it."
+        ) from error
+    try:
+        duplicate.eval()
+    except NotImplementedError:  # modules of exported programs have no mode to switch, and stop those after them
+        for module in duplicate.modules():
+            module.training = False
+    for module in list(duplicate.modules()):
+        if parametrize.is_parametrized(module):
+            _settle(module)
+    return duplicate.requires_grad_(False)
+
+
+def _settle(module: nn.Module) -> None:
+    """Turn a module's parametrized weights into plain ones, leaving its class alone, which copies of it share."""
+    parametrizations: Any = module.parametrizations
+    values = {name: getattr(module, name).detach().clone() for name in parametrizations}
+    module.__class__ = parametrize.type_before_parametrizations(module)
+    del module.parametrizations
+    for name, value in values.items():
+        setattr(module, name, nn.Parameter(value, requires_grad=False))

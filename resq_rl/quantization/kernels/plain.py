@@ -1,0 +1,151 @@
+"""What runs around and in an operator: magnitudes, codes, references and products of codes.
+
+`Kernels` is plain PyTorch, for any device; native.py does the same in C on a CPU. Both give the same numbers bit for
+bit: every step rounds once, and so do the multiply-adds.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+from resq_rl.quantization.graph.operators import Geometry, products_in
+
+__all__ = ["PLAIN", "Kernels", "Product", "affine_codes", "quantize"]
+
+
+def quantize(
+    residual: Float[Tensor, "*n"],
+    inverse: Float[Tensor, "*#n"],
+    limit: Float[Tensor, "*#n"],
+    unit: Float[Tensor, "*#n"],
+) -> Float[Tensor, "*n"]:
+    """Integer codes of a residual: clamp(round(residual * inverse), -limit, limit) * unit."""
+    return (residual * inverse).round_().clamp_(-limit, limit).mul_(unit)
+
+
+def choose(
+    magnitude: Float[Tensor, "b h w"],
+    row: Int64[Tensor, "b h w"],
+    tau: Float[Tensor, "b h w"],
+    sigma: float,
+    kappa: tuple[float, ...],
+) -> Int64[Tensor, "b h w"]:
+    """Entry of each pixel in `ResidualTable.lookup`: row * (k + 1) + level, level #{j : m > tau * sigma * kappa_j}."""
+    bound = tau * sigma
+    index = row * (len(kappa) + 1)
+    for factor in kappa:
+        index = index + (magnitude > bound * factor)
+    return index
+
+
+def affine_codes(x: Float[Tensor, "*n"], step: float, low: float, high: float) -> Float[Tensor, "*n"]:
+    """Integer codes clamp(round(x / step), low, high)."""
+    return (x / step).round_().clamp_(low, high)
+
+
+@dataclass(frozen=True)
+class Product:
+    """An operator with integer weights, by which codes are multiplied.
+
+    Attributes:
+        codes, scale: the weights as integers in float32, and the step of each output channel, which broadcasts over the
+            output.
+        precision: in which products of codes and weights are exact and fastest.
+        tiles: the weights as kernels in C multiply them, where they do.
+    """
+
+    geometry: Geometry
+    codes: Tensor
+    scale: Tensor
+    precision: Literal["bf16", "ieee"]
+    tiles: Tensor | None = None
+
+
+class Kernels:
+    """How the elementwise work and the products of codes are run."""
+
+    def __reduce__(self) -> str | tuple[object, ...]:
+        return "PLAIN"  # there is one
+
+    def product(
+        self, geometry: Geometry, codes: Tensor, scale: Tensor, *, exact: bool, precision: Literal["bf16", "ieee"]
+    ) -> Product:
+        """A product made ready.
+
+        Args:
+            exact: whether all codes, of inputs and weights, have 8 significant bits at most.
+            precision: `Product.precision`.
+        """
+        return Product(geometry, codes, scale, precision)
+
+    def encode(
+        self,
+        x: Float[Tensor, "b *n"],
+        reference: Float[Tensor, "b *n"],
+        steps: Float[Tensor, "4 k"],
+        index: Int64[Tensor, "b h w"],
+        step: float | None = None,
+        tau: Float[Tensor, "b h w"] | None = None,
+        sigma: float = 1.0,
+        kappa: tuple[float, ...] = (),
+        product: Product | None = None,
+    ) -> tuple[Tensor, Float[Tensor, "b h w"]]:
+        """Integer codes of the residual x - reference, and the cost of each pixel.
+
+        Args:
+            x, reference: inputs of an operator, of shape (b, c, h, w), or with h = w = 1 of any.
+            steps: `ResidualTable.lookup`.
+            index: entry of `steps` for each pixel; with `tau`, `threshold_row` of it.
+            step: with it the reference moves by codes * step, in place (the closed loop).
+            tau, sigma, kappa: thresholds, under which `choose` picks the entry for the largest magnitude over the
+                channels.
+            product: what the codes are for; they lie as its `accumulate` takes them.
+        """
+        shape = (-1, 1, *index.shape[1:]) if x.dim() == 4 else (-1, *[1] * (x.dim() - 1))
+        residual = x - reference
+        if tau is not None:
+            magnitude = residual.abs().amax(1) if x.dim() == 4 else residual.flatten(1).abs().amax(1)[:, None, None]
+            index = choose(magnitude, index, tau, sigma, kappa)
+        inverse, limit, unit, cost = (part[index] for part in steps.unbind())
+        codes = quantize(residual, inverse.reshape(shape), limit.reshape(shape), unit.reshape(shape))
+        if step is not None:
+            reference.addcmul_(codes, torch.tensor(step, device=x.device))
+        return codes, cost
+
+    def encode_keyframe(
+        self, x: Float[Tensor, "*n"], step: float, low: float, high: float, product: Product | None = None
+    ) -> tuple[Tensor, Float[Tensor, "*n"]]:
+        """`affine_codes`, for `product` if given, and their values."""
+        codes = affine_codes(x, step, low, high)
+        return codes, codes * step
+
+    def accumulate(
+        self, product: Product, codes: Tensor, step: float, base: Tensor | None, *, over: bool = False
+    ) -> Tensor:
+        """The product of codes in units of `step`, added to `base`: fma(total, scale * step, base).
+
+        Args:
+            base: the reference output, or what broadcasts over the output; None for 0.
+            over: whether `base` is no longer needed, so that the result may take its place in memory.
+        """
+        with products_in(product.precision):
+            total = product.geometry.apply(codes, product.codes)
+        scale = product.scale * step
+        return total.mul_(scale) if base is None else torch.addcmul(base, total, scale, out=total)
+
+    def highest(self, scores: Float[Tensor, "b k h w"]) -> UInt8[Tensor, "b h w"]:
+        """The first channel with the highest score of every pixel; k is 255 at most."""
+        # argmax over a strided axis is ten times slower than comparing class by class, and filling by a mask four.
+        scores = scores.contiguous()
+        best = scores[:, 0]
+        found = torch.zeros(best.shape, dtype=torch.uint8, device=scores.device)
+        for k in range(1, scores.shape[1]):
+            found = torch.maximum(found, (scores[:, k] > best).view(torch.uint8).mul_(k))
+            best = torch.maximum(best, scores[:, k])
+        return found
+
+
+PLAIN = Kernels()

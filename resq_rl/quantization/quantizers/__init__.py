@@ -1,0 +1,1 @@
+"""From samples to integers: quantizers, their ranges, the residual table of a layer, and integer weights."""

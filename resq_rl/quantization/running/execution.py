@@ -1,0 +1,280 @@
+"""One quantized forward pass: what every operator does while a frame runs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor
+
+from resq_rl.errors import NetworkError
+from resq_rl.quantization.graph.operators import Geometry, Pair, ResidualOperator
+from resq_rl.quantization.graph.tracing import Site
+from resq_rl.quantization.kernels.plain import Kernels, Product
+from resq_rl.quantization.quantizers.residual import ResidualTable, threshold_row
+from resq_rl.quantization.quantizers.rounding import IntegerWeight
+from resq_rl.quantization.running.calibration import SiteRanges
+from resq_rl.quantization.running.state import StreamState
+from resq_rl.quantization.specification.config import Part, QuantizationConfig
+from resq_rl.quantization.specification.fields import Field, LevelField, carry, cells_of
+from resq_rl.quantization.specification.ledger import FrameCost, bit_cost
+
+__all__ = ["Execution", "SitePlan", "check_order", "plan_site"]
+
+# Codes of so many bits have no more significant bits than bfloat16.
+EXACT_IN_BFLOAT16 = 8
+# With fewer channels under a tap, converting to bfloat16 costs more than its products save.
+WORTH_CONVERTING = 16
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """What all passes of a calibrated model share at one operator call.
+
+    Attributes:
+        group: index of its layer group.
+        keyframe, residual: by what codes are multiplied.
+        costs: BOPs of one multiply-accumulate by level, under residual weights.
+    """
+
+    site: Site
+    ranges: SiteRanges
+    group: int
+    keyframe: Product
+    residual: Product
+    costs: tuple[float, ...]
+
+
+def plan_site(
+    site: Site,
+    ranges: SiteRanges,
+    group: int,
+    weights: Mapping[Part, IntegerWeight],
+    config: QuantizationConfig,
+    kernels: Kernels,
+) -> SitePlan:
+    """The plan of a site with integer `weights` of keyframes and residuals."""
+    operator = site.operator
+    width = config.weight_bits(operator.layer_kind)
+    exact = max(config.key_weight_bits, config.key_activation_bits, width, *config.levels) <= EXACT_IN_BFLOAT16
+    narrow = operator.channels_per_tap < WORTH_CONVERTING
+
+    def product(part: Part) -> Product:
+        weight = weights[part]
+        precision: Literal["bf16", "ieee"] = "bf16" if exact and not narrow else "ieee"
+        return kernels.product(operator.geometry, weight.codes, weight.scale, exact=exact, precision=precision)
+
+    costs = tuple(float(bit_cost(width, bits, config.bops_convention)) for bits in config.levels)
+    return SitePlan(site, ranges, group, product("keyframe"), product("residual"), costs)
+
+
+def check_order(sites: list[Site], position: int, operator: ResidualOperator) -> None:
+    """Raise NetworkError unless the operator is the one that a pass calls at this position."""
+    if position >= len(sites) or sites[position].operator is not operator:
+        raise NetworkError(
+            f"The network called layer {operator.name!r} out of the order seen when it was wrapped. Control flow "
+            "that depends on the data is not supported: export the network, or wrap the part without it."
+        )
+
+
+class Execution:
+    """Runs every operator of one pass, as a keyframe where `refresh`, else as a residual under `decision`.
+
+    Args:
+        plans: of the sites, in order.
+        config: of the model.
+        kernels: how elementwise work is run.
+        state: of the clips; changed in place.
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[SitePlan],
+        config: QuantizationConfig,
+        kernels: Kernels,
+        state: StreamState,
+        refresh: Bool[Tensor, " b"],
+        decision: Field,
+    ) -> None:
+        self.plans, self.config, self.kernels = plans, config, kernels
+        self.state, self.refresh, self.decision = state, refresh, decision
+        self.sites = [plan.site for plan in plans]
+        device = plans[0].keyframe.codes.device
+        self.key = torch.nonzero(refresh)[:, 0].to(device)
+        self.rest = torch.nonzero(~refresh)[:, 0].to(device)
+        self.rest_decision = decision.rows(self.rest) if len(self.key) and len(self.rest) else decision
+        self.position = 0
+        self._costs: list[Tensor] = []
+        self._carried: dict[tuple[int, Pair], tuple[Tensor | None, Tensor]] = {}
+        self._rows: Tensor | None = None  # of thresholds in the residual tables
+
+    def __call__(self, operator: ResidualOperator, x: Tensor) -> Tensor:
+        """The operator's quantized output; its cost is kept."""
+        state = self.state
+        check_order(self.sites, self.position, operator)
+        if operator.channel_axis != 1:
+            x = x.contiguous()
+        plan = self.plans[self.position]
+        if len(state.inputs) == self.position:
+            state.inputs.append(torch.empty_like(x))
+            state.outputs.append(torch.empty(0))
+            state.versions.append(0)
+        elif len(self.rest):
+            self._check_untouched(plan.site, self.position)
+        if not len(self.rest):
+            y = self._keyframe(plan, x, slice(None))
+        elif not len(self.key):
+            y = self._residual(plan, x, slice(None))
+        else:
+            y = state.outputs[self.position].clone()
+            y[self.key] = self._keyframe(plan, x[self.key], self.key)
+            y[self.rest] = self._residual(plan, x[self.rest], self.rest)
+        self._store_output(y)
+        self.position += 1
+        return y.clone() if plan.site.overwritten else y
+
+    def _keyframe(self, plan: SitePlan, x: Tensor, rows: Any) -> Tensor:
+        operator, quantizer, state = plan.site.operator, plan.ranges.keyframe, self.state
+        codes, values = self.kernels.encode_keyframe(x, *quantizer.bounds, plan.keyframe)
+        if isinstance(rows, slice):
+            state.inputs[self.position] = values
+        else:
+            state.inputs[self.position][rows] = values
+        bias = None if operator.bias is None else operator.per_channel(operator.bias)
+        return self.kernels.accumulate(plan.keyframe, codes, quantizer.step, bias)
+
+    def _residual(self, plan: SitePlan, x: Tensor, rows: Any) -> Tensor:
+        state, table = self.state, plan.ranges.residual[self.state.reference]
+        reference = state.inputs[self.position][rows]  # of all clips a view, of some a copy
+        step = table.step if state.reference == "previous" else None
+        codes, cost = self._encode(plan, x, reference, table, step)
+        self._costs.append(cost)
+        if step is not None and not isinstance(rows, slice):
+            state.inputs[self.position][rows] = reference
+        over = step is not None and isinstance(rows, slice)
+        before = state.outputs[self.position][rows]
+        return self.kernels.accumulate(plan.residual, codes, table.step, before, over=over)
+
+    def _encode(
+        self, plan: SitePlan, x: Tensor, reference: Tensor, table: ResidualTable, step: float | None
+    ) -> tuple[Tensor, Float[Tensor, "b h w"]]:
+        """Codes of the residual, and the cost of a multiply-accumulate by pixel (h = w = 1 for a linear layer)."""
+        decision, site = self.rest_decision, plan.site
+        place = plan.group, site.map_size(x)
+        if place not in self._carried:
+            self._carried[place] = self._carry(*place)
+        tau, index = self._carried[place]
+        kappa = None if isinstance(decision, LevelField) else tuple(decision.kappa)
+        steps = table.lookup(kappa, plan.costs, x.device)
+        shape = x.shape if site.operator.channel_axis == 1 else (len(x), -1, 1, 1)  # a linear layer has one level
+        parts = x.view(shape), reference.view(shape), steps, index, step, tau, table.sigma, kappa or (), plan.residual
+        codes, cost = self.kernels.encode(*parts)
+        return codes if site.operator.channel_axis == 1 else codes.view(x.shape), cost
+
+    def _carry(self, group: int, size: Pair) -> tuple[Tensor | None, Tensor]:
+        """At a layer's resolution, a group's thresholds and their rows in residual tables; or None and its levels."""
+        decision = self.rest_decision
+        if isinstance(decision, LevelField):
+            return None, carry(decision.levels[:, group], size, "max").contiguous()
+        if self._rows is None:
+            self._rows = threshold_row(decision.thresholds)
+        tau, row = (carry(x[:, group], size, "min").contiguous() for x in (decision.thresholds, self._rows))
+        return tau, row
+
+    def _store_output(self, y: Tensor) -> None:
+        state = self.state
+        if state.reference == "previous" or not len(self.rest):
+            state.outputs[self.position] = y
+        elif len(self.key):
+            state.outputs[self.position][self.key] = y[self.key]
+        state.versions[self.position] = state.outputs[self.position]._version
+
+    def finish(self) -> FrameCost:
+        """Check that the pass was whole and left the stored references alone; the cost of the pass."""
+        if self.position != len(self.plans):
+            raise NetworkError(
+                f"The network made {self.position} operator calls instead of the {len(self.plans)} seen when it "
+                "was wrapped. Control flow that depends on the data is not supported."
+            )
+        for position, plan in enumerate(self.plans):
+            self._check_untouched(plan.site, position)
+        inputs, outputs = sum(s.input_elements for s in self.sites), sum(s.output_elements for s in self.sites)
+        elementwise = torch.where(self.refresh, float(inputs), float(3 * inputs + outputs)).double()
+        return FrameCost(self._bops(), self.refresh.clone(), elementwise)
+
+    def _check_untouched(self, site: Site, position: int) -> None:
+        if self.state.outputs[position]._version != self.state.versions[position]:
+            raise NetworkError(
+                f"The output of layer {site.operator.name!r} was overwritten in place by a path not seen when the "
+                "network was wrapped. Use out-of-place operations there."
+            )
+
+    def _bops(self) -> Float64[Tensor, "b s gh gw"]:
+        """BOPs by clip, site and region: sum over pixels of cost(w, a(p)) n(p), shared among the regions."""
+        config, grid = self.config, self.decision.grid
+        bops = torch.zeros(len(self.refresh), len(self.plans), *grid, dtype=torch.float64)
+        if len(self.key):
+            cost = bit_cost(config.key_weight_bits, config.key_activation_bits, config.bops_convention)
+            bops[self.key.cpu()] = _keyframe_bops(self.sites, grid, cost)
+        places: dict[tuple[Pair, torch.dtype], list[int]] = {}  # sites that are summed together
+        for position, cost_map in enumerate(self._costs):
+            pooling = self._pooling(position)
+            places.setdefault(((cost_map.shape[1], cost_map.shape[2]), pooling.rows.dtype), []).append(position)
+        for members in places.values():
+            poolings = [self._pooling(position) for position in members]
+            costs = torch.stack([self._costs[position] for position in members], 1).cpu()
+            spent = (costs * torch.stack([pooling.coverage for pooling in poolings])).to(poolings[0].rows.dtype)
+            by_region = (poolings[0].rows @ (spent @ poolings[0].columns)).double()
+            macs = torch.tensor([float(self.plans[p].site.macs_per_pixel) for p in members], dtype=torch.float64)
+            bops[self.rest.cpu()[:, None], torch.tensor(members)] = by_region * macs[:, None, None]
+        return bops
+
+    def _pooling(self, position: int) -> "_Pooling":
+        plan, cost = self.plans[position], self._costs[position]
+        size = (cost.shape[1], cost.shape[2])
+        return _pooling(plan.site.operator.geometry, size, self.decision.grid, max(plan.costs))
+
+
+@dataclass(frozen=True)
+class _Pooling:
+    """Coverage of an input, and what sums it over regions from the left and the right."""
+
+    coverage: Tensor
+    rows: Tensor
+    columns: Tensor
+
+
+@lru_cache(maxsize=1024)
+def _pooling(geometry: Geometry, size: Pair, grid: Pair, highest: float) -> _Pooling:
+    """Single precision where sums of costs up to `highest` are exact in it, else double."""
+    coverage = geometry.coverage(size)
+    whole = size[0] >= grid[0] and size[1] >= grid[1]  # no pixel is shared between regions
+    small = coverage.numel() * float(coverage.max()) * highest < 2**24
+    exact = torch.float32 if whole and small else torch.float64
+    rows, columns = _exact_share(size[0], grid[0]), _exact_share(size[1], grid[1]).T.contiguous()
+    return _Pooling(coverage, rows.to(exact), columns.to(exact))
+
+
+def _keyframe_bops(sites: Sequence[Site], grid: Pair, cost: int) -> Float64[Tensor, "s gh gw"]:
+    """BOPs of a keyframe, of which every multiply-accumulate costs the same."""
+    found = []
+    for site in sites:
+        size = (site.input_shape[1], site.input_shape[2]) if site.operator.channel_axis == 1 else (1, 1)
+        found.append(_even_bops(site.operator.geometry, size, grid, cost) * site.macs_per_pixel)
+    return torch.stack(found)
+
+
+@lru_cache(maxsize=1024)
+def _even_bops(geometry: Geometry, size: Pair, grid: Pair, cost: int) -> Float64[Tensor, "gh gw"]:
+    """Costs of an input by region, for one channel in and out, where every pixel costs the same."""
+    pooling = _pooling(geometry, size, grid, float(cost))
+    spent = (cost * pooling.coverage).to(pooling.rows.dtype)
+    return (pooling.rows @ spent @ pooling.columns).double()
+
+
+def _exact_share(length: int, cells: int) -> Float64[Tensor, "cells length"]:
+    """The share of each position's cost that each cell bears, in double precision: regions must sum to the whole."""
+    members = (cells_of(length, cells)[1] > 0).double()
+    return members / members.sum(0)

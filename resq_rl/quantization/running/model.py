@@ -1,0 +1,316 @@
+"""A frozen network under residual quantization, stepped frame by frame over a batch of clips."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from resq_rl.errors import CalibrationError, NetworkError, SettingsError
+from resq_rl.quantization.graph.groups import layer_groups
+from resq_rl.quantization.graph.operators import ResidualOperator, Switch, laid_out
+from resq_rl.quantization.graph.tracing import Site, check_agreement, float_outputs, trace
+from resq_rl.quantization.graph.wrapping import copy_of, fold_batch_norm, insert_operators
+from resq_rl.quantization.kernels.compiled import native
+from resq_rl.quantization.kernels.plain import PLAIN, Kernels
+from resq_rl.quantization.quantizers.residual import largest_code
+from resq_rl.quantization.quantizers.rounding import FINE, IntegerWeight, integer_weight
+from resq_rl.quantization.running.calibration import SiteRanges, SiteRecorder
+from resq_rl.quantization.running.checks import check_clips, check_decision, check_inputs
+from resq_rl.quantization.running.execution import Execution, SitePlan, check_order, plan_site
+from resq_rl.quantization.running.state import StreamState
+from resq_rl.quantization.specification.config import LayerKind, Part, QuantizationConfig, Reference
+from resq_rl.quantization.specification.fields import Field
+from resq_rl.quantization.specification.inputs import Inputs, as_tuple, float_frames
+from resq_rl.quantization.specification.ledger import FrameCost, bit_cost
+
+__all__ = ["ResQModel"]
+
+
+class ResQModel:
+    """A frozen network wrapped for residual quantization.
+
+        keyframe   x^ = Q_key(x)            y = W_key * x^ + b          (x^, y) become the reference
+        residual   r^ = Q_level(x - x^_ref) y = y_ref + W_res * r^
+        previous   x^_ref <- x^_ref + r^    y_ref <- y                  (closed loop only)
+
+    holds for every operator call ("site"); everything else in the network runs on the sums. Codes and weights are
+    integers held in float32, so that accumulations are exact (`exact_sites` tells where the bound of 2^24 guarantees
+    it). Scaling rounds once: y = fma(total, scale, bias) at a keyframe and fma(total, scale, y_ref) at a residual.
+
+    Args:
+        network: any `nn.Module` or the module of an exported program; it is copied and frozen, never changed.
+        example: frames the network accepts, (1 or more, C, H, W), float in 0..1, or a tuple of frames and what else it
+            takes by position, such as the previous mask; sets the resolution of all inputs.
+        config: bit-widths, ranges, cost convention and layer groups.
+
+    Raises:
+        UnsupportedOperatorError, NetworkError: the network cannot be wrapped; the message names the layer.
+    """
+
+    @torch.inference_mode(False)  # stored references are versioned, which inference tensors are not
+    def __init__(self, network: nn.Module, example: Inputs, config: QuantizationConfig | None = None) -> None:
+        self.config = config or QuantizationConfig()
+        self._switch = Switch()
+        inputs = as_tuple(example)
+        if not inputs or inputs[0].dim() != 4 or not all(len(x) and x.is_floating_point() for x in inputs):
+            raise NetworkError(
+                "The example must be frames as float, (1 or more, C, H, W), and what else the network takes, got "
+                f"{', '.join(f'{x.dtype} {tuple(x.shape)}' for x in inputs) or 'nothing'}."
+            )
+        copied, generator = copy_of(network), torch.Generator().manual_seed(0)
+        noise = tuple(torch.rand(2, *x.shape[1:], generator=generator).to(x) for x in inputs)
+        expected = float_outputs(copied, tuple(x[:1].clone() for x in noise))
+        self.unfolded = fold_batch_norm(copied)
+        self.network = insert_operators(copied, self._switch)
+        self.device = inputs[0].device
+        self.frame_size = (inputs[0].shape[-2], inputs[0].shape[-1])
+        self.input_shapes = tuple(tuple(x.shape[1:]) for x in inputs)
+        self.frame_shape = self.input_shapes[0]
+        self.sites: list[Site] = trace(self.network, self._switch, inputs)
+        self.layout = _layout_for(self.network, noise)
+        check_agreement(type(network).__name__, expected, float_outputs(self.network, laid_out(noise, self.layout)))
+        self.groups, self.group_of_site = layer_groups(self.sites, self.config.groups)
+        self._moments: dict[tuple[ResidualOperator, Part], Tensor] = {}
+        self._quantized: dict[tuple[ResidualOperator, Part, int], IntegerWeight] = {}
+        self.ranges: list[SiteRanges] = []
+        self.kernels: Kernels = PLAIN
+        self._round_weights()
+
+    def compile(self) -> "ResQModel":
+        """Run the elementwise work of steps as compiled C where this machine can; results stay bit for bit."""
+        self.kernels = native() if self.device.type == "cpu" else PLAIN
+        self._plan()
+        return self
+
+    @property
+    def operators(self) -> list[ResidualOperator]:
+        """The distinct operators, in order of execution."""
+        return list({id(s.operator): s.operator for s in self.sites}.values())
+
+    # Weights ---------------------------------------------------------------------------------------------------------
+
+    def set_residual_weight_bits(self, bits: int | Mapping[LayerKind, int]) -> None:
+        """Quantize the residual weights anew, to one width or to one per layer kind."""
+        self.config = replace(self.config, residual_weight_bits=bits)
+        self._round_weights()
+
+    def _round_weights(self) -> None:
+        config = self.config
+        self._weights: dict[Part, dict[ResidualOperator, IntegerWeight]] = {
+            "keyframe": {o: self._rounded(o, "keyframe", config.key_weight_bits) for o in self.operators},
+            "residual": {o: self._rounded(o, "residual", config.weight_bits(o.layer_kind)) for o in self.operators},
+        }
+
+        self._plan()
+
+    def _plan(self) -> None:
+        """Gather what passes need of every site, once it is calibrated."""
+        self._plans: list[SitePlan] = [
+            plan_site(
+                site,
+                ranges,
+                int(group),
+                {p: w[site.operator] for p, w in self._weights.items()},
+                self.config,
+                self.kernels,
+            )
+            for site, ranges, group in zip(self.sites, self.ranges, self.group_of_site, strict=False)
+        ]
+
+    def _rounded(self, operator: ResidualOperator, part: Part, bits: int) -> IntegerWeight:
+        if bits == self.config.key_weight_bits:
+            part = "keyframe"  # the same weights serve for both, so residuals do not drift
+        key = operator, part, bits
+        if key not in self._quantized:
+            if not all(bool(torch.isfinite(v).all()) for v in (operator.weight, operator.bias) if v is not None):
+                raise NetworkError(f"Layer {operator.name!r} has weights that are not finite: load other weights.")
+            moment = self._moments.get((operator, part))
+            weight = integer_weight(operator, bits, self.config.range_estimator, moment)
+            self._quantized[key] = replace(weight, codes=laid_out((weight.codes,), self.layout)[0])
+        return self._quantized[key]
+
+    def integer_weights(self, operator: ResidualOperator, *, residual: bool) -> tuple[Tensor, Tensor]:
+        """Integer codes (float32) and per-channel steps of an operator's keyframe or residual weights."""
+        weights = self._weights["residual" if residual else "keyframe"][operator]
+        return weights.codes, weights.scale
+
+    @property
+    def exact_sites(self) -> list[bool]:
+        """Where no accumulation can reach 2^24, so float32 equals int32 arithmetic whatever the input."""
+        key, residual = 2**self.config.key_activation_bits - 1, largest_code(self.config.levels)
+        return [
+            max(
+                self._row_sum(s.operator, "keyframe") * key,
+                self._row_sum(s.operator, "residual") * residual,
+            )
+            < 2**24
+            for s in self.sites
+        ]
+
+    def _row_sum(self, operator: ResidualOperator, part: Part) -> float:
+        """The largest sum of code magnitudes over the weights of one output channel."""
+        codes = self._weights[part][operator].codes
+        probe = ResidualOperator(operator.name, operator.geometry, codes, None, self._switch)
+        return float(probe.weight_rows().abs().sum(1).max())
+
+    # Calibration -----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def calibrate(self, clips: Sequence[Inputs], *, interval: int = 8, frames: int = 24, seed: int = 0) -> "ResQModel":
+        """Fit all ranges and the rounding of weights on clips run through the float network.
+
+        A clip is the bytes of its frames, (t, C, H, W), with a tuple's further inputs likewise, of 0..255 for 0..1.
+        Keyframes lie `interval` frames apart, and the first `frames` frames of each clip are used.
+
+        Raises:
+            CalibrationError: there are no clips, none has two frames, they do not fit the network or do not move, or a
+                value is not finite.
+            SettingsError: `interval` or `frames` leaves no residual frame.
+        """
+        if interval < 2 or frames < 2:
+            raise SettingsError(f"Calibration needs an interval and frames of 2 or more, got {interval} and {frames}.")
+        check_clips(clips, self.input_shapes)
+        generator = torch.Generator().manual_seed(seed)
+        recorders = [SiteRecorder(site, self._weighed) for site in self.sites]
+        for clip in clips:
+            for t, inputs in enumerate(float_frames(clip, frames, self.device)):
+                self._record(inputs, recorders, t % interval, generator)
+        if not any(sum(recorder.square_sum.values()) for recorder in recorders):
+            raise CalibrationError("The calibration clips do not move, so residuals have no range: give other clips.")
+        self.ranges = [
+            recorder.ranges(self.config.key_activation_bits, self.config.levels, self.config.range_estimator)
+            for recorder in recorders
+        ]
+        self._moments, self._quantized = _moments(recorders), {}
+        self._round_weights()
+        return self
+
+    @property
+    def _weighed(self) -> tuple[Part, ...]:
+        """The weights whose rounding is fitted to calibration clips."""
+        if self.config.weight_rounding == "nearest":
+            return ()
+        return ("keyframe", "residual") if self.config.key_weight_bits < FINE else ("residual",)
+
+    def _record(
+        self, inputs: tuple[Tensor, ...], recorders: list[SiteRecorder], age: int, generator: torch.Generator
+    ) -> None:
+        position = 0
+
+        def record(operator: ResidualOperator, value: Tensor) -> Tensor:
+            nonlocal position
+            check_order(self.sites, position, operator)
+            recorders[position].record(value, age, generator)
+            position += 1
+            return operator.float_output(value)
+
+        self._run(inputs, record)
+
+    # Running ---------------------------------------------------------------------------------------------------------
+
+    def _run(self, inputs: tuple[Tensor, ...], execute: Any) -> Any:
+        before, self._switch.execute = self._switch.execute, execute
+        try:
+            return self.network(*inputs)
+        finally:
+            self._switch.execute = before
+
+    @torch.no_grad()
+    def float_forward(self, inputs: Inputs) -> Any:
+        """The float network's own output (BatchNorm folded)."""
+        return self._run(as_tuple(inputs), ResidualOperator.float_output)
+
+    def new_state(self, clips: int, reference: Reference = "previous") -> StreamState:
+        """An empty state for a batch of clips; the first step must refresh every clip."""
+        if reference not in ("keyframe", "previous"):
+            raise SettingsError(f"reference is 'keyframe' or 'previous', got {reference!r}.")
+        return StreamState(reference, torch.full((clips,), -1, dtype=torch.int64))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def step(
+        self,
+        inputs: Inputs,
+        state: StreamState,
+        refresh: Bool[Tensor, " b"],
+        decision: Field,
+    ) -> tuple[Any, FrameCost]:
+        """Run one frame of every clip: as a keyframe where `refresh`, else as a residual under `decision`.
+
+        Args:
+            inputs: one frame per clip, in 0..1, with what else the network takes.
+            state: changed in place.
+            refresh: which clips run a keyframe; it must be all of them on the first step.
+            decision: levels or thresholds by clip, layer group and region; ignored where `refresh`.
+
+        Returns:
+            The network's output and the exact cost by clip, site and region of the decision's grid.
+
+        Raises:
+            CalibrationError: `calibrate` was not called.
+            VideoError: the frames do not fit the network, or hold NaN or infinity.
+            PolicyError: the decision does not fit.
+        """
+        if not self.ranges:
+            raise CalibrationError("The model is not calibrated: call calibrate(clips) first.")
+        given = as_tuple(inputs)
+        check_inputs(given, self.input_shapes)
+        check_decision(decision, refresh, state, len(given[0]), len(self.groups), len(self.config.levels))
+        execution = Execution(self._plans, self.config, self.kernels, state, refresh, decision)
+        output = self._run(laid_out(given, self.layout), execution)
+        cost = execution.finish()
+        state.age = torch.where(refresh, 0, state.age + 1)
+        return output, cost
+
+    # Cost ------------------------------------------------------------------------------------------------------------
+
+    def reference_bops(self, weight_bits: int = 8, activation_bits: int = 8) -> int:
+        """BOPs of one frame with every operator at the given widths (W8A8 by default), at the example's resolution."""
+        macs = sum(site.macs for site in self.sites)
+        return macs * bit_cost(weight_bits, activation_bits, self.config.bops_convention)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one frame; padding not counted."""
+        return sum(site.macs for site in self.sites)
+
+    @property
+    def simulation_bytes(self) -> int:
+        """About how much memory each clip that steps takes in this simulation: references, and the work of one site.
+
+        Unlike `state_bytes`, which a device needs, all is float32 here.
+        """
+        own = [site.input_elements + site.output_elements for site in self.sites]
+        return 4 * (sum(own) + 4 * max(own))
+
+    def state_bytes(self, reference: Reference) -> int:
+        """Bytes of reference state per clip on a device.
+
+        Input references take 1 byte per element against the keyframe (2 for codes beyond 8 bits) and 2 in the closed
+        loop, where they accumulate; output references are int32 accumulators.
+        """
+        width = 1 if reference == "keyframe" and self.config.key_activation_bits <= 8 else 2
+        return sum(width * s.input_elements + 4 * s.output_elements for s in self.sites)
+
+
+def _moments(recorders: Sequence[SiteRecorder]) -> dict[tuple[ResidualOperator, Part], Tensor]:
+    """Second moments by operator, summed over its calls."""
+    total: dict[tuple[ResidualOperator, Part], Tensor] = {}
+    for recorder in recorders:
+        for part, moment in recorder.moments.items():
+            key = recorder.site.operator, part
+            total[key] = total[key] + moment if key in total else moment
+    return total
+
+
+def _layout_for(network: nn.Module, inputs: tuple[Tensor, ...]) -> torch.memory_format:
+    """Channels last, in which the operators are fastest, unless the network needs its features contiguous."""
+    try:
+        float_outputs(network, laid_out(inputs, torch.channels_last))
+    except NetworkError:
+        return torch.contiguous_format
+    return torch.channels_last

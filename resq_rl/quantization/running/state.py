@@ -1,0 +1,66 @@
+"""What a device keeps between the frames of a batch of clips."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resq_rl.quantization.specification.config import Reference
+
+__all__ = ["StreamState"]
+
+
+@dataclass
+class StreamState:
+    """What a device keeps between frames, for a batch of clips: per operator call the input and output reference.
+
+    Attributes:
+        reference: what residuals are taken against.
+        inputs: x^_ref of each site, (clips, ...).
+        outputs: y_ref of each site, (clips, ...).
+        age: frames since each clip's keyframe; -1 before the first.
+    """
+
+    reference: Reference
+    age: Tensor
+    inputs: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+
+    def clone(self) -> "StreamState":
+        """A copy that runs on by itself."""
+        inputs, outputs = [x.clone() for x in self.inputs], [y.clone() for y in self.outputs]
+        return StreamState(self.reference, self.age.clone(), inputs, outputs, [y._version for y in outputs])
+
+    def snapshot(self) -> dict[str, Any]:
+        """What `restore` needs; not a copy."""
+        return {"age": self.age, "inputs": list(self.inputs), "outputs": list(self.outputs)}
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Go on from a snapshot, which then belongs to this state."""
+        self.age, self.inputs, self.outputs = snapshot["age"], list(snapshot["inputs"]), list(snapshot["outputs"])
+        self.versions = [y._version for y in self.outputs]
+
+    def put(self, rows: Tensor, other: "StreamState") -> None:
+        """Replace the clips in `rows` by those of `other`, in order; `other` may share memory and must not run on."""
+        self.age[rows] = other.age
+        if len(rows) == len(self.age) and bool((rows == torch.arange(len(rows))).all()):
+            self.inputs, self.outputs = other.inputs, other.outputs
+            self.versions = other.versions
+            return
+        if not self.inputs:
+            self.inputs = [_zeros(len(self.age), x) for x in other.inputs]
+            self.outputs = [_zeros(len(self.age), y) for y in other.outputs]
+        for mine, new in zip(self.inputs + self.outputs, other.inputs + other.outputs, strict=True):
+            mine[rows] = new
+        self.versions = [y._version for y in self.outputs]
+
+
+def _zeros(clips: int, like: Tensor) -> Tensor:
+    """Zeros for so many clips, in the memory layout of `like`."""
+    zeros = like.new_zeros(clips, *like.shape[1:])
+    if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last):
+        return zeros.contiguous(memory_format=torch.channels_last)
+    return zeros

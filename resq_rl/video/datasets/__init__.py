@@ -1,0 +1,1 @@
+"""Readers of published datasets, as their authors arranged them on disk."""
