@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from resq_rl.checked import Checked, Count, NotNegative, Positive
-from resq_rl.errors import NetworkError
+from resq_rl.errors import NetworkError, SettingsError
 from resq_rl.video import Clip
 
 __all__ = ["PALETTE", "Loss", "PretrainSettings", "Recurrent", "Task", "Trainable", "select_output"]
