@@ -24,7 +24,7 @@ from resq_rl.perception import PretrainSettings
 from resq_rl.policies import FrameMagnitude
 from resq_rl.policies.ppo_settings import PPOSettings
 from resq_rl.quantization import DEFAULT_KAPPA, LayerKind, QuantizationConfig, Reference
-from resq_rl.video import Split
+from resq_rl.video import Fit, Split
 
 __all__ = [
     "BenchmarkSettings",
@@ -288,6 +288,7 @@ class RunningSettings(Checked):
         interval: frames between keyframes, 0 for the first only; None for the policy's own timing.
         label: image of the mask that the first frame is given, for a task that begins with one (all but 0 is the
             object); or None.
+        fit: how whole frames fill the network's size, "stretch", "crop" or "pad"; None for as in training.
         frames: most frames to run; None for all, or until interrupted.
         overlay: whether to draw the prediction, the bits and BOPs so far to `overlay.mp4`.
         height: of the overlay in pixels.
@@ -299,6 +300,7 @@ class RunningSettings(Checked):
     trade_off: Positive | None = None
     interval: NotNegative | None = None
     label: str | None = None
+    fit: Fit | None = None
     frames: Count | None = None
     overlay: bool = True
     height: Annotated[int, Field(ge=16, le=4320)] = 360

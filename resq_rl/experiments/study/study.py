@@ -29,9 +29,9 @@ from resq_rl.experiments.study.measurements import Measurements
 from resq_rl.perception import Task, clip_inputs, example_inputs
 from resq_rl.policies import measure_on_tables
 from resq_rl.quantization import Inputs, ResQModel, choose_residual_weight_bits
-from resq_rl.video import Clip, Split
+from resq_rl.video import Clip, Framing, Split, framing_of
 
-__all__ = ["Study", "build_study", "prepare_problems", "read_clips"]
+__all__ = ["Study", "build_study", "network_framing", "prepare_problems", "read_clips"]
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ class Study:
         problems: by split the calibrated network, its task, the clips and the grid.
         calibration: the clips it was calibrated on, as the network takes them.
         video: name of the video for reports.
+        framing: how frames of any source are brought to the network, as those of the video were.
         tables: engines of frame-level decisions by split, from which policies are measured and trained where given.
         measurements: keeps what was measured on the network.
     """
@@ -62,6 +63,7 @@ class Study:
     problems: Mapping[Split, Problem]
     calibration: tuple[Inputs, ...]
     video: str
+    framing: Framing
     tables: Mapping[Split, TableEngine] = field(default_factory=dict)
     measurements: Measurements = field(default_factory=lambda: Measurements(None))
 
@@ -158,8 +160,21 @@ def build_study(settings: Settings, splits: Sequence[Split], measurements: Path 
     calibration = tuple(clip_inputs(model.float_forward, task, clip) for clip in few)
     model = _calibrated(settings, model, calibration)
     problems = prepare_problems(settings, model, task, {name: clips[name] for name in splits})
-    source = type(video).__name__
-    return Study(settings, network, problems, calibration, source, measurements=Measurements(measurements))
+    return Study(
+        settings,
+        network,
+        problems,
+        calibration,
+        type(video).__name__,
+        network_framing(video, model),
+        measurements=Measurements(measurements),
+    )
+
+
+def network_framing(video: Any, model: ResQModel) -> Framing:
+    """How frames of any source are brought to the network; video of no set size is cut to its proportions."""
+    framing = framing_of(video)
+    return replace(framing, size=model.frame_size, fit="crop") if framing.size is None else framing
 
 
 def read_clips(video: Any, splits: Sequence[Split]) -> dict[Split, list[Clip]]:
