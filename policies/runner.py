@@ -162,8 +162,8 @@ class Runner:
 
         Args:
             frame: RGB of any size; it is framed as in training.
-            window: the part of it to use (left, top, right, bottom), for a policy that was trained on windows that follow
-                an object.
+            window: the part of it to use (left, top, right, bottom), for a policy trained on windows that follow an
+                object.
 
         Returns:
             The task's prediction for it at the model's frame size, such as the class of every pixel, and its cost.

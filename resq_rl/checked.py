@@ -114,7 +114,8 @@ def convert(value: Any, annotation: Any, name: str) -> Any:
     except ValidationError:
         shown = list(value) if isinstance(value, tuple) else value
         expected = f"{_described(annotation)}{_nearest(value, annotation)}"
-        raise SettingsError(f"Setting '{name}' must be {expected}; received {shown!r}.") from None
+        quotes = f" Quote it: '{name}=\"{value}\"'." if type(value) is int and "text" in expected else ""
+        raise SettingsError(f"Setting '{name}' must be {expected}; received {shown!r}.{quotes}") from None
 
 
 def convert_dataclass(values: Any, cls: type[Made], prefix: str = "") -> Made:

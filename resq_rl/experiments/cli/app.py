@@ -104,7 +104,9 @@ class _Session:
 
     def resumption(self, folder: Path) -> str:
         """The command that goes on with a run or a sweep."""
-        resume = (self.command.resume or RESUME).format(folder=folder)
+        from resq_rl.experiments.config.quoting import assignment
+
+        resume = assignment((self.command.resume or RESUME).partition("=")[0], folder)
         kept = [word for word in self.arguments if not word.startswith(resume.partition("=")[0])]
         return shlex.join(["resq-rl", self.name, *kept, resume])
 
@@ -300,10 +302,13 @@ def _composed(session: _Session, arguments: Sequence[str]) -> tuple[str, list[st
     """Of which config and overrides the settings are composed, and whether those may give several values."""
     from hydra._internal.utils import get_args_parser
 
+    from resq_rl.experiments.config.quoting import readable
+
     flags = get_args_parser().parse_args(list(arguments))
     overrides = list(flags.overrides)
     if flags.config_dir is not None and Path(flags.config_dir).is_dir():
-        overrides.append(f"hydra.searchpath=[file://{Path(flags.config_dir).absolute()}]")
+        searchpath = readable(f"hydra.searchpath=[file://{Path(flags.config_dir).absolute()}]")
+        overrides += [] if searchpath is None else [searchpath]
     return flags.config_name or session.command.config, overrides, flags.multirun
 
 

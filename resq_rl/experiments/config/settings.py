@@ -30,6 +30,7 @@ __all__ = [
     "BenchmarkSettings",
     "EnvironmentSettings",
     "ExportSettings",
+    "Folder",
     "HeuristicSettings",
     "QuantizationSettings",
     "RunningSettings",
@@ -69,6 +70,17 @@ Range = Annotated[
     tuple[Positive, Positive],
     Field(description="an increasing range [low,high] of numbers above 0"),
     AfterValidator(_ascending),
+]
+
+
+def _plain_text(text: str) -> str:
+    if "${" in text:  # it would be an interpolation where a run's settings are read again
+        raise ValueError("an interpolation")
+    return text
+
+
+Folder = Annotated[
+    str, Field(min_length=1, description="text, the name of a folder, without ${"), AfterValidator(_plain_text)
 ]
 Ascending = Annotated[tuple[Positive, ...], INCREASING, Increasing]
 
@@ -202,8 +214,9 @@ class HeuristicSettings(Checked):
         references: what residuals are taken against.
         taus: thresholds, in calibrated standard deviations of a layer's residual.
         kappa: factor of tau for each level above the lowest, increasing; also of threshold actions.
-        other_kappas: tried beside `kappa` with the settings that were best with it.
-        scene_changes: mean residuals of a frame (square root, 0..1) above which it runs as a keyframe, tried likewise.
+        other_kappas: further values of kappa, tried with the settings that were best with `kappa`.
+        scene_changes: mean residuals of a frame (square root, 0..1) above which it runs as a keyframe, tried with the
+            settings that were best without; for frame-level decisions, in all combinations.
         frame_taus: for frame-level decisions, mean residuals of a frame (square root, 0..1) at which it takes a higher
             level.
         frame_kappa: for frame-level decisions, factor of frame_taus for each level.
@@ -211,7 +224,7 @@ class HeuristicSettings(Checked):
             frames as the training of one policy.
         clairvoyant_points: values of lambda for which an oracle by region, which knows the errors ahead, is measured
             beside the greedy search; each takes (fields x horizon) times as long as a policy.
-        clairvoyant_horizon: frames it looks ahead; 0 for all to the end of the clip.
+        clairvoyant_horizon: frames that this oracle looks ahead; 0 for all to the end of the clip.
     """
 
     _group: ClassVar[str] = "heuristic."
@@ -268,7 +281,7 @@ class BenchmarkSettings(Checked):
         batches: clips that one step runs.
         rounds: how often all that is compared runs in turn.
         processes: environments of one clip, each in a process of its own, that region agents are compared with.
-        soak_steps: over which memory must not grow.
+        soak_steps: steps over which memory must not grow.
     """
 
     _group: ClassVar[str] = "benchmark."
@@ -291,7 +304,7 @@ class RunningSettings(Checked):
         fit: how whole frames fill the network's size, "stretch", "crop" or "pad"; None for as in training.
         frames: most frames to run; None for all, or until interrupted.
         overlay: whether to draw the prediction, the bits and BOPs so far to `overlay.mp4`.
-        height: of the overlay in pixels.
+        height: height of the overlay in pixels.
         records: format of the file with a line per frame, "jsonl" or "csv".
     """
 
@@ -314,7 +327,7 @@ class ExportSettings(Checked):
     Attributes:
         formats: "portable" (safetensors and JSON), "thresholds" (a table), "onnx" (needs the extra), "mlflow".
         trade_offs: rows of the table, spread over the policy's range of lambda.
-        name: under which the MLflow model is registered; None for not at all.
+        name: name under which the MLflow model is registered; None to register none.
     """
 
     _group: ClassVar[str] = "exporting."
@@ -334,7 +347,7 @@ class Settings(Checked):
     """Every setting of one command.
 
     Attributes:
-        video, model, task: made with `Target.build`.
+        video, model, task: targets, made with `Target.build`.
         pretraining: how `pretrain` trains the network.
         benchmark: what `bench` measures.
         running: how `run` runs a policy.
@@ -342,12 +355,13 @@ class Settings(Checked):
         policy: folder of a trained policy, for `evaluate`, `run` and `export`; or of policies by seed, which `compare`
             measures instead of training.
         trusted: whether settings that are read from the folder of a policy, or of a run to go on with, may name code
-            that does not belong to the shipped options; asked for on the command line only.
+            that no shipped option names; given on the command line only.
         source: what `run` runs on: path of a video file or of a folder of frames, or index of a camera.
         split: clips that `compare` and `evaluate` report on.
         results: folder of all results; each run has its own folder in it.
-        tables: folder where the responses of frame-level decisions are kept from one run to the next; None for nowhere.
-        seed: of everything random but training runs, which have `training.seeds`.
+        tables: folder that keeps the responses of frame-level decisions for later runs; None for none.
+        seed: of random choices outside of training, such as bootstrap draws and random baselines; training runs have
+            `training.seeds`, and pretraining `pretraining.seed`.
         threads: CPU threads for tensor operations.
     """
 
@@ -367,13 +381,13 @@ class Settings(Checked):
     trusted: bool
     source: int | str | None
     split: Split
-    results: str
+    results: Folder
     tables: str | None
     seed: NotNegative
     threads: Count
 
     def _check(self) -> None:
-        levels = len(self.quantization.levels)
+        levels, frame_level = len(self.quantization.levels), self.environment.id == "resq_rl/FrameLevel-v0"
         for name in ("kappa", "frame_kappa"):
             steps = len(getattr(self.heuristic, name))
             if steps != levels - 1:
@@ -386,7 +400,13 @@ class Settings(Checked):
                 "Setting 'training.keyframe_frames' must be 0 with environment.agents=frame, whose agents decide on "
                 f"keyframes themselves; received {self.training.keyframe_frames}."
             )
-        if self.environment.id == "resq_rl/FrameLevel-v0" and self.environment.reference != "keyframe":
+        if self.heuristic.clairvoyant_points and (frame_level or "greedy" not in self.heuristic.searches):
+            raise SettingsError(
+                "Setting 'heuristic.clairvoyant_points' must be 0 where the greedy search, beside which they are "
+                "measured, does not run: it is not among heuristic.searches, or the environment is "
+                f"resq_rl/FrameLevel-v0; received {self.heuristic.clairvoyant_points}."
+            )
+        if frame_level and self.environment.reference != "keyframe":
             raise SettingsError(
                 "Setting 'environment.reference' must be keyframe with resq_rl/FrameLevel-v0: only then do a frame's "
                 f"accuracy and BOPs follow from its keyframe and level; received {self.environment.reference!r}."

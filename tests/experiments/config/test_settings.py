@@ -42,10 +42,16 @@ MISTAKEN_OVERRIDES = [
     ("video=files video.paths={trian:[a]}", "video.paths.trian", "video.paths.train"),
     ("model=exported", "model.source", "model.source=VALUE"),
     ("environment=frame_bits training.keyframe_frames=9", "training.keyframe_frames", "must be 0"),
+    ("heuristic.clairvoyant_points=3 heuristic.searches=[random]", "heuristic.clairvoyant_points", "must be 0"),
+    ("environment=frame_level heuristic.clairvoyant_points=3", "heuristic.clairvoyant_points", "must be 0"),
     ("hydra.run.dr=x", "hydra.run.dr", "hydra.run.dir"),
     ("training frames", "training frames", "NAME=VALUE"),
     ("seed", "seed", "NAME=VALUE"),
     ("seed=[1", "seed=[1", "Quote the value"),
+    ("training.seeds=1,2", "training.seeds=1,2", """'training.seeds="1,2"'"""),
+    ("results=", "'results'", "the name of a folder"),
+    ("results=2026", "'results'", """'results="2026"'"""),
+    ("trai(ing.frames=3", "trai(ing.frames", "letters, digits, dots and underscores"),
 ]
 
 # Names, wrong values, and what the error line must say beside the name.
@@ -94,6 +100,16 @@ MISTAKEN_VALUES: list[tuple[str, Any, str]] = [
     ("seed", -1, "at least 0"),
     ("threads", 0, "at least 1"),
     ("results", None, "text"),
+    ("results", 2026, """'results="2026"'"""),
+    ("results", "", "the name of a folder"),
+    ("training.n_steps", 1, "at least 2"),
+    ("training.policy_bits", 17, "2 to 16, or 32"),
+    ("training.hidden", [], "at least one value"),
+    ("pretraining.zoom", [2.0, 1.0], "two positive factors"),
+    ("pretraining.batch", 1, "at least 2"),
+    ("quantization.groups", "atuo", "'auto'"),
+    ("running.height", 8, "at least 16 and at most 4320"),
+    ("tracking.tags", {"a": [1]}, "a mapping whose values are each text or an integer"),
     ("task.kind", "probabilty", "'probability'"),
 ]
 
