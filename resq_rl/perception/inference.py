@@ -17,6 +17,7 @@ __all__ = [
     "Beginning",
     "beginning_of",
     "clip_inputs",
+    "degenerate_output",
     "example_inputs",
     "judged_targets",
     "predict_clip",
@@ -122,3 +123,33 @@ def example_inputs(task: Task, clip: Clip) -> Inputs:
         return to_float(clip.frames[:1])
     start = beginning_of(task, clip)
     return tuple(map(to_float, as_tuple(recurrent_inputs(task, clip.frames[:1], start.prediction[None], [start]))))
+
+
+def degenerate_output(task: Task, predictions: Sequence[Num[Tensor, "_ *p"]]) -> str | None:
+    """A warning where a float network's predictions look as if it were given other frames than it expects.
+
+    Agreement with the float network is no evidence that it works: a network that sees nothing is easy to agree with.
+
+    Args:
+        task: its method `degenerate`, if it has one, knows what cannot be right; for other tasks only predictions that
+            are the same for all frames are.
+        predictions: those of `predict_clip` for each of some clips, best all that it is calibrated on.
+
+    Returns:
+        A sentence or two for the user, or None where nothing looks wrong.
+    """
+    judge = getattr(task, "degenerate", _all_the_same)
+    reason = judge(predictions)
+    if reason is None:
+        return None
+    return (
+        f"The float network's output looks degenerate on the training clips: {reason}. The network is given RGB frames "
+        "in 0..1: if it expects a mean and deviation, BGR or 0..255, set model.mean, model.std, model.channels and "
+        "model.value_range. Check its weights and the settings of the task too."
+    )
+
+
+def _all_the_same(predictions: Sequence[Num[Tensor, "_ *p"]]) -> str | None:
+    first, frames = predictions[0][:1], sum(map(len, predictions))
+    same = frames > 1 and all(bool((prediction == first).all()) for prediction in predictions)
+    return f"the prediction is the same for all {frames} frames" if same else None

@@ -32,6 +32,7 @@ class MaskPropagation(Segmentation):
     Attributes:
         classes: 2, background (0) and object (1).
         kind, threshold, output_key: as for `Segmentation`.
+        label_size: None: masks are compared at the size of the frames.
 
     Raises:
         SettingsError: a value is out of range.
@@ -45,6 +46,11 @@ class MaskPropagation(Segmentation):
             raise SettingsError(
                 f"MaskPropagation: classes must be 2, background and one object, got {self.classes}. Follow several "
                 "objects one by one."
+            )
+        if self.label_size is not None:
+            raise SettingsError(
+                f"MaskPropagation: label_size {self.label_size} cannot be used, since the network is given its own "
+                "masks at the size of the frames. Leave it out."
             )
 
     @property
@@ -99,6 +105,10 @@ class MaskPropagation(Segmentation):
         masks, drawn = labels == 1, torch.rand(len(labels), 1, 1, generator=generator)
         masks = torch.where(drawn < DISTURBED, perturbed(masks, generator), masks)
         return (masks & (drawn >= LOST)).to(torch.uint8)
+
+    def degenerate(self, predictions: Sequence[UInt8[Tensor, "t h w"]]) -> str | None:
+        """As for segmentation, without the first frame's mask, which is given."""
+        return super().degenerate([prediction[1:] for prediction in predictions])
 
     def objective(self, clips: Sequence[Clip], settings: PretrainSettings, purpose: str = "training") -> Loss:
         """As for segmentation, frame by frame: a small object counts as much as a large one, as it does in J and F.

@@ -161,6 +161,8 @@ class _Run:
         task: Trainable,
         device: torch.device,
     ) -> None:
+        if not isinstance(task, Recurrent):
+            settings.refuse_unused("single frames", "roll_out")
         window = settings.roll_out + 1 if isinstance(task, Recurrent) else 0
         self.sampler = FrameSampler(
             train, settings.batch, settings.seed, settings.augment, task.mirrored, settings.zoom, window

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 import torch
 from jaxtyping import Float, Float64, Int64, Num, UInt8
@@ -17,6 +17,9 @@ from resq_rl.video import IGNORE, Clip
 
 __all__ = ["OutputKind", "Segmentation", "class_iou", "mean_iou", "pixel_accuracy", "segmentation_loss"]
 
+
+DEFAULT_THRESHOLD: Final = 0.5
+ONE_CLASS: Final = 0.9999  # share of a frame's pixels from which the frame counts as of one class
 
 OutputKind = Literal["logits", "probability", "logit"]
 """`logits`: one channel per class; `probability` or `logit`: one channel, of the foreground."""
@@ -56,19 +59,22 @@ class Segmentation:
         classes: number of classes k, 2 to 255.
         kind: what the network puts out: "logits" (b, k, h, w); or "probability" or "logit" (b, 1, h, w) of
             the foreground, which is class 1 of 2.
-        threshold: least foreground probability that counts as foreground, strictly between 0 and 1; unused
-            for "logits".
+        threshold: least foreground probability that counts as foreground, strictly between 0 and 1; it has no
+            effect on "logits", and must be left alone for them.
         output_key: which of several outputs, an index or a dictionary key; None for a network with one
             output.
+        label_size: height and width of the labels where that is not the size of the frames. The network's output is
+            resized to it before the class of each pixel is chosen, so that accuracy is measured there.
 
     Raises:
-        SettingsError: a value is out of range.
+        SettingsError: a value is out of range, or has no effect.
     """
 
     classes: int = 6
     kind: OutputKind = "logits"
-    threshold: float = 0.5
+    threshold: float = DEFAULT_THRESHOLD
     output_key: int | str | None = None
+    label_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(OutputKind):
@@ -84,6 +90,17 @@ class Segmentation:
             )
         if not 0 < self.threshold < 1:
             raise SettingsError(f"Segmentation: threshold must lie between 0 and 1, got {self.threshold}.")
+        if self.kind == "logits" and self.threshold != DEFAULT_THRESHOLD:
+            raise SettingsError(
+                f"Segmentation: threshold {self.threshold} has no effect on kind 'logits', whose highest logit wins. "
+                "Leave it out, or set kind to 'probability' or 'logit'."
+            )
+        if self.label_size is not None:
+            object.__setattr__(self, "label_size", tuple(self.label_size))
+            if len(self.label_size) != 2 or min(self.label_size) < 1:
+                raise SettingsError(
+                    f"Segmentation: label_size must be a height and a width of 1 or more, got {self.label_size}."
+                )
 
     @property
     def metric(self) -> str:
@@ -100,7 +117,8 @@ class Segmentation:
 
         Arguments:
             raw: a tensor, or a list, tuple or dictionary of tensors, from which `output_key` chooses.
-            size: height and width in pixels to resize to, bilinearly, where the scores have another size.
+            size: height and width of the frames in pixels, to which scores of another size are resized bilinearly; with
+                `label_size` they are resized to that.
 
         Returns:
             Logits, or for kinds "probability" and "logit" the foreground probability.
@@ -118,6 +136,7 @@ class Segmentation:
         scores = scores.float()
         if self.kind == "logit":
             scores = scores.sigmoid()
+        size = size if self.label_size is None else self.label_size
         if size is not None and tuple(scores.shape[-2:]) != tuple(size):
             scores = F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
         return scores
@@ -131,6 +150,13 @@ class Segmentation:
         labels = clip.labels
         if labels is None or labels.dtype != torch.uint8:
             raise VideoError(f"{clip.name}: segmentation needs a class for every pixel. Choose another task or video.")
+        found = (labels.shape[1], labels.shape[2])
+        if found != (self.label_size or clip.size):
+            raise VideoError(
+                f"{clip.name}: labels are of {found[0]}x{found[1]} pixels (height x width), where the task compares at "
+                f"{'x'.join(map(str, self.label_size or clip.size))}. Set task.label_size=[{found[0]},{found[1]}] to "
+                "measure at the size of the labels."
+            )
         top = int(torch.where(labels == IGNORE, 0, labels).max())
         if top >= self.classes:
             raise VideoError(
@@ -165,8 +191,7 @@ class Segmentation:
         if prediction.shape != target.shape:
             raise VideoError(
                 f"Labels have shape {tuple(target.shape)} and predictions {tuple(prediction.shape)} (frames, "
-                "height, width). Give labels of the frame's size and resize the output to it: output(raw, "
-                "size)."
+                "height, width). Resize the output to the labels: output(raw, size), or set label_size."
             )
         k, frames = self.classes, target.shape[0]
         row = torch.full((256,), k + 1, device=target.device)  # row k + 1 gathers labels that are no class
@@ -207,12 +232,20 @@ class Segmentation:
         target: UInt8[Tensor, "b h w"],
         table: Float[Tensor, "k k"],
         size: tuple[int, int],
-    ) -> Float[Tensor, "b h w"]:
-        """Cost of every pixel by `table`; pixels labelled 255 cost nothing."""
+    ) -> Float[Tensor, "b _ _"]:
+        """Cost of every pixel by `table`; pixels labelled 255 cost nothing.
+
+        With `label_size` a pixel's cost is the mean over the labels that lie in it, weighted by area.
+        """
         by_pair = torch.zeros(256, self.classes)
         by_pair[: self.classes] = table
         pair = (target.int() * self.classes).add_(prediction)
-        return by_pair.flatten().index_select(0, pair.flatten()).view(pair.shape)  # twice as fast as indexing
+        cost = by_pair.flatten().index_select(0, pair.flatten()).view(pair.shape)  # twice as fast as indexing
+        if tuple(cost.shape[1:]) == tuple(size):
+            return cost
+        rows, columns = (_area_weights(n, of) for n, of in zip(size, cost.shape[1:], strict=True))
+        pooled: Tensor = rows @ cost @ columns.T
+        return pooled
 
     def features(
         self, output: Float[Tensor, "b k h w"], prediction: UInt8[Tensor, "b h w"]
@@ -223,11 +256,26 @@ class Segmentation:
         edge[:, :-1] |= prediction[:, 1:] != prediction[:, :-1]
         return self.uncertainty(output), edge.float(), (prediction != 0).float()
 
-    def overlay(self, frame: Float[Tensor, "3 h w"], prediction: UInt8[Tensor, "h w"]) -> Float[Tensor, "3 h w"]:
+    def overlay(self, frame: Float[Tensor, "3 h w"], prediction: UInt8[Tensor, "_ _"]) -> Float[Tensor, "3 h w"]:
         """The frame in grey, tinted where the predicted class is not 0."""
+        if prediction.shape != frame.shape[1:]:
+            prediction = F.interpolate(prediction[None, None].float(), size=frame.shape[1:], mode="nearest-exact")[0, 0]
         grey = frame.mean(0, keepdim=True).expand(3, -1, -1)
         tint = PALETTE[prediction.long() % len(PALETTE)].movedim(-1, 0)
         return torch.where(prediction > 0, 0.4 * grey + 0.6 * tint, grey)
+
+    def degenerate(self, predictions: Sequence[UInt8[Tensor, "t h w"]]) -> str | None:
+        """Why the predictions for some clips cannot be those of a network that works, or None.
+
+        Every frame is of one class.
+        """
+        found = torch.cat([prediction.flatten(1) for prediction in predictions])
+        classes = found.unique().tolist()
+        top = torch.stack([(found == c).double().mean(1) for c in classes]).amax(0)
+        if not bool((top > ONE_CLASS).all()):
+            return None
+        nothing = "nothing is ever foreground" if classes == [0] and self.classes == 2 else None
+        return nothing or f"each of the {len(found)} frames is of one class (found: {', '.join(map(str, classes))})"
 
     def objective(self, clips: Sequence[Clip], settings: PretrainSettings, purpose: str = "training") -> Loss:
         """`segmentation_loss`, with class weights from how frequent the classes are in the clips.
@@ -262,6 +310,13 @@ class Segmentation:
             return 1 - (2 * sample[:, 0] - 1).abs()
         best = sample.softmax(1).topk(2, dim=1).values
         return 1 - (best[:, 0] - best[:, 1])
+
+
+def _area_weights(cells: int, of: int) -> Float[Tensor, "cells of"]:
+    """For each of `cells` equal parts of a length, the shares of it that lie in each of `of` equal parts."""
+    starts, others = torch.arange(cells)[:, None] / cells, torch.arange(of)[None, :] / of
+    shared = torch.minimum(starts + 1 / cells, others + 1 / of) - torch.maximum(starts, others)
+    return shared.clamp(min=0) * cells
 
 
 def segmentation_loss(

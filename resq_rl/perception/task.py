@@ -4,15 +4,16 @@ A new task is a class that has these methods (`Task`, and `Trainable` for `resq-
 in the group `task` that names it. `resq_rl.perception.segmentation` is an example.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol, runtime_checkable
+from typing import Annotated, ClassVar, Final, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float64, Num, UInt8
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
+from resq_rl.checked import Checked, Count, NotNegative, Positive
 from resq_rl.errors import NetworkError, SettingsError
 from resq_rl.video import Clip
 
@@ -89,8 +90,17 @@ class Task(Protocol):
         """A frame, RGB in 0..1, with its prediction drawn over it."""
 
 
+def _ascending(zoom: tuple[float, float]) -> tuple[float, float]:
+    if zoom[0] > zoom[1]:
+        raise ValueError("not ascending")
+    return zoom
+
+
+ZOOM = Field(description="two positive factors, the least and the greatest")
+
+
 @dataclass(frozen=True)
-class PretrainSettings:
+class PretrainSettings(Checked):
     """How to train.
 
     Attributes:
@@ -113,28 +123,32 @@ class PretrainSettings:
         SettingsError: a value is out of range.
     """
 
-    steps: int = 7000
-    batch: int = 16
-    learning_rate: float = 3e-3
-    weight_decay: float = 1e-4
-    dice: float = 0.5
-    class_balance: float = 0.25
-    roll_out: int = 3
-    augment: bool = True
-    zoom: tuple[float, float] = (1.0, 1.0)
-    validate_every: int = 500
-    seed: int = 0
+    _group: ClassVar[str] = "pretraining."
 
-    def __post_init__(self) -> None:
-        least = {"steps": 1, "batch": 2, "validate_every": 1, "roll_out": 1}
-        for name in ("steps", "batch", "validate_every", "roll_out", "weight_decay", "dice", "class_balance", "seed"):
-            value, limit = getattr(self, name), least.get(name, 0)
-            if not value >= limit:
-                raise SettingsError(f"Pretraining: {name} must be at least {limit}, got {value}.")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise SettingsError(f"Pretraining: learning_rate must be positive, got {self.learning_rate}.")
-        if not 0 < self.zoom[0] <= self.zoom[1]:
-            raise SettingsError(f"Pretraining: zoom must be two increasing positive factors, got {self.zoom}.")
+    steps: Count = 7000
+    batch: Annotated[int, Field(ge=2)] = 16
+    learning_rate: Positive = 3e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    dice: Annotated[float, Field(ge=0)] = 0.5
+    class_balance: Annotated[float, Field(ge=0)] = 0.25
+    roll_out: Count = 3
+    augment: bool = True
+    zoom: Annotated[tuple[Positive, Positive], ZOOM, AfterValidator(_ascending)] = (1.0, 1.0)
+    validate_every: Count = 500
+    seed: NotNegative = 0
+
+    def refuse_unused(self, what: str, *names: str) -> None:
+        """Refuse settings that have no effect on training for some kind of task, unless they have their defaults.
+
+        Raises:
+            SettingsError: a setting in `names` was changed.
+        """
+        for name in names:
+            value, default = getattr(self, name), getattr(PretrainSettings, name)
+            if value != default:
+                raise SettingsError(
+                    f"Pretraining: {name} has no effect on a task of {what}, got {value}. Leave it at {default}."
+                )
 
 
 @runtime_checkable

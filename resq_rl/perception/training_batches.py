@@ -150,6 +150,8 @@ def zoomed(
     if labels.is_floating_point():
         return images, _zoomed_points(labels, zoom, shift, (images.shape[-1], images.shape[-2]))
     known = (labels - IGNORE)[:, None].float()  # so that the zeros outside mean unlabelled
+    if labels.shape[1:] != images.shape[2:]:
+        grid = F.affine_grid(windows, [count, 1, *labels.shape[1:]], align_corners=False)
     known = F.grid_sample(known, grid, mode="nearest", padding_mode="zeros", align_corners=False)
     return images, known[:, 0].long() + IGNORE
 

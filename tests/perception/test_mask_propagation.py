@@ -36,6 +36,8 @@ def test_it_is_a_recurrent_task_that_networks_can_be_trained_for() -> None:
     assert not isinstance(Segmentation(), Recurrent)
     with pytest.raises(SettingsError, match="classes must be 2"):
         MaskPropagation(classes=3)
+    with pytest.raises(SettingsError, match=r"label_size .* cannot be used"):
+        MaskPropagation(label_size=(8, 8))
 
 
 def test_the_network_is_the_segmentation_network_with_three_more_planes() -> None:

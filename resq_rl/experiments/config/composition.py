@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import asdict
+from importlib.resources import files
+from typing import Any, get_type_hints
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -13,8 +16,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from resq_rl.checked import Checked, did_you_mean, unknown_name
 from resq_rl.errors import SettingsError
-from resq_rl.experiments.config.conversion import did_you_mean, unknown_name
 from resq_rl.experiments.config.settings import Settings, make_settings
 from resq_rl.experiments.config.targets import parameter_names
 
@@ -22,10 +25,23 @@ __all__ = ["CONFIG_MODULE", "compose_config", "explain", "group_options", "load_
 
 CONFIG_MODULE = "resq_rl.configs"
 VERSION_BASE = "1.3"
-# Of several values the first that is not null, as a folder to go on in or else a new one.
+# The option of a group that holds the defaults of its settings class. What others share is not offered as a choice.
+DEFAULT, SHARED = "default", "_shared"
+# The first of several values that is not null: the folder to go on in, or else a new one.
 OmegaConf.register_new_resolver("first_given", lambda *values: next(v for v in values if v is not None), replace=True)
 # Hydra raises plain errors for some values of a group.
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError)
+
+
+def _store_defaults() -> None:
+    """Give Hydra the defaults of the settings classes, as an option of each group."""
+    for group, cls in get_type_hints(Settings).items():
+        if isinstance(cls, type) and issubclass(cls, Checked):
+            name = SHARED if (files(CONFIG_MODULE) / group).is_dir() else DEFAULT
+            ConfigStore.instance().store(name=name, node=asdict(cls()), group=group, provider="resq_rl")  # type: ignore[call-overload]
+
+
+_store_defaults()
 
 
 def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
@@ -148,10 +164,11 @@ def _parents(key: str) -> Iterator[str]:
 
 def _options(config_name: str, searchpath: list[str]) -> dict[str, list[str]]:
     loader = GlobalHydra.instance().config_loader()
-    return {
+    options = {
         group: loader.get_group_options(group, config_name=config_name, overrides=searchpath)
         for group in _groups(loader)
     }
+    return {group: [name for name in names if name != SHARED] for group, names in options.items()}
 
 
 def _groups(loader: ConfigLoader, parent: str = "") -> Iterator[str]:

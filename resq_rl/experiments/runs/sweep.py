@@ -16,9 +16,9 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from resq_rl.checked import convert_dataclass
 from resq_rl.errors import ResqError
 from resq_rl.experiments.config import composition  # noqa: F401 - processes of launchers need its resolver
-from resq_rl.experiments.config.conversion import convert_dataclass
 from resq_rl.experiments.config.settings import TrackingSettings
 from resq_rl.experiments.runs.progress import say_lines
 from resq_rl.experiments.runs.record import RunRecord

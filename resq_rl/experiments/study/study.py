@@ -28,7 +28,7 @@ from resq_rl.experiments.runs.progress import Advance, stage
 from resq_rl.experiments.study.measurements import Measurements
 from resq_rl.perception import Task, clip_inputs, example_inputs
 from resq_rl.policies import measure_on_tables
-from resq_rl.quantization import Inputs, QuantizationConfig, ResQModel, choose_residual_weight_bits
+from resq_rl.quantization import Inputs, ResQModel, choose_residual_weight_bits
 from resq_rl.video import Clip, Split
 
 __all__ = ["Study", "build_study", "prepare_problems", "read_clips"]
@@ -95,7 +95,7 @@ class Study:
     def measure_per_frame(self, policy: Policy, bits: int, split: Split) -> Measurement:
         """Run a policy on the network quantized to `bits`-bit weights and activations; BOPs still in units of W8A8."""
         problem = self.problems[split]
-        config = _config(self.settings, key_weight_bits=bits, key_activation_bits=bits)
+        config = self.settings.quantization.config(key_weight_bits=bits, key_activation_bits=bits)
         model = ResQModel(self.network, example_inputs(problem.task, problem.clips[0]), config)
         return self._measure(replace(problem, model=model.calibrate(self.calibration)), policy, None)
 
@@ -153,7 +153,7 @@ def build_study(settings: Settings, splits: Sequence[Split], measurements: Path 
     if not isinstance(task, Task):
         raise SettingsError(f"Setting 'task' must make a resq_rl.perception.Task, got {type(task).__name__}.")
     clips = read_clips(video, ["train", *splits])
-    model = ResQModel(network, example_inputs(task, clips["train"][0]), _config(settings))
+    model = ResQModel(network, example_inputs(task, clips["train"][0]), settings.quantization.config())
     few = clips["train"][: settings.quantization.calibration_clips]
     calibration = tuple(clip_inputs(model.float_forward, task, clip) for clip in few)
     model = _calibrated(settings, model, calibration)
@@ -216,19 +216,3 @@ def _calibrated(settings: Settings, model: ResQModel, clips: Sequence[Inputs]) -
             bits = choose_residual_weight_bits(model, clips[:4], tolerance=settings.quantization.weight_tolerance)
             log.info("residual weight bits: %s", ", ".join(f"{k} {b}" for k, b in sorted(bits.items())))
     return model
-
-
-def _config(settings: Settings, **changes: Any) -> QuantizationConfig:
-    quantization = settings.quantization
-    bits = quantization.residual_weight_bits
-    values: dict[str, Any] = {
-        "key_weight_bits": quantization.key_weight_bits,
-        "key_activation_bits": quantization.key_activation_bits,
-        "levels": quantization.levels,
-        "residual_weight_bits": 8 if bits == "auto" else bits,
-        "weight_rounding": quantization.weight_rounding,
-        "range_estimator": quantization.range_estimator,
-        "bops_convention": quantization.bops_convention,
-        "groups": quantization.groups,
-    }
-    return QuantizationConfig(**(values | changes))

@@ -7,8 +7,8 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from resq_rl.checked import convert_dataclass
 from resq_rl.errors import TrackingError
-from resq_rl.experiments.config.conversion import convert_dataclass
 from resq_rl.experiments.config.settings import TrackingSettings
 from resq_rl.experiments.tracking.outbox import JOURNAL, Outbox, read_journal
 from resq_rl.experiments.tracking.tracker import OFFLINE, open_outbox

@@ -7,10 +7,11 @@ from typing import Annotated, Any, Literal
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
+from pydantic import Field
 
+from resq_rl.checked import convert
 from resq_rl.errors import SettingsError, VideoError
 from resq_rl.experiments.config.composition import compose_config, load_settings
-from resq_rl.experiments.config.conversion import Bounds, convert
 from resq_rl.experiments.config.settings import Settings, make_settings
 from resq_rl.experiments.config.targets import Target, make_target
 from resq_rl.video import GeneratedVideo
@@ -187,7 +188,7 @@ def test_bounds_hold_for_settings_made_in_python() -> None:
         ([1], list[int], [1]),
         ({"a": [1]}, dict[str, tuple[float, ...]], {"a": (1.0,)}),
         (True, Literal[True, "auto"], True),
-        ([1], Annotated[tuple[int, ...], Bounds(at_least=0)], (1,)),
+        ([1], tuple[Annotated[int, Field(ge=0)], ...], (1,)),
         ("anything", Any, "anything"),
     ],
 )
@@ -200,12 +201,12 @@ def test_conversion(value: Any, annotation: Any, expected: Any) -> None:
 @pytest.mark.parametrize(
     ("value", "annotation", "message"),
     [
-        (1, Literal[True], "'x' must be one of True; received 1"),
+        (1, Literal[True], "'x' must be True; received 1"),
         (True, float, "'x' must be a finite number; received True"),
         (1, bool, "'x' must be true or false"),
         ("1", int | None, "'x' must be an integer or null; received '1'"),
         ({"a": "b"}, dict[str, int], "a mapping whose values are each an integer"),
-        (3, dict[str, int], "a mapping such as"),
+        (3, dict[str, int], r"a mapping .*, such as \{name: value\}"),
         (5, Path, "a path"),
         ("???", int, r"'x' has no default. Set it with x=VALUE"),
     ],
