@@ -197,5 +197,6 @@ def test_the_page_of_environments_takes_in_the_tables() -> None:
     page = (ROOT / "docs" / "environments.md").read_text("utf-8")
     built = environment_pages().on_page_markdown(page)
     assert "| `keyframe_age` | 0 | 1 |" in built
-    assert "| default | meaning |" in built
+    for argument in ("problem", "trade_off", "thresholds", "render_mode"):
+        assert f"| `{argument}` | " in built
     assert f"hooks: [docs/{environment_pages().__name__}.py]" in (ROOT / "mkdocs.yml").read_text("utf-8")
