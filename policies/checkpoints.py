@@ -20,7 +20,7 @@ from resq_rl.sealed import Checkpoints
 __all__ = ["TrainingReport", "about_run", "load_checkpoint", "save_checkpoint"]
 
 # Settings that may change when training goes on.
-_FREE_SETTINGS = ("frames", "checkpoint_every")
+_FREE_SETTINGS = ("checkpoint_every",)
 
 
 @dataclass

@@ -506,14 +506,6 @@ def test_a_finished_run_comes_back_without_training(moving: World, tmp_path: Pat
     assert env.frames == report.frames
 
 
-def test_a_finished_run_goes_on_where_more_frames_are_asked_for(moving: World, tmp_path: Path) -> None:
-    policy, report = train_ppo(agents_of(moving, (0.1, 1.0)), TINY, seed=1, checkpoints=tmp_path)
-    more, longer, seen, _ = resumed(moving, tmp_path, replace(TINY, frames=400))
-    assert seen[0].rollout == report.rollouts + 1
-    assert longer.frames >= 2 * report.frames * 0.8
-    assert not same_policy(policy, more)
-
-
 def test_without_a_checkpoint_resuming_starts(moving: World, tmp_path: Path) -> None:
     policy, _, seen, _ = resumed(moving, tmp_path / "new")
     expected, _ = train_ppo(agents_of(moving, (0.1, 1.0)), TINY, seed=1)
@@ -534,6 +526,7 @@ def test_a_new_run_in_an_old_folder_can_be_resumed(moving: World, tmp_path: Path
     ("change", "message"),
     [
         ({"settings": replace(TINY, learning_rate=1e-5)}, r"settings.learning_rate was 0.003 and is 1e-05"),
+        ({"settings": replace(TINY, frames=400)}, r"settings.frames was 200 and is 400"),
         ({"settings": replace(TINY, hidden=(8,))}, r"settings.hidden was \[16, 16\] and is \[8\]"),
         ({"seed": 2}, "seed was 1 and is 2"),
         ({"trade_off": 0.3}, "episodes.trade_off was"),

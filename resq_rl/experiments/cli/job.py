@@ -17,6 +17,7 @@ from resq_rl.experiments.config.settings import Settings, make_settings, plain
 from resq_rl.experiments.runs.record import RunRecord
 from resq_rl.experiments.runs.resume import CONFIG, kept_text, merged_overrides, with_kept_settings
 from resq_rl.experiments.runs.sweep import job_name
+from resq_rl.experiments.tracking.outbox import recorded_run
 from resq_rl.experiments.tracking.tracker import Tracker, command_tags, open_tracker
 from resq_rl.files import write_atomic
 
@@ -35,13 +36,18 @@ def run_job(
     config: DictConfig,
     record: RunRecord,
     overrides: Sequence[str],
+    sweep: Path | None,
 ) -> None:
     """Run a command's job in the folder of its record, tracked and recorded.
 
     Args:
-        arguments: of the command line, for the record.
+        name: the command's name.
+        command: its job and settings.
+        arguments: the command line, for the record.
         config: the composed settings.
-        overrides: of the configuration, by which they came about.
+        record: the run's record.
+        overrides: Hydra's overrides, from which `config` was composed.
+        sweep: the folder of the sweep that the job is one of, if any.
     """
     run_dir, values = record.path.parent, plain(config)
     resume = (values.get("training") or {}).get("resume") is not None
@@ -65,7 +71,8 @@ def run_job(
             settings.tracking,
             results=Path(settings.results).absolute(),
             folder=run_dir,
-            name=job_name(name, overrides, run_dir),
+            name=job_name(name, overrides, run_dir, sweep),
+            parent=None if sweep is None else recorded_run(sweep),
             resume=resume,
         ) as tracker,
         _recorded(record, tracker),

@@ -1,4 +1,4 @@
-"""Going on with a run: its settings are those kept in its folder, but for what the command line gives anew."""
+"""Settings of a run that goes on: those in its folder, with the ones that the command line gives in their place."""
 
 import logging
 import os
@@ -17,7 +17,9 @@ __all__ = ["CONFIG", "kept_text", "merged_overrides", "with_kept_settings"]
 
 CONFIG: Final = "config.yaml"
 TARGETS: Final = ("model", "task", "video")
-FOR_ONCE: Final = ("training.resume", "trusted")  # which say how to go on and not what the run is
+FOR_ONCE: Final = ("training.resume", "trusted")  # say how to go on and not what the run is
+# The learning rate falls over the whole length: another length is another run from its first step on.
+LENGTHS: Final = ("training.frames", "training.keyframe_frames", "pretraining.steps")
 WORLD: Final = (*TARGETS, "environment", "quantization")
 
 log = logging.getLogger(__name__)
@@ -32,7 +34,7 @@ def kept_text(run_dir: Path) -> str | None:
 
 
 def merged_overrides(before: Sequence[str], now: Sequence[str]) -> list[str]:
-    """What was asked of a run before, and what is asked of it now in its place or besides."""
+    """The overrides that a run was begun with, with those of this session in their place or after them."""
     named = {_setting(override) for override in now}
     kept = [override for override in before if _setting(override) not in named]
     return [*kept, *(override for override in now if _setting(override) not in FOR_ONCE)]
@@ -41,15 +43,17 @@ def merged_overrides(before: Sequence[str], now: Sequence[str]) -> list[str]:
 def with_kept_settings(
     run_dir: Path, config_name: str, given: Mapping[str, Any], overrides: Sequence[str]
 ) -> dict[str, Any]:
-    """The settings to go on with: those kept in the folder, in which those that the overrides give are replaced.
+    """The settings to go on with: those in the folder, with the ones that the overrides give in their place.
 
     Args:
-        config_name: of the command.
-        given: its settings as composed from `overrides`, interpolations resolved.
+        run_dir: the run's folder.
+        config_name: name of the command's configuration.
+        given: the settings as composed from `overrides`, interpolations resolved.
+        overrides: Hydra's overrides of this session.
 
     Raises:
-        SettingsError: the overrides ask for another network, task, video, environment or quantization than the run's,
-            or the folder names code that the command line neither names nor trusts.
+        SettingsError: the overrides ask for another network, task, video, environment, quantization or length of
+            training than the run's, or the folder names code that the command line neither names nor trusts.
     """
     text = kept_text(run_dir)
     if text is None:
@@ -71,6 +75,13 @@ def with_kept_settings(
             f"The run in {os.path.relpath(run_dir)} has other settings of {', '.join(differ)}: give only "
             "training.resume, or the arguments that the run was begun with (they are in its run.json)."
         )
+    for name in LENGTHS:
+        before, now = _value(kept, name), _value(values, name)
+        if before is not None and now != before:
+            raise SettingsError(
+                f"The run in {os.path.relpath(run_dir)} was begun with {name}={before} and cannot go on with {now}: "
+                f"its learning rate falls over that length. Leave {name} out, or begin a new run with {name}={now}."
+            )
     for name in values.keys() & set(TARGETS):
         if values[name] != given.get(name) and values["trusted"] is not True:
             refuse_foreign(values[name], name, f"The run in {os.path.relpath(run_dir)}")
@@ -82,13 +93,19 @@ def _setting(override: str) -> str:
     return override.partition("=")[0].lstrip("+~").partition("@")[0]
 
 
+def _value(settings: Mapping[Any, Any], name: str) -> Any:
+    """The setting of a dotted name; None where there is none."""
+    group, _, name = name.partition(".")
+    values = settings.get(group)
+    return values.get(name) if isinstance(values, Mapping) else None
+
+
 def _replaced(
     kept: Mapping[str, Any], given: Mapping[str, Any], default: Mapping[str, Any], named: set[str], prefix: str = ""
 ) -> dict[str, Any]:
-    """Kept settings, with the given ones in place of those that were named or are not what they are by default.
+    """Kept settings, in which the given ones replace those that are named by an override or differ from the default.
 
-    Settings that the kept ones lack, as of an older version, are the given ones; but a target's arguments are what they
-    were, for it has defaults of its own.
+    Settings that the kept ones lack are added, but not to the arguments of a target, which has defaults of its own.
     """
     values = dict(kept)
     for name, value in given.items():
@@ -105,7 +122,7 @@ def _replaced(
 
 
 def _same_kind(one: Any, other: Any) -> TypeGuard[Mapping[str, Any]]:
-    """Whether both are groups of settings, of the same target if of any."""
+    """Whether both are groups of settings with the same target, or both without one."""
     groups = isinstance(one, Mapping) and isinstance(other, Mapping)
     return groups and one.get(TARGET) == other.get(TARGET)
 

@@ -23,7 +23,7 @@ from resq_rl.experiments.cli.app import main
 from resq_rl.experiments.cli.catalogue import KINDS
 from resq_rl.experiments.cli.commands import COMMANDS, Command
 from resq_rl.experiments.config.settings import Settings
-from resq_rl.experiments.tracking.tracker import PARENT_RUN_VARIABLE, Tracker
+from resq_rl.experiments.tracking.tracker import Tracker
 
 Run = Callable[..., int]
 FAKE = {
@@ -70,7 +70,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     module.run = job  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fake_jobs", module)
     monkeypatch.chdir(tmp_path)
-    for variable in ("RESQ_RL_DEBUG", "HYDRA_FULL_ERROR", PARENT_RUN_VARIABLE):
+    for variable in ("RESQ_RL_DEBUG", "HYDRA_FULL_ERROR"):
         monkeypatch.delenv(variable, raising=False)
 
     def call(*arguments: str, tracking: str = "disabled") -> int:
@@ -326,7 +326,6 @@ def test_a_sweep_is_recorded_under_one_parent(run: Run, results: Path) -> None:
     assert [child.info.status for child in (parent, *children)] == ["FAILED", "FINISHED", "FAILED"]
     assert [child.data.params["seed"] for child in children] == ["3", "7"]
     assert all((Path(c.info.artifact_uri.removeprefix("file://")) / "config.yaml").is_file() for c in children)
-    assert PARENT_RUN_VARIABLE not in os.environ
 
 
 def test_commands_start_no_server_and_no_other_process(run: Run, results: Path) -> None:
