@@ -15,8 +15,15 @@ from resq_rl.errors import ResultsError, SettingsError
 from resq_rl.experiments.cli.commands import Command
 from resq_rl.experiments.config.settings import Settings, make_settings, plain
 from resq_rl.experiments.runs.record import RunRecord
-from resq_rl.experiments.runs.resume import CONFIG, kept_text, merged_overrides, with_kept_settings
+from resq_rl.experiments.runs.resume import (
+    CONFIG,
+    kept_text,
+    merged_overrides,
+    with_kept_settings,
+    with_policy_settings,
+)
 from resq_rl.experiments.runs.sweep import job_name
+from resq_rl.experiments.study.deployment import policy_folder, saved_settings
 from resq_rl.experiments.tracking.outbox import recorded_run
 from resq_rl.experiments.tracking.tracker import Tracker, command_tags, open_tracker
 from resq_rl.files import write_atomic
@@ -54,6 +61,9 @@ def run_job(
     if resume:
         values = with_kept_settings(run_dir, command.config, values, overrides)
         overrides = merged_overrides(record.overrides, overrides)
+    elif values.get("policy") is not None:
+        folder = policy_folder(values["policy"])
+        values = with_policy_settings(saved_settings(folder), folder, command.config, values, overrides)
     settings = make_settings(values)
     values = values | {"training": values["training"] | {"resume": None}, "trusted": False}  # which are for once
     text = OmegaConf.to_yaml(OmegaConf.create(values))

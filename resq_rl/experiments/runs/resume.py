@@ -1,8 +1,8 @@
-"""Settings of a run that goes on: those in its folder, with the ones that the command line gives in their place."""
+"""Settings that a folder keeps, of a run that goes on or of a policy, with those of the command line in their place."""
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeGuard
 
@@ -13,7 +13,7 @@ from resq_rl.experiments.config.composition import compose_config
 from resq_rl.experiments.config.settings import plain
 from resq_rl.experiments.config.targets import TARGET, refuse_foreign
 
-__all__ = ["CONFIG", "kept_text", "merged_overrides", "with_kept_settings"]
+__all__ = ["CONFIG", "kept_text", "merged_overrides", "with_kept_settings", "with_policy_settings"]
 
 CONFIG: Final = "config.yaml"
 TARGETS: Final = ("model", "task", "video")
@@ -86,6 +86,45 @@ def with_kept_settings(
         if values[name] != given.get(name) and values["trusted"] is not True:
             refuse_foreign(values[name], name, f"The run in {os.path.relpath(run_dir)}")
     return values
+
+
+def with_policy_settings(
+    saved: Mapping[str, Any], folder: Path, config_name: str, given: Mapping[str, Any], overrides: Sequence[str]
+) -> dict[str, Any]:
+    """The settings to use a policy with: those of its training, with the ones that the overrides give in their place.
+
+    What then differs from training is logged.
+
+    Args:
+        saved: settings of its training, as `save_deployment` wrote them.
+        folder: the policy's.
+        config_name: name of the command's configuration.
+        given: the settings as composed from `overrides`, interpolations resolved.
+        overrides: Hydra's overrides.
+
+    Raises:
+        SettingsError: the folder names code that the command line neither names nor trusts.
+    """
+    known = {name: saved[name] for name in WORLD if isinstance(saved.get(name), Mapping) and name in given}
+    named = {_setting(override) for override in overrides}
+    default = plain(compose_config(config_name))
+    taken = _replaced(known, {name: given[name] for name in known}, default, named)
+    for name in taken.keys() & set(TARGETS):
+        if taken[name] != given[name] and given.get("trusted") is not True:
+            refuse_foreign(taken[name], name, f"The policy in {folder}")
+    changes = sorted(_differences(known, taken))
+    if changes:
+        log.warning("The policy was trained under other settings: %s.", "; ".join(changes))
+    return {**given, **taken}
+
+
+def _differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name in before.keys() | after.keys():
+        one, other = before.get(name), after.get(name)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from _differences(one, other, f"{prefix}{name}.")
+        elif one != other:
+            yield f"{prefix}{name} was {one} and is {other}"
 
 
 def _setting(override: str) -> str:

@@ -6,8 +6,10 @@ how frames are brought to the network).
 """
 
 import json
+import logging
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,13 @@ __all__ = [
     "policy_folder",
     "policy_words",
     "save_deployment",
+    "saved_settings",
     "trained_network",
     "trained_task",
     "trained_video",
 ]
+
+log = logging.getLogger(__name__)
 
 FILES = ("policy.safetensors", "policy.json", "model.safetensors", "model.json", SETTINGS)
 
@@ -43,7 +48,12 @@ def save_deployment(study: Study, folder: Path) -> None:
         ResultsError: a file cannot be written.
     """
     save_model(study.model, folder)
-    making = {group: _plain(getattr(study.settings, group)) for group in ("model", "task", "video")}
+    settings = study.settings
+    making = {group: _plain(getattr(settings, group)) for group in ("model", "task", "video")}
+    making |= {
+        "quantization": _plain(asdict(settings.quantization)),
+        "environment": _plain(asdict(settings.environment)),
+    }
     making["framing"] = study.framing.to_json()
     write_atomic(folder / SETTINGS, json.dumps(making, indent=2) + "\n")
 
@@ -62,6 +72,23 @@ def policy_folder(policy: str | None) -> Path:
         if (candidate / "policy.json").is_file():
             return candidate
     raise PolicyError(f"No policy in {folder}: give a folder with policy.safetensors and policy.json, or a run's.")
+
+
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """The settings under which the policy in a folder was trained, as `save_deployment` wrote them; none if it did not.
+
+    Raises:
+        PolicyError: the file is damaged.
+    """
+    path = folder / SETTINGS
+    try:
+        saved = json.loads(path.read_text())
+    except FileNotFoundError:
+        log.warning("%s is missing: the policy is used with the settings of the command line.", path)
+        return {}
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"{path} is damaged ({error}). Copy it again or train the policy anew.") from error
+    return saved if isinstance(saved, dict) else {}
 
 
 def policy_words(folder: Path) -> str:
