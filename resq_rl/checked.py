@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, 
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from resq_rl.errors import SettingsError
+from resq_rl.errors import SettingsError, unknown_name
 
 __all__ = [
     "Bits",
@@ -31,8 +31,6 @@ __all__ = [
     "Share",
     "convert",
     "convert_dataclass",
-    "did_you_mean",
-    "unknown_name",
 ]
 
 MISSING = "???"  # as OmegaConf writes a value that is still to be set
@@ -76,21 +74,6 @@ class Checked:
         """The fields that `cls`, a base of this class, has, as an instance of `cls`; `changes` replace some of them."""
         values = {name: getattr(self, name) for name in _annotations(cls)}
         return cls(**(values | changes))
-
-
-def did_you_mean(name: str, valid: Iterable[str], *, prefix: str = "") -> str:
-    """The end of an error line: the nearest valid name after `prefix`, and all of them where they are few."""
-    names = sorted(valid)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    hint = f" Did you mean '{prefix}{close[0]}'?" if close else ""
-    if not names or (close and len(names) > 12):
-        return hint
-    return f"{hint} Valid: {', '.join(names)}."
-
-
-def unknown_name(name: str, valid: Iterable[str], *, prefix: str = "") -> SettingsError:
-    """The error for a setting that does not exist; `name` and `valid` are relative to `prefix`."""
-    return SettingsError(f"Unknown setting '{prefix}{name}'.{did_you_mean(name, valid, prefix=prefix)}")
 
 
 def convert(value: Any, annotation: Any, name: str) -> Any:

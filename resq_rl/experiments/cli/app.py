@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resq_rl import __version__
-from resq_rl.checked import did_you_mean
-from resq_rl.errors import LaunchError, ResqError, ResultsError
+from resq_rl.errors import LaunchError, ResqError, ResultsError, did_you_mean
 from resq_rl.experiments.cli.catalogue import KINDS, print_catalogue
 from resq_rl.experiments.cli.commands import COMMANDS, RESUME, Command
 

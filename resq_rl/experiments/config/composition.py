@@ -17,8 +17,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from resq_rl.checked import Checked, convert, did_you_mean, unknown_name
-from resq_rl.errors import SettingsError
+from resq_rl.checked import Checked, convert
+from resq_rl.errors import SettingsError, did_you_mean, unknown_name
 from resq_rl.experiments.config.quoting import assignment, readable
 from resq_rl.experiments.config.settings import Folder, Settings, make_settings
 from resq_rl.experiments.config.targets import parameter_names

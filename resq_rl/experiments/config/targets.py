@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Final
 
-from resq_rl.checked import convert, did_you_mean, unknown_name
-from resq_rl.errors import ResqError, SettingsError
+from resq_rl.checked import convert
+from resq_rl.errors import ResqError, SettingsError, did_you_mean, unknown_name
 
 __all__ = ["Target", "make_target", "parameter_names", "refuse_foreign"]
 

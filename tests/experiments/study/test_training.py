@@ -110,4 +110,4 @@ def test_the_keyframe_policy_looks_further_ahead(tiny: World) -> None:
     assert keyframes.frames == FRAMES[1]
     assert keyframes.gamma > regions.gamma
     assert keyframes.n_steps > regions.n_steps
-    assert keyframes.bits == regions.bits, "they are charged together"
+    assert keyframes.policy_bits == regions.policy_bits, "they are charged together"
