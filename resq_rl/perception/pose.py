@@ -1,4 +1,4 @@
-"""The task of human pose: points of a figure from heatmaps, and the percentage of correct ones (PCK)."""
+"""The task of human pose: points of a figure from heatmaps or landmarks, and the share of correct ones (PCK)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -131,7 +131,7 @@ class Pose:
         return [self.names.index(n) if n in self.names else i for i, n in enumerate(names)]
 
     def check(self, clip: Clip) -> None:
-        """Look at a clip's labels.
+        """Check a clip's labels.
 
         Raises:
             VideoError: they are not the task's points.
@@ -223,7 +223,7 @@ class Pose:
         return torch.stack([x * self.stride + centre, y * self.stride + centre, score], -1)
 
     def target(self, prediction: Float[Tensor, "b k 3"]) -> Float[Tensor, "b k 3"]:
-        """The points that were predicted with some certainty."""
+        """Points with a score of `least_score` or more count."""
         return torch.cat([prediction[..., :2], (prediction[..., 2:] >= self.least_score).float()], -1)
 
     def _wrong(self, prediction: Float[Tensor, "b k 3"], target: Float[Tensor, "b k 3"]) -> Float[Tensor, "b k"]:
@@ -255,7 +255,7 @@ class Pose:
         return right / counted
 
     def error_table(self, counts: Int64[Tensor, "k 2"], weighting: str) -> Float[Tensor, " k"]:
-        """Every wrong point costs the same, by either weighting: that is what PCK counts."""
+        """Every wrong point costs the same by either weighting, as in PCK."""
         return torch.ones(len(self.names))
 
     def error(
@@ -265,9 +265,9 @@ class Pose:
         table: Float[Tensor, " k"],
         size: tuple[int, int],
     ) -> Float[Tensor, "b h w"]:
-        """Half of a wrong point's cost where it should be and half where it was seen, which is where bits would help.
+        """Half of a wrong point's cost lies where it should be and half where it was predicted: more bits help there.
 
-        The mean is the part of the k points that are wrong; points that do not count cost nothing.
+        The mean is the share of the k points that are wrong; points that do not count cost nothing.
         """
         height, width = size
         cost = 0.5 * self._wrong(prediction, target) * table * (height * width / len(self.names))
@@ -281,7 +281,7 @@ class Pose:
     def features(
         self, output: Float[Tensor, "b k h w"], prediction: Float[Tensor, "b k 3"]
     ) -> tuple[Float[Tensor, "b h w"], Float[Tensor, "b h w"], Float[Tensor, "b h w"]]:
-        """Heat of points with a low score, how steep the heat is, and the heat.
+        """Uncertainty: the heat of points with a low score; boundary: the steepness of the heat; foreground: the heat.
 
         Heat is exp(logit - highest logit of the point's map), of the hottest point at each cell.
         """
@@ -294,7 +294,7 @@ class Pose:
         return (heat * unsure[..., None, None]).amax(1), steep.clamp(0, 1), strongest
 
     def overlay(self, frame: Float[Tensor, "3 h w"], prediction: Float[Tensor, "k 3"]) -> Float[Tensor, "3 h w"]:
-        """The frame, darkened, with points and limbs: left, right and the middle in colours of their own."""
+        """The darkened frame with points and limbs, in one colour each for the left, the right and the middle."""
         height, width = frame.shape[1:]
         y, x = torch.arange(height)[:, None], torch.arange(width)[None, :]
         drawn, places = 0.6 * frame, dict(zip(self.names, prediction[:, :2].tolist(), strict=True))
@@ -356,13 +356,13 @@ class Pose:
         return loss
 
     def mirrored(self, labels: Float[Tensor, "b k 3"], width: int) -> Float[Tensor, "b k 3"]:
-        """Labels of mirrored frames: left points become right ones."""
+        """Labels of mirrored frames, in which left points become right ones."""
         x, y, counted = labels[:, self._mirror].unbind(-1)
         return torch.stack([width - 1 - x, y, counted], -1)
 
 
 def _vertex(before: Tensor, peak: Tensor, after: Tensor) -> Tensor:
-    """Where a parabola through three values a cell apart has its peak, from -0.5 to 0.5; 0 at the edge of a map."""
+    """The peak of a parabola through three values a cell apart, from -0.5 to 0.5; 0 at the edge of a map."""
     bend = 2 * peak - before - after
     offset = 0.5 * (after - before) / bend.clamp(min=1e-6)
     return torch.where(bend.isfinite(), offset, 0.0).clamp(-0.5, 0.5)

@@ -15,7 +15,7 @@ from resq_rl.perception.training_batches import class_shares, mirrored_map
 from resq_rl.quantization.kernels import native
 from resq_rl.video import IGNORE, Clip
 
-__all__ = ["OutputKind", "Segmentation", "class_iou", "mean_iou", "pixel_accuracy", "segmentation_loss"]
+__all__ = ["OutputKind", "Segmentation", "class_iou", "mean_iou", "segmentation_loss"]
 
 
 DEFAULT_THRESHOLD: Final = 0.5
@@ -45,19 +45,13 @@ def mean_iou(confusion: Int64[Tensor, "*n k k"]) -> Float64[Tensor, "*n"]:
     return class_iou(confusion).nanmean(-1)
 
 
-def pixel_accuracy(confusion: Int64[Tensor, "*n k k"]) -> Float64[Tensor, "*n"]:
-    """Share of correctly classified pixels, in 0..1; NaN where no pixel was counted."""
-    counts = confusion.double()
-    return counts.diagonal(dim1=-2, dim2=-1).sum(-1) / counts.sum((-2, -1))
-
-
 @dataclass(frozen=True)
 class Segmentation:
     """Semantic segmentation of every pixel of a frame.
 
     Attributes:
         classes: number of classes k, 2 to 255.
-        kind: what the network puts out: "logits" (b, k, h, w); or "probability" or "logit" (b, 1, h, w) of
+        kind: what the network returns: "logits" (b, k, h, w); or "probability" or "logit" (b, 1, h, w) of
             the foreground, which is class 1 of 2.
         threshold: least foreground probability that counts as foreground, strictly between 0 and 1; it has no
             effect on "logits", and must be left alone for them.
@@ -142,10 +136,10 @@ class Segmentation:
         return scores
 
     def check(self, clip: Clip) -> None:
-        """Look at a clip's labels.
+        """Check a clip's labels.
 
         Raises:
-            VideoError: they are no maps of classes, or reach beyond the task's classes.
+            VideoError: they are not maps of the task's classes, or of another size than predictions are compared at.
         """
         labels = clip.labels
         if labels is None or labels.dtype != torch.uint8:
@@ -165,7 +159,7 @@ class Segmentation:
             )
 
     def predict(self, output: Float[Tensor, "b k h w"]) -> UInt8[Tensor, "b h w"]:
-        """The class of every pixel: of the highest logit, or 1 where the foreground reaches the threshold."""
+        """The class of every pixel: that of the highest logit, or 1 where the foreground reaches the threshold."""
         if self.kind == "logits":
             return native().highest(output)
         return (output[:, 0] >= self.threshold).to(torch.uint8)
@@ -250,7 +244,7 @@ class Segmentation:
     def features(
         self, output: Float[Tensor, "b k h w"], prediction: UInt8[Tensor, "b h w"]
     ) -> tuple[Float[Tensor, "b _ _"], Float[Tensor, "b h w"], Float[Tensor, "b h w"]]:
-        """`uncertainty`; pixels that differ from the next one right or below; pixels that are not class 0."""
+        """`uncertainty`; pixels that differ from the one to the right or below; pixels that are not of class 0."""
         edge = torch.zeros(prediction.shape, dtype=torch.bool, device=prediction.device)
         edge[:, :, :-1] |= prediction[:, :, 1:] != prediction[:, :, :-1]
         edge[:, :-1] |= prediction[:, 1:] != prediction[:, :-1]
@@ -278,7 +272,7 @@ class Segmentation:
         return nothing or f"each of the {len(found)} frames is of one class (found: {', '.join(map(str, classes))})"
 
     def objective(self, clips: Sequence[Clip], settings: PretrainSettings, purpose: str = "training") -> Loss:
-        """`segmentation_loss`, with class weights from how frequent the classes are in the clips.
+        """`segmentation_loss`, with class weights from the frequencies of the classes in the clips.
 
         Raises:
             VideoError: no clips, or labels that do not fit. SettingsError: the task is not of kind "logits".

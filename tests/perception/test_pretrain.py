@@ -67,7 +67,6 @@ def test_training_learns_colours(tmp_path: Path) -> None:
         task=TASK,
         progress=seen.append,
         weights=tmp_path / "w.safetensors",
-        notes={"video": "colours"},
     )
     assert [p.step for p in seen] == list(range(1, 61))
     assert [p.step for p in seen if p.validation is not None] == [20, 40, 60]
@@ -82,7 +81,7 @@ def test_training_learns_colours(tmp_path: Path) -> None:
     fresh = network()
     metadata = load_weights(fresh, tmp_path / "w.safetensors")
     assert same(weights_of(fresh), weights_of(model))
-    assert (metadata["architecture"], metadata["video"]) == ("Sequential", "colours")
+    assert metadata["architecture"] == "Sequential"
     assert metadata["input"] == "RGB in 0..1, 16x24"
     assert json.loads(metadata["settings"]) == json.loads(json.dumps(dataclasses.asdict(settings)))
     assert float(metadata["validation_accuracy"]) == pytest.approx(report.validation, abs=1e-4)
