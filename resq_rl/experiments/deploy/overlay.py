@@ -22,6 +22,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 # Written piece by piece, so that what is there can be played even where the end is missing; no more is held in memory.
 PIECE_SECONDS = 2
+_TICK = Fraction(1, 60_000)  # of the times of frames; MPEG-4 allows no finer one
 _FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
 _CODECS = ("libx264", "mpeg4")
 _COLORS = "cividis"  # even in lightness, and the same to the colour-blind
@@ -87,7 +88,7 @@ class OverlayVideo:
     Args:
         task: draws a prediction.
         height: of a panel in pixels; the width follows from the pictures.
-        rate: frames per second.
+        rate: frames per second, about; each frame brings its own time.
 
     Raises:
         ResultsError: the file cannot be written.
@@ -113,12 +114,14 @@ class OverlayVideo:
         prediction: Tensor,
         cost: RunCost,
         text: str,
+        time: float,
     ) -> None:
         """Append a frame.
 
         Args:
             picture: the frame at the source's size, whose proportions the panels keep.
             frame: the same at the model's size.
+            time: when it is shown, in seconds since the first frame; later than the one before.
 
         Raises:
             ResultsError: the file cannot be written.
@@ -130,8 +133,11 @@ class OverlayVideo:
             if first:
                 self._stream.width, self._stream.height = image.size
                 self._stream.pix_fmt = "yuv420p"
+                self._stream.codec_context.time_base = _TICK
                 self._stream.codec_context.gop_size = max(1, round(PIECE_SECONDS * self._rate))
-            self._container.mux(self._stream.encode(av.VideoFrame.from_ndarray(np.asarray(image), format="rgb24")))
+            shown = av.VideoFrame.from_ndarray(np.asarray(image), format="rgb24")
+            shown.pts, shown.time_base = round(time / _TICK), _TICK
+            self._container.mux(self._stream.encode(shown))
         except (av.FFmpegError, OSError) as error:
             raise self._failed(error) from error
 

@@ -108,7 +108,7 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
         runner.model.compile()
     if running.label is not None:
         runner.reset((read_labels(Path(running.label)) > 0).astype(np.uint8))
-    frames = iter(stream)
+    frames = stream.timed()
     first = next(frames)  # a source that cannot be read ends here, before anything is written
     length = running.frames if stream.length is None else min(stream.length, running.frames or stream.length)
     totals, started, ended = _Totals(runner.model.reference_bops()), time.monotonic(), "failed"
@@ -118,9 +118,9 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
             if running.overlay:
                 outputs.append(stack.enter_context(_overlay(run_dir, running, runner.task, stream.rate)))
             advance = stack.enter_context(stage(f"running {Path(stream.name).name}", length))
-            for picture in islice(chain([first], frames), running.frames):
+            for picture, seconds in islice(chain([first], frames), running.frames):
                 prediction, cost = runner(picture)
-                record = _record(totals, cost, stream.rate)
+                record = _record(totals, cost, seconds)
                 for output in outputs:
                     output(record, picture, runner.frame, prediction, cost)
                 advance(1)
@@ -147,12 +147,12 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
 Output = Callable[[Record, Any, UInt8[Tensor, "3 h w"], Tensor, RunCost], None]
 
 
-def _record(totals: _Totals, cost: RunCost, rate: float) -> Record:
+def _record(totals: _Totals, cost: RunCost, seconds: float) -> Record:
     number = totals.frames
     totals.add(cost)
     values = (
         number,
-        round(number / rate, 6),
+        round(seconds, 6),
         cost.keyframe,
         cost.bops,
         cost.policy,
@@ -200,7 +200,7 @@ def _overlay(run_dir: Path, running: RunningSettings, task: Task, rate: float) -
                 f"frame {record['frame']}  {kind}  {cost.bits:.1f} bits, {cost.bops:.3f} of W8A8   "
                 f"mean {record['mean_bops']:.3f}   {record['total_bops'] / 1e9:.2f} GBOPs so far"
             )
-            video.add(picture, frame, prediction, cost, text)
+            video.add(picture, frame, prediction, cost, text, record["time"])
 
         yield write
 
