@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 import av
 import numpy as np
 from av.container import InputContainer
-from av.sidedata.sidedata import Type
+from av.sidedata.sidedata import SideData
 from jaxtyping import UInt8
 from PIL import Image
 
@@ -20,7 +20,7 @@ from resq_rl.video.parts import listed
 __all__ = ["Clock", "FileFrames", "Picture", "rgb"]
 
 _MOST_STRETCHED: Final = 8  # pixels wider or higher than this are a damaged header
-_AHEAD: Final = 32  # packets read ahead, whose stamps tell the rate until frames do
+_AHEAD: Final = 8  # packets read ahead, whose stamps tell the rate until frames do
 _RATE_TOLERANCE: Final = 0.05
 
 
@@ -111,9 +111,14 @@ class FileFrames:
     def _decode(self, container: InputContainer) -> Iterator[av.VideoFrame]:
         """All frames; after the last of them, checks that the file was whole."""
         stream = self._stream(container)
-        packets = container.demux(stream)
-        ahead = list(islice(packets, _AHEAD))
-        self._clock = Clock(_rate(stream, ahead))
+        packets, ahead, failure = container.demux(stream), [], None
+        try:
+            for packet in islice(packets, _AHEAD):
+                ahead.append(packet)
+        except av.FFmpegError as error:
+            failure = error  # the frames before it can be had
+        stamps = [float(p.pts * p.time_base) for p in ahead if p.pts is not None and p.time_base is not None]
+        self._clock = Clock(_rate(stream, stamps))
         frames = len(stream.index_entries) if stream.frames and _is_mp4(container) else stream.frames
         self.declared = frames or round((container.duration or 0) / av.time_base * (self.rate or 0)) or None
         read, ends, last = 0, 0.0, 0.0
@@ -127,6 +132,8 @@ class FileFrames:
                 last = frame.time if isinstance(frame, av.VideoFrame) and frame.time is not None else last
                 if isinstance(frame, av.VideoFrame):
                     yield frame
+        if failure is not None:
+            raise failure
         self._check_whole(container, read, ends, last)
 
     def _stream(self, container: InputContainer) -> av.VideoStream:
@@ -184,11 +191,10 @@ def _is_mp4(container: InputContainer) -> bool:
     return "mp4" in container.format.name
 
 
-def _rate(stream: av.VideoStream, packets: Iterable[av.Packet]) -> float | None:
-    """The rate that a stream declares, or, where the stamps of its first packets tell another, theirs."""
+def _rate(stream: av.VideoStream, stamps: Iterable[float]) -> float | None:
+    """The rate that a stream declares, or, where the stamps of its first packets, in seconds, tell another, theirs."""
     declared = float(stream.average_rate or stream.guessed_rate or 0) or None
-    stamps = [float(p.pts * p.time_base) for p in packets if p.pts is not None and p.time_base is not None]
-    steps = np.diff(np.unique(stamps))
+    steps = np.diff(np.unique(list(stamps)))
     if len(steps) < 2:
         return declared
     step = float(np.median(steps))  # the mean would count the gaps that reordered packets leave
@@ -207,8 +213,8 @@ def _upright(frame: av.VideoFrame, stream: av.VideoStream, path: Path) -> Image.
     width = max(1, round(image.width * aspect))
     if width != image.width:
         image = image.resize((width, image.height), Image.Resampling.BILINEAR)
-    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
-    if matrix is None:
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if not isinstance(matrix, SideData):
         return image
     return Image.fromarray(_oriented(np.array(image), np.frombuffer(bytes(matrix), np.int32), path))
 

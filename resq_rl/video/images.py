@@ -166,7 +166,8 @@ def _decode(path: Path, kind: str, upright: bool = False) -> Image.Image:
                 f"The {kind} {path} is an animation of {getattr(image, 'n_frames', 2)} pictures. Split it into one "
                 "file for each, or give it as a video."
             )
-        stored = str(image.tile[0][3]) if image.format == "PNG" and image.tile else ""
+        tile = getattr(image, "tile", None)
+        stored = str(tile[0][3]) if image.format == "PNG" and tile else ""
         image.load()
         _match_transparency(image, stored, path)
         if not upright:
@@ -188,7 +189,7 @@ def _opened(path: Path, kind: str) -> Iterator[Image.Image]:
         )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # at twice the size it is an error
+            warnings.simplefilter("ignore")  # of damaged EXIF, and of large images, which are errors at twice the size
             with Image.open(path) as image:
                 yield image
     except _DAMAGE as error:

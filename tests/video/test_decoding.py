@@ -61,7 +61,7 @@ def test_pixels_become_square(name: str, aspect: Fraction, width: int, tmp_path:
     assert frame[4, width // 2 + 4, 0] < 60
     (clip,) = VideoFiles({"test": [path]}, size=(24, 24), fit="crop").clips("test")
     red = clip.frames[0, 0] > 127  # the middle square of the picture: the upper left quarter stays one
-    assert (int(red[:, 0].sum()), int(red[0].sum())) == (pytest.approx(12, abs=1), pytest.approx(12, abs=1))
+    assert [int(red[:, 0].sum()), int(red[0].sum())] == pytest.approx([12, 12], abs=1)
 
 
 def test_a_turned_video_of_wide_pixels_is_high(tmp_path: Path, write_video: WriteVideo) -> None:
@@ -254,7 +254,8 @@ def test_field_coded_files_are_whole(name: str, tmp_path: Path) -> None:
             packet.pts = packet.dts = number
             target.mux(packet)
     (clip,) = VideoFiles({"test": [path]}).clips("test")
-    assert (len(clip), clip.size, clip.fps) == (20, (64, 64), pytest.approx(25.0))
+    assert (len(clip), clip.size) == (20, (64, 64))
+    assert clip.fps == pytest.approx(25.0)
     rows = clip.frames[:, :, :2].float().mean((1, 3))
     luma = (rows * 219 / 255 + 16).round()
     assert (luma - torch.tensor([[20 + 8 * n, 24 + 8 * n] for n in range(20)])).abs().max() <= 1

@@ -122,9 +122,9 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
             if running.overlay:
                 outputs.append(stack.enter_context(_overlay(run_dir, running, runner, stream.rate)))
             advance = stack.enter_context(stage(f"running {Path(stream.name).name}", length))
-            for picture, time in islice(chain([first], frames), running.frames):
+            for picture, seconds in islice(chain([first], frames), running.frames):
                 prediction, cost = runner(picture)
-                record = _record(totals, cost, time)
+                record = _record(totals, cost, seconds)
                 for output in outputs:
                     output(record, picture, runner.frame, prediction, cost)
                 advance(1)
@@ -169,12 +169,12 @@ def _framing(folder: Path, running: RunningSettings) -> Framing | None:
 Output = Callable[[Record, Any, UInt8[Tensor, "3 h w"], Tensor, RunCost], None]
 
 
-def _record(totals: _Totals, cost: RunCost, time: float) -> Record:
+def _record(totals: _Totals, cost: RunCost, seconds: float) -> Record:
     number = totals.frames
     totals.add(cost)
     values = (
         number,
-        round(time, 6),
+        round(seconds, 6),
         cost.keyframe,
         cost.bops,
         cost.policy,
