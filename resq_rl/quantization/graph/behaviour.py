@@ -17,7 +17,7 @@ from resq_rl.errors import NetworkError, ResqError
 from resq_rl.quantization.graph.operators import laid_out
 from resq_rl.quantization.graph.outputs import tensors_of
 
-__all__ = ["Behaviour", "probe_clips"]
+__all__ = ["Behaviour", "kept_random_state", "probe_clips"]
 
 # Two orders of summation differ by about 1e-6 of the values, a mask in a pixel or two; a lost hook changes far more.
 _AGREEMENT = 1e-3
@@ -75,10 +75,9 @@ class Behaviour:
 
     def __init__(self, name: str, network: nn.Module, clips: tuple[Tensor, ...]) -> None:
         self.name, self.network, self.clips = name, network, clips
-        with _kept_random_state():
-            before = _random_state()
-            self.alone = [self._run(network, [0])]
-            self.random = not all(map(torch.equal, _random_state(), before))
+        before = _random_state()
+        self.alone = [self._run(network, [0])]
+        self.random = not all(map(torch.equal, _random_state(), before))
         if not self.alone[0]:
             raise NetworkError(f"{name} returns no tensor. Return tensors, or containers or data classes of them.")
 
@@ -166,9 +165,12 @@ def _random_state() -> list[Any]:
 
 
 @contextmanager
-def _kept_random_state() -> Iterator[None]:
+def kept_random_state() -> Iterator[None]:
+    """Within, whatever draws random numbers leaves the caller's random states as they were."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng():
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)  # noqa: NPY002
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002

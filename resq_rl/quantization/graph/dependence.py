@@ -169,7 +169,7 @@ class Follow(TorchDispatchMode):
         if name == "copy":  # of the second argument into the first
             if not self._depends(args[1]):
                 return fresh
-            products = tuple(tuple(_flat(f, out) for f in factors) for factors in self._products(args[1]))
+            products = tuple(_laid(factors, out) for factors in self._products(args[1]))
             return replace(self._of(args[1]), products=products)
         if _MOVES.match(name):
             return self._moved(func, args, kwargs, followed, fresh)
@@ -199,15 +199,12 @@ class Follow(TorchDispatchMode):
         value = replace(fresh, inverse=divided and main is b)
         if len(own) == 1 and main.shape == out.shape:
             value = replace(value, root=of.root, place=of.place)
-        parts = self._parts(main)
-        if not isinstance(factor, Tensor) and not any(isinstance(part.factor, Tensor) for part in parts):
-            scaled = tuple(replace(part, factor=part.factor * factor) for part in parts)
-            products = tuple(tuple(_flat(f, out) for f in factors) for factors in self._products(main))
-            return replace(value, parts=scaled, products=products)
-        if isinstance(factor, Tensor):
-            factors = self._factors(main) + (self._factors(other) if len(own) == 2 and not divided else [factor])
-            value = replace(value, products=(tuple(_flat(f, out) for f in factors),))
-        return replace(value, parts=(_Part(of.root, of.place, factor),))
+        parts: tuple[_Part, ...] = (_Part(of.root, of.place, factor),)
+        if not any(isinstance(f, Tensor) for f in (factor, *(part.factor for part in self._parts(main)))):
+            parts = tuple(replace(part, factor=part.factor * factor) for part in self._parts(main))
+        more = self._factors(other) if len(own) == 2 and not divided else [torch.as_tensor(factor, device=out.device)]
+        known = self._products(main) or [[main]]
+        return replace(value, parts=parts, products=tuple(_laid([*factors, *more], out) for factors in known))
 
     def _normalised(self, a: Tensor, b: Tensor, divided: bool) -> bool:
         """Whether `a` times or over `b` divides a tensor by a statistic of its own."""
@@ -227,7 +224,7 @@ class Follow(TorchDispatchMode):
             value = replace(value, root=roots.pop(), place=self._of(own[0][0]).place if alone else fresh.root)
         if all(self._products(t) for t, _ in own):
             products = (factors for t, _ in own for factors in self._products(t))
-            value = replace(value, products=tuple(tuple(_flat(f, out) for f in factors) for factors in products))
+            value = replace(value, products=tuple(_laid(factors, out) for factors in products))
         return value
 
     def _moved(self, func: OpOverload, args: Any, kwargs: Any, followed: list[Tensor], fresh: _Value) -> _Value:
@@ -245,8 +242,7 @@ class Follow(TorchDispatchMode):
             swap = {id(t): (own[0] + [torch.ones_like(t)] * k)[k] for t, own in zip(followed, terms, strict=True)}
             own_args, own_kwargs = tree_unflatten([swap.get(id(leaf), leaf) for leaf in leaves], tree)
             moved.append(func(*own_args, **own_kwargs))
-        laid = tuple(_flat(factor, factor) for factor in moved)
-        return replace(value, products=(laid,))
+        return replace(value, products=(_laid(moved, moved[0]),))
 
     def _check_parts(self, parts: tuple[_Part, ...]) -> None:
         """Refuse a sum of more than two parts of one tensor with different factors."""
@@ -366,11 +362,12 @@ def _written(func: OpOverload, args: Any, kwargs: Any) -> list[Tensor]:
     return [t for n in names for t in tree_leaves(given.get(n)) if isinstance(t, Tensor)]
 
 
-def _flat(factor: Tensor, out: Tensor) -> Tensor:
-    """A factor broadcast over `out`, in a block laid out as that of `out`."""
-    block = torch.ones(_length(out), dtype=factor.dtype, device=factor.device)
-    block.as_strided(*_geometry(out)).copy_(factor.expand(out.shape))
-    return block
+def _laid(factors: list[Tensor], out: Tensor) -> tuple[Tensor, ...]:
+    """Factors broadcast over `out`, each in a block laid out as that of `out`."""
+    blocks = [torch.ones(_length(out), dtype=factor.dtype, device=factor.device) for factor in factors]
+    for block, factor in zip(blocks, factors, strict=True):
+        block.as_strided(*_geometry(out)).copy_(factor.expand(out.shape))
+    return tuple(blocks)
 
 
 def _merged(whole: Any, written: Any, t: Tensor) -> Any:

@@ -9,7 +9,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from resq_rl.errors import CalibrationError, NetworkError, SettingsError
-from resq_rl.quantization.graph.behaviour import Behaviour, probe_clips
+from resq_rl.quantization.graph.behaviour import Behaviour, kept_random_state, probe_clips
 from resq_rl.quantization.graph.groups import layer_groups
 from resq_rl.quantization.graph.operators import ResidualOperator, Switch, laid_out, own_types, undisturbed
 from resq_rl.quantization.graph.tracing import Site, trace
@@ -52,6 +52,7 @@ class ResQModel:
     """
 
     @undisturbed()
+    @kept_random_state()
     def __init__(self, network: nn.Module, example: Inputs, config: QuantizationConfig | None = None) -> None:
         self.config = config or QuantizationConfig()
         self._switch = Switch()
