@@ -58,6 +58,8 @@ def run_job(
     """
     run_dir, values = record.path.parent, plain(config)
     resume = (values.get("training") or {}).get("resume") is not None
+    if resume and not command.resume:
+        raise SettingsError(f"`resq-rl {name}` cannot go on from a run: leave training.resume out.")
     if resume:
         values = with_kept_settings(run_dir, command.config, values, overrides)
         overrides = merged_overrides(record.overrides, overrides)
@@ -75,6 +77,7 @@ def run_job(
     job: Callable[..., str | None] = getattr(importlib.import_module(module), function)
     resolved = write_atomic(run_dir / CONFIG, text)
     torch.set_num_threads(settings.threads)
+    torch.manual_seed(settings.seed)  # of networks without weights
     record.begin(["resq-rl", name, *arguments], overrides, settings, resume=resume)
     with (
         open_tracker(

@@ -239,7 +239,13 @@ def _mlflow(work: _Export, reference: Trace) -> dict[str, Any]:
     name = work.study.settings.exporting.name
     work.tracker.log_model(path, name)
     registered = f", registered as {name}" if name and work.tracker.run_id else ""
-    return {"path": path.name, "checked": f"equal on {len(seen)} observations{registered}", "name": name}
+    checked = f"equal on {len(seen)} observations{registered}; serve it with --env-manager local"
+    log.info(
+        "The MLflow model needs resq-rl %s where it is served. No index has it: install its wheel there, and let MLflow "
+        "use that environment (mlflow models serve --env-manager local).",
+        __version__,
+    )
+    return {"path": path.name, "checked": checked, "name": name}
 
 
 def _observations(work: _Export) -> Iterator[np.ndarray]:

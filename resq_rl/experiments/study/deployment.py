@@ -50,10 +50,8 @@ def save_deployment(study: Study, folder: Path) -> None:
     save_model(study.model, folder)
     settings = study.settings
     making = {group: _plain(getattr(settings, group)) for group in ("model", "task", "video")}
-    making |= {
-        "quantization": _plain(asdict(settings.quantization)),
-        "environment": _plain(asdict(settings.environment)),
-    }
+    making |= {group: _plain(asdict(getattr(settings, group))) for group in ("quantization", "environment", "training")}
+    making["training"]["resume"] = None  # says how to go on, not what the policy is
     making["framing"] = study.framing.to_json()
     write_atomic(folder / SETTINGS, json.dumps(making, indent=2) + "\n")
 

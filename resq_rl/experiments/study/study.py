@@ -26,7 +26,7 @@ from resq_rl.errors import NetworkError, SettingsError, VideoError
 from resq_rl.experiments.config.settings import Settings
 from resq_rl.experiments.runs.progress import Advance, stage
 from resq_rl.experiments.study.measurements import Measurements
-from resq_rl.perception import Task, clip_inputs, example_inputs
+from resq_rl.perception import Task, clip_inputs, degenerate_output, example_inputs
 from resq_rl.policies import measure_on_tables
 from resq_rl.quantization import Inputs, ResQModel, choose_residual_weight_bits
 from resq_rl.video import Clip, Framing, Split, framing_of
@@ -160,6 +160,10 @@ def build_study(settings: Settings, splits: Sequence[Split], measurements: Path 
     calibration = tuple(clip_inputs(model.float_forward, task, clip) for clip in few)
     model = _calibrated(settings, model, calibration)
     problems = prepare_problems(settings, model, task, {name: clips[name] for name in splits})
+    judged = problems["train" if "train" in problems else settings.split]
+    warning = degenerate_output(task, judged.teacher)
+    if warning is not None:
+        log.warning(warning)
     return Study(
         settings,
         network,
