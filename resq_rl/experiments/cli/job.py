@@ -1,4 +1,4 @@
-"""Running a command's job: settings checked and kept, the run recorded and tracked, errors of the machine named."""
+"""Running the job of a command: settings are checked and kept, the run is recorded, shortages are named."""
 
 import errno
 import importlib
@@ -67,7 +67,7 @@ def run_job(
         folder = policy_folder(values["policy"])
         values = with_policy_settings(saved_settings(folder), folder, command.config, values, overrides)
     settings = make_settings(values)
-    values = values | {"training": values["training"] | {"resume": None}, "trusted": False}  # which are for once
+    values = values | {"training": values["training"] | {"resume": None}, "trusted": False}  # how to go on is not kept
     text = OmegaConf.to_yaml(OmegaConf.create(values))
     if resume and record.finished and kept_text(run_dir) == text:
         log.info("%s is finished already.", os.path.relpath(run_dir))
@@ -105,7 +105,7 @@ def run_job(
 
 @contextmanager
 def _named_shortage(command: str, settings: Settings) -> Iterator[None]:
-    """Say which setting to lower where memory runs out, and what to do where the disk is full or read-only."""
+    """Turn a shortage of memory or disk into an error that names the setting to lower or the way to go on."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -128,7 +128,7 @@ def _named_shortage(command: str, settings: Settings) -> Iterator[None]:
 
 @contextmanager
 def _recorded(record: RunRecord, tracker: Tracker) -> Iterator[None]:
-    """Record how a job ends, whatever it raises."""
+    """Record how a job ends, also if it raises."""
     status = "failed"
     try:
         yield

@@ -153,7 +153,7 @@ def test_a_run_that_goes_on_is_recorded_once(results: Path, caplog: pytest.LogCa
     )
     assert run.data.params == {"seed": "3", "threads": "1", "clips": "5"}
     assert run.data.tags["threads"] == "2"
-    for name, expected in {"loss": [1.0] * 6, "reward": [0, 1, 2, 3, 4, 5]}.items():
+    for name, expected in (("loss", [1.0] * 6), ("reward", [0.0, 1.0, 2.0, 3.0, 4.0, 5.0])):
         history = client.get_metric_history(child_run.info.run_id, name)
         assert sorted((m.step, m.value) for m in history) == list(enumerate(expected))
     assert [r.info.status for r in (run, child_run)] == ["FINISHED"] * 2
