@@ -36,7 +36,7 @@ UPDATE_FIGURES = ("entropy_loss", "approx_kl", "explained_variance", "loss")
 
 @dataclass(frozen=True)
 class FirstChoice:
-    """What a policy begins as.
+    """The choices with which a policy begins.
 
     Attributes:
         choices: threshold index or level for all layer groups, or one for each.
@@ -49,7 +49,7 @@ class FirstChoice:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training stands after a rollout: frames done and the rollout's figures by name.
+    """The progress of training after a rollout: the frames done and the figures of the rollout by name.
 
     Beside those of stable-baselines3 (of the update before the rollout) these are means over the rollout: `reward` and
     `error` per frame, `bops` as a share of W8A8, `keyframes` as a share of frames, `entropy` of the sampled actions
@@ -294,7 +294,7 @@ class _Rollouts(BaseCallback):
 def choice_figures(
     scheme: ActionScheme, observations: Float[np.ndarray, "*n f"], actions: Int[np.ndarray, "*n k"]
 ) -> dict[str, float]:
-    """What agents chose, apart from keyframes: a policy that has collapsed chooses the same whatever it observes.
+    """Figures of the agents' choices, keyframes apart: a collapsed policy chooses the same whatever it observes.
 
     Returns:
         `mean_choice`, the mean index of the threshold or level; `choice_0` to `choice_{n-1}`, the share of each; and

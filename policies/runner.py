@@ -26,7 +26,7 @@ SETTINGS = "network.json"  # in the folder of a trained policy: how network, tas
 
 @dataclass(frozen=True)
 class RunCost:
-    """What one frame cost, as shares of the network's W8A8 frame.
+    """The cost of one frame, as shares of the network's W8A8 frame.
 
     Attributes:
         keyframe: whether it ran as a keyframe.
@@ -133,7 +133,7 @@ class Runner:
         return int(self._state.age[0]) >= 0
 
     def _start(self, frame: UInt8[Tensor, "3 h w"]) -> list[Beginning]:
-        """What a recurrent task is given with the first frame.
+        """The prediction and template of the first frame, for a recurrent task.
 
         Raises:
             VideoError: no label was given.

@@ -72,7 +72,7 @@ def _bit_map(frame: UInt8[Tensor, "3 h w"], cost: RunCost) -> UInt8[np.ndarray, 
 
 
 def _draw_scale(canvas: Image.Image, pen: ImageDraw.ImageDraw, corner: tuple[int, int], line: int, font: Font) -> None:
-    """What the colours of the bit map mean, under its right end."""
+    """Draw the scale of the bit map's colours under its right end."""
     bar, (right, top) = (6 * line, line // 2), corner
     ramp = (255 * colormaps[_COLORS](np.linspace(0, 1, bar[0]))[:, :3]).astype(np.uint8)[None].repeat(bar[1], 0)
     left = right - bar[0] - 2 * line
@@ -165,5 +165,5 @@ class OverlayVideo:
 
 
 def _even(length: int) -> int:
-    """As video encoders want it."""
+    """The next even length, which video encoders need."""
     return length + length % 2

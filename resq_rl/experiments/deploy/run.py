@@ -42,7 +42,7 @@ OVERLAY = "overlay.mp4"
 
 @dataclass
 class _Totals:
-    """What the frames so far cost, as shares of W8A8."""
+    """Cost of the frames so far, as shares of W8A8."""
 
     reference_bops: int
     frames: int = 0

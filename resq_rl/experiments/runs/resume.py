@@ -105,7 +105,8 @@ def with_policy_settings(
     Raises:
         SettingsError: the folder names code that the command line neither names nor trusts.
     """
-    known = {name: saved[name] for name in (*WORLD, "training") if isinstance(saved.get(name), Mapping) and name in given}
+    groups = [name for name in (*WORLD, "training") if isinstance(saved.get(name), Mapping) and name in given]
+    known = {name: saved[name] for name in groups}
     named = {_setting(override) for override in overrides}
     default = plain(compose_config(config_name))
     taken = _replaced(known, {name: given[name] for name in known}, default, named)

@@ -1,4 +1,4 @@
-"""What a training run leaves so that its policy can run elsewhere: beside the policy, the frozen model and its making.
+"""Files with which a policy runs elsewhere: beside the policy, the frozen model and the settings that made it.
 
 A policy's folder holds `policy.safetensors` and `policy.json` (the policy), `model.safetensors` and `model.json` (the
 calibrated network's integers and steps) and `network.json` (which settings make the float network, task and video, and

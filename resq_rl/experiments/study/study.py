@@ -1,4 +1,4 @@
-"""From settings to what a job works on: clips, the calibrated model, its task, and agents to train."""
+"""A study made from settings: clips, the calibrated network, its task, and agents to train."""
 
 import logging
 from collections.abc import Mapping, Sequence
