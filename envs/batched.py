@@ -216,7 +216,7 @@ class BatchedEnvironment:
             queue.extend((self._generators[slot].permutation(order) if self.episodes.shuffle else order).tolist())
         return queue.pop(0)
 
-    # State that a checkpoint needs to go on where it stopped -----------------------------------------------------------
+    # State for checkpoints -------------------------------------------------------------------------------------------
 
     def snapshot(self, *, streams: bool = True) -> dict[str, Any]:
         """The state on which the next steps depend, for `restore`; it is not a copy.

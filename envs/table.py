@@ -33,7 +33,7 @@ POOLED_TOGETHER = 4096  # rows
 
 @dataclass(frozen=True)
 class ResponseTable:
-    """The responses of a clip: errors and costs of every frame against every keyframe before it, at one level everywhere.
+    """The responses of a clip: every frame against every keyframe before it, at one level for all layers and regions.
 
     Row [k, a, l] is frame k + a as a residual against keyframe k at level l. Row [k, 0, l] is keyframe k itself, the
     same for every l. Rows beyond the end of the clip hold no counts and NaN. There are T frames, ages 0 to A - 1, L
