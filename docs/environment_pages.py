@@ -1,41 +1,22 @@
 """A MkDocs hook that puts the data sheets of the registered environments into `environments.md`.
 
-Ids, spaces, feature names, signatures and docstrings are read from the code. Only what a feature means is written here.
+Ids, spaces, feature names with their meanings, and docstrings are read from the code.
 """
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
 import gymnasium
 
 import resq_rl.envs
+from resq_rl.envs.observation import meaning_of
 
 MARK = "<!-- environments -->"
-# What each feature of an observation means; `mean_` and `max_` of them and `spent_groupG` follow from these.
-MEANINGS: Mapping[str, str] = {
-    "residual_mean": "square root of the mean absolute pixel residual against the reference frame",
-    "residual_max": "largest absolute pixel residual against the reference frame",
-    "drift_mean": "square root of the mean absolute pixel difference from the last keyframe",
-    "residual_around": "mean of `residual_mean` over the region and its eight neighbours",
-    "uncertainty": "mean uncertainty of the last output, as its task defines it",
-    "boundary": "mean boundary density of the last output; for classes, the share of pixels that differ from the next "
-    "pixel to the right or below",
-    "boundary_around": "mean of `boundary` over the region and its eight neighbours",
-    "foreground": "foreground share of the last output; for classes, the share of pixels that are not class 0",
-    "texture": "square root of the mean absolute luminance difference of neighbouring pixels",
-    "spent": "BOPs last spent in the region and layer group, as a share of their BOPs at W8A8",
-    "keyframe_age": "log2(1 + frames since the last keyframe) / 6, at most 1",
-    "trade_off": "position of lambda in its range, on a log scale; 0 if the range is a single value",
-    "budget_left": "share of the clip's budget of BOPs that is left; 1 without a budget",
-    "frame_residual_mean": "square root of the mean absolute pixel residual of the frame",
-    "foreground_share": "mean of `foreground` over the frame",
-}
 POOLED = {"mean_": "mean over the regions: ", "max_": "maximum over the regions: "}
 SECTION = re.compile(r"^([A-Z]\w*):\n((?:(?: +.*)?\n)*)", re.MULTILINE)
-ENTRY = re.compile(r"(?:^|(?<=[.:]) )([a-z]\w*(?:, [a-z]\w*)*): ", re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -100,16 +81,11 @@ def _places(features: Sequence[str]) -> Iterator[tuple[str, ...]]:
 
 
 def meaning(name: str) -> str:
-    """What a feature means, by its name.
-
-    Raises:
-        KeyError: the feature is not described.
-    """
+    """The meaning of a feature of one region, of the frame, or pooled over the regions."""
     for prefix, words in POOLED.items():
         if name.startswith(prefix):
             return words + meaning(name.removeprefix(prefix))
-    group = re.fullmatch(r"spent_group(\d+)", name)
-    return f"{MEANINGS['spent']} (layer group {group[1]})" if group else MEANINGS[name]
+    return meaning_of(name)
 
 
 def _base(environment: type) -> type:
@@ -124,7 +100,7 @@ def _shared(environment: type) -> str:
     parts = ["## What they share", sections.pop("")]
     for title, text in sections.items():
         arguments = title in ("Arguments", "Args")
-        parts.append(f"### {title}\n\n{_arguments(text, base) if arguments else text}")
+        parts.append(f"### {title}\n\n{_arguments(text) if arguments else text}")
     return "\n\n".join(parts)
 
 
@@ -135,22 +111,11 @@ def _sections(documented: type) -> dict[str, str]:
     return {"": SECTION.sub("", text).strip()} | found
 
 
-def _arguments(text: str, environment: type) -> str:
-    """The arguments as a table, with the defaults of the signature."""
-    known = inspect.signature(environment).parameters
-    lines = ["| argument | default | meaning |", "| --- | --- | --- |"]
-    for names, words in _entries(" ".join(text.split())):
-        defaults = [known[n].default for n in names.split(", ") if n in known]
-        given = ", ".join(f"`{d!r}`" for d in dict.fromkeys(defaults) if d is not inspect.Parameter.empty)
-        lines.append(f"| {', '.join(f'`{n}`' for n in names.split(', '))} | {given} | {words} |")
-    return "\n".join(lines)
-
-
-def _entries(text: str) -> Iterator[tuple[str, str]]:
-    """Names and description of each entry `NAME, NAME: description.`"""
-    starts = [*ENTRY.finditer(text)]
-    for entry, following in zip(starts, [*starts[1:], None], strict=True):
-        yield entry[1], text[entry.end() : following.start() if following else None].strip()
+def _arguments(text: str) -> str:
+    """The entries `NAME: meaning` of a section as a table."""
+    entries = re.findall(r"^(\w+): (.*(?:\n +.*)*)", text, re.MULTILINE)
+    rows = [f"| `{name}` | {' '.join(words.split())} |" for name, words in entries]
+    return "\n".join(["| argument | meaning |", "| --- | --- |", *rows])
 
 
 def _space(space: gymnasium.Space[Any]) -> str:

@@ -31,7 +31,7 @@ DEFAULT_THRESHOLDS = (0.1, 0.2, 0.3, 0.45, 0.7, 1.0, 1.4, 1.9, 2.8, 4.0, 8.0, 10
 
 @dataclass(frozen=True)
 class Action:
-    """What one kind of action decides.
+    """One kind of action: its scope and its choice.
 
     Attributes:
         scope: "frame", one choice for the whole frame, or "region", one for each region.

@@ -19,7 +19,7 @@ __all__ = ["BatchedEnvironment", "EpisodeSettings", "Transition"]
 
 @dataclass(frozen=True)
 class EpisodeSettings:
-    """What is drawn for each episode, and how frames are rewarded.
+    """The draws of each episode, and the reward of frames.
 
     Attributes:
         trade_off: lambda, or a range from which one is drawn log-uniformly for every clip.
@@ -58,7 +58,7 @@ class EpisodeSettings:
 
 @dataclass(frozen=True)
 class Transition:
-    """What one step gave, one row per agent; `result` has one row per clip.
+    """The result of one step, with one row per agent; `result` has one row per clip.
 
     Attributes:
         observations: of the next frame; of the next clip where one ended and was followed.
@@ -216,10 +216,10 @@ class BatchedEnvironment:
             queue.extend((self._generators[slot].permutation(order) if self.episodes.shuffle else order).tolist())
         return queue.pop(0)
 
-    # What a checkpoint needs to go on where it stopped -----------------------------------------------------------
+    # State for checkpoints -------------------------------------------------------------------------------------------
 
     def snapshot(self, *, streams: bool = True) -> dict[str, Any]:
-        """All that the steps to come depend on besides the parts it was made of, for `restore`; not a copy.
+        """The state on which the next steps depend, for `restore`; it is not a copy.
 
         Without `streams`, which take most of the room, clips in progress are left out: `reset` must follow `restore`.
         """

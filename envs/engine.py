@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int64, Num, UInt8
@@ -85,7 +85,7 @@ class FrameResult:
 
 @dataclass(frozen=True)
 class Conditions:
-    """Under what each clip runs, as observations show it.
+    """The conditions under which each clip runs, as observations show them.
 
     Attributes:
         trade_off: lambda of each clip.
@@ -103,8 +103,9 @@ class Conditions:
         return Conditions(torch.tensor([trade_off], dtype=torch.float32), trade_off_range, torch.ones(1))
 
 
+@runtime_checkable
 class State(Protocol):
-    """What an engine keeps of each clip from one frame to the next."""
+    """State that an engine keeps of each clip from one frame to the next."""
 
     reference: Reference
 
@@ -115,16 +116,17 @@ class State(Protocol):
     def put(self, rows: Int64[Tensor, " n"], other: Any) -> None:
         """Replace the clips in `rows` by those of `other`, in order; `other` must not run on."""
 
-    def clone(self) -> Self:
+    def clone(self) -> "State":
         """A copy that runs on by itself."""
 
     def snapshot(self) -> dict[str, Any]:
-        """What `restore` needs; not a copy."""
+        """The tensors that `restore` needs; they are not copies."""
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
         """Go on from a snapshot, which then belongs to this state."""
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Runs one frame of B clips: from inputs, state and decision to prediction, error and cost.
 
@@ -162,8 +164,8 @@ class FrameInputs:
 
     Attributes:
         pixels: the frames.
-        targets: what predictions are compared with; None where there is nothing.
-        starts: for a recurrent task, what it is given with each clip.
+        targets: the targets with which predictions are compared; None where there are none.
+        starts: for a recurrent task, the prediction and template of each clip's first frame.
         first: which frames are the first of their clips.
         names: name of each frame, for messages.
     """
@@ -177,7 +179,7 @@ class FrameInputs:
 
 @dataclass
 class NetworkState:
-    """What a `NetworkEngine` keeps of each clip: references of the network, and what observations show.
+    """State of each clip in a `NetworkEngine`: references of the network, and values that observations show.
 
     Attributes:
         references: inputs and outputs of every layer, and the age of the keyframe.
@@ -196,7 +198,7 @@ class NetworkState:
 
     @property
     def reference(self) -> Reference:
-        """What residuals are taken against."""
+        """The reference mode: residuals are taken against the previous frame or the keyframe."""
         return self.references.reference
 
     @property
@@ -218,7 +220,7 @@ class NetworkState:
         return NetworkState(self.references.clone(), **{name: t.clone() for name, t in self._tensors().items()})
 
     def snapshot(self) -> dict[str, Any]:
-        """What `restore` needs; not a copy."""
+        """The tensors that `restore` needs; they are not copies."""
         return {"references": self.references.snapshot(), **self._tensors()}
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
@@ -289,7 +291,7 @@ class NetworkEngine:
         )
 
     def _network_inputs(self, inputs: FrameInputs, state: NetworkState) -> Inputs:
-        """What the network takes: the frames, and what a recurrent task adds."""
+        """The network's inputs: the frames, and those that a recurrent task adds."""
         given: Inputs = inputs.pixels
         if self._sequence is not None:
             previous = state.previous
@@ -328,7 +330,7 @@ class NetworkEngine:
         return share, spent.permute(0, 2, 3, 1).clamp_(0, 1)
 
     def seen(self, inputs: FrameInputs, state: NetworkState, trade_off: Float[Tensor, " b"]) -> Seen:
-        """What a device has before the frame of `inputs` runs."""
+        """The frames and features that a device has before the frame of `inputs` runs."""
         reference = state.frame if state.reference == "previous" else state.key_frame
         return Seen(inputs.pixels, reference, state.key_frame, state.output, state.spent, state.age, trade_off)
 

@@ -34,7 +34,7 @@ class StreamResult(FrameResult):
 
 
 class FrameView:
-    """What a policy may look at before one frame of each clip; the observation is computed once, and only if asked for.
+    """The view that a policy has before one frame of each clip; the observation is computed once, and only on demand.
 
     Args:
         engine: runs the frames.
@@ -119,7 +119,7 @@ class Policy(Protocol):
 
     @property
     def settings(self) -> dict[str, object]:
-        """What identifies it in tables and files."""
+        """Settings that identify it in tables and files."""
 
     def decide(self, view: FrameView) -> Decision:
         """How the next frame of every clip runs."""
@@ -223,7 +223,7 @@ class Streams:
         return StreamResult(**vars(result), clip=clips, time=times, last=self.time[rows] >= self.length[rows])
 
     def view(self) -> FrameView:
-        """What a policy may look at before each slot's next frame; after a clip's end, before its last frame again."""
+        """A policy's view before each slot's next frame; after the end of a clip, before its last frame once more."""
         clips, times = self.clip.clone(), torch.minimum(self.time, self.length - 1)
         budget = torch.ones(self.slots)
         if self.budget is not None:
@@ -261,7 +261,7 @@ class Streams:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def snapshot(self) -> dict[str, Any]:
-        """All that the frames to come depend on besides the engine, for `restore`; not a copy."""
+        """The state on which the next frames depend, for `restore`; it is not a copy."""
         return {"streams": self._tensors(), "state": self.state.snapshot()}
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:

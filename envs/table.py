@@ -33,7 +33,7 @@ POOLED_TOGETHER = 4096  # rows
 
 @dataclass(frozen=True)
 class ResponseTable:
-    """What every frame of a clip gives against every keyframe before it, at one level for all layers and regions.
+    """The responses of a clip: every frame against every keyframe before it, at one level for all layers and regions.
 
     Row [k, a, l] is frame k + a as a residual against keyframe k at level l. Row [k, 0, l] is keyframe k itself, the
     same for every l. Rows beyond the end of the clip hold no counts and NaN. There are T frames, ages 0 to A - 1, L
@@ -293,7 +293,7 @@ class _LookedUpCost(FrameCost):
 
 @dataclass
 class TableState:
-    """What a `TableEngine` keeps of each clip: where the frame that ran last is in the tables.
+    """State of each clip in a `TableEngine`: the place of the frame that ran last in the response tables.
 
     Attributes:
         age: frames since the keyframe; -1 before the first.
@@ -320,7 +320,7 @@ class TableState:
         return TableState(**{name: value.clone() for name, value in vars(self).items()})
 
     def snapshot(self) -> dict[str, Any]:
-        """What `restore` needs; not a copy."""
+        """The tensors that `restore` needs; they are not copies."""
         return dict(vars(self))
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
@@ -372,7 +372,7 @@ class TableEngine:
     def inputs(
         self, clips: Int64[Tensor, " b"], times: Int64[Tensor, " b"]
     ) -> tuple[Int64[Tensor, " b"], Int64[Tensor, " b"]]:
-        """Where the frames are: indices of clip and frame."""
+        """Indices of clip and frame."""
         return clips, times
 
     def step(

@@ -123,5 +123,5 @@ def _table(state: Mapping[str, Any]) -> ResponseTable:
 
 
 def _inside(frames: int, ages: int) -> Tensor:
-    """Which rows lie before the end of the clip."""
+    """The rows that lie before the end of the clip."""
     return torch.arange(frames)[:, None] + torch.arange(ages) < frames

@@ -1,4 +1,4 @@
-"""What a training run is between two rollouts: all that the rollouts to come depend on, and what was done so far."""
+"""The state of a training run between two rollouts: all on which later rollouts depend, and the figures so far."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from resq_rl.sealed import Checkpoints
 __all__ = ["TrainingReport", "about_run", "load_checkpoint", "save_checkpoint"]
 
 # Settings that may change when training goes on.
-_FREE_SETTINGS = ("frames", "checkpoint_every")
+_FREE_SETTINGS = ("checkpoint_every",)
 
 
 @dataclass
@@ -42,7 +42,7 @@ class TrainingReport:
 
 
 def about_run(environment: AgentsVecEnv, settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """What a checkpoint must have in common with the run that goes on from it, as JSON gives it back."""
+    """The settings that a checkpoint and the run that goes on from it must share, as JSON gives them back."""
     core = environment.core
     digest = hashlib.sha256()
     problem = core.streams.problem
@@ -119,7 +119,7 @@ def load_checkpoint(folder: Path, model: PPO, environment: AgentsVecEnv, about: 
 
 
 def _random_states() -> dict[str, Any]:
-    """Of every generator that is shared by the process: stable-baselines3 draws from torch's and numpy's."""
+    """The states of the generators that the process shares: stable-baselines3 draws from torch's and numpy's."""
     name, keys, *rest = np.random.get_state()  # noqa: NPY002 - stable-baselines3 draws from it
     return {
         "python": random.getstate(),

@@ -1,4 +1,4 @@
-"""What choosing by region can save with perfect knowledge of the errors ahead."""
+"""A bound on the saving of choices by region: perfect knowledge of the errors ahead."""
 
 from dataclasses import dataclass, replace
 
@@ -64,7 +64,7 @@ class Clairvoyant:
 
     @property
     def bits(self) -> int:
-        """Of no meaning without MACs."""
+        """Without MACs it has no effect."""
         return 8
 
     @property

@@ -118,7 +118,7 @@ class LearnedPolicy:
 
     @property
     def settings(self) -> dict[str, object]:
-        """What identifies the policy in tables and files."""
+        """Settings that identify the policy in tables and files."""
         timing: dict[str, object] = {"interval": self.interval} if self.keyframes is None else {"keyframes": "learned"}
         return {
             "trade_off": self.trade_off,
@@ -222,7 +222,7 @@ class LearnedPolicy:
         write_atomic(folder / "policy.json", json.dumps(whole, indent=2) + "\n")
 
     def _pack(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What the two files hold."""
+        """The content of the two files."""
         tensors = {f"weight{i}": w.contiguous() for i, w in enumerate(self.weights)}
         tensors |= {f"bias{i}": b.contiguous() for i, b in enumerate(self.biases)}
         about: dict[str, Any] = {"layers": len(self.weights), "scheme": asdict(self.scheme)}

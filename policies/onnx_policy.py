@@ -32,7 +32,7 @@ OUTPUTS = ("choice", "refresh")
 
 
 class _Graph(nn.Module):
-    """From what a device has before a frame of one clip to the threshold or level of every group and region."""
+    """Maps the inputs of a device before a frame of one clip to the threshold or level of every group and region."""
 
     def __init__(self, policy: LearnedPolicy) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ def export_onnx(policy: LearnedPolicy, path: Path) -> None:
 
 
 def _about(policy: LearnedPolicy) -> dict[str, Any]:
-    """What a runtime needs to know beside the graph."""
+    """The settings that a runtime needs beside the graph."""
     return {
         "format": FORMAT,
         "choice": "threshold" if policy.scheme.by_threshold else "level",

@@ -73,7 +73,7 @@ def best_schedule(table: ResponseTable, trade_off: float) -> Schedule:
 
 
 def oracle_measurement(task: Task, tables: Sequence[ResponseTable], trade_off: float) -> Measurement:
-    """What the best schedule of every clip gives and spends, without running it.
+    """Accuracy and BOPs of the best schedule of every clip, without running it.
 
     It knows the whole clip and its targets beforehand and is charged nothing for deciding: a bound, not a policy. What
     it bounds is the error plus lambda times the BOPs, as in rewards; mean IoU follows that error to first order only.
@@ -97,7 +97,7 @@ def measure_schedules(
     settings: dict[str, object],
     policy_share: float = 0.0,
 ) -> Measurement:
-    """What a schedule for each clip gives and spends.
+    """Accuracy and BOPs of a schedule for each clip.
 
     Args:
         task: what the tables are of.
@@ -144,7 +144,7 @@ def measure_schedules(
 
 
 def measure_on_tables(engine: TableEngine, policy: Policy) -> Measurement:
-    """What `resq_rl.envs.measure` gives for a policy of frame-level decisions, without running the network.
+    """Measure a policy of frame-level decisions as `resq_rl.envs.measure` does, without running the network.
 
     Raises:
         PolicyError: the policy decides for another reference than the keyframe, or not one level for each frame.

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 __all__ = ["OrdinalHead", "OrdinalPolicy"]
 
-# Of untrained decisions, as a share of the number of choices.
+# Initial width of a decision, as a share of its number of choices.
 FIRST_WIDTH = 0.3
-# How far one unit of the layer's output moves a decision, likewise.
+# Move of a decision by one unit of the layer's output, as a share of its number of choices.
 REACH = 1 / 3
 
 

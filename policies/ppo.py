@@ -17,10 +17,11 @@ from resq_rl.envs import ActionScheme
 from resq_rl.envs.batched import Transition
 from resq_rl.envs.observation import AGE_OCTAVES, age_feature
 from resq_rl.envs.sb3 import AgentsVecEnv
-from resq_rl.errors import PolicyError, SettingsError
+from resq_rl.errors import PolicyError
 from resq_rl.policies.checkpoints import TrainingReport, about_run, load_checkpoint, save_checkpoint
 from resq_rl.policies.learned import LearnedPolicy
 from resq_rl.policies.ordinal import OrdinalPolicy
+from resq_rl.policies.ppo_settings import PPOSettings
 from resq_rl.sealed import Checkpoints
 
 __all__ = ["FirstChoice", "PPOSettings", "Progress", "TrainingReport", "train_ppo", "untrained"]
@@ -34,59 +35,8 @@ UPDATE_FIGURES = ("entropy_loss", "approx_kl", "explained_variance", "loss")
 
 
 @dataclass(frozen=True)
-class PPOSettings:
-    """Settings of PPO, with the names of stable-baselines3 where it has them.
-
-    Attributes:
-        frames: frames to simulate, forced keyframes included; rounded up to whole rollouts.
-        n_steps: frames of each clip per rollout; a rollout holds n_steps x agents samples.
-        batch_size: most samples of a minibatch; the largest number up to it that divides the rollout is used.
-        n_epochs, gamma, gae_lambda, ent_coef, clip_range, learning_rate: as in stable-baselines3; the
-            learning rate falls linearly to a tenth.
-        hidden: widths of the policy's hidden layers; the value function's are `value_hidden`.
-        bits: bits at which the trained policy runs and is charged.
-        checkpoint_every: rollouts between checkpoints.
-    """
-
-    frames: int = 100_000
-    n_steps: int = 16
-    batch_size: int = 4096
-    n_epochs: int = 4
-    learning_rate: float = 1e-3
-    gamma: float = 0.8
-    gae_lambda: float = 0.9
-    ent_coef: float = 0.003
-    clip_range: float = 0.2
-    hidden: tuple[int, ...] = (16, 16)
-    value_hidden: tuple[int, ...] = (64, 64)
-    bits: int = 8
-    checkpoint_every: int = 20
-
-    def __post_init__(self) -> None:
-        if self.frames < 1 or self.n_steps < 2:
-            raise SettingsError(f"training needs frames >= 1 and n_steps >= 2, got {self.frames} and {self.n_steps}.")
-        if not self.hidden or min((*self.hidden, *self.value_hidden)) < 1:
-            raise SettingsError(
-                f"Hidden layers need a unit or more, and the policy a hidden layer, got {self.hidden} (policy) and "
-                f"{self.value_hidden} (value)."
-            )
-        if self.bits != 32 and not 2 <= self.bits <= 16:
-            raise SettingsError(f"The policy runs at 2 to 16 bits, or at 32 in float, got {self.bits}.")
-        limits = {"batch_size": 2, "n_epochs": 1, "ent_coef": 0, "checkpoint_every": 1}
-        for name, least in limits.items():
-            if not getattr(self, name) >= least:
-                raise SettingsError(f"{name} must be {least} or more, got {getattr(self, name)}.")
-        for name in ("learning_rate", "clip_range"):
-            if not getattr(self, name) > 0:
-                raise SettingsError(f"{name} must be positive, got {getattr(self, name)}.")
-        for name in ("gamma", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise SettingsError(f"{name} must lie in 0..1, got {getattr(self, name)}.")
-
-
-@dataclass(frozen=True)
 class FirstChoice:
-    """What a policy begins as.
+    """The choices with which a policy begins.
 
     Attributes:
         choices: threshold index or level for all layer groups, or one for each.
@@ -99,7 +49,7 @@ class FirstChoice:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training stands after a rollout: frames done and the rollout's figures by name.
+    """The progress of training after a rollout: the frames done and the figures of the rollout by name.
 
     Beside those of stable-baselines3 (of the update before the rollout) these are means over the rollout: `reward` and
     `error` per frame, `bops` as a share of W8A8, `keyframes` as a share of frames, `entropy` of the sampled actions
@@ -168,7 +118,7 @@ def untrained(environment: AgentsVecEnv, settings: PPOSettings, seed: int) -> PP
         learning_rate=_Falling(settings.learning_rate),
         n_steps=settings.n_steps,
         batch_size=max(2, batch_size),
-        n_epochs=settings.n_epochs,
+        n_epochs=settings.epochs,
         gamma=settings.gamma,
         gae_lambda=settings.gae_lambda,
         clip_range=settings.clip_range,
@@ -344,7 +294,7 @@ class _Rollouts(BaseCallback):
 def choice_figures(
     scheme: ActionScheme, observations: Float[np.ndarray, "*n f"], actions: Int[np.ndarray, "*n k"]
 ) -> dict[str, float]:
-    """What agents chose, apart from keyframes: a policy that has collapsed chooses the same whatever it observes.
+    """Figures of the agents' choices, keyframes apart: a collapsed policy chooses the same whatever it observes.
 
     Returns:
         `mean_choice`, the mean index of the threshold or level; `choice_0` to `choice_{n-1}`, the share of each; and
@@ -381,7 +331,7 @@ def deployed(model: PPO, environment: AgentsVecEnv, settings: PPOSettings) -> Le
         trade_off_range=(low, high),
         interval=core.episodes.intervals[0],
         reference=core.streams.reference,
-        bits=settings.bits,
+        bits=settings.policy_bits,
         frame_size=core.streams.problem.model.frame_size,
         network=core.streams.problem.model.groups,
     )

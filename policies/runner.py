@@ -1,31 +1,32 @@
 """A policy and its frozen network on a stream of frames, as an application runs them."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image
 from torch import Tensor, nn
 
 from resq_rl.envs import Conditions, Decision, FrameInputs, FrameView, NetworkEngine, Policy, Problem
 from resq_rl.envs.measure import policy_share
-from resq_rl.errors import PolicyError, VideoError
+from resq_rl.errors import PolicyError, SettingsError, VideoError
 from resq_rl.perception import Beginning, Task, beginning_of
 from resq_rl.policies.learned import LearnedPolicy
 from resq_rl.quantization import load_model
-from resq_rl.video import Clip
-from resq_rl.video.images import resize_frame, resize_labels
+from resq_rl.video import Clip, Framing
+from resq_rl.video.images import Box
 
-__all__ = ["RunCost", "Runner"]
+__all__ = ["SETTINGS", "RunCost", "Runner", "saved_framing"]
 
 REFERENCE_BITS = 8
+SETTINGS = "network.json"  # in the folder of a trained policy: how network, task, video and frames are made
 
 
 @dataclass(frozen=True)
 class RunCost:
-    """What one frame cost, as shares of the network's W8A8 frame.
+    """The cost of one frame, as shares of the network's W8A8 frame.
 
     Attributes:
         keyframe: whether it ran as a keyframe.
@@ -62,13 +63,16 @@ class Runner:
     Args:
         policy: decides how frames run.
         problem: the calibrated network, its task and the policy's grid; clips are not needed.
+        framing: how frames are brought to the network; by default they are stretched to its size. Its stride is up to
+            the caller, who leaves frames out.
 
     Raises:
         PolicyError: the policy does not fit the network or the grid.
     """
 
-    def __init__(self, policy: Policy, problem: Problem) -> None:
+    def __init__(self, policy: Policy, problem: Problem, framing: Framing | None = None) -> None:
         self.policy, self.problem = policy, problem
+        self.framing = Framing(problem.model.frame_size) if framing is None else framing
         self._engine = NetworkEngine(problem)
         self._conditions = Conditions.alone(policy.trade_off, policy.trade_off_range)
         self._own_share = policy_share(problem, policy)
@@ -84,6 +88,7 @@ class Runner:
         *,
         trade_off: float | None = None,
         interval: int | None = None,
+        framing: Framing | None = None,
     ) -> "Runner":
         """The policy and the calibrated model that a training run wrote into `folder`.
 
@@ -91,6 +96,7 @@ class Runner:
             network: the float network that was calibrated.
             trade_off: lambda to decide for; the middle of its range by default.
             interval: frames between keyframes (0: first frame only); the policy's own timing by default.
+            framing: how frames are brought to the network; by default as in training.
 
         Raises:
             PolicyError, CalibrationError: the files are missing or damaged, or the policy does not know that lambda.
@@ -102,16 +108,18 @@ class Runner:
             raise PolicyError(f"The policy was trained for lambda from {low:g} to {high:g}, got {trade_off:g}.")
         if trade_off is not None or interval is not None:
             policy = policy.at(policy.trade_off if trade_off is None else trade_off, interval)
-        return Runner(policy, Problem(load_model(Path(folder), network), task, policy.scheme.grid))
+        model = load_model(Path(folder), network)
+        framing = saved_framing(Path(folder)) if framing is None else framing
+        return Runner(policy, Problem(model, task, policy.scheme.grid), framing)
 
     def reset(self, given: UInt8[np.ndarray, "h w"] | UInt8[Tensor, "h w"] | None = None) -> None:
         """Begin a new video: the next frame runs as a keyframe, and nothing of the frames before is left.
 
         Args:
             given: for a task that begins with it (`Recurrent`), the label of the next frame, such as the mask of the
-                object to follow; brought to the model's size.
+                object to follow; framed as the frame is.
         """
-        self._given = None if given is None else _fitted_label(given, self.problem.model.frame_size)
+        self._given = None if given is None else self._framed_label(given)
         self._starts: list[Beginning] = []
         self._state = self._engine.new_state(1, self.policy.reference)
 
@@ -125,7 +133,7 @@ class Runner:
         return int(self._state.age[0]) >= 0
 
     def _start(self, frame: UInt8[Tensor, "3 h w"]) -> list[Beginning]:
-        """What a recurrent task is given with the first frame.
+        """The prediction and template of the first frame, for a recurrent task.
 
         Raises:
             VideoError: no label was given.
@@ -147,20 +155,24 @@ class Runner:
         return FrameView(self._engine, lambda: self._inputs(frame), self._state, self._conditions)
 
     @torch.no_grad()
-    def __call__(self, frame: UInt8[np.ndarray, "h w 3"] | UInt8[Tensor, "3 h w"]) -> tuple[Tensor, RunCost]:
+    def __call__(
+        self, frame: UInt8[np.ndarray, "h w 3"] | UInt8[Tensor, "3 h w"], window: Box | None = None
+    ) -> tuple[Tensor, RunCost]:
         """Run the next frame.
 
         Args:
-            frame: RGB of any size; brought to the model's as `VideoFiles` does.
+            frame: RGB of any size; it is framed as in training.
+            window: the part of it to use (left, top, right, bottom), for a policy trained on windows that follow an
+                object.
 
         Returns:
             The task's prediction for it at the model's frame size, such as the class of every pixel, and its cost.
 
         Raises:
-            VideoError: the frame is no RGB picture of bytes, or a label is wanted first.
+            VideoError: the frame is no RGB picture of bytes, or a label or a window is wanted.
             NetworkError: the output holds NaN or infinity.
         """
-        own = _fitted(frame, self.problem.model.frame_size).clone()[None]  # the caller may write into its own
+        own = self._framed(frame, window)[None]
         if self._begun:
             decision, policy_bops = self.policy.decide(self._view(own)), self._own_share
         else:
@@ -170,26 +182,37 @@ class Runner:
         cost = RunCost(bool(result.cost.keyframe), float(result.bops), policy_bops, result.share[0])
         return result.prediction[0], cost
 
+    def _framed(self, frame: np.ndarray | Tensor, window: Box | None) -> UInt8[Tensor, "3 h w"]:
+        shape, kind = tuple(frame.shape), frame.dtype
+        channels = shape[-1 if isinstance(frame, np.ndarray) else 0] if len(shape) == 3 else 0
+        if channels != 3 or 0 in shape or kind not in (np.uint8, torch.uint8):
+            raise VideoError(
+                f"A frame must be RGB bytes, an array (h, w, 3) or a tensor (3, h, w), got {kind} of shape {shape}."
+            )
+        picture = frame.permute(1, 2, 0).cpu().numpy() if isinstance(frame, Tensor) else frame
+        framed = self.framing.frame(picture, window)
+        return torch.from_numpy(framed.copy()).permute(2, 0, 1)  # the caller may write into its own frame
 
-def _fitted(frame: np.ndarray | Tensor, size: tuple[int, int]) -> UInt8[Tensor, "3 h w"]:
-    """A frame at `size`, channels first."""
-    shape, kind = tuple(frame.shape), frame.dtype
-    channels = shape[-1 if isinstance(frame, np.ndarray) else 0] if len(shape) == 3 else 0
-    if channels != 3 or 0 in shape or kind not in (np.uint8, torch.uint8):
-        raise VideoError(
-            f"A frame must be RGB bytes, an array (h, w, 3) or a tensor (3, h, w), got {kind} of shape {shape}."
-        )
-    if isinstance(frame, Tensor):
-        if tuple(frame.shape[1:]) == size:
-            return frame
-        frame = frame.permute(1, 2, 0).cpu().numpy()
-    resized = resize_frame(Image.fromarray(np.ascontiguousarray(frame)), size)
-    return torch.from_numpy(resized).permute(2, 0, 1)
+    def _framed_label(self, label: np.ndarray | Tensor) -> UInt8[Tensor, "h w"]:
+        values = label.cpu().numpy() if isinstance(label, Tensor) else label
+        if values.ndim != 2 or values.dtype != np.uint8:
+            raise VideoError(f"A label must be bytes (h, w), got {values.dtype} of shape {values.shape}.")
+        return torch.from_numpy(self.framing.labels(np.ascontiguousarray(values)).copy())
 
 
-def _fitted_label(label: np.ndarray | Tensor, size: tuple[int, int]) -> UInt8[Tensor, "h w"]:
-    """A label map at `size`."""
-    values = label.cpu().numpy() if isinstance(label, Tensor) else label
-    if values.ndim != 2 or values.dtype != np.uint8:
-        raise VideoError(f"A label must be bytes (h, w), got {values.dtype} of shape {values.shape}.")
-    return torch.from_numpy(np.ascontiguousarray(values if values.shape == size else resize_labels(values, size)))
+def saved_framing(folder: Path) -> Framing | None:
+    """How frames were brought to the network in training, from a policy's folder; None where it holds no settings.
+
+    Raises:
+        PolicyError: the file is damaged, or does not say.
+    """
+    path = folder / SETTINGS
+    if not path.exists():
+        return None
+    try:
+        return Framing.from_json(json.loads(path.read_text())["framing"])
+    except (OSError, KeyError, TypeError, ValueError, SettingsError) as error:
+        raise PolicyError(
+            f"{path} does not say how frames are brought to the network ({error!r}). Train the policy anew, or give "
+            "`framing`."
+        ) from error

@@ -13,15 +13,15 @@ from resq_rl.policies.fixed import GroupThresholds, StaticResQ
 __all__ = ["Strategy", "Tried", "best_for", "search_group_thresholds"]
 
 Strategy = Literal["greedy", "random"]
-# Of a greedy proposal: chance to change one more group, and to change the keyframe interval instead.
+# Probabilities that a greedy proposal changes one more group, and that it changes the keyframe interval instead.
 ONE_MORE, OTHER_INTERVAL = 0.3, 0.15
-# So many proposals in a row that were tried before: neighbours are exhausted; there is nothing left at all.
+# Consecutive repeats before the search falls back to random draws, and before it stops.
 STUCK, MOST_MISSES = 200, 5000
 
 
 @dataclass(frozen=True)
 class Tried:
-    """What a setting gave on some clips: error as in the reward, BOPs as a share of W8A8."""
+    """A setting tried on some clips: its error as in the reward, and its BOPs as a share of W8A8."""
 
     policy: GroupThresholds | StaticResQ
     error: float

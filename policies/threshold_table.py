@@ -135,7 +135,7 @@ class ThresholdTable:
 
 
 def typical_thresholds(chosen: Float[Tensor, "n g rows columns"], shares: Sequence[float]) -> list[tuple[float, ...]]:
-    """For each share, the thresholds by group below which that share of the policy's choices lies.
+    """Quantiles of the policy's choices: for each share, the thresholds by group below which that share of them lies.
 
     Args:
         chosen: what a policy chose on n residual frames (`Trace.chosen`).

@@ -15,6 +15,9 @@
 Each message says what is wrong, where, which value was received, and how to mend it.
 """
 
+import difflib
+from collections.abc import Iterable
+
 __all__ = [
     "CalibrationError",
     "LaunchError",
@@ -27,6 +30,8 @@ __all__ = [
     "UnsupportedOperatorError",
     "VideoError",
     "WeightsError",
+    "did_you_mean",
+    "unknown_name",
 ]
 
 
@@ -72,3 +77,18 @@ class ResultsError(ResqError):
 
 class LaunchError(ResqError):
     """Jobs of a sweep that cannot be started, or were lost with the processes that ran them."""
+
+
+def did_you_mean(name: str, valid: Iterable[str], *, prefix: str = "") -> str:
+    """The end of an error line: the nearest valid name after `prefix`, and all of them where they are few."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    hint = f" Did you mean '{prefix}{close[0]}'?" if close else ""
+    if not names or (close and len(names) > 12):
+        return hint
+    return f"{hint} Valid: {', '.join(names)}."
+
+
+def unknown_name(name: str, valid: Iterable[str], *, prefix: str = "") -> SettingsError:
+    """The error for a setting that does not exist; `name` and `valid` are relative to `prefix`."""
+    return SettingsError(f"Unknown setting '{prefix}{name}'.{did_you_mean(name, valid, prefix=prefix)}")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from resq_rl.experiments.cli.app import main
-from tests.shown import ROOT, SITE, blocks, commands
+from tests.shown import PAGES, ROOT, SITE, blocks, commands
 
 # Tested with what they need: a trained policy (test_jobs.py), two files and a comparison (test_adding_a_task.py); files
 # that a page takes in (test_examples.py).
@@ -60,6 +60,13 @@ def test_the_dataset_shown_can_be_chosen(
     small += ["quantization.weight_rounding=nearest", "quantization.compile=false", "environment.clips_per_batch=1"]
     assert main(["train", "--config-dir", str(tmp_path), "video=panning", *small]) == 0
     assert list(tmp_path.glob("train/*/seed0/policy.safetensors"))
+
+
+def test_tests_named_in_pages_are_there() -> None:
+    text = "".join(page.read_text("utf-8") for page in PAGES)
+    named = set(re.findall(r"\btests/[\w/]+(?:\.py)?", text))
+    assert len(named) > 10
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
 def test_every_page_is_in_the_navigation() -> None:
@@ -197,5 +204,6 @@ def test_the_page_of_environments_takes_in_the_tables() -> None:
     page = (ROOT / "docs" / "environments.md").read_text("utf-8")
     built = environment_pages().on_page_markdown(page)
     assert "| `keyframe_age` | 0 | 1 |" in built
-    assert "| default | meaning |" in built
+    for argument in ("problem", "trade_off", "thresholds", "render_mode"):
+        assert f"| `{argument}` | " in built
     assert f"hooks: [docs/{environment_pages().__name__}.py]" in (ROOT / "mkdocs.yml").read_text("utf-8")

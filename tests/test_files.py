@@ -1,5 +1,6 @@
 """Result files are whole or not there."""
 
+import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -27,8 +28,43 @@ def files_of_at_most(size: int) -> Iterator[None]:
 def test_it_writes_text_and_bytes_into_new_folders(content: str | bytes, tmp_path: Path) -> None:
     path = write_atomic(tmp_path / "a" / "b" / "file", content)
     assert path.read_bytes() == (content.encode() if isinstance(content, str) else content)
-    assert path.stat().st_mode & 0o777 == 0o644
     assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077, 0o000])
+def test_a_new_file_has_the_permissions_that_the_umask_leaves(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        (tmp_path / "plain").write_text("x")
+        path = write_atomic(tmp_path / "folder" / "file", "x")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert path.parent.stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_a_file_that_there_was_keeps_its_permissions(tmp_path: Path) -> None:
+    path = write_atomic(tmp_path / "file", "before")
+    path.chmod(0o640)
+    assert write_atomic(path, "after").read_text() == "after"
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_name_may_be_as_long_as_the_system_allows(tmp_path: Path) -> None:
+    path = write_atomic(tmp_path / ("n" * os.pathconf(tmp_path, "PC_NAME_MAX")), "x")
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_write_that_is_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    path = write_atomic(tmp_path / "file", "before")
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(path, "after")
+    assert path.read_text() == "before"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_write_that_fails_half_way_leaves_the_file_before_it(tmp_path: Path) -> None:

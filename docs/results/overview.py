@@ -34,7 +34,7 @@ def main() -> None:
     """Draw and write the picture."""
     comparison = json.loads((HERE / "generated.json").read_text(encoding="utf-8"))
     figure = plt.figure(figsize=(10, 3.9), layout="constrained")
-    left, right = np.atleast_1d(figure.subfigures(1, 2, width_ratios=(1.12, 1)))
+    ((left, right),) = figure.subfigures(1, 2, squeeze=False, width_ratios=(1.12, 1))
     axes = left.subplots()
     for method, (label, colour, marker) in METHODS.items():
         points = sorted((p["bops"], p["accuracy"]) for p in comparison["fronts"][method])

@@ -1,7 +1,8 @@
-"""Hydra's launcher `ray`: jobs of a sweep as tasks of a Ray cluster. Hydra takes launchers from `hydra_plugins` only.
+"""Hydra's launcher `ray`: jobs of a sweep as tasks of a Ray cluster. Hydra finds launchers in `hydra_plugins` only.
 
-A job whose process or node is lost goes on from its newest checkpoint on another. All nodes must have this package at
-the same version, and the folder that the sweep is started in at the same path: the results land there.
+A job whose process or node is lost goes on from its newest checkpoint elsewhere. Ray's own retries would not do: a task
+is not told that it is a retry, and would begin the job anew. All nodes must have this package at the same version, and
+the folder in which the sweep is started at the same path: the results are written there.
 """
 
 import logging
@@ -26,15 +27,15 @@ __all__ = ["RayLauncher"]
 
 log = logging.getLogger(__name__)
 
-INHERITED = ("RESQ_RL_", "MLFLOW_", "GOMP_", "OMP_WAIT_")  # variables of the environment that jobs get
+INHERITED = ("RESQ_RL_", "MLFLOW_", "GOMP_", "OMP_WAIT_")  # prefixes of the environment variables that jobs receive
 LOOPBACK = ("127.0.0.1", "localhost")
-INTERRUPTION_SECONDS = 20.0  # for running jobs to write that they were interrupted
-FEW_BYTES = 80_000_000  # of Ray's store of objects, the smallest it takes: jobs return next to nothing
+INTERRUPTION_SECONDS = 20.0  # granted to running jobs to record that they were interrupted
+OBJECT_STORE_BYTES = 80_000_000  # the least that Ray accepts; jobs return next to nothing
 
 
 @dataclass(frozen=True)
 class _Sweep:
-    """What all jobs of a sweep have in common, as it is sent to their processes."""
+    """What all jobs of a sweep share, sent to their processes."""
 
     context: HydraContext
     config: DictConfig
@@ -55,11 +56,11 @@ class RayLauncher(Launcher):
     """Runs each job as a task of Ray.
 
     Args:
-        address: "HOST:PORT" of a cluster's head node; None for the variable RAY_ADDRESS, or else a cluster of this
-            machine, which listens on loopback only and ends with the sweep.
+        address: "HOST:PORT" of a cluster's head node. None means the environment variable RAY_ADDRESS or, where that is
+            not set, a cluster of this machine that listens on loopback only and ends with the sweep.
         cpus_per_job: processors that Ray reserves for a job.
         memory_per_job: bytes of memory that Ray reserves for a job; None for none.
-        retries: how often a job that lost its process is begun again.
+        retries: how often a job that lost its process is started again.
     """
 
     def __init__(self, address: str | None, cpus_per_job: float, memory_per_job: int | None, retries: int) -> None:
@@ -72,7 +73,7 @@ class RayLauncher(Launcher):
         self._context, self._task, self._config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run the jobs to their ends, in any order.
+        """Run all jobs, in any order.
 
         Raises:
             LaunchError: Ray is missing or does not answer, or a job lost its process more often than it may.
@@ -119,7 +120,7 @@ class RayLauncher(Launcher):
 
 
 def _run_job(sweep: _Sweep, number: int, overrides: Sequence[str], again: bool) -> JobReturn:
-    """What a process of Ray does for a job; `again` after another process was lost with it."""
+    """Run a job in a process of Ray; with `again`, go on where a lost process has left it."""
     os.environ.update(sweep.environment)
     try:
         os.chdir(sweep.folder)
@@ -149,9 +150,9 @@ def _run_job(sweep: _Sweep, number: int, overrides: Sequence[str], again: bool) 
 
 @contextmanager
 def _cluster(address: str | None) -> Iterator[Any]:
-    """Ray, connected to a cluster, or to one of this machine that ends with the context."""
+    """Connect to a cluster, or start one on this machine that ends with the context."""
     wishes = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "RAY_COLOR_PREFIX": "0"}
-    wishes["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # what Ray will do from some release on; else it warns
+    wishes["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # the default of future releases; without it Ray warns
     if address is None:
         wishes["RAY_AUTH_MODE"] = "token"
     if address is None or address.rpartition(":")[0] in LOOPBACK:
@@ -162,7 +163,9 @@ def _cluster(address: str | None) -> Iterator[Any]:
         import ray
     except ImportError as error:
         raise LaunchError("hydra/launcher=ray needs Ray: pip install 'resq-rl[ray]'.") from error
-    settings: dict[str, Any] = {"include_dashboard": False, "object_store_memory": FEW_BYTES} if address is None else {}
+    settings: dict[str, Any] = (
+        {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES} if address is None else {}
+    )
     try:
         ray.init(address or "local", logging_level=logging.WARNING, **settings)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
@@ -175,7 +178,7 @@ def _cluster(address: str | None) -> Iterator[Any]:
 
 
 def _interrupt(ray: Any, running: list[Any]) -> None:
-    """Stop jobs and give them time to say so."""
+    """Stop the running jobs and give them time to record it."""
     with suppress(ray.exceptions.RayError):
         for job in running:
             ray.cancel(job)

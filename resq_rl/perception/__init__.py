@@ -6,6 +6,7 @@ from resq_rl.perception.inference import (
     Beginning,
     beginning_of,
     clip_inputs,
+    degenerate_output,
     example_inputs,
     judged_targets,
     predict_clip,
@@ -28,7 +29,7 @@ from resq_rl.perception.pretrain import (
     measure_counts,
     pretrain,
 )
-from resq_rl.perception.segmentation import OutputKind, Segmentation, class_iou, mean_iou, pixel_accuracy
+from resq_rl.perception.segmentation import OutputKind, Segmentation, class_iou, mean_iou
 from resq_rl.perception.task import PretrainSettings, Recurrent, Task, Trainable
 from resq_rl.perception.weight_files import load_weights, save_weights
 
@@ -57,6 +58,7 @@ __all__ = [
     "compact_pose",
     "contour_accuracy",
     "ddrnet23_slim",
+    "degenerate_output",
     "example_inputs",
     "j_and_f",
     "judged_targets",
@@ -65,7 +67,6 @@ __all__ = [
     "mask_propagation_net",
     "mean_iou",
     "measure_counts",
-    "pixel_accuracy",
     "predict_clip",
     "pretrain",
     "recurrent_inputs",

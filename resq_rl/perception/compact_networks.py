@@ -37,7 +37,7 @@ class ConvNorm(nn.Sequential):
 
 
 class ConvNormReLU(ConvNorm):
-    """`ConvNorm` and a ReLU that leaves its input as it was."""
+    """`ConvNorm` and a ReLU that is not in place."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> None:
         super().__init__(inputs, outputs, kernel, stride)
@@ -62,7 +62,7 @@ class ResidualBlock(nn.Module):
 
 
 class SemanticBranch(nn.Module):
-    """The deep branch: 1/8 of the frame with 2w channels, then 1/16 with 4w, taking in detail after each."""
+    """The deep branch: 1/8 of the frame with 2w channels, then 1/16 with 4w. It takes in detail after each."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class SemanticBranch(nn.Module):
 
 
 class DetailBranch(nn.Module):
-    """The branch that stays at 1/4 of the frame with w channels, taking in upsampled semantics once."""
+    """The branch that stays at 1/4 of the frame with w channels. It takes in upsampled semantics once."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ class CompactPose(CompactDDRNet):
 
 
 class MaskPropagationNet(CompactDDRNet):
-    """`CompactDDRNet` that takes the mask of an object in the previous frame and gives its mask in this one.
+    """`CompactDDRNet` that predicts the mask of an object from the frame and the mask in the previous one.
 
     In the manner of MaskTrack (Perazzi et al. 2017, arXiv 1612.02646) the mask is a fourth plane of the input; two more
     say how near each pixel is to two colours that the object has in the first frame, its memory of what to follow.

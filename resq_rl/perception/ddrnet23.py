@@ -1,9 +1,9 @@
 """DDRNet-23-slim, the real-time segmentation network of Hong et al. 2021 (arXiv 2101.06085), layer for layer.
 
-Layers have the names of the authors' published checkpoints, so that those load. Of the paper's table 1, `conv1` is the
-stem, `layer1` and `layer2` what the branches share, `layer3` to `layer5` the low-resolution branch, `layer3_` to
-`layer5_` the high-resolution one, `compression*` and `down*` the fusions between them, and `spp` the DAPPM. The
-auxiliary head, which only training uses, is left out.
+Layers have the names of the authors' published checkpoints, so that those load. In the terms of the paper's table 1,
+`conv1` is the stem; the branches share `layer1` and `layer2`; `layer3` to `layer5` are the low-resolution branch,
+`layer3_` to `layer5_` the high-resolution one; `compression*` and `down*` are the fusions between them; `spp` is the
+DAPPM. The auxiliary head, which only training uses, is left out.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ def _normed(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Seque
 
 
 def _activated(inputs: int, outputs: int, kernel: int, *first: nn.Module) -> nn.Sequential:
-    """`first`, then BatchNorm, ReLU and a convolution without bias: the DAPPM's order."""
+    """`first`, then BatchNorm, ReLU and a convolution without bias, in the DAPPM's order."""
     convolution = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
     return nn.Sequential(*first, nn.BatchNorm2d(inputs), nn.ReLU(), convolution)
 
@@ -47,7 +47,7 @@ def _activated(inputs: int, outputs: int, kernel: int, *first: nn.Module) -> nn.
 class Block(nn.Module):
     """Convolutions with ReLUs between them, plus a shortcut, a strided 1x1 convolution where the shape changes.
 
-    The sum is not rectified: whoever uses it does that. Layers are named `conv1`, `bn1`, `conv2` and so on.
+    The sum is not rectified; the layer that takes it does that. Layers are named `conv1`, `bn1`, `conv2` and so on.
 
     Arguments:
         channels: of the input and after each convolution.
@@ -96,7 +96,7 @@ def _bottleneck_stage(inputs: int, stride: int = 1) -> Stage:
 
 
 class DAPPM(nn.Module):
-    """Deep aggregation pyramid pooling: ever coarser averages, each joined to the one before, then all of them."""
+    """Deep aggregation pyramid pooling: ever coarser averages, each added to the one before, then all concatenated."""
 
     def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Errors in masks such as a network makes that follows an object, for training it to mend them."""
+"""Masks with errors as tracking networks make them, for training such a network to recover from its own errors."""
 
 import math
 from collections.abc import Callable
@@ -8,14 +8,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["perturbed"]
+__all__ = ["disturbed_masks"]
 
 TURN, SCALE, SHIFT, BEND = math.radians(12), 0.15, 0.05, 0.02
-"""Most by which a mask is turned (radians), scaled, moved and bent (shares of the frame's height)."""
+"""Largest rotation (radians), change of scale, shift and bend (shares of the frame's height) of a mask."""
 
 
-def perturbed(masks: Bool[Tensor, "b h w"], generator: torch.Generator) -> Bool[Tensor, "b h w"]:
-    """Masks as a network might have left them: turned, scaled, moved, bent, with parts missing and others added."""
+def disturbed_masks(masks: Bool[Tensor, "b h w"], generator: torch.Generator) -> Bool[Tensor, "b h w"]:
+    """Masks that were turned, scaled, moved and bent, with parts missing and others added."""
     count, height, width = masks.shape
 
     def uniform(*shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a float network predicts for a clip, and what it takes for it, as its task asks for."""
+"""Inputs of a float network for a clip, as its task asks for, and its predictions."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ __all__ = [
     "Beginning",
     "beginning_of",
     "clip_inputs",
+    "degenerate_output",
     "example_inputs",
     "judged_targets",
     "predict_clip",
@@ -24,16 +25,16 @@ __all__ = [
 ]
 
 Forward = Callable[[Inputs], Any]
-"""A network, called with what it takes in float: a frame of each clip, or a tuple of it and what else."""
+"""A network as a function of its float inputs: frames, or a tuple of frames and further inputs."""
 
 
 @dataclass(frozen=True)
 class Beginning:
-    """What a recurrent task is given with a clip.
+    """What a recurrent task knows of a clip before it runs.
 
     Attributes:
-        prediction: for the first frame.
-        template: what the network takes of the first frame, in bytes.
+        prediction: for the first frame, from its label.
+        template: the network's input that is made from the first frame, in bytes.
     """
 
     prediction: Num[Tensor, "*p"]
@@ -41,7 +42,7 @@ class Beginning:
 
 
 def beginning_of(task: Recurrent, clip: Clip) -> Beginning:
-    """What is given with a clip.
+    """The beginning of a clip, from its first frame and label.
 
     Raises:
         VideoError: the clip has no labels, or none that fit.
@@ -66,16 +67,16 @@ def predict_clip(
     batch: int = 16,
     progress: Callable[[int], None] | None = None,
 ) -> Num[Tensor, "t *p"]:
-    """What a network predicts for every frame of a clip.
+    """A network's predictions for every frame of a clip.
 
-    For a recurrent task the network runs frame by frame on its own last predictions, of which the first is given.
+    For a recurrent task the network runs frame by frame on its own last prediction; the first one is given.
 
     Args:
         forward: the network.
-        task: what it is for.
-        clip: the clip, with labels where something is given.
+        task: its task.
+        clip: the clip, with labels for a recurrent task.
         device: where the network runs.
-        batch: frames that run together where they can.
+        batch: frames that run together; those of a recurrent task run alone.
         progress: called with the number of frames done.
 
     Raises:
@@ -98,17 +99,17 @@ def predict_clip(
 def recurrent_inputs(
     task: Recurrent, frames: UInt8[Tensor, "b 3 h w"], previous: Num[Tensor, "b *p"], starts: Sequence[Beginning]
 ) -> Inputs:
-    """The bytes that a network takes for a frame of each clip, for the frames before which it predicted `previous`."""
+    """A network's inputs in bytes for one frame of each clip, where `previous` was predicted for the frames before."""
     return frames, task.memory(previous), torch.stack([start.template for start in starts])
 
 
 def judged_targets(task: Task, targets: Num[Tensor, "t *u"]) -> Num[Tensor, "t *u"]:
-    """A clip's targets as they count (`Recurrent.judged`)."""
+    """A clip's targets, without those that a recurrent task does not count (`Recurrent.judged`)."""
     return task.judged(targets) if isinstance(task, Recurrent) else targets
 
 
 def clip_inputs(forward: Forward, task: Task, clip: Clip) -> Inputs:
-    """The bytes that a network takes for a clip, for `ResQModel.calibrate`: its frames, and its own predictions."""
+    """A network's inputs in bytes for a clip, for `ResQModel.calibrate`; recurrent ones with its own predictions."""
     if not isinstance(task, Recurrent):
         return clip.frames
     predictions = predict_clip(forward, task, clip)
@@ -117,8 +118,38 @@ def clip_inputs(forward: Forward, task: Task, clip: Clip) -> Inputs:
 
 
 def example_inputs(task: Task, clip: Clip) -> Inputs:
-    """What a network takes for the first frame of a clip, in float, for wrapping it."""
+    """A network's inputs for the first frame of a clip, in float, for wrapping it."""
     if not isinstance(task, Recurrent):
         return to_float(clip.frames[:1])
     start = beginning_of(task, clip)
     return tuple(map(to_float, as_tuple(recurrent_inputs(task, clip.frames[:1], start.prediction[None], [start]))))
+
+
+def degenerate_output(task: Task, predictions: Sequence[Num[Tensor, "_ *p"]]) -> str | None:
+    """A warning where a float network's predictions look as if it were given other frames than it expects.
+
+    Agreement with the float network is no evidence that it works: a network that sees nothing is easy to agree with.
+
+    Args:
+        task: its method `degenerate`, if it has one, knows what cannot be right; for other tasks only predictions that
+            are the same for all frames are.
+        predictions: those of `predict_clip` for each of some clips, best all that it is calibrated on.
+
+    Returns:
+        A sentence or two for the user, or None where nothing looks wrong.
+    """
+    judge = getattr(task, "degenerate", _all_the_same)
+    reason = judge(predictions)
+    if reason is None:
+        return None
+    return (
+        f"The float network's output looks degenerate on the training clips: {reason}. The network is given RGB frames "
+        "in 0..1: if it expects a mean and deviation, BGR or 0..255, set model.mean, model.std, model.channels and "
+        "model.value_range. Check its weights and the settings of the task too."
+    )
+
+
+def _all_the_same(predictions: Sequence[Num[Tensor, "_ *p"]]) -> str | None:
+    first, frames = predictions[0][:1], sum(map(len, predictions))
+    same = frames > 1 and all(bool((prediction == first).all()) for prediction in predictions)
+    return f"the prediction is the same for all {frames} frames" if same else None

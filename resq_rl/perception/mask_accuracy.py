@@ -13,7 +13,7 @@ __all__ = ["contour", "contour_accuracy", "j_and_f", "region_similarity"]
 
 Masks = UInt8[Tensor, "b h w"]
 
-TOLERANCE = 0.008  # of the frame's diagonal: how far apart contours may lie that still match
+TOLERANCE = 0.008  # distance within which contours match, as a share of the frame's diagonal
 
 
 def region_similarity(prediction: Masks, target: Masks) -> Float64[Tensor, " b"]:
@@ -54,7 +54,7 @@ def contour_accuracy(prediction: Masks, target: Masks, tolerance: float = TOLERA
 
 
 def contour(masks: Bool[Tensor, "b h w"]) -> Bool[Tensor, "b h w"]:
-    """Pixels that differ from the next one right, below or diagonally below (Martin et al. 2004, `seg2bmap`)."""
+    """Pixels that differ from the one to the right, below or diagonally below (Martin et al. 2004, `seg2bmap`)."""
     right, below = torch.zeros_like(masks), torch.zeros_like(masks)
     right[:, :, :-1] = masks[:, :, :-1] ^ masks[:, :, 1:]
     below[:, :-1] = masks[:, :-1] ^ masks[:, 1:]
@@ -74,10 +74,10 @@ def _dilated(marked: Bool[Tensor, "b h w"], disk: Float[Tensor, "n n"]) -> Bool[
 
 
 def j_and_f(prediction: UInt8[Tensor, "t h w"], target: UInt8[Tensor, "t h w"]) -> tuple[float, float, float]:
-    """J, F and their mean over one sequence of 3 frames or more, without its first and last frame, as DAVIS counts.
+    """J, F and their mean over a sequence of 3 frames or more.
 
-    The first frame's mask is given; DAVIS leaves out the last as well. The figure of a dataset is the mean over its
-    sequences.
+    As in DAVIS the first frame, whose mask is given, and the last one do not count. The figure of a dataset is the mean
+    over its sequences.
     """
     inner = slice(1, -1)
     region = float(region_similarity(prediction[inner], target[inner]).mean())

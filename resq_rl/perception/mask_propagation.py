@@ -8,7 +8,7 @@ from jaxtyping import Float, Float64, Num, UInt8
 from torch import Tensor
 
 from resq_rl.errors import SettingsError, VideoError
-from resq_rl.perception.disturbed_masks import perturbed
+from resq_rl.perception.disturbed_masks import disturbed_masks
 from resq_rl.perception.mask_accuracy import contour_accuracy, region_similarity
 from resq_rl.perception.segmentation import Segmentation
 from resq_rl.perception.task import Loss, PretrainSettings
@@ -17,21 +17,22 @@ from resq_rl.video import IGNORE, Clip
 __all__ = ["MaskPropagation"]
 
 DISTURBED, LOST = 0.5, 0.05
-"""Shares of the roll-outs in training that begin with a mask that is wrong, or with none."""
+"""Shares of the roll-outs in training that begin with a disturbed mask, or with an empty one."""
 
 
 @dataclass(frozen=True)
 class MaskPropagation(Segmentation):
-    """Following one object, whose mask in the first frame is given, through a clip.
+    """Following one object through a clip from its mask in the first frame.
 
-    The network takes each frame with the mask in the frame before, the given one at first and then its own prediction,
-    and with two colours that the object has in the first frame.
+    The network takes each frame with the mask of the previous frame, which is its own prediction except at the second
+    frame, and with two colours of the object in the first frame.
     Accuracy is J&F, the mean of region similarity and contour accuracy (`j_and_f`), over the frames of all clips
     without the first and the last of each, as DAVIS counts.
 
     Attributes:
         classes: 2, background (0) and object (1).
         kind, threshold, output_key: as for `Segmentation`.
+        label_size: None: masks are compared at the size of the frames.
 
     Raises:
         SettingsError: a value is out of range.
@@ -46,6 +47,11 @@ class MaskPropagation(Segmentation):
                 f"MaskPropagation: classes must be 2, background and one object, got {self.classes}. Follow several "
                 "objects one by one."
             )
+        if self.label_size is not None:
+            raise SettingsError(
+                f"MaskPropagation: label_size {self.label_size} cannot be used, since the network is given its own "
+                "masks at the size of the frames. Leave it out."
+            )
 
     @property
     def metric(self) -> str:
@@ -56,7 +62,7 @@ class MaskPropagation(Segmentation):
         """Look at a clip's labels.
 
         Raises:
-            VideoError: they are no masks of one object, or the first frame does not show it.
+            VideoError: they are not masks of one object, or the first frame does not show it.
         """
         super().check(clip)
         labels = clip.labels
@@ -71,11 +77,11 @@ class MaskPropagation(Segmentation):
     # What the network is given ----------------------------------------------------------------------------------------
 
     def given(self, label: Num[Tensor, "h w"]) -> UInt8[Tensor, "h w"]:
-        """The mask in the first frame; pixels without a label are outside the object."""
+        """The first frame's mask; unlabelled pixels are outside the object."""
         return (label == 1).to(torch.uint8)
 
     def memory(self, prediction: UInt8[Tensor, "b h w"]) -> UInt8[Tensor, "b 1 h w"]:
-        """The masks as a plane of bytes: 255 inside the object."""
+        """The previous masks as planes of bytes: 255 inside the object."""
         return prediction[:, None] * 255
 
     def template(self, frame: UInt8[Tensor, "3 h w"], given: UInt8[Tensor, "h w"]) -> UInt8[Tensor, "6 1 1"]:
@@ -95,10 +101,14 @@ class MaskPropagation(Segmentation):
         return kept
 
     def disturbed(self, labels: Num[Tensor, "b h w"], generator: torch.Generator) -> UInt8[Tensor, "b h w"]:
-        """Masks to begin a roll-out in training with: as they are, as a network might have left them, or lost."""
+        """Masks with which roll-outs in training begin: as labelled, with errors, or empty."""
         masks, drawn = labels == 1, torch.rand(len(labels), 1, 1, generator=generator)
-        masks = torch.where(drawn < DISTURBED, perturbed(masks, generator), masks)
+        masks = torch.where(drawn < DISTURBED, disturbed_masks(masks, generator), masks)
         return (masks & (drawn >= LOST)).to(torch.uint8)
+
+    def degenerate(self, predictions: Sequence[UInt8[Tensor, "t h w"]]) -> str | None:
+        """As for segmentation, without the first frame's mask, which is given."""
+        return super().degenerate([prediction[1:] for prediction in predictions])
 
     def objective(self, clips: Sequence[Clip], settings: PretrainSettings, purpose: str = "training") -> Loss:
         """As for segmentation, frame by frame: a small object counts as much as a large one, as it does in J and F.
@@ -131,6 +141,6 @@ class MaskPropagation(Segmentation):
         return (counts[..., 0] + counts[..., 1]) / (2 * counts[..., 2])
 
     def error_table(self, counts: Float64[Tensor, "5"], weighting: str) -> Float[Tensor, "2 2"]:
-        """As for segmentation, by how much of the frames is object."""
+        """As for segmentation, from the numbers of pixels inside and outside the object."""
         inside, known = counts[3], counts[4]
         return super().error_table(torch.stack([known - inside, inside]).long().diag(), weighting)

@@ -142,7 +142,9 @@ def _check_shapes_in(network: nn.Module, program: torch.export.ExportedProgram) 
     placeholders = [node for node in network.graph.nodes if node.op == "placeholder"]
     examples = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     sizes = [examples.get(name) for name in program.graph_signature.user_inputs if isinstance(name, str)]
-    fixed = [[n if isinstance(n, int) else None for n in v.shape] if isinstance(v, Tensor) else None for v in sizes]
+    fixed: list[list[int | None] | None] = [
+        [n if isinstance(n, int) else None for n in v.shape] if isinstance(v, Tensor) else None for v in sizes
+    ]
     if not placeholders or len(fixed) != len(placeholders):
         return
     network.add_submodule("resq_fixed_sizes", _FixedSizes(fixed))

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from resq_rl.video import Clip
 
 __all__ = ["PretrainProgress", "PretrainReport", "measure_counts", "pretrain"]
 
-_STREAM = 2_000_003  # for seeds of disturbances, apart from the sampler's
+_STREAM = 2_000_003  # of the disturbances of masks; another prime than the sampler's
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,12 @@ class PretrainProgress:
 
     Attributes:
         step: steps done.
-        steps: steps in all.
         loss: of the step just done.
         learning_rate: of the step just done.
         validation: accuracy on the validation clips if it was measured after this step, else None.
     """
 
     step: int
-    steps: int
     loss: float
     learning_rate: float
     validation: float | None
@@ -51,8 +49,8 @@ class PretrainReport:
 
     Attributes:
         validation: accuracy on the validation clips, of the weights that the network now has.
-        counts: what it was computed from (`Task.counts`), summed over all frames.
-        best_step: the step whose weights the network now has, the best one on the validation clips.
+        counts: `Task.counts` summed over all frames, from which it was computed.
+        best_step: the step with the best accuracy on the validation clips, whose weights the network now has.
         history: (step, mean loss since the last entry, validation accuracy) at each measurement.
         seconds: wall-clock seconds of this call.
     """
@@ -100,12 +98,11 @@ def pretrain(
     progress: Callable[[PretrainProgress], None] | None = None,
     checkpoint: str | Path | None = None,
     weights: str | Path | None = None,
-    notes: Mapping[str, str] | None = None,
 ) -> PretrainReport:
     """Train a network in place on labelled frames; leave it with its best weights, in evaluation mode.
 
-    For a recurrent task it is rolled out over short windows of a clip: it begins with a label, which may be disturbed,
-    and goes on with its own predictions.
+    For a recurrent task the network is rolled out over short windows of a clip: it begins with a label, which may be
+    disturbed, and goes on with its own predictions.
 
     The frames and augmentation of a step depend on the seed and the step alone, so a resumed run equals one
     that was never stopped (on the same machine, with the same number of threads).
@@ -115,19 +112,17 @@ def pretrain(
         train: labelled clips of one size.
         validation: labelled clips on which the best weights are chosen.
         settings: how to train.
-        task: what the network is for; by default segmentation into 6 classes.
+        task: the task to train for; by default segmentation into 6 classes.
         device: where to train.
         progress: called after every step.
-        checkpoint: folder of checkpoints: to resume from the newest if there is one, and to write one after each
-            measurement.
+        checkpoint: folder of checkpoints. Training resumes from the newest, and writes one after each measurement.
         weights: file for the best weights: safetensors with architecture, settings and accuracy as metadata.
-        notes: further metadata for that file, such as where the clips are from.
 
     Raises:
         VideoError: no clips, clips without labels or of several sizes, or labels that do not fit the task.
         NetworkError: the network's output does not fit the task.
-        SettingsError: the task cannot be trained for, the loss is no longer finite, or the checkpoint is of
-            other settings or another number of frames.
+        SettingsError: the task cannot be trained for, a setting has no effect on it, the loss is no longer finite, or
+            the checkpoint is of other settings or another number of frames.
         WeightsError: the checkpoint is of another network.
         ResultsError: a checkpoint or the weights cannot be written, or no checkpoint can be read.
     """
@@ -140,12 +135,12 @@ def pretrain(
         loss, rate = run.advance()
         accuracy = run.validate() if run.measures() else None
         if progress is not None:
-            progress(PretrainProgress(run.step, settings.steps, loss, rate, accuracy))
+            progress(PretrainProgress(run.step, loss, rate, accuracy))
         if accuracy is not None and checkpoints is not None:
             run.save(checkpoints)  # after `progress`, so that nothing it records is missing in a run that goes on
     report = run.finish(time.monotonic() - started)
     if weights is not None:
-        save_weights(network, weights, {**_metadata(run, report), **(notes or {})})
+        save_weights(network, weights, _metadata(run, report))
     return report
 
 
@@ -161,6 +156,8 @@ class _Run:
         task: Trainable,
         device: torch.device,
     ) -> None:
+        if not isinstance(task, Recurrent):
+            settings.refuse_unused("single frames", "roll_out")
         window = settings.roll_out + 1 if isinstance(task, Recurrent) else 0
         self.sampler = FrameSampler(
             train, settings.batch, settings.seed, settings.augment, task.mirrored, settings.zoom, window
@@ -183,7 +180,7 @@ class _Run:
         self.best_weights: dict[str, Tensor] = {}
 
     def learning_rate(self) -> float:
-        """Of the next step: a linear rise over the first tenth of the steps, then a cosine towards zero."""
+        """The next step's learning rate: a linear rise over the first tenth of the steps, then a cosine to zero."""
         settings = self.settings
         rise = max(1, settings.steps // 10)
         if self.step < rise:
@@ -217,7 +214,7 @@ class _Run:
         return self.task.output(self.network(frames, *others), (frames.shape[-2], frames.shape[-1]))
 
     def _rolled_out(self, task: Recurrent, frames: Tensor, labels: Tensor) -> Tensor:
-        """The mean loss over windows (b, n, ...): the first label, disturbed, then own predictions are fed back."""
+        """The mean loss over windows (b, n, ...), from the disturbed first label on the network's own predictions."""
         generator = torch.Generator().manual_seed(self.settings.seed * _STREAM + self.step)
         pixels = (255 * frames[:, 0].cpu()).round().to(torch.uint8)
         starts = [
@@ -232,7 +229,7 @@ class _Run:
         return torch.stack(losses).mean()
 
     def measures(self) -> bool:
-        """Whether the validation clips are due after the step just done."""
+        """Whether to measure on the validation clips after the step just done."""
         return self.step % self.settings.validate_every == 0 or self.step == self.settings.steps
 
     def validate(self) -> float:
@@ -262,7 +259,7 @@ class _Run:
         )
 
     def fingerprint(self) -> dict[str, object]:
-        """What a checkpoint must agree on, as JSON gives it back."""
+        """What a checkpoint must have in common with this run, in the types that JSON returns."""
         about = {**asdict(self.settings), "task": repr(self.task), "frames": self.sampler.frames}
         plain: dict[str, object] = json.loads(json.dumps(about))
         return plain
@@ -312,7 +309,7 @@ def _arrange(network: nn.Module, layout: torch.memory_format) -> None:
 
 
 def _metadata(run: _Run, report: PretrainReport) -> dict[str, str]:
-    """What a reader of the weights file must know, as safetensors metadata."""
+    """Metadata of the weights file: how the network was built and trained."""
     network, (height, width) = run.network, run.sampler.clips[0].size
     known = {name: str(getattr(network, name)) for name in ("classes", "width") if hasattr(network, name)}
     return {

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 import torch
 from jaxtyping import Float, Float64, Int64, Num, UInt8
@@ -15,8 +15,11 @@ from resq_rl.perception.training_batches import class_shares, mirrored_map
 from resq_rl.quantization.kernels import native
 from resq_rl.video import IGNORE, Clip
 
-__all__ = ["OutputKind", "Segmentation", "class_iou", "mean_iou", "pixel_accuracy", "segmentation_loss"]
+__all__ = ["OutputKind", "Segmentation", "class_iou", "mean_iou", "segmentation_loss"]
 
+
+DEFAULT_THRESHOLD: Final = 0.5
+ONE_CLASS: Final = 0.9999  # share of a frame's pixels from which the frame counts as of one class
 
 OutputKind = Literal["logits", "probability", "logit"]
 """`logits`: one channel per class; `probability` or `logit`: one channel, of the foreground."""
@@ -42,33 +45,30 @@ def mean_iou(confusion: Int64[Tensor, "*n k k"]) -> Float64[Tensor, "*n"]:
     return class_iou(confusion).nanmean(-1)
 
 
-def pixel_accuracy(confusion: Int64[Tensor, "*n k k"]) -> Float64[Tensor, "*n"]:
-    """Share of correctly classified pixels, in 0..1; NaN where no pixel was counted."""
-    counts = confusion.double()
-    return counts.diagonal(dim1=-2, dim2=-1).sum(-1) / counts.sum((-2, -1))
-
-
 @dataclass(frozen=True)
 class Segmentation:
     """Semantic segmentation of every pixel of a frame.
 
     Attributes:
         classes: number of classes k, 2 to 255.
-        kind: what the network puts out: "logits" (b, k, h, w); or "probability" or "logit" (b, 1, h, w) of
+        kind: what the network returns: "logits" (b, k, h, w); or "probability" or "logit" (b, 1, h, w) of
             the foreground, which is class 1 of 2.
-        threshold: least foreground probability that counts as foreground, strictly between 0 and 1; unused
-            for "logits".
+        threshold: least foreground probability that counts as foreground, strictly between 0 and 1; it has no
+            effect on "logits", and must be left alone for them.
         output_key: which of several outputs, an index or a dictionary key; None for a network with one
             output.
+        label_size: height and width of the labels where that is not the size of the frames. The network's output is
+            resized to it before the class of each pixel is chosen, so that accuracy is measured there.
 
     Raises:
-        SettingsError: a value is out of range.
+        SettingsError: a value is out of range, or has no effect.
     """
 
     classes: int = 6
     kind: OutputKind = "logits"
-    threshold: float = 0.5
+    threshold: float = DEFAULT_THRESHOLD
     output_key: int | str | None = None
+    label_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(OutputKind):
@@ -84,6 +84,17 @@ class Segmentation:
             )
         if not 0 < self.threshold < 1:
             raise SettingsError(f"Segmentation: threshold must lie between 0 and 1, got {self.threshold}.")
+        if self.kind == "logits" and self.threshold != DEFAULT_THRESHOLD:
+            raise SettingsError(
+                f"Segmentation: threshold {self.threshold} has no effect on kind 'logits', whose highest logit wins. "
+                "Leave it out, or set kind to 'probability' or 'logit'."
+            )
+        if self.label_size is not None:
+            object.__setattr__(self, "label_size", tuple(self.label_size))
+            if len(self.label_size) != 2 or min(self.label_size) < 1:
+                raise SettingsError(
+                    f"Segmentation: label_size must be a height and a width of 1 or more, got {self.label_size}."
+                )
 
     @property
     def metric(self) -> str:
@@ -100,7 +111,8 @@ class Segmentation:
 
         Arguments:
             raw: a tensor, or a list, tuple or dictionary of tensors, from which `output_key` chooses.
-            size: height and width in pixels to resize to, bilinearly, where the scores have another size.
+            size: height and width of the frames in pixels, to which scores of another size are resized bilinearly; with
+                `label_size` they are resized to that.
 
         Returns:
             Logits, or for kinds "probability" and "logit" the foreground probability.
@@ -118,19 +130,27 @@ class Segmentation:
         scores = scores.float()
         if self.kind == "logit":
             scores = scores.sigmoid()
+        size = size if self.label_size is None else self.label_size
         if size is not None and tuple(scores.shape[-2:]) != tuple(size):
             scores = F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
         return scores
 
     def check(self, clip: Clip) -> None:
-        """Look at a clip's labels.
+        """Check a clip's labels.
 
         Raises:
-            VideoError: they are no maps of classes, or reach beyond the task's classes.
+            VideoError: they are not maps of the task's classes, or of another size than predictions are compared at.
         """
         labels = clip.labels
         if labels is None or labels.dtype != torch.uint8:
             raise VideoError(f"{clip.name}: segmentation needs a class for every pixel. Choose another task or video.")
+        found = (labels.shape[1], labels.shape[2])
+        if found != (self.label_size or clip.size):
+            raise VideoError(
+                f"{clip.name}: labels are of {found[0]}x{found[1]} pixels (height x width), where the task compares at "
+                f"{'x'.join(map(str, self.label_size or clip.size))}. Set task.label_size=[{found[0]},{found[1]}] to "
+                "measure at the size of the labels."
+            )
         top = int(torch.where(labels == IGNORE, 0, labels).max())
         if top >= self.classes:
             raise VideoError(
@@ -139,7 +159,7 @@ class Segmentation:
             )
 
     def predict(self, output: Float[Tensor, "b k h w"]) -> UInt8[Tensor, "b h w"]:
-        """The class of every pixel: of the highest logit, or 1 where the foreground reaches the threshold."""
+        """The class of every pixel: that of the highest logit, or 1 where the foreground reaches the threshold."""
         if self.kind == "logits":
             return native().highest(output)
         return (output[:, 0] >= self.threshold).to(torch.uint8)
@@ -165,8 +185,7 @@ class Segmentation:
         if prediction.shape != target.shape:
             raise VideoError(
                 f"Labels have shape {tuple(target.shape)} and predictions {tuple(prediction.shape)} (frames, "
-                "height, width). Give labels of the frame's size and resize the output to it: output(raw, "
-                "size)."
+                "height, width). Resize the output to the labels: output(raw, size), or set label_size."
             )
         k, frames = self.classes, target.shape[0]
         row = torch.full((256,), k + 1, device=target.device)  # row k + 1 gathers labels that are no class
@@ -207,17 +226,25 @@ class Segmentation:
         target: UInt8[Tensor, "b h w"],
         table: Float[Tensor, "k k"],
         size: tuple[int, int],
-    ) -> Float[Tensor, "b h w"]:
-        """Cost of every pixel by `table`; pixels labelled 255 cost nothing."""
+    ) -> Float[Tensor, "b _ _"]:
+        """Cost of every pixel by `table`; pixels labelled 255 cost nothing.
+
+        With `label_size` a pixel's cost is the mean over the labels that lie in it, weighted by area.
+        """
         by_pair = torch.zeros(256, self.classes)
         by_pair[: self.classes] = table
         pair = (target.int() * self.classes).add_(prediction)
-        return by_pair.flatten().index_select(0, pair.flatten()).view(pair.shape)  # twice as fast as indexing
+        cost = by_pair.flatten().index_select(0, pair.flatten()).view(pair.shape)  # twice as fast as indexing
+        if tuple(cost.shape[1:]) == tuple(size):
+            return cost
+        rows, columns = (_area_weights(n, of) for n, of in zip(size, cost.shape[1:], strict=True))
+        pooled: Tensor = rows @ cost @ columns.T
+        return pooled
 
     def features(
         self, output: Float[Tensor, "b k h w"], prediction: UInt8[Tensor, "b h w"]
     ) -> tuple[Float[Tensor, "b _ _"], Float[Tensor, "b h w"], Float[Tensor, "b h w"]]:
-        """`uncertainty`; pixels that differ from the next one right or below; pixels that are not class 0."""
+        """`uncertainty`; pixels that differ from the one to the right or below; pixels that are not of class 0."""
         edge = torch.zeros(prediction.shape, dtype=torch.bool, device=prediction.device)
         edge[:, :, :-1] |= prediction[:, :, 1:] != prediction[:, :, :-1]
         edge[:, :-1] |= prediction[:, 1:] != prediction[:, :-1]
@@ -234,14 +261,29 @@ class Segmentation:
         logit = output if self.kind == "logit" else torch.logit(output, eps=1e-6)
         return torch.cat([F.logsigmoid(-logit), F.logsigmoid(logit)], 1)
 
-    def overlay(self, frame: Float[Tensor, "3 h w"], prediction: UInt8[Tensor, "h w"]) -> Float[Tensor, "3 h w"]:
+    def overlay(self, frame: Float[Tensor, "3 h w"], prediction: UInt8[Tensor, "_ _"]) -> Float[Tensor, "3 h w"]:
         """The frame in grey, tinted where the predicted class is not 0."""
+        if prediction.shape != frame.shape[1:]:
+            prediction = F.interpolate(prediction[None, None].float(), size=frame.shape[1:], mode="nearest-exact")[0, 0]
         grey = frame.mean(0, keepdim=True).expand(3, -1, -1)
         tint = PALETTE[prediction.long() % len(PALETTE)].movedim(-1, 0)
         return torch.where(prediction > 0, 0.4 * grey + 0.6 * tint, grey)
 
+    def degenerate(self, predictions: Sequence[UInt8[Tensor, "t h w"]]) -> str | None:
+        """Why the predictions for some clips cannot be those of a network that works, or None.
+
+        Every frame is of one class.
+        """
+        found = torch.cat([prediction.flatten(1) for prediction in predictions])
+        classes = found.unique().tolist()
+        top = torch.stack([(found == c).double().mean(1) for c in classes]).amax(0)
+        if not bool((top > ONE_CLASS).all()):
+            return None
+        nothing = "nothing is ever foreground" if classes == [0] and self.classes == 2 else None
+        return nothing or f"each of the {len(found)} frames is of one class (found: {', '.join(map(str, classes))})"
+
     def objective(self, clips: Sequence[Clip], settings: PretrainSettings, purpose: str = "training") -> Loss:
-        """`segmentation_loss`, with class weights from how frequent the classes are in the clips.
+        """`segmentation_loss`, with class weights from the frequencies of the classes in the clips.
 
         Raises:
             VideoError: no clips, or labels that do not fit. SettingsError: the task is not of kind "logits".
@@ -273,6 +315,13 @@ class Segmentation:
             return 1 - (2 * sample[:, 0] - 1).abs()
         best = sample.softmax(1).topk(2, dim=1).values
         return 1 - (best[:, 0] - best[:, 1])
+
+
+def _area_weights(cells: int, of: int) -> Float[Tensor, "cells of"]:
+    """For each of `cells` equal parts of a length, the shares of it that lie in each of `of` equal parts."""
+    starts, others = torch.arange(cells)[:, None] / cells, torch.arange(of)[None, :] / of
+    shared = torch.minimum(starts + 1 / cells, others + 1 / of) - torch.maximum(starts, others)
+    return shared.clamp(min=0) * cells
 
 
 def segmentation_loss(

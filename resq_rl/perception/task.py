@@ -1,18 +1,19 @@
-"""What every task offers, so that environments, policies and experiments know none in particular.
+"""The interface of a task: all that environments, policies and experiments know of it.
 
 A new task is a class that has these methods (`Task`, and `Trainable` for `resq-rl pretrain`) in one file, and a config
 in the group `task` that names it. `resq_rl.perception.segmentation` is an example.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol, runtime_checkable
+from typing import Annotated, ClassVar, Final, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float64, Num, UInt8
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
+from resq_rl.checked import Checked, Count, NotNegative, Positive
 from resq_rl.errors import NetworkError, SettingsError
 from resq_rl.video import Clip
 
@@ -24,15 +25,15 @@ PALETTE: Final[Float[Tensor, "n 3"]] = (
 )
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""From the output of a batch (`Task.output`) and its labels to a scalar."""
+"""Takes the output of a batch (`Task.output`) and its labels, and returns a scalar."""
 
 
 @runtime_checkable
 class Task(Protocol):
-    """What a network's output means, and how a prediction is judged.
+    """How a network's output is read, and how a prediction is judged.
 
-    Outputs, predictions and targets are tensors with a row for each of b frames, in whatever shape the task has them.
-    Labels are those of a `Clip`, and are targets.
+    Outputs, predictions and targets are tensors with a row for each of b frames; the task decides on their further
+    dimensions. The labels of a `Clip` are targets. A task may also have a method `degenerate`, see `degenerate_output`.
     """
 
     @property
@@ -40,58 +41,69 @@ class Task(Protocol):
         """Name of the accuracy, such as "mean IoU"."""
 
     def check(self, clip: Clip) -> None:
-        """Look at a clip's labels, which are not None.
+        """Check a clip's labels, which are not None.
 
         Raises:
-            VideoError: they are not of this task.
+            VideoError: they are not labels for this task.
         """
 
     def output(self, raw: object, size: tuple[int, int] | None = None) -> Float[Tensor, "b *o"]:
-        """The output of interest in whatever the network returned, for frames of `size` (height, width).
+        """The task's output among all that the network returned, for frames of `size` (height, width).
 
         Raises:
-            NetworkError: there is none.
+            NetworkError: there is none, or it has another shape or type.
         """
 
     def predict(self, output: Float[Tensor, "b *o"]) -> Num[Tensor, "b *p"]:
-        """What the output says."""
+        """The predictions that follow from outputs, such as the class of each pixel."""
 
     def target(self, prediction: Num[Tensor, "b *p"]) -> Num[Tensor, "b *t"]:
-        """The float network's prediction as a target for others: teacher agreement."""
+        """The float network's predictions as targets, for teacher agreement."""
 
     def counts(self, prediction: Num[Tensor, "b *p"], target: Num[Tensor, "b *t"]) -> Num[Tensor, "b *c"]:
-        """What accuracy is computed from, by frame; sums over frames mean as much as one frame's."""
+        """Counts of each frame, from whose sums over frames `accuracy` is computed."""
 
     def accuracy(self, counts: Num[Tensor, "*n"]) -> Float64[Tensor, "*m"]:
-        """Accuracy in 0..1 from (sums of) counts; leading dimensions stay. NaN where nothing was counted."""
+        """Accuracy in 0..1 from counts or sums of them, over all leading dimensions. NaN where nothing was counted."""
 
     def error_table(self, counts: Num[Tensor, " *c"], weighting: str) -> Float[Tensor, "*e"]:
-        """What each kind of error costs, for `error`, given some network's counts on all targets.
+        """The cost of each kind of error, for `error`.
 
         Args:
-            weighting: "pixel" for the same cost of each, "iou" for what it takes from the metric, to first order.
+            counts: those of some network, summed over all targets.
+            weighting: "pixel" where all errors cost the same; "iou" where they cost what they take from the metric, to
+                first order.
         """
 
     def error(
         self, prediction: Num[Tensor, "b *p"], target: Num[Tensor, "b *t"], table: Tensor, size: tuple[int, int]
     ) -> Float[Tensor, "b h w"]:
-        """Cost of the errors at every pixel of frames of `size`; its mean is the frame's error, 0 being perfect."""
+        """Cost of the errors at every pixel of frames of `size`. Its mean is the frame's error, 0 if all is right."""
 
     def features(
         self, output: Float[Tensor, "b *o"], prediction: Num[Tensor, "b *p"]
     ) -> tuple[Float[Tensor, "b _ _"], Float[Tensor, "b _ _"], Float[Tensor, "b _ _"]]:
         """Uncertainty, boundary and foreground: maps over the frame, of any resolution, with values in 0..1.
 
-        They are what policies see of the last output: where it is undecided, where it changes, and where something is.
+        Policies observe them of the last output: where it is undecided, where it changes, and where objects are.
         """
 
     def overlay(self, frame: Float[Tensor, "3 h w"], prediction: Num[Tensor, "*p"]) -> Float[Tensor, "3 h w"]:
         """A frame, RGB in 0..1, with its prediction drawn over it."""
 
 
+def _ascending(zoom: tuple[float, float]) -> tuple[float, float]:
+    if zoom[0] > zoom[1]:
+        raise ValueError("not ascending")
+    return zoom
+
+
+ZOOM = Field(description="two positive factors, the least and the greatest")
+
+
 @dataclass(frozen=True)
-class PretrainSettings:
-    """How to train.
+class PretrainSettings(Checked):
+    """Settings of training.
 
     Attributes:
         steps: optimizer steps.
@@ -102,39 +114,43 @@ class PretrainSettings:
         dice: segmentation: weight of the soft Dice loss, which favours small classes, beside the cross-entropy.
         class_balance: segmentation: cross-entropy weights are class frequency ** -class_balance, scaled to a mean of
             1; 0 for none.
-        roll_out: recurrent tasks: frames one after the other for which the network predicts, on its own predictions.
+        roll_out: recurrent tasks: consecutive frames for which the network predicts from its own last prediction.
         augment: mirror left to right; change brightness, contrast, colour balance and noise.
-        zoom: least and greatest factor by which frames are enlarged (around a place drawn anew) or made smaller;
-            [1, 1] for none.
+        zoom: least and greatest factor by which frames are enlarged, around a random place, or made smaller; [1, 1]
+            for neither.
         validate_every: steps between measurements on the validation clips, and between checkpoints.
-        seed: of the order of frames and of the augmentation. The network's first weights are the caller's.
+        seed: of the order of frames and of the augmentation. The caller provides the network's first weights.
 
     Raises:
         SettingsError: a value is out of range.
     """
 
-    steps: int = 7000
-    batch: int = 16
-    learning_rate: float = 3e-3
-    weight_decay: float = 1e-4
-    dice: float = 0.5
-    class_balance: float = 0.25
-    roll_out: int = 3
-    augment: bool = True
-    zoom: tuple[float, float] = (1.0, 1.0)
-    validate_every: int = 500
-    seed: int = 0
+    _group: ClassVar[str] = "pretraining."
 
-    def __post_init__(self) -> None:
-        least = {"steps": 1, "batch": 2, "validate_every": 1, "roll_out": 1}
-        for name in ("steps", "batch", "validate_every", "roll_out", "weight_decay", "dice", "class_balance", "seed"):
-            value, limit = getattr(self, name), least.get(name, 0)
-            if not value >= limit:
-                raise SettingsError(f"Pretraining: {name} must be at least {limit}, got {value}.")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise SettingsError(f"Pretraining: learning_rate must be positive, got {self.learning_rate}.")
-        if not 0 < self.zoom[0] <= self.zoom[1]:
-            raise SettingsError(f"Pretraining: zoom must be two increasing positive factors, got {self.zoom}.")
+    steps: Count = 7000
+    batch: Annotated[int, Field(ge=2)] = 16
+    learning_rate: Positive = 3e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    dice: Annotated[float, Field(ge=0)] = 0.5
+    class_balance: Annotated[float, Field(ge=0)] = 0.25
+    roll_out: Count = 3
+    augment: bool = True
+    zoom: Annotated[tuple[Positive, Positive], ZOOM, AfterValidator(_ascending)] = (1.0, 1.0)
+    validate_every: Count = 500
+    seed: NotNegative = 0
+
+    def refuse_unused(self, what: str, *names: str) -> None:
+        """Refuse settings that have no effect on training for some kind of task, unless they have their defaults.
+
+        Raises:
+            SettingsError: a setting in `names` was changed.
+        """
+        for name in names:
+            value, default = getattr(self, name), getattr(PretrainSettings, name)
+            if value != default:
+                raise SettingsError(
+                    f"Pretraining: {name} has no effect on a task of {what}, got {value}. Leave it at {default}."
+                )
 
 
 @runtime_checkable
@@ -142,38 +158,39 @@ class Trainable(Task, Protocol):
     """A task for which networks can be trained on single labelled frames."""
 
     def objective(self, clips: Sequence[Clip], settings: PretrainSettings, purpose: str = "training") -> Loss:
-        """The loss for training on these labelled clips; `purpose` is what messages say that the clips are for.
+        """The loss for training on these labelled clips; messages name the `purpose` of the clips.
 
         Raises:
-            VideoError: the clips' labels do not fit. SettingsError: the task cannot be trained for.
+            VideoError: the clips' labels do not fit. SettingsError: the task cannot be trained for, or a setting has no
+                effect on it.
         """
 
     def mirrored(self, labels: Num[Tensor, "b *t"], width: int) -> Num[Tensor, "b *t"]:
-        """Labels of frames, `width` pixels wide, that were mirrored left to right."""
+        """The labels after frames of `width` pixels were mirrored left to right."""
 
 
 @runtime_checkable
 class Recurrent(Task, Protocol):
-    """A task whose network takes, beside the frame, its prediction for the frame before and something of the first one.
+    """A task whose network takes each frame with two more inputs: a memory and a template.
 
-    The first frame's prediction is given by its label, and belongs to the clip like its frames. What the network takes
-    is made of bytes, 0..255 for 0..1.
+    The memory is made from its prediction for the previous frame, the template from the first frame and its prediction,
+    which the first frame's label gives. Both are bytes, 0..255 for 0..1, as frames are.
     """
 
     def given(self, label: Num[Tensor, "*t"]) -> Num[Tensor, "*p"]:
-        """The prediction that the label of a clip's first frame stands for."""
+        """The prediction for a clip's first frame, from its label."""
 
     def memory(self, prediction: Num[Tensor, "b *p"]) -> UInt8[Tensor, "b *m"]:
-        """What the network takes of the predictions for the previous frames."""
+        """The network's input that is made from its predictions for the previous frames."""
 
     def template(self, frame: UInt8[Tensor, "3 h w"], given: Num[Tensor, "*p"]) -> UInt8[Tensor, "*s"]:
-        """What the network takes of a clip's first frame, of which a prediction is given."""
+        """The network's input that is made from a clip's first frame and the prediction given for it."""
 
     def judged(self, targets: Num[Tensor, "t *u"]) -> Num[Tensor, "t *u"]:
-        """A clip's targets, with those marked as unlabelled that do not count, such as what is given."""
+        """A clip's targets, where frames that do not count, such as the given one, are marked as unlabelled."""
 
     def disturbed(self, labels: Num[Tensor, "b *t"], generator: torch.Generator) -> Num[Tensor, "b *p"]:
-        """Predictions to begin a roll-out in training with: labels, some of them with errors such as networks make."""
+        """Predictions with which roll-outs in training begin: labels, some with errors such as networks make."""
 
 
 def select_output(raw: object, key: int | str | None, what: str) -> Tensor:
@@ -182,7 +199,7 @@ def select_output(raw: object, key: int | str | None, what: str) -> Tensor:
     Args:
         raw: a tensor, or a list, tuple or dictionary of tensors.
         key: which of several; None for a network with one output.
-        what: what it holds, for messages.
+        what: its content, for messages.
 
     Raises:
         NetworkError: there is no such output.

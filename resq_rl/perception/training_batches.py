@@ -15,13 +15,13 @@ from resq_rl.video import IGNORE, Clip
 __all__ = ["FrameSampler", "class_shares", "labels_of"]
 
 Mirror = Callable[[Tensor, int], Tensor]
-"""From labels of frames and their width to those of the frames mirrored left to right."""
+"""Takes labels and the width of their frames, and returns the labels of the mirrored frames."""
 
-_STREAM = 1_000_003  # a prime far above any number of steps, so that streams of seeds do not meet
+_STREAM = 1_000_003  # a prime far above any number of steps, so that no two seeds share a generator
 
 
 def mirrored_map(labels: Num[Tensor, "*b h w"], width: int) -> Num[Tensor, "*b h w"]:
-    """A label for every pixel, mirrored left to right."""
+    """Maps of one label per pixel, mirrored left to right."""
     return labels.flip(-1)
 
 
@@ -29,7 +29,7 @@ def labels_of(clip: Clip, purpose: str) -> Num[Tensor, "t *l"]:
     """Labels of a clip.
 
     Raises:
-        VideoError: it has none; the message names the `purpose`.
+        VideoError: it has none. The message names the `purpose`.
     """
     if clip.labels is None:
         raise VideoError(
@@ -74,7 +74,7 @@ class FrameSampler:
         seed: of the drawing and the augmentation.
         augment: mirror left to right; change brightness, contrast, colour balance and noise.
         mirror: how labels are mirrored.
-        zoom: least and greatest factor by which frames are enlarged or made smaller, drawn evenly by ratio.
+        zoom: least and greatest factor by which frames are enlarged or made smaller; its logarithm is uniform.
         window: consecutive frames to draw in place of each single one; 0 for single frames.
 
     Raises:
@@ -114,7 +114,7 @@ class FrameSampler:
         return sum(len(clip) for clip in self.clips)
 
     def draw(self, step: int) -> tuple[Float[Tensor, "b *n 3 h w"], Num[Tensor, "b *l"]]:
-        """Frames in 0..1 and labels of the batch of `step`; classes as indices. Windows have one dimension more."""
+        """Frames in 0..1 and labels of the batch of `step`. Windows add a dimension of time behind the batch."""
         generator = torch.Generator().manual_seed(self.seed * _STREAM + step)
         last = max(1, self.window) - 1  # no window begins so close to the end
         ends = torch.tensor([len(clip) - last for clip in self.clips]).cumsum(0)
@@ -140,7 +140,7 @@ def zoomed(
     limits: tuple[float, float],
     generator: torch.Generator,
 ) -> tuple[Float[Tensor, "b 3 h w"], Num[Tensor, "b _ _"]]:
-    """Enlarge each frame around a place of its own, or make it smaller and repeat its edges around it, unlabelled."""
+    """Enlarge each frame around a random place, or shrink it within repeated edges, which are unlabelled."""
     count = images.shape[0]
     zoom = torch.empty(count).uniform_(math.log(limits[0]), math.log(limits[1]), generator=generator).exp()
     shift = (1 - 1 / zoom).abs()[:, None] * torch.empty(count, 2).uniform_(-1, 1, generator=generator)
@@ -150,6 +150,8 @@ def zoomed(
     if labels.is_floating_point():
         return images, _zoomed_points(labels, zoom, shift, (images.shape[-1], images.shape[-2]))
     known = (labels - IGNORE)[:, None].float()  # so that the zeros outside mean unlabelled
+    if labels.shape[1:] != images.shape[2:]:
+        grid = F.affine_grid(windows, [count, 1, *labels.shape[1:]], align_corners=False)
     known = F.grid_sample(known, grid, mode="nearest", padding_mode="zeros", align_corners=False)
     return images, known[:, 0].long() + IGNORE
 
@@ -157,7 +159,7 @@ def zoomed(
 def _zoomed_points(
     points: Float[Tensor, "b k 3"], zoom: Float[Tensor, " b"], shift: Float[Tensor, "b 2"], extent: tuple[int, int]
 ) -> Float[Tensor, "b k 3"]:
-    """Points of frames of `extent` (width, height) that were zoomed; those outside do not count."""
+    """Points after their frames of `extent` (width, height) were zoomed; those outside do not count."""
     size = torch.tensor(extent)
     place = (points[..., :2] + 0.5) * 2 / size - 1  # from -1 to 1
     place = (place - shift[:, None]) * zoom[:, None, None]
@@ -171,7 +173,7 @@ def augmented(
     generator: torch.Generator,
     mirror: Mirror = mirrored_map,
 ) -> tuple[Float[Tensor, "b *n 3 h w"], Num[Tensor, "b *l"]]:
-    """Mirror half of the frames; change contrast, brightness, colour balance and noise of each; windows as a whole."""
+    """Mirror half of the frames; change contrast, brightness, colour balance and noise, one way for a whole window."""
     count, between = images.shape[0], [1] * (images.dim() - 4)
 
     def uniform(low: float, high: float, channels: int = 1) -> Tensor:

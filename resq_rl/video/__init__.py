@@ -6,13 +6,14 @@ from resq_rl.video.datasets.cityscapes import CityscapesVideo
 from resq_rl.video.datasets.davis import DavisVideo
 from resq_rl.video.datasets.jhmdb import JHMDBVideo
 from resq_rl.video.datasets.posetrack import PoseTrackVideo
-from resq_rl.video.files import VideoFiles, package_video
-from resq_rl.video.framing import Framing, framing_of
+from resq_rl.video.files import VideoFiles
+from resq_rl.video.framing import Fit, Framing, framing_of
 from resq_rl.video.generated.figures import JOINTS, FigureVideo
 from resq_rl.video.generated.objects import GeneratedObjects
 from resq_rl.video.generated.video import GeneratedVideo
 from resq_rl.video.generated.warped import WarpedVideo
 from resq_rl.video.parts import Part
+from resq_rl.video.sources import package_video
 from resq_rl.video.stream import VideoStream
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Clip",
     "DavisVideo",
     "FigureVideo",
+    "Fit",
     "Framing",
     "GeneratedObjects",
     "GeneratedVideo",

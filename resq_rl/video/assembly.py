@@ -1,4 +1,4 @@
-"""From decoded frames to clips."""
+"""Cutting decoded frames into clips."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Decoded:
     Attributes:
         frames: RGB frames of one size.
         labels: class indices or points of each frame, or None.
-        part: what of the source was wanted, under the name that its clips get.
+        part: the part of the source that was asked for, under the name that its clips get.
         first: number of the first frame within the source.
         stride: frames of the source from one frame to the next.
         fps: frames per second, the stride taken into account.
@@ -39,8 +39,8 @@ class Decoded:
 def cut_clips(decoded: Decoded, clip_frames: int | None) -> list[Clip]:
     """Cut decoded frames into clips of `clip_frames` frames, or into one.
 
-    A rest shorter than `clip_frames` is dropped, unless it is all there is. Clips that are cut are named
-    after their frames within the source, as NAME[start:stop].
+    Frames left over at the end are dropped, unless there are fewer than `clip_frames` in all. Clips of a source that
+    was cut are named after their frames within it, as NAME[start:stop].
     """
     count = len(decoded.frames)
     length = min(clip_frames or count, count)

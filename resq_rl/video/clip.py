@@ -1,4 +1,4 @@
-"""A clip of video with its labels, and what every source of clips offers."""
+"""Clips of video with their labels, and the protocol of the datasets that they come from."""
 
 import math
 from dataclasses import dataclass
@@ -27,16 +27,15 @@ class Clip:
 
     Attributes:
         frames: RGB values 0..255, (t, 3, h, w).
-        labels: what a task compares predictions with, in one of two forms, or None for video without labels:
-            a class or object of each pixel, uint8 of (t, h, w), `IGNORE` (255) where unlabelled; or points,
-            float32 of (t, k, 3): x and y in pixels from the centre of the upper left one, and 1 where the
-            point counts or 0 where it does not.
+        labels: the truth that predictions are compared with, or None for video without labels. Either the class or
+            object of each pixel, uint8 of (t, h, w), `IGNORE` (255) where a pixel is unlabelled; or points, float32 of
+            (t, k, 3): x and y in pixels from the centre of the upper left one, and 1 where a point counts or else 0.
         fps: frames per second.
         name: short name that is unique within its dataset, such as "davis2016/kite-surf".
         origin: where the clip comes from: a path, or the settings of a generator.
 
     Raises:
-        VideoError: no frames, frames or labels of another shape or type, or a frame rate that is not
+        VideoError: there are no frames, frames or labels have another shape or type, or the frame rate is not
             positive.
     """
 
@@ -109,7 +108,7 @@ def check_split(split: str) -> Split:
     """Return `split` if it names one of the three splits.
 
     Raises:
-        VideoError: it does not.
+        VideoError: `split` is none of them.
     """
     for known in SPLITS:
         if split == known:

@@ -115,8 +115,10 @@ class Framing:
                 f"A framing must hold {', '.join(names)}, got {', '.join(map(str, content)) or 'nothing'}. The file is "
                 "damaged or of another version of resq_rl."
             )
+        size = content["size"]
+        values = dict(content) | {"size": tuple(size) if isinstance(size, list) else size}
         try:
-            return cls(**content, reader="a saved framing")
+            return cls(**values, reader="a saved framing")
         except (TypeError, ValueError) as error:
             raise SettingsError(f"A saved framing holds a value of a wrong type ({error}): {dict(content)}.") from error
 
@@ -130,8 +132,9 @@ class Framing:
         if window is not None or self.size is None or self.fit == "stretch":
             return window
         scales = extent[0] / self.size[1], extent[1] / self.size[0]
-        scale = min(scales) if self.fit == "crop" else max(scales)
-        across, down = (extent[0] - scale * self.size[1]) / 2, (extent[1] - scale * self.size[0]) / 2
+        scale, bound = (min(scales), max) if self.fit == "crop" else (max(scales), min)
+        # Rounding must not push the side that fits beyond the frame, or inside it.
+        across, down = (bound(0.0, (extent[i] - scale * self.size[1 - i]) / 2) for i in (0, 1))
         return across, down, extent[0] - across, extent[1] - down
 
 

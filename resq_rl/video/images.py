@@ -2,13 +2,14 @@
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 
 from resq_rl.errors import SettingsError, VideoError
 from resq_rl.video.clip import IGNORE
@@ -20,8 +21,10 @@ __all__ = [
     "check_count",
     "check_size",
     "image_paths",
+    "is_animation",
     "map_labels",
     "natural_key",
+    "opaque",
     "read_frame",
     "read_labels",
     "resize_frame",
@@ -32,6 +35,8 @@ IMAGE_SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom edge in pixels of the source; may reach beyond it."""
+
+_GREY_STEPS: Final = {"L;2": 85, "L;4": 17}  # of 8-bit grey, by how PNGs of fewer bits are stored
 
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
@@ -91,23 +96,46 @@ def image_paths(folder: Path) -> list[Path]:
     return sorted(images, key=natural_key)
 
 
-def read_frame(path: Path) -> Image.Image:
-    """Decode an image file of 8 bits per channel to RGB.
+def read_frame(path: Path, upright: bool = False) -> Image.Image:
+    """Decode an image file to RGB of 8 bits; transparent pictures lie on black.
+
+    Args:
+        path: the file.
+        upright: turn the picture as its EXIF orientation asks for. Frames of labelled datasets stay as they are stored,
+            for so do their labels.
 
     Raises:
-        VideoError: the file is missing, empty, damaged or of more than 8 bits per channel.
+        VideoError: the file is missing, empty, damaged, grey of more than 8 bits, or holds several pictures.
     """
-    image = _decode(path, "frame")
+    image = _decode(path, "frame", upright)
     if image.mode.startswith(("I", "F")):
         raise VideoError(f"Frame {path} must have 8 bits per channel, got mode {image.mode}. Convert it to 8-bit RGB.")
-    return image.convert("RGB")
+    return opaque(image)
+
+
+def opaque(image: Image.Image) -> Image.Image:
+    """An image as RGB, laid over black where it is transparent."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    layer = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, (0, 0, 0, 255)), layer).convert("RGB")
+
+
+def is_animation(path: Path) -> bool:
+    """Whether a file holds an animation; other files that show one of several pictures, such as MPO, do not.
+
+    Raises:
+        VideoError: the file is no image, or damaged.
+    """
+    with _opened(path, "frame") as image:
+        return _animated(image)
 
 
 def read_labels(path: Path) -> UInt8[np.ndarray, "h w"]:
     """Decode a label image of one channel: grey values, or indices of its palette.
 
     Raises:
-        VideoError: the file is missing, empty, damaged or of several channels that differ.
+        VideoError: the file is missing, empty or damaged, has channels that differ, or hides values by transparency.
     """
     image = _decode(path, "label")
     if image.mode in ("L", "P"):
@@ -116,16 +144,44 @@ def read_labels(path: Path) -> UInt8[np.ndarray, "h w"]:
         return np.array(image.convert("L"))
     if image.mode in ("RGB", "RGBA", "LA"):
         values = np.array(image)
-        values = values[..., :1] if image.mode == "LA" else values[..., :3]
-        if (values == values[..., :1]).all():
-            return np.ascontiguousarray(values[..., 0])
+        colours = values[..., :1] if image.mode == "LA" else values[..., :3]
+        hidden = (values[..., -1] < 255) & (colours[..., 0] > 0) if image.mode in ("LA", "RGBA") else np.False_
+        if hidden.any():
+            raise VideoError(
+                f"Label {path} hides values other than 0 under {int(hidden.sum())} transparent pixels. Save it without "
+                "transparency, so that each pixel is one class index."
+            )
+        if (colours == colours[..., :1]).all():
+            return np.ascontiguousarray(colours[..., 0])
     raise VideoError(
-        f"Label {path} must be an 8-bit grey or palette image, got mode {image.mode} with channels that "
-        "differ or more bits. Convert it so that each pixel is one class index."
+        f"Label {path} must be an 8-bit grey or palette image, got mode {image.mode} with channels that differ or more "
+        "bits. Convert it so that each pixel is one class index."
     )
 
 
-def _decode(path: Path, kind: str) -> Image.Image:
+def _decode(path: Path, kind: str, upright: bool = False) -> Image.Image:
+    with _opened(path, kind) as image:
+        if _animated(image):
+            raise VideoError(
+                f"The {kind} {path} is an animation of {getattr(image, 'n_frames', 2)} pictures. Split it into one "
+                "file for each, or give it as a video."
+            )
+        tile = getattr(image, "tile", None)
+        stored = str(tile[0][3]) if image.format == "PNG" and tile else ""
+        image.load()
+        _match_transparency(image, stored, path)
+        if not upright:
+            return image.copy()
+        _check_square(image, path)
+        try:
+            return ImageOps.exif_transpose(image)
+        except Exception:  # damaged EXIF fails in many ways, and viewers show such pictures as they are stored
+            return image.copy()
+
+
+@contextmanager
+def _opened(path: Path, kind: str) -> Iterator[Image.Image]:
+    """An image file, whose damage becomes one error wherever it is found."""
     if not path.is_file():
         beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         raise VideoError(
@@ -133,15 +189,46 @@ def _decode(path: Path, kind: str) -> Image.Image:
         )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # at twice the size it is an error
+            warnings.simplefilter("ignore")  # of damaged EXIF, and of large images, which are errors at twice the size
             with Image.open(path) as image:
-                image.load()
-                return image.copy()
+                yield image
     except _DAMAGE as error:
         raise VideoError(
-            f"Cannot decode {kind} {path} ({path.stat().st_size} bytes): {error}. The file is empty, cut "
-            "short or not an image; copy it again."
+            f"Cannot decode {kind} {path} ({path.stat().st_size} bytes): {error}. The file is empty, cut short or not "
+            "an image; copy it again."
         ) from error
+
+
+def _animated(image: Image.Image) -> bool:
+    return bool(getattr(image, "is_animated", False)) and image.format != "MPO"
+
+
+def _match_transparency(image: Image.Image, stored: str, path: Path) -> None:
+    """Bring the transparent value of a PNG, which counts in its own bits, to the 8 bits of the decoded image.
+
+    Raises:
+        VideoError: the picture was reduced from 16 bits, so that its transparent colour cannot be told any more.
+    """
+    key = image.info.get("transparency")
+    if key is None:
+        return
+    if stored in _GREY_STEPS:
+        image.info["transparency"] = key * _GREY_STEPS[stored]
+    elif stored == "RGB;16B":
+        raise VideoError(
+            f"Picture {path} has 16 bits per channel and a transparent colour. Convert it to 8 bits, or give it an "
+            "opacity channel."
+        )
+
+
+def _check_square(image: Image.Image, path: Path) -> None:
+    """Check that an image does not declare the proportions of its pixels, which programs write and read both ways."""
+    density = image.info.get("jfif_density") if image.info.get("jfif_unit") == 0 else image.info.get("aspect")
+    if density and 0 not in density and density[0] != density[1]:
+        raise VideoError(
+            f"Frame {path} declares pixels that are not square ({density[0]}:{density[1]}). Bring it to square ones, "
+            "for example with the filter scale=iw*sar:ih,setsar=1 of ffmpeg where it comes from a video."
+        )
 
 
 def map_labels(values: UInt8[np.ndarray, "h w"], mapping: Mapping[int, int], path: Path) -> UInt8[np.ndarray, "h w"]:

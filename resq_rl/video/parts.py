@@ -1,4 +1,4 @@
-"""Which part of which video belongs to which split."""
+"""Parts of videos, and the splits that they belong to."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -9,7 +9,7 @@ from resq_rl.video.clip import SPLITS, Split, check_split
 
 __all__ = ["Part", "check_disjoint", "check_splits", "listed", "split_parts"]
 
-_RANGE = re.compile(r"^(?P<name>.+)\[(?P<start>\d*):(?P<stop>\d*)\]$", re.DOTALL)
+_RANGE = re.compile(r"^(?P<name>.+)\[(?P<start>[0-9]*):(?P<stop>[0-9]*)\]$", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def check_disjoint(parts: Mapping[Split, Iterable[Part]], reader: str) -> None:
 
 
 def listed(names: Iterable[str], most: int = 8) -> str:
-    """Some names for a message: the first of them in order, and how many there are."""
+    """The first names in order, for a message, and how many more there are."""
     ordered = sorted(names)
     if not ordered:
         return "nothing"

@@ -192,7 +192,7 @@ def test_rollouts_on_tables_equal_those_on_the_network(
 
 
 def test_training_on_tables_gives_the_policy_that_the_network_gives(world: World) -> None:
-    settings = PPOSettings(frames=120, n_steps=7, batch_size=84, n_epochs=2)
+    settings = PPOSettings(frames=120, n_steps=7, batch_size=84, epochs=2)
     real, table = (
         train_ppo(AgentsVecEnv(core(world, table=tabled, trade_off=(0.05, 1.0))), settings)[0]
         for tabled in (False, True)

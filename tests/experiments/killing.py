@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from resq_rl.perception.weight_files import read_weights
 from resq_rl.sealed import checksum
 
-PRELOADED = [f"resq_rl.experiments.{command}" for command in ("compare", "pretrain", "train")]
+PRELOADED = [f"resq_rl.experiments.jobs.{command}" for command in ("compare", "pretrain", "train")]
 PRELOADED += ["tests.experiments.killing", "tests.envs.worlds", "mlflow.tracking", "torch._dynamo", "matplotlib.figure"]
 SMALL = [
     "threads=1",

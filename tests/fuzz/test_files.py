@@ -20,6 +20,7 @@ from resq_rl.envs import ActionScheme, table_cache
 from resq_rl.envs.table import ResponseTable, respond
 from resq_rl.experiments.results.comparison import Comparison, Point
 from resq_rl.experiments.tracking.outbox import JOURNAL, Operation, Outbox, read_journal
+from resq_rl.experiments.tracking.store import Store
 from resq_rl.perception import load_network, load_weights, save_weights
 from resq_rl.policies import LearnedPolicy
 from resq_rl.quantization import load_model, save_model
@@ -166,7 +167,7 @@ def checkpoints(folder: Path, world: World) -> Reader:
 
 
 def journals(folder: Path, world: World) -> Reader:
-    outbox = Outbox(None, "1", "here", folder)
+    outbox = Outbox(Store("here", "tests"), folder)
     outbox.add(Operation("start", "local", {"parent": None, "name": "a", "tags": {}, "time": 1}))
     for step in range(20):
         outbox.add(Operation("metrics", "local", {"values": [("loss", 0.5, 7, step)]}))

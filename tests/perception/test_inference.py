@@ -1,10 +1,27 @@
 """What a float network predicts for a clip under a task that is not recurrent; the others have tests of their own."""
 
-import torch
+import re
+from typing import Any
 
-from resq_rl.perception import Segmentation, clip_inputs, compact_ddrnet, example_inputs, judged_targets, predict_clip
+import pytest
+import torch
+from torch import Tensor, nn
+
+from resq_rl.perception import (
+    MaskPropagation,
+    Pose,
+    Segmentation,
+    clip_inputs,
+    compact_ddrnet,
+    compact_pose,
+    degenerate_output,
+    example_inputs,
+    judged_targets,
+    mask_propagation_net,
+    predict_clip,
+)
 from resq_rl.quantization import as_tuple
-from resq_rl.video import GeneratedVideo
+from resq_rl.video import FigureVideo, GeneratedObjects, GeneratedVideo
 
 
 def test_single_frames_run_together() -> None:
@@ -22,3 +39,97 @@ def test_single_frames_run_together() -> None:
     example = example_inputs(task, clip)
     assert isinstance(example, torch.Tensor)
     assert torch.equal(example, clip.frames[:1] / 255)
+
+
+WRONG_FRAMES = r"looks degenerate on the training clips: {}.* set model\.mean, model\.std, model\.channels"
+
+
+def predictions(network: nn.Module, task: Any, video: Any, clips: int = 2) -> list[Tensor]:
+    with torch.no_grad():
+        return [
+            predict_clip(lambda inputs: network(*as_tuple(inputs)), task, clip) for clip in video.clips("train")[:clips]
+        ]
+
+
+@pytest.mark.parametrize(
+    ("network", "task", "video"),
+    [
+        (compact_ddrnet, Segmentation(), GeneratedVideo(frames=3, train=2)),
+        (compact_pose, Pose(), FigureVideo(frames=3, train=2)),
+        (mask_propagation_net, MaskPropagation(), GeneratedObjects(frames=3, train=2)),
+    ],
+)
+def test_networks_that_work_are_no_cause_for_a_warning(network: Any, task: Any, video: Any) -> None:
+    assert degenerate_output(task, predictions(network(), task, video)) is None
+
+
+class Constant(nn.Module):
+    """Puts out the same whatever it is given."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, frames: Tensor) -> Tensor:
+        return self.output.expand(len(frames), *self.output.shape[1:])
+
+
+BOX: dict[str, Any] = {"normaliser": "box", "points": 3}
+
+
+@pytest.mark.parametrize(
+    ("output", "task", "reason"),
+    [
+        (torch.eye(6)[2].view(1, 6, 1, 1), Segmentation(), r"each of the 6 frames is of one class \(found: 2\)"),
+        (torch.zeros(1, 1, 8, 8), Segmentation(2, "probability"), "nothing is ever foreground"),
+        (torch.ones(1, 1, 8, 8), Segmentation(2, "probability"), r"each of the 6 frames is of one class \(found: 1\)"),
+        (torch.rand(1, 3, 24, 40), Pose(**BOX), "every point stays at one place in all 6 frames"),
+        (torch.rand(1, 6), Pose(kind="landmarks", **BOX), "every point stays at one place .*coordinates and axes"),
+    ],
+)
+def test_output_that_never_changes_is_warned_of(output: Tensor, task: Any, reason: str) -> None:
+    found = degenerate_output(task, predictions(Constant(output), task, GeneratedVideo(frames=3, train=2)))
+    assert found is not None
+    assert re.search(WRONG_FRAMES.format(reason), found)
+
+
+def test_landmarks_in_another_unit_are_warned_of() -> None:
+    """Shares of the frame that are read as pixels lie in its corner, pixels that are read as shares outside of it."""
+    shares = torch.rand(6, 3, 2)
+    size = torch.tensor([160.0, 96.0])
+    wrong: list[tuple[Any, Tensor]] = [("pixels", shares), ("frame", shares * size + 1)]
+    right: list[tuple[Any, Tensor]] = [("frame", shares), ("pixels", shares * size)]
+    for coordinates, raw in wrong:
+        task = Pose(kind="landmarks", coordinates=coordinates, **BOX)
+        assert degenerate_output(task, [task.predict(task.output(raw, (96, 160)))]) is not None
+    for coordinates, raw in right:
+        task = Pose(kind="landmarks", coordinates=coordinates, **BOX)
+        assert degenerate_output(task, [task.predict(task.output(raw, (96, 160)))]) is None
+
+
+def test_heatmaps_of_probabilities_are_warned_of() -> None:
+    logits = 12 * torch.rand(6, 3, 24, 40)
+    assert degenerate_output(Pose(**BOX), [Pose(**BOX).predict(12 * logits)]) is None
+    found = degenerate_output(Pose(**BOX), [Pose(**BOX).predict((logits - 6).sigmoid())])
+    assert found is not None
+    assert "the heatmaps must be logits, not probabilities" in found
+
+
+def test_an_object_that_is_lost_at_once_is_warned_of() -> None:
+    masks = torch.zeros(4, 8, 12, dtype=torch.uint8)
+    masks[0, 2:5, 3:7] = 1  # the first one is given
+    found = degenerate_output(MaskPropagation(), [masks, masks])
+    assert found is not None
+    assert "nothing is ever foreground" in found
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_tasks_that_know_nothing_of_it_are_warned_of_what_is_always_the_same() -> None:
+    class Counting:
+        """A user's task."""
+
+    same = torch.full((3, 2), 7)
+    found = degenerate_output(Counting(), [same, same])  # type: ignore[arg-type]
+    assert found is not None
+    assert "the prediction is the same for all 6 frames" in found
+    assert degenerate_output(Counting(), [same, same + torch.arange(3)[:, None]]) is None  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from resq_rl.perception import (
     pretrain,
     region_similarity,
 )
-from resq_rl.perception.disturbed_masks import perturbed
+from resq_rl.perception.disturbed_masks import disturbed_masks
 from resq_rl.perception.segmentation import segmentation_loss
 from resq_rl.perception.training_batches import FrameSampler
 from resq_rl.video import IGNORE, Clip, GeneratedObjects
@@ -36,6 +36,8 @@ def test_it_is_a_recurrent_task_that_networks_can_be_trained_for() -> None:
     assert not isinstance(Segmentation(), Recurrent)
     with pytest.raises(SettingsError, match="classes must be 2"):
         MaskPropagation(classes=3)
+    with pytest.raises(SettingsError, match=r"label_size .* cannot be used"):
+        MaskPropagation(label_size=(8, 8))
 
 
 def test_the_network_is_the_segmentation_network_with_three_more_planes() -> None:
@@ -107,13 +109,13 @@ def test_the_loss_is_of_each_labelled_frame_by_itself() -> None:
 def test_disturbed_masks_are_like_the_objects_but_wrong() -> None:
     """Most keep much of the object; an empty mask may only gain a blot; the same generator gives the same."""
     masks = torch.stack([clip.labels[0] == 1 for clip in VIDEO.clips("train") * 8 if clip.labels is not None])
-    found = perturbed(masks, torch.Generator().manual_seed(3))
-    again = perturbed(masks, torch.Generator().manual_seed(3))
+    found = disturbed_masks(masks, torch.Generator().manual_seed(3))
+    again = disturbed_masks(masks, torch.Generator().manual_seed(3))
     assert torch.equal(found, again)
     overlap = region_similarity(found.byte(), masks.byte())
     assert 0.3 < float(overlap.mean()) < 0.9
     assert len(overlap.unique()) > 24
-    blots = perturbed(torch.zeros(32, 48, 64, dtype=torch.bool), torch.Generator().manual_seed(3))
+    blots = disturbed_masks(torch.zeros(32, 48, 64, dtype=torch.bool), torch.Generator().manual_seed(3))
     share = blots.float().mean((1, 2))
     assert 2 < int((share > 0).sum()) < 20
     assert float(share.max()) < 0.1

@@ -125,8 +125,6 @@ def test_a_program_of_another_device_is_brought_to_the_cpu(
 ) -> None:
     network, path = program
     elsewhere = described_on(device, path, tmp_path / "elsewhere.pt2")
-    with pytest.raises(Exception, match=r"(?i)cuda|mps|xpu"):
-        torch.export.load(elsewhere)
     loaded, frames = load_network(elsewhere), torch.rand(3, 3, 16, 16)
     assert torch.equal(loaded(frames), load_network(path)(frames))
     assert torch.allclose(loaded(frames), network(frames), atol=1e-6)

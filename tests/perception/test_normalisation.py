@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resq_rl.errors import NetworkError, SettingsError
+from resq_rl.experiments.config.composition import load_settings
+from resq_rl.experiments.config.targets import make_target
 from resq_rl.perception import CompactDDRNet, Normalised, compact_ddrnet, ddrnet23_slim, load_network, load_weights
 from resq_rl.perception.weight_files import save_weights
 from resq_rl.quantization import LevelField, QuantizationConfig, ResQModel
@@ -17,6 +19,7 @@ from resq_rl.quantization.storage import load_model, save_model
 from resq_rl.video import GeneratedVideo
 
 MEAN, STD = (103.53, 116.28, 123.675), (57.375, 57.12, 58.395)  # of BGR, 0..255
+CONFIG = QuantizationConfig(weight_rounding="nearest", range_estimator="min_max")
 CLIP = GeneratedVideo(size=(32, 48), frames=6, train=1).clips("train")[0]
 FRAMES = CLIP.frames.float() / 255
 
@@ -68,14 +71,13 @@ def test_nothing_to_transform_leaves_the_network_itself() -> None:
 def test_the_quantized_network_is_that_of_the_transformed_frames() -> None:
     """Against the plain network, quantized on frames that were transformed before: the layers see the same numbers."""
     network = CompactDDRNet(3, 8).eval()
-    config = QuantizationConfig(weight_rounding="nearest", range_estimator="min_max")
-    model = ResQModel(Normalised(network, MEAN, STD, "bgr", 255.0), FRAMES[:1], config)
-    assert model.groups == ResQModel(network, FRAMES[:1], config).groups
-    assert model.macs == ResQModel(network, FRAMES[:1], config).macs
+    model = ResQModel(Normalised(network, MEAN, STD, "bgr", 255.0), FRAMES[:1], CONFIG)
+    assert model.groups == ResQModel(network, FRAMES[:1], CONFIG).groups
+    assert model.macs == ResQModel(network, FRAMES[:1], CONFIG).macs
     model.calibrate([CLIP.frames])
     state = model.new_state(clips=1)
     for t, key in enumerate((True, False, False)):
-        finest = LevelField.constant(len(config.levels) - 1, 1, len(model.groups))
+        finest = LevelField.constant(len(CONFIG.levels) - 1, 1, len(model.groups))
         found, _ = model.step(FRAMES[t : t + 1], state, torch.tensor([key]), finest)
         exact = network(by_hand(FRAMES[t : t + 1], MEAN, STD, "bgr", 255.0))
         torch.testing.assert_close(model.float_forward(FRAMES[t : t + 1]), exact, rtol=1e-3, atol=1e-3)
@@ -87,7 +89,7 @@ def test_the_quantized_network_is_that_of_the_transformed_frames() -> None:
 
 def test_a_saved_model_is_that_of_its_transform(tmp_path: Path) -> None:
     network = CompactDDRNet(3, 8).eval()
-    model = ResQModel(Normalised(network, MEAN, STD, "bgr", 255.0), FRAMES[:1]).calibrate([CLIP.frames])
+    model = ResQModel(Normalised(network, MEAN, STD, "bgr", 255.0), FRAMES[:1], CONFIG).calibrate([CLIP.frames])
     save_model(model, tmp_path)
     loaded = load_model(tmp_path, Normalised(network, MEAN, STD, "bgr", 255.0))
     level = LevelField.constant(0, 1, len(model.groups))
@@ -156,3 +158,23 @@ def test_wrong_settings_are_refused(settings: dict[str, Any], match: str) -> Non
         Normalised(Seen(), **settings)
     with pytest.raises(SettingsError, match=match):
         load_network(Seen(), **settings)
+
+
+def test_the_settings_of_a_model_say_how_its_frames_are_made() -> None:
+    """As text, in the way that a policy's folder keeps them."""
+    words = ["model.mean=[104,117,124]", "model.std=58", "model.channels=bgr", "model.value_range=255"]
+    options = {
+        "normalised": ["model.network._target_=resq_rl.perception.CompactDDRNet", "+model.network.width=8"],
+        "ddrnet23_slim": ["model.weights=null"],
+    }
+    for option, own in options.items():
+        target = load_settings("compare", [f"model={option}", *own, *words]).model
+        text = json.dumps({"_target_": target.path, **{n: as_settings(v) for n, v in target.arguments.items()}})
+        for network in (target.build(), make_target(json.loads(text), "model").build()):
+            transform = network.transform
+            expected = by_hand(FRAMES, (104, 117, 124), 58, "bgr", 255)
+            torch.testing.assert_close(transform(FRAMES), expected, rtol=1e-5, atol=1e-5)
+
+
+def as_settings(value: Any) -> Any:
+    return {"_target_": value.path, **value.arguments} if hasattr(value, "path") else value

@@ -1,6 +1,7 @@
 """Human pose: what heatmaps say, and how predictions of points are judged."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def moved(target: Tensor, seed: int, pixels: float = 20.0) -> Tensor:
 def wrong_by_hand(task: Pose, prediction: Tensor, target: Tensor) -> np.ndarray:
     """Frame by frame and point by point: -1 does not count, 0 right, 1 wrong."""
     out = np.full(target.shape[:2], -1)
-    left_hip, right_shoulder = task.points.index("left_hip"), task.points.index("right_shoulder")
+    left_hip, right_shoulder = task.names.index("left_hip"), task.names.index("right_shoulder")
     for t, (own, seen) in enumerate(zip(target.double().numpy(), prediction.double().numpy(), strict=True)):
         if task.normaliser == "torso":
             size = float(np.hypot(*(own[left_hip, :2] - own[right_shoulder, :2])))
@@ -127,13 +128,114 @@ def test_peaks_in_corners_stay_in_the_frame() -> None:
     assert SMALL.predict(logits)[0, :, :2].tolist() == [[0, 0], [11, 7], [11, 0]]
 
 
-def test_landmarks_are_read_in_pixels() -> None:
-    task = dataclasses.replace(TASK, kind="landmarks", channels=tuple(range(20, 33)), output_key=1)
+LANDMARKS = Pose(points=5, kind="landmarks", normaliser="box")
+
+
+def landmarks_of(values: int, points: int = 5, frames: int = 4) -> np.ndarray:
+    """x and y well within the frame, and further values that mean something else."""
+    rng = np.random.default_rng(values)
+    places = rng.uniform((10, 10), (149, 85), size=(frames, points, 2))
+    return np.concatenate([places, rng.normal(0, 100, size=(frames, points, values - 2))], 2).astype(np.float32)
+
+
+@pytest.mark.parametrize("values", [2, 3, 4, 5, 7])
+@pytest.mark.parametrize("shape", ["(b, k v)", "(b, k, v)", "(b, k v, 1, 1)", "(b, 1, k v)", "(b, 1, k, v)"])
+def test_landmarks_of_any_number_of_values_are_read(values: int, shape: str) -> None:
+    array = landmarks_of(values)
+    flat, nested = torch.from_numpy(array.reshape(4, -1)), torch.from_numpy(array)
+    raw = {
+        "(b, k v)": flat,
+        "(b, k, v)": nested,
+        "(b, k v, 1, 1)": flat[:, :, None, None],
+        "(b, 1, k v)": flat[:, None],
+        "(b, 1, k, v)": nested[:, None],
+    }[shape]
+    told = dataclasses.replace(LANDMARKS, values=values)
+    for task in (told, LANDMARKS if values <= 5 else told):
+        found = task.predict(task.output((torch.zeros(4, 1), raw)[1:], SIZE))
+        np.testing.assert_allclose(found[..., :2].numpy(), array[..., :2], rtol=0, atol=0.01)
+    single = told.predict(told.output({"points": raw[:1]}, SIZE))  # one clip
+    np.testing.assert_allclose(single[..., :2].numpy(), array[:1, :, :2], rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("axes", ["xy", "yx"])
+@pytest.mark.parametrize("coordinates", ["pixels", "frame"])
+def test_landmarks_are_read_in_their_unit_and_order(axes: Any, coordinates: Any) -> None:
+    array = landmarks_of(3)
+    raw = array.copy()
+    if coordinates == "frame":  # from the left edge of the first pixel, which lies half a pixel before its centre
+        raw[..., 0], raw[..., 1] = (array[..., 0] + 0.5) / 160, (array[..., 1] + 0.5) / 96
+    if axes == "yx":
+        raw[..., [0, 1]] = raw[..., [1, 0]]
+    task = dataclasses.replace(LANDMARKS, coordinates=coordinates, axes=axes)
+    found = task.predict(task.output(torch.from_numpy(raw)[:, None], SIZE))
+    np.testing.assert_allclose(found[..., :2].numpy(), array[..., :2], rtol=0, atol=0.01)
+
+
+def test_channels_choose_among_landmarks() -> None:
+    task = dataclasses.replace(TASK, kind="landmarks", channels=tuple(range(20, 33)), output_key=1, values=5)
     landmarks = torch.rand(3, 39, 5) * 60 + 10
     found = task.predict(task.output([torch.zeros(3), landmarks.flatten(1)], SIZE))
     torch.testing.assert_close(found[..., :2], landmarks[:, 20:33, :2], rtol=0, atol=0.01)
-    with pytest.raises(NetworkError, match=r"\(b, 5 n\) with n at least 33, got \(3, 100\)"):
+    nested = dataclasses.replace(task, values=None)
+    assert torch.equal(nested.predict(nested.output([torch.zeros(3), landmarks], SIZE)), found)
+    with pytest.raises(NetworkError, match=r"k at least 33 points of v = 5 values, .* \(3, 100\)"):
         task.output([torch.zeros(3), torch.zeros(3, 100)], SIZE)
+    with pytest.raises(NetworkError, match=r"k at least 33 points of two or more values, .* \(3, 195\)\. Set .*"):
+        nested.output([torch.zeros(3), landmarks.flatten(1)], SIZE)
+
+
+@pytest.mark.parametrize(
+    ("values", "shape"),
+    [
+        (None, (4, 11)),  # no whole number of values
+        (None, (4, 5)),  # one value each
+        (None, (4, 2, 5)),  # coordinates first
+        (None, (4, 6, 2)),  # another point
+        (3, (4, 10)),
+        (3, (4, 5, 2)),
+        (2, (4, 20)),  # ten points
+        (None, (4, 5, 8, 8)),  # heatmaps
+        (None, (4, 75)),  # 15 points of 5 values, or 5 of 15
+    ],
+)
+def test_landmarks_that_do_not_fit_are_refused(values: int | None, shape: tuple[int, ...]) -> None:
+    task = dataclasses.replace(LANDMARKS, values=values)
+    with pytest.raises(NetworkError, match=r"Landmarks must be .* k 5 points of .*Set points, values"):
+        task.output(torch.zeros(shape), SIZE)
+
+
+@pytest.mark.parametrize(("size", "cells"), [((97, 161), (25, 41)), ((97, 161), (24, 40)), ((98, 162), (24, 41))])
+def test_heatmaps_of_odd_frames_are_taken(size: tuple[int, int], cells: tuple[int, int]) -> None:
+    """Networks round the size of their heatmaps up or down."""
+    logits = torch.full((2, 13, *cells), -9.0)
+    logits[:, :, 7, 11] = 9.0
+    found = TASK.predict(TASK.output(logits, size))
+    assert found[0, 0, :2].tolist() == pytest.approx([11 * 4 + 1.5, 7 * 4 + 1.5])
+
+
+def test_points_without_names_are_judged() -> None:
+    task, named = Pose(points=3, normaliser="box"), Pose(points=("a", "b", "c"), normaliser="box")
+    target = figures(20)[:, :3]
+    prediction = moved(target, 4, pixels=15.0)
+    assert torch.equal(task.counts(prediction, target), named.counts(prediction, target))
+    assert torch.equal(task.mirrored(target, 160)[..., 1:], target[..., 1:])
+    assert task.overlay(torch.zeros(3, *SIZE), prediction[0]).any()
+    clip = Clip(torch.zeros(20, 3, *SIZE, dtype=torch.uint8), target, 24.0, "points", "test")
+    task.check(clip)
+    loss = task.objective([clip], PretrainSettings(augment=False))
+    assert float(loss(torch.zeros(20, 3, 24, 40), target)) > 0
+    with pytest.raises(SettingsError, match="points without names do not tell left from right"):
+        task.objective([clip], PretrainSettings())
+
+
+def test_what_has_no_effect_on_poses_is_refused() -> None:
+    clips = FigureVideo(size=(32, 48), frames=2, train=1).clips("train")
+    for settings in (PretrainSettings(dice=1.0), PretrainSettings(class_balance=0.0)):
+        with pytest.raises(SettingsError, match="has no effect on a task of points"):
+            TASK.objective(clips, settings)
+    with pytest.raises(SettingsError, match="roll_out has no effect on a task of single frames, got 4"):
+        pretrain(CompactPose(width=8), clips, clips, PretrainSettings(steps=1, roll_out=4), task=TASK)
 
 
 def test_channels_choose_among_heatmaps() -> None:
@@ -156,6 +258,13 @@ def test_heatmaps_of_another_form_are_refused(shape: tuple[int, ...]) -> None:
         ({"points": ("a", "a")}, "points must be names, each once"),
         ({"points": ("a", "b")}, "normaliser must be box, or torso for points that have right_shoulder and left_hip"),
         ({"channels": (1, 2)}, "channels must be 13 numbers"),
+        ({"channels": (*range(12), -1)}, "channels must be 13 numbers, one for each point, from 0 on"),
+        ({"points": 0}, "points must be names, each once, or how many points there are, got 0"),
+        ({"points": 17}, "normaliser must be box, or torso for points that have right_shoulder and left_hip"),
+        ({"kind": "landmarks", "values": 1}, "values must be 2 or more"),
+        ({"values": 5}, "values must be .* left alone for heatmaps, on which it has no effect, got 5"),
+        ({"coordinates": "frame"}, "coordinates must be .* left alone for heatmaps, on which it has no effect"),
+        ({"axes": "yx"}, "axes must be xy or yx, and left alone for heatmaps, on which it has no effect"),
         ({"kind": "boxes"}, "kind must be one of heatmaps, landmarks, got 'boxes'"),
     ],
 )

@@ -67,7 +67,6 @@ def test_training_learns_colours(tmp_path: Path) -> None:
         task=TASK,
         progress=seen.append,
         weights=tmp_path / "w.safetensors",
-        notes={"video": "colours"},
     )
     assert [p.step for p in seen] == list(range(1, 61))
     assert [p.step for p in seen if p.validation is not None] == [20, 40, 60]
@@ -82,7 +81,7 @@ def test_training_learns_colours(tmp_path: Path) -> None:
     fresh = network()
     metadata = load_weights(fresh, tmp_path / "w.safetensors")
     assert same(weights_of(fresh), weights_of(model))
-    assert (metadata["architecture"], metadata["video"]) == ("Sequential", "colours")
+    assert metadata["architecture"] == "Sequential"
     assert metadata["input"] == "RGB in 0..1, 16x24"
     assert json.loads(metadata["settings"]) == json.loads(json.dumps(dataclasses.asdict(settings)))
     assert float(metadata["validation_accuracy"]) == pytest.approx(report.validation, abs=1e-4)
@@ -226,13 +225,13 @@ def test_a_loss_that_is_not_finite_ends_the_run() -> None:
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"batch": 1}, "batch must be at least 2, got 1"),
-        ({"dice": -0.5}, "dice must be at least 0, got -0.5"),
-        ({"weight_decay": float("nan")}, "weight_decay must be at least 0, got nan"),
-        ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
-        ({"learning_rate": float("inf")}, "got inf"),
-        ({"zoom": (2.0, 0.5)}, r"zoom must be two increasing positive factors, got \(2.0, 0.5\)"),
+        ({"steps": 0}, "'pretraining.steps' must be an integer of at least 1; received 0"),
+        ({"batch": 1}, "'pretraining.batch' must be an integer of at least 2; received 1"),
+        ({"dice": -0.5}, "'pretraining.dice' must be a finite number of at least 0; received -0.5"),
+        ({"weight_decay": float("nan")}, "'pretraining.weight_decay' must be a finite number .* received nan"),
+        ({"learning_rate": 0.0}, "'pretraining.learning_rate' must be a finite number above 0; received 0.0"),
+        ({"learning_rate": float("inf")}, "received inf"),
+        ({"zoom": (2.0, 0.5)}, r"'pretraining.zoom' must be two positive factors, .* received \[2.0, 0.5\]"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, Any], match: str) -> None:

@@ -1,4 +1,5 @@
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -6,14 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 from torchmetrics.functional.classification import (
-    multiclass_accuracy,
     multiclass_confusion_matrix,
     multiclass_jaccard_index,
 )
 
 from resq_rl.errors import NetworkError, SettingsError, VideoError
-from resq_rl.perception import Segmentation, class_iou, mean_iou, pixel_accuracy
+from resq_rl.perception import Segmentation, class_iou, mean_iou
 from resq_rl.video import IGNORE
 
 BINARY = Segmentation(classes=2, kind="probability")
@@ -68,8 +69,6 @@ def test_mean_iou_equals_torchmetrics(seed: int) -> None:
     assert float(mean_iou(confusion)) == pytest.approx(float(expected), abs=1e-6)
     per_class = multiclass_jaccard_index(prediction.long(), target.long(), 6, average="none", ignore_index=IGNORE)
     assert class_iou(confusion).tolist() == pytest.approx(per_class.tolist(), abs=1e-6)
-    accuracy = multiclass_accuracy(prediction.long(), target.long(), 6, average="micro", ignore_index=IGNORE)
-    assert float(pixel_accuracy(confusion)) == pytest.approx(float(accuracy), abs=1e-6)
 
 
 def test_mean_iou_leaves_out_classes_that_neither_side_has() -> None:
@@ -86,13 +85,12 @@ def test_mean_iou_counts_a_class_that_is_only_predicted_as_zero() -> None:
 def test_metrics_are_nan_where_nothing_is_labelled() -> None:
     empty = torch.zeros(2, 6, 6, dtype=torch.int64)
     assert mean_iou(empty).isnan().all()
-    assert pixel_accuracy(empty).isnan().all()
 
 
 def test_metrics_are_exact_for_counts_beyond_float32() -> None:
     confusion = torch.tensor([[2**40 + 1, 1], [0, 2**40]])
     assert mean_iou(confusion).dtype == torch.float64
-    assert float(pixel_accuracy(confusion)) == (2**41 + 1) / (2**41 + 2)
+    assert class_iou(confusion).tolist() == [(2**40 + 1) / (2**40 + 2), 2**40 / (2**40 + 1)]
 
 
 def test_mean_iou_keeps_leading_axes() -> None:
@@ -224,11 +222,73 @@ def test_labels_that_are_no_class_are_refused() -> None:
         ({"classes": 6, "kind": "probability"}, "classes must be 2, got 6"),
         ({"classes": 2, "kind": "probability", "threshold": 0.0}, "between 0 and 1, got 0.0"),
         ({"threshold": float("nan")}, "got nan"),
+        ({"threshold": 0.7}, "threshold 0.7 has no effect on kind 'logits'"),
+        ({"label_size": (0, 4)}, "label_size must be a height and a width of 1 or more, got"),
+        ({"label_size": (4,)}, "label_size must be a height and a width"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, Any], match: str) -> None:
     with pytest.raises(SettingsError, match=match):
         Segmentation(**settings)
+
+
+@pytest.mark.parametrize(("own", "labels_at"), [((12, 20), (45, 61)), ((45, 61), (12, 20)), ((16, 16), (16, 16))])
+def test_accuracy_is_measured_at_the_size_of_the_labels(own: tuple[int, int], labels_at: tuple[int, int]) -> None:
+    """Against torch's own resizing and torchmetrics, whatever the size of the frames."""
+    generator = torch.Generator().manual_seed(0)
+    raw = F.avg_pool2d(torch.randn(4, 6, *own, generator=generator), 5, 1, 2)
+    target = torch.randint(6, (4, *labels_at), generator=generator).to(torch.uint8)
+    target[:, :3] = IGNORE
+    task = Segmentation(label_size=labels_at)
+    output = task.output(raw, own)
+    prediction = task.predict(output)
+    expected = F.interpolate(raw, labels_at, mode="bilinear", align_corners=False).argmax(1)
+    assert torch.equal(prediction.long(), expected)
+    counts = task.counts(prediction, target)
+    found = multiclass_jaccard_index(expected, target.long(), 6, ignore_index=IGNORE)
+    assert float(task.accuracy(counts.sum(0))) == pytest.approx(float(found), abs=1e-6)
+    for values in task.features(output, prediction):
+        assert 0 <= float(values.min()) <= float(values.max()) <= 1
+
+
+@pytest.mark.parametrize(
+    ("size", "labels_at"), [((4, 6), (8, 18)), ((4, 6), (7, 11)), ((9, 5), (4, 5)), ((6, 6), (6, 6))]
+)
+def test_errors_at_the_labels_lie_in_the_pixels_that_they_cover(
+    size: tuple[int, int], labels_at: tuple[int, int]
+) -> None:
+    """The cost of a pixel is the mean over its area; repeating every label makes that a plain mean of blocks."""
+    prediction, target = (t.repeat(1, 2, 2)[:, : labels_at[0], : labels_at[1]] for t in labels(3, 6))
+    task = Segmentation(label_size=labels_at)
+    table = task.error_table(task.counts(prediction, target).sum(0), "iou")
+    error = task.error(prediction, target, table, size)
+    full = Segmentation().error(prediction, target, table, labels_at).double()
+    repeated = full.repeat_interleave(size[0], 1).repeat_interleave(size[1], 2)
+    expected = repeated.unflatten(1, (size[0], -1)).unflatten(3, (size[1], -1)).mean((2, 4))
+    torch.testing.assert_close(error.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(error.mean((1, 2)).double(), full.mean((1, 2)), rtol=1e-5, atol=1e-6)
+
+
+def test_overlays_are_of_the_frames_size() -> None:
+    frame, prediction = torch.full((3, 6, 8), 0.5), torch.zeros(12, 16, dtype=torch.uint8)
+    prediction[:, 8:] = 1
+    drawn = Segmentation(label_size=(12, 16)).overlay(frame, prediction)
+    assert torch.equal(drawn, Segmentation().overlay(frame, prediction[::2, ::2]))
+
+
+def clip_with_labels(size: tuple[int, int]) -> Any:
+    """In the manner of a `Clip` of 8x12 frames."""
+    return SimpleNamespace(name="c", size=(8, 12), labels=torch.zeros(2, *size, dtype=torch.uint8))
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_labels_of_another_size_than_the_tasks_are_refused() -> None:
+    Segmentation().check(clip_with_labels((8, 12)))
+    Segmentation(label_size=(16, 24)).check(clip_with_labels((16, 24)))
+    with pytest.raises(VideoError, match=r"of 16x24 pixels .* compares at 8x12\. Set task\.label_size=\[16,24\]"):
+        Segmentation().check(clip_with_labels((16, 24)))
+    with pytest.raises(VideoError, match=r"labels are of 8x12 pixels .* compares at 16x24"):
+        Segmentation(label_size=(16, 24)).check(clip_with_labels((8, 12)))
 
 
 def test_task_is_frozen() -> None:

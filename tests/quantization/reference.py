@@ -128,7 +128,7 @@ class Oracle:
         self.key_codes, self.key_scale = integers(codes), scale.numpy()
         codes, scale = model.integer_weights(operator, residual=True)
         self.residual_codes, self.residual_scale = integers(codes), scale.numpy()
-        self.bias = None if operator.bias is None else operator.bias.numpy()
+        self.bias = None if operator.bias is None else operator.bias.float().numpy()
         self.x_ref: Floats = np.zeros(0, np.float32)
         self.y_ref: Floats = np.zeros(0, np.float32)
         self.levels: Ints = np.zeros(0, np.int64)

@@ -1,6 +1,7 @@
 """Wrapped networks give the float network's output; what cannot be wrapped is refused by the layer's name."""
 
 import copy
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
@@ -645,11 +646,11 @@ def test_statistics_over_the_clips_of_a_batch_are_refused() -> None:
         ResQModel(network, torch.rand(1, 3, *SIZE))
 
 
-def test_a_hook_that_changes_an_output_is_not_lost_in_silence() -> None:
+def test_hooks_on_layers_run_as_before() -> None:
     network = nn.Sequential(conv(), nn.ReLU())
     network[0].register_forward_hook(lambda module, args, output: output * 2)
-    with pytest.raises(NetworkError, match="hooks on layers"):
-        ResQModel(network, torch.rand(1, 3, *SIZE))
+    network[0].register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    assert_same_output(network, wrapped(network, 3, SIZE), torch.rand(2, 3, *SIZE))
 
 
 def test_a_mask_that_flips_in_a_pixel_is_no_loss() -> None:
@@ -666,11 +667,10 @@ def test_random_outputs_are_refused() -> None:
 
 
 def test_a_network_that_cannot_be_copied() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        layer = nn.utils.weight_norm(conv())  # the deprecated one, whose weight belongs to a graph
-    with pytest.raises(NetworkError, match="remove_weight_norm"):
-        ResQModel(nn.Sequential(layer), torch.rand(1, 3, *SIZE))
+    network = Custom(lambda m, x: m.a(x), a=conv())
+    network.lock = threading.Lock()
+    with pytest.raises(NetworkError, match="Custom cannot be copied: .* locks"):
+        ResQModel(network, torch.rand(1, 3, *SIZE))
 
 
 @pytest.mark.parametrize("which", ["weight", "bias"])

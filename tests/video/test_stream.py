@@ -26,6 +26,7 @@ def test_files_and_folders_give_what_video_files_gives(
         frames = [torch.from_numpy(frame).permute(2, 0, 1) for frame in stream]
         assert torch.equal(torch.stack(frames), clip.frames)
         assert (stream.rate, stream.length, stream.name) == (rate, length, str(path))
+        assert [time for _, time in stream.timed()] == pytest.approx([n / rate for n in range(length)], abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["a.mkv", "a.ts"])
@@ -53,8 +54,10 @@ def test_frames_are_decoded_as_they_are_asked_for(tmp_path: Path, write_video: W
 def test_a_camera_is_read_until_the_caller_stops() -> None:
     """FFmpeg's generator of test pictures is an input device, as a camera is."""
     camera = CameraFrames("testsrc=size=64x48:rate=30", "lavfi")
-    frames = [np.asarray(image) for image in islice(camera.frames(0, 1, None), 5)]
+    pictures = list(islice(camera.frames(0, 1, None), 5))
     assert camera.rate == 30.0
+    assert [picture.time for picture in pictures] == pytest.approx([n / 30 for n in range(5)])
+    frames = [np.asarray(picture.image) for picture in pictures]
     assert [frame.shape for frame in frames] == [(48, 64, 3)] * 5
     assert (frames[0] != frames[4]).any()
     assert len(list(camera.frames(2, 3, 9))) == 3

@@ -40,7 +40,6 @@ from resq_rl.experiments.config.settings import Settings
 from resq_rl.experiments.results.comparison import write_summary
 from resq_rl.experiments.runs.progress import stage
 from resq_rl.experiments.study.study import Study, build_study
-from resq_rl.experiments.study.training import ppo_settings
 from resq_rl.experiments.tracking.tracker import Tracker
 from resq_rl.policies.ordinal import OrdinalPolicy
 from resq_rl.policies.ppo import Progress, train_ppo, untrained
@@ -125,7 +124,7 @@ def _jobs(study: Study, batch: int) -> dict[str, Callable[[], int]]:
 def _environment(study: Study) -> dict[str, Any]:
     """Collecting a rollout with region agents under stable-baselines3, per frame."""
     environment = AgentsVecEnv(_agents(study))
-    settings = ppo_settings(study.settings)
+    settings = study.settings.training.ppo()
     model = untrained(environment, settings, seed=0)
     _, callback = model._setup_learn(settings.n_steps * environment.num_envs, ConvertCallback(lambda *_: True))
     forward = _jobs(study, environment.core.clips)[REFERENCE]
@@ -153,9 +152,8 @@ def _training(study: Study, tracker: Tracker) -> dict[str, Any]:
     core = _agents(study)
     rollouts = TRAINING_ROLLOUTS * study.settings.training.n_steps * core.clips
     problem = core.streams.problem
-    settings = replace(
-        ppo_settings(study.settings), frames=rollouts * problem.frames // (problem.frames - len(problem)) + 1
-    )
+    frames = rollouts * problem.frames // (problem.frames - len(problem)) + 1
+    settings = study.settings.training.ppo(frames=frames)
     spent: dict[str, float] = {}
     methods = {
         "network and quantization": (problem.model, "step"),

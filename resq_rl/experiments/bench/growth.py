@@ -31,7 +31,7 @@ TAU = 0.7
 
 
 def moving(study: Study, batch: int) -> list[tuple[Tensor, ...]]:
-    """What the network takes for two frames that follow each other in each of `batch` clips."""
+    """The network's inputs for two successive frames of each of `batch` clips."""
     problem = study.problems["train"]
     longer = [i for i, clip in enumerate(problem.clips) if len(clip) > 1]
     chosen = [longer[i % len(longer)] for i in range(batch)]

@@ -11,22 +11,25 @@ import shlex
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from resq_rl import __version__
-from resq_rl.errors import LaunchError, ResqError, ResultsError
+from resq_rl.errors import LaunchError, ResqError, ResultsError, did_you_mean
 from resq_rl.experiments.cli.catalogue import KINDS, print_catalogue
 from resq_rl.experiments.cli.commands import COMMANDS, RESUME, Command
-from resq_rl.experiments.config.conversion import did_you_mean
+
+if TYPE_CHECKING:
+    from resq_rl.experiments.tracking.tracker import Status
 
 __all__ = ["main"]
 
 log = logging.getLogger(__name__)
 
 LIST, SYNC = "list", "sync"
+JOB_PATIENCE = 120.0  # seconds for its folder, which a network file system keeps locked after its node was lost
 
 USAGE = """\
 resq-rl {version}: learned bit allocation for residual-quantized video perception
@@ -104,7 +107,9 @@ class _Session:
 
     def resumption(self, folder: Path) -> str:
         """The command that goes on with a run or a sweep."""
-        resume = (self.command.resume or RESUME).format(folder=folder)
+        from resq_rl.experiments.config.quoting import assignment
+
+        resume = assignment((self.command.resume or RESUME).partition("=")[0], folder)
         kept = [word for word in self.arguments if not word.startswith(resume.partition("=")[0])]
         return shlex.join(["resq-rl", self.name, *kept, resume])
 
@@ -186,18 +191,27 @@ def _list(kinds: Sequence[str]) -> int:
 
 
 def _run(session: _Session, arguments: Sequence[str]) -> int:
-    try:
-        _run_hydra(session, arguments)
-    except KeyboardInterrupt:
-        session.interrupted = True
-        print(f"resq-rl {session.name}: {session.interruption(_sweep_folder())}", file=sys.stderr)
-    except SystemExit as stop:  # the argument parser's and Hydra's own
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except Exception as error:
-        if not (session.failures and _system_error(error)):  # else the log ends where the job's own error says
-            session.failures.append(_outside_the_job(error, session, arguments))
-            session.report(session.failures[-1])
-    codes = [_exit_code(error) for error in session.failures] + _end_sweep(session)
+    from resq_rl.experiments.runs.sweep import end_sweep, invocation
+
+    with invocation() as started:
+        try:
+            _run_hydra(session, arguments)
+        except KeyboardInterrupt:
+            session.interrupted = True
+            print(f"resq-rl {session.name}: {session.interruption(started.sweep)}", file=sys.stderr)
+        except SystemExit as stop:  # raised by the argument parser, by Hydra, and where a folder is taken
+            if isinstance(stop.__cause__, ResqError):
+                session.report(stop.__cause__)
+            return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        except Exception as error:
+            if not (session.failures and _system_error(error)):  # else the log ends where the job's own error says
+                session.failures.append(_outside_the_job(error, session, arguments, sweeping=started.sweep is not None))
+                session.report(session.failures[-1])
+        status: Status = "KILLED" if session.interrupted else "FAILED" if session.failures else "FINISHED"
+        failed = end_sweep(started, status)
+        if started.sweep is not None and not session.interrupted and (failed or session.failures):
+            print(f"To run what is missing: {session.resumption(started.sweep)}", file=sys.stderr)
+    codes = [_exit_code(error) for error in session.failures] + [job.exit_code for job in failed]
     return 130 if session.interrupted else max(codes, default=0)
 
 
@@ -252,6 +266,7 @@ def _guard_job(session: _Session, config: Any) -> None:
     from hydra.types import RunMode
 
     from resq_rl.experiments.cli.job import run_job
+    from resq_rl.experiments.runs.folders import claimed
     from resq_rl.experiments.runs.record import RunRecord
 
     hydra_config = HydraConfig.get()
@@ -261,19 +276,26 @@ def _guard_job(session: _Session, config: Any) -> None:
         from resq_rl.experiments.runs.sweep import become_worker
 
         become_worker(run_dir.name)
-    record = RunRecord(run_dir)
+    overrides, where, record = hydra_config.overrides.task, "", None
     try:
-        run_job(session.name, session.command, session.arguments, config, record, hydra_config.overrides.task)
+        with ExitStack() as held:
+            sweep = None
+            if sweeping:  # a run has claimed its folder before Hydra wrote to it
+                sweep, where = Path(hydra_config.sweep.dir).absolute(), f" [{' '.join(overrides)}]"
+                held.enter_context(claimed(run_dir, JOB_PATIENCE))
+            record = RunRecord(run_dir)
+            run_job(session.name, session.command, session.arguments, config, record, overrides, sweep)
     except Exception as error:
         log.debug("The job failed.", exc_info=error)
-        with suppress(ResultsError):
-            record.fail(session.line_of(error), _exit_code(error))
+        if record is not None:  # else the folder is another process's
+            with suppress(ResultsError):
+                record.fail(session.line_of(error), _exit_code(error))
         if not sweeping:  # the jobs of a sweep may run elsewhere: their records tell how they ended
             session.failures.append(error)
-        session.report(error, f" [{' '.join(hydra_config.overrides.task)}]" if sweeping else "")
+        session.report(error, where)
 
 
-def _outside_the_job(error: Exception, session: _Session, arguments: Sequence[str]) -> Exception:
+def _outside_the_job(error: Exception, session: _Session, arguments: Sequence[str], *, sweeping: bool) -> Exception:
     """What to report for an error of Hydra's, from before a job began."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -286,7 +308,7 @@ def _outside_the_job(error: Exception, session: _Session, arguments: Sequence[st
             f"Cannot write the results folder{_named(system_error)}: {system_error.strerror}. "
             "Choose a writable one with results=FOLDER."
         )
-    if _sweep_folder() is not None and not isinstance(error, ResqError | HydraException | OmegaConfBaseException):
+    if sweeping and not isinstance(error, ResqError | HydraException | OmegaConfBaseException):
         return LaunchError(f"The launcher of the sweep stopped: {type(error).__name__}: {str(error).split('. ')[0]}.")
     if not isinstance(error, COMPOSITION_ERRORS):
         return error
@@ -300,40 +322,18 @@ def _composed(session: _Session, arguments: Sequence[str]) -> tuple[str, list[st
     """Of which config and overrides the settings are composed, and whether those may give several values."""
     from hydra._internal.utils import get_args_parser
 
+    from resq_rl.experiments.config.quoting import readable
+
     flags = get_args_parser().parse_args(list(arguments))
     overrides = list(flags.overrides)
     if flags.config_dir is not None and Path(flags.config_dir).is_dir():
-        overrides.append(f"hydra.searchpath=[file://{Path(flags.config_dir).absolute()}]")
+        searchpath = readable(f"hydra.searchpath=[file://{Path(flags.config_dir).absolute()}]")
+        overrides += [] if searchpath is None else [searchpath]
     return flags.config_name or session.command.config, overrides, flags.multirun
 
 
 def _named(error: OSError) -> str:
     return "" if error.filename is None else f" {error.filename}"
-
-
-def _sweep_folder() -> Path | None:
-    """The folder of the sweep in progress, if there is one."""
-    if "resq_rl.experiments.runs.sweep" not in sys.modules:  # Hydra has not come to its callbacks
-        return None
-    from resq_rl.experiments.runs.sweep import SweepCallback
-
-    return SweepCallback.folder
-
-
-def _end_sweep(session: _Session) -> list[int]:
-    """End the record of a sweep, if there was one; say which jobs failed, and return their exit codes."""
-    folder = _sweep_folder()
-    if folder is None:
-        return []
-    from resq_rl.experiments.runs.sweep import end_sweep
-
-    if session.interrupted:
-        end_sweep(folder, "KILLED")
-        return []
-    failed = end_sweep(folder, "FAILED" if session.failures else "FINISHED")
-    if failed or session.failures:
-        print(f"To run what is missing: {session.resumption(folder)}", file=sys.stderr)
-    return [job.exit_code for job in failed]
 
 
 def _system_error(error: BaseException | None) -> OSError | None:

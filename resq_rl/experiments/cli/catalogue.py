@@ -9,8 +9,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
-from resq_rl.errors import SettingsError
-from resq_rl.experiments.config.conversion import did_you_mean
+from resq_rl.errors import SettingsError, did_you_mean
 
 __all__ = ["KINDS", "print_catalogue"]
 

@@ -6,6 +6,7 @@ import re
 import sys
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -74,7 +75,13 @@ def _made(config: DictConfig) -> object:
 
 
 def _meanings(owner: object) -> dict[str, str]:
-    """What the docstring of a class or function says of each attribute or argument."""
+    """What the docstrings of a class and its bases, or of a function, say of each attribute or argument."""
+    if isinstance(owner, type) and len(owner.__bases__) == 1 and is_dataclass(owner.__base__):
+        return _meanings(owner.__base__) | _listed(owner)
+    return _listed(owner)
+
+
+def _listed(owner: object) -> dict[str, str]:
     _, *rest = re.split(r"^(?:Attributes|Args|Arguments):\n", inspect.getdoc(owner) or "", flags=re.MULTILINE)
     listed, found = "\n".join(part.partition("\n\n")[0] for part in rest), {}  # type: tuple[str, dict[str, str]]
     for names, text in re.findall(r"^    (\w[\w, ]*): (.*(?:\n {5,}.*)*)", listed, re.MULTILINE):

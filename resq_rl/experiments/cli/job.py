@@ -1,4 +1,4 @@
-"""Running a command's job: settings checked and kept, the run recorded and tracked, errors of the machine named."""
+"""Running the job of a command: settings are checked and kept, the run is recorded, shortages are named."""
 
 import errno
 import importlib
@@ -15,8 +15,16 @@ from resq_rl.errors import ResultsError, SettingsError
 from resq_rl.experiments.cli.commands import Command
 from resq_rl.experiments.config.settings import Settings, make_settings, plain
 from resq_rl.experiments.runs.record import RunRecord
-from resq_rl.experiments.runs.resume import CONFIG, kept_text, merged_overrides, with_kept_settings
+from resq_rl.experiments.runs.resume import (
+    CONFIG,
+    kept_text,
+    merged_overrides,
+    with_kept_settings,
+    with_policy_settings,
+)
 from resq_rl.experiments.runs.sweep import job_name
+from resq_rl.experiments.study.deployment import policy_folder, saved_settings
+from resq_rl.experiments.tracking.outbox import recorded_run
 from resq_rl.experiments.tracking.tracker import Tracker, command_tags, open_tracker
 from resq_rl.files import write_atomic
 
@@ -35,21 +43,31 @@ def run_job(
     config: DictConfig,
     record: RunRecord,
     overrides: Sequence[str],
+    sweep: Path | None,
 ) -> None:
     """Run a command's job in the folder of its record, tracked and recorded.
 
     Args:
-        arguments: of the command line, for the record.
+        name: the command's name.
+        command: its job and settings.
+        arguments: the command line, for the record.
         config: the composed settings.
-        overrides: of the configuration, by which they came about.
+        record: the run's record.
+        overrides: Hydra's overrides, from which `config` was composed.
+        sweep: the folder of the sweep that the job is one of, if any.
     """
     run_dir, values = record.path.parent, plain(config)
     resume = (values.get("training") or {}).get("resume") is not None
+    if resume and not command.resume:
+        raise SettingsError(f"`resq-rl {name}` cannot go on from a run: leave training.resume out.")
     if resume:
         values = with_kept_settings(run_dir, command.config, values, overrides)
         overrides = merged_overrides(record.overrides, overrides)
+    elif values.get("policy") is not None:
+        folder = policy_folder(values["policy"])
+        values = with_policy_settings(saved_settings(folder), folder, command.config, values, overrides)
     settings = make_settings(values)
-    values = values | {"training": values["training"] | {"resume": None}, "trusted": False}  # which are for once
+    values = values | {"training": values["training"] | {"resume": None}, "trusted": False}  # how to go on is not kept
     text = OmegaConf.to_yaml(OmegaConf.create(values))
     if resume and record.finished and kept_text(run_dir) == text:
         log.info("%s is finished already.", os.path.relpath(run_dir))
@@ -59,13 +77,15 @@ def run_job(
     job: Callable[..., str | None] = getattr(importlib.import_module(module), function)
     resolved = write_atomic(run_dir / CONFIG, text)
     torch.set_num_threads(settings.threads)
+    torch.manual_seed(settings.seed)  # of networks without weights
     record.begin(["resq-rl", name, *arguments], overrides, settings, resume=resume)
     with (
         open_tracker(
             settings.tracking,
             results=Path(settings.results).absolute(),
             folder=run_dir,
-            name=job_name(name, overrides, run_dir),
+            name=job_name(name, overrides, run_dir, sweep),
+            parent=None if sweep is None else recorded_run(sweep),
             resume=resume,
         ) as tracker,
         _recorded(record, tracker),
@@ -85,7 +105,7 @@ def run_job(
 
 @contextmanager
 def _named_shortage(command: str, settings: Settings) -> Iterator[None]:
-    """Say which setting to lower where memory runs out, and what to do where the disk is full or read-only."""
+    """Turn a shortage of memory or disk into an error that names the setting to lower or the way to go on."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -108,7 +128,7 @@ def _named_shortage(command: str, settings: Settings) -> Iterator[None]:
 
 @contextmanager
 def _recorded(record: RunRecord, tracker: Tracker) -> Iterator[None]:
-    """Record how a job ends, whatever it raises."""
+    """Record how a job ends, also if it raises."""
     status = "failed"
     try:
         yield

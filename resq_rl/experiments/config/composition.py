@@ -1,11 +1,15 @@
-"""Composing a command's config from groups and overrides, and saying in one line what is wrong with one."""
+"""Composing a command's config from groups and overrides, and explaining in one line why an override does not fit."""
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import asdict
+from importlib.resources import files
+from typing import Any, get_type_hints
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -13,26 +17,46 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from resq_rl.errors import SettingsError
-from resq_rl.experiments.config.conversion import did_you_mean, unknown_name
-from resq_rl.experiments.config.settings import Settings, make_settings
+from resq_rl.checked import Checked, convert
+from resq_rl.errors import SettingsError, did_you_mean, unknown_name
+from resq_rl.experiments.config.quoting import assignment, readable
+from resq_rl.experiments.config.settings import Folder, Settings, make_settings
 from resq_rl.experiments.config.targets import parameter_names
 
 __all__ = ["CONFIG_MODULE", "compose_config", "explain", "group_options", "load_settings"]
 
 CONFIG_MODULE = "resq_rl.configs"
 VERSION_BASE = "1.3"
-# Of several values the first that is not null, as a folder to go on in or else a new one.
-OmegaConf.register_new_resolver("first_given", lambda *values: next(v for v in values if v is not None), replace=True)
+# The option of a group that holds the defaults of its settings class. What others share is not offered as a choice.
+DEFAULT, SHARED = "default", "_shared"
 # Hydra raises plain errors for some values of a group.
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError)
+
+
+def _run_folder(resume: str | None, results: object, *names: str) -> str:
+    """The folder to go on in, or else one within the results folder, which is checked before Hydra makes it."""
+    return resume if resume is not None else "/".join((convert(results, Folder, "results"), *names))
+
+
+OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
+
+
+def _store_defaults() -> None:
+    """Give Hydra the defaults of the settings classes, as an option of each group."""
+    for group, cls in get_type_hints(Settings).items():
+        if isinstance(cls, type) and issubclass(cls, Checked):
+            name = SHARED if (files(CONFIG_MODULE) / group).is_dir() else DEFAULT
+            ConfigStore.instance().store(name=name, node=asdict(cls()), group=group, provider="resq_rl")  # type: ignore[call-overload]
+
+
+_store_defaults()
 
 
 def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
     """The config of a command with Hydra overrides applied, without Hydra's own node.
 
     Raises:
-        SettingsError: an override does not fit; the line names it and the nearest valid name.
+        SettingsError: an override does not fit; the message names it and the nearest valid name.
     """
     within_job = GlobalHydra.instance().is_initialized()
     with nullcontext() if within_job else initialize_config_module(CONFIG_MODULE, version_base=VERSION_BASE):
@@ -58,10 +82,15 @@ def load_settings(config_name: str, overrides: Sequence[str] = ()) -> Settings:
 
 
 def explain(error: Exception, config_name: str, overrides: Sequence[str], *, multirun: bool = False) -> SettingsError:
-    """The error of a failed composition as one line that names the override at fault and the nearest name.
+    """The error of a failed composition as one line that names the override at fault and the nearest valid name.
 
     With `multirun`, an override may give several values, and each is tried.
     """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, SettingsError):  # from the run's folder, which is made after the settings are composed
+            return cause
+        cause = cause.__cause__ or cause.__context__
     with initialize_config_module(CONFIG_MODULE, version_base=VERSION_BASE):
         return _explain(error, config_name, overrides, multirun=multirun)
 
@@ -80,7 +109,7 @@ def _explain(error: Exception, config_name: str, overrides: Sequence[str], *, mu
             else:
                 parsed.append((text, override))
         except HydraException as failure:
-            return SettingsError(_unreadable(text, failure))
+            return SettingsError(_unreadable(text, failure, multirun=multirun))
     # A wrong group option hides everything else, so those are tried first.
     parsed.sort(key=lambda pair: pair[1].key_or_group not in groups)
     good = searchpath
@@ -94,11 +123,14 @@ def _explain(error: Exception, config_name: str, overrides: Sequence[str], *, mu
     return SettingsError(f"Cannot compose the settings: {_one_line(error)}")
 
 
-def _unreadable(text: str, failure: HydraException) -> str:
+def _unreadable(text: str, failure: HydraException, *, multirun: bool) -> str:
     reason = _one_line(failure).split(" See https://", maxsplit=1)[0]
     if "=" not in text:
         return f"Cannot read '{text}': write it as NAME=VALUE."
-    return f"Cannot read '{text}': {reason}. Quote the value for the shell and for Hydra: 'NAME=\"VALUE\"'."
+    quoted = readable(text, several=multirun)
+    if quoted is None:
+        return f"Cannot read '{text}': {reason}. A name has letters, digits, dots and underscores only."
+    return f"Cannot read '{text}': {reason}. Quote the value, for the shell and for Hydra: {shlex.quote(quoted)}."
 
 
 def _wrong_override(
@@ -111,8 +143,8 @@ def _wrong_override(
     key = override.key_or_group
     if override.is_sweep_override():
         return (
-            f"'{text}' gives several values: for a list write {key}=[...], "
-            "to run the command once for each add --multirun."
+            f"'{text}' gives several values: for a list write {key}=[...], to run the command once for each add "
+            f"--multirun, for a text with commas write {shlex.quote(assignment(key, text.partition('=')[2]))}."
         )
     value = override.value()
     if key in groups:
@@ -148,10 +180,11 @@ def _parents(key: str) -> Iterator[str]:
 
 def _options(config_name: str, searchpath: list[str]) -> dict[str, list[str]]:
     loader = GlobalHydra.instance().config_loader()
-    return {
+    options = {
         group: loader.get_group_options(group, config_name=config_name, overrides=searchpath)
         for group in _groups(loader)
     }
+    return {group: [name for name in names if name != SHARED] for group, names in options.items()}
 
 
 def _groups(loader: ConfigLoader, parent: str = "") -> Iterator[str]:

@@ -1,29 +1,36 @@
 """All settings of a command as frozen dataclasses, made from Hydra's config at the boundary.
 
-The values and their defaults live in the YAML groups of `resq_rl.configs`; the classes here say what each may
-be. A group that makes an object (`video`, `model`, `task`) is a `Target`: its `_target_` names a class or
-function and its other keys are arguments.
+A class says what each setting of its group means, what it may be, and its default, which Hydra is given from here
+(`resq_rl.experiments.config.composition`); what the library has a dataclass for, a group extends. The options in
+`resq_rl.configs` change some of the defaults. A group that makes an object (`video`, `model`, `task`) is a `Target`:
+its `_target_` names a class or function and its other keys are arguments.
 """
 
-import itertools
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import AfterValidator, Field
 
+from resq_rl.checked import Bits, Checked, Count, Increasing, NotNegative, Positive, convert_dataclass
+from resq_rl.envs import DEFAULT_THRESHOLDS, AccuracySource, Agents, ErrorWeighting
 from resq_rl.errors import SettingsError
-from resq_rl.experiments.config.conversion import Bounds, check_bounds, convert_dataclass
 from resq_rl.experiments.config.targets import Target, make_target
 from resq_rl.perception import PretrainSettings
+from resq_rl.policies import FrameMagnitude
+from resq_rl.policies.ppo_settings import PPOSettings
+from resq_rl.quantization import DEFAULT_KAPPA, LayerKind, QuantizationConfig, Reference
+from resq_rl.video import Fit, Split
 
 __all__ = [
     "BenchmarkSettings",
     "EnvironmentSettings",
     "ExportSettings",
+    "Folder",
     "HeuristicSettings",
     "QuantizationSettings",
     "RunningSettings",
@@ -35,79 +42,76 @@ __all__ = [
     "plain",
 ]
 
-Bits = Annotated[int, Bounds(at_least=2, at_most=16)]
-Count = Annotated[int, Bounds(at_least=1)]
-Positive = Annotated[float, Bounds(above=0)]
-Share = Annotated[float, Bounds(at_least=0, at_most=1)]
-LayerKind = Literal["conv", "depthwise", "grouped", "linear", "pointwise", "transposed"]
-Reference = Literal["previous", "keyframe"]
 EnvironmentId = Literal[
     "resq_rl/FrameBits-v0", "resq_rl/FrameLevel-v0", "resq_rl/RegionBits-v0", "resq_rl/RegionThresholds-v0"
 ]
+ONE_OR_MORE = Field(min_length=1)
+INCREASING = Field(min_length=1, description="a list of increasing values above 0, at least one")
 
 
-class _Group:
-    """A settings group; its numbers are checked against their `Bounds` when it is made."""
+def _different(values: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(values)) != len(values):
+        raise ValueError("repeated")
+    return values
 
-    _prefix: ClassVar[str] = ""
 
-    def __post_init__(self) -> None:
-        check_bounds(self, self._prefix)
-        self._check()
+def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
+    if limits[0] > limits[1]:
+        raise ValueError("not ascending")
+    return limits
 
-    def _check(self) -> None:
-        """Check what one annotation cannot say."""
 
-    def _refuse(self, field: str, constraint: str) -> SettingsError:
-        value = getattr(self, field)
-        shown = list(value) if isinstance(value, tuple) else value
-        return SettingsError(f"Setting '{self._prefix}{field}' must be {constraint}; received {shown!r}.")
+Seeds = Annotated[
+    tuple[NotNegative, ...],
+    Field(min_length=1, description="a list of different seeds, at least one, each an integer of at least 0"),
+    AfterValidator(_different),
+]
+Range = Annotated[
+    tuple[Positive, Positive],
+    Field(description="an increasing range [low,high] of numbers above 0"),
+    AfterValidator(_ascending),
+]
 
-    def _check_increasing(self, field: str) -> None:
-        values = getattr(self, field)
-        if not values or any(a >= b for a, b in itertools.pairwise(values)):
-            raise self._refuse(field, "a list of increasing values, at least one")
+
+def _plain_text(text: str) -> str:
+    if "${" in text:  # it would be an interpolation where a run's settings are read again
+        raise ValueError("an interpolation")
+    return text
+
+
+Folder = Annotated[
+    str, Field(min_length=1, description="text, the name of a folder, without ${"), AfterValidator(_plain_text)
+]
+Ascending = Annotated[tuple[Positive, ...], INCREASING, Increasing]
 
 
 @dataclass(frozen=True)
-class QuantizationSettings(_Group):
-    """How the network is quantized.
+class QuantizationSettings(QuantizationConfig):
+    """How the network is quantized: beside the model's own configuration, how it is calibrated and run.
 
     Attributes:
-        key_weight_bits, key_activation_bits: bits of a keyframe.
-        levels: activation bits that a residual may take, increasing; 0 skips.
-        residual_weight_bits: "auto" (from calibration), one width, or one per kind of layer.
+        residual_weight_bits: "auto" (chosen for each kind of layer on calibration clips), one width, or one per kind
+            of layer, such as {conv: 4, depthwise: 8} (kinds that are not named take 4).
         weight_tolerance: for "auto", by what factor the squared error of the output may grow over 8-bit weights.
-        weight_rounding: "nearest", or "second_order": the weights of a channel together, from calibration clips.
-        range_estimator: how ranges come from calibration clips.
-        groups: "auto", or patterns of layer names by name of the group.
-        bops_convention: what one multiplication of w by a bits costs.
         calibration_clips: how many training clips are used.
         compile: run the simulation's elementwise work in C, where the machine has a compiler; results stay the same.
     """
 
-    _prefix: ClassVar[str] = "quantization."
+    _group: ClassVar[str] = "quantization."
 
-    key_weight_bits: Bits
-    key_activation_bits: Bits
-    levels: Annotated[tuple[int, ...], Bounds(at_least=0, at_most=16)]
-    residual_weight_bits: Annotated[Literal["auto"] | int | Mapping[LayerKind, int], Bounds(at_least=2, at_most=16)]
-    weight_tolerance: Annotated[float, Bounds(at_least=1)]
-    weight_rounding: Literal["nearest", "second_order"]
-    range_estimator: Literal["least_squares", "min_max", "percentile"]
-    groups: Literal["auto"] | Mapping[str, tuple[str, ...]]
-    bops_convention: Literal["product", "max", "clipped"]
-    calibration_clips: Count
-    compile: bool
+    residual_weight_bits: Literal["auto"] | Bits | Mapping[LayerKind, Bits] = 4  # type: ignore[assignment] # and "auto"
+    weight_tolerance: Annotated[float, Field(ge=1)] = 1.5
+    calibration_clips: Count = 16
+    compile: bool = True
 
-    def _check(self) -> None:
-        self._check_increasing("levels")
-        if 1 in self.levels:
-            raise self._refuse("levels", "free of 1: a symmetric quantizer needs at least 2 bits")
+    def config(self, **changes: Any) -> QuantizationConfig:
+        """The model's own configuration; of "auto", the 8 bits from which the choice begins."""
+        start = {"residual_weight_bits": 8} if self.residual_weight_bits == "auto" else {}
+        return self.part(QuantizationConfig, **(start | changes))
 
 
 @dataclass(frozen=True)
-class EnvironmentSettings(_Group):
+class EnvironmentSettings(Checked):
     """What a policy decides and what it is rewarded for.
 
     Attributes:
@@ -115,39 +119,40 @@ class EnvironmentSettings(_Group):
         agents: "region" (one agent per region and clip) or "frame" (one per clip).
         grid: regions down and across.
         clips_per_batch: clips that one forward pass runs.
-        reference: what residuals are taken against.
-        keyframe_intervals: frames from one forced keyframe to the next, of which region agents meet one per episode in
-            training and the best for each trade-off is chosen on validation; 0 for none but the first.
-        accuracy: against labels, or agreement with the float network.
-        weighting: what a wrong pixel costs: "iou" by the rarity of the classes it confuses, "pixel" the same for all.
+        reference: what residuals are taken against, "previous" or "keyframe".
+        keyframe_intervals: frames from one forced keyframe to the next, 0 for none but the first. For region agents,
+            each training episode draws one, and validation chooses the best for each trade-off. Frame agents decide on
+            keyframes themselves; only the constant choices that training begins with are tried at each interval.
+        accuracy: against "labels", or "teacher": agreement with the float network.
+        weighting: what a wrong pixel costs in the reward: "iou" by the rarity of the classes it confuses, "pixel" the
+            same for all.
         trade_off: lambda of the reward: one number, a range to draw from log-uniformly per episode, or "auto" for a
             range chosen on training clips.
-        thresholds: what a threshold action may choose, increasing.
-        ignored: features of the observation that agents see as 0, or patterns of their names.
+        thresholds: what a threshold action may choose, increasing; 100 skips. Environments that choose bits use them
+            for searched thresholds only, or not at all (FrameLevel).
+        ignored: features of the observation that agents see as 0, or patterns of their names, such as
+            [uncertainty, spent_*].
     """
 
-    _prefix: ClassVar[str] = "environment."
+    _group: ClassVar[str] = "environment."
 
-    id: EnvironmentId
-    agents: Literal["region", "frame"]
-    grid: Annotated[tuple[int, int], Bounds(at_least=1)]
-    clips_per_batch: Count
-    reference: Reference
-    keyframe_intervals: Annotated[tuple[int, ...], Bounds(at_least=0)]
-    accuracy: Literal["labels", "teacher"]
-    weighting: Literal["iou", "pixel"]
-    trade_off: Annotated[Literal["auto"] | float | tuple[float, float], Bounds(above=0)]
-    thresholds: Annotated[tuple[float, ...], Bounds(above=0)]
-    ignored: tuple[str, ...]
+    id: EnvironmentId = "resq_rl/RegionThresholds-v0"
+    agents: Agents = "region"
+    grid: tuple[Count, Count] = (6, 10)
+    clips_per_batch: Count = 32
+    reference: Reference = "previous"
+    keyframe_intervals: Annotated[tuple[NotNegative, ...], ONE_OR_MORE] = (16, 0)
+    accuracy: AccuracySource = "labels"
+    weighting: ErrorWeighting = "iou"
+    trade_off: Literal["auto"] | Positive | Range = "auto"
+    thresholds: Ascending = DEFAULT_THRESHOLDS
+    ignored: tuple[str, ...] = ()
 
     def _check(self) -> None:
-        self._check_increasing("thresholds")
-        if not self.keyframe_intervals:
-            raise self._refuse("keyframe_intervals", "a list of at least one value")
-        if isinstance(self.trade_off, tuple) and self.trade_off[0] > self.trade_off[1]:
-            raise self._refuse("trade_off", "a number or an increasing range [low,high]")
         if self.agents == "region" and self.id in ("resq_rl/FrameBits-v0", "resq_rl/FrameLevel-v0"):
-            raise self._refuse("agents", f"'frame' with {self.id}, which has no regions")
+            raise SettingsError(
+                f"Setting 'environment.agents' must be 'frame' with {self.id}, which has no regions; received 'region'."
+            )
 
     @property
     def trade_off_range(self) -> tuple[float, float]:
@@ -162,64 +167,46 @@ class EnvironmentSettings(_Group):
 
 
 @dataclass(frozen=True)
-class TrainingSettings(_Group):
-    """Training by PPO.
+class TrainingSettings(PPOSettings):
+    """Training by PPO of stable-baselines3; one run learns the whole range of environment.trade_off.
 
     Attributes:
-        frames: environment frames of one training run (a batch of 32 clips spends 32 per step).
-        keyframe_frames: environment frames after those, in which a second small policy learns when to run keyframes
+        keyframe_frames: environment frames after `frames`, in which a second small policy learns when to run keyframes
             while the region agents stay as they are; 0 for keyframes at fixed intervals only.
         seeds: one training run each.
-        n_steps, batch_size, epochs, learning_rate, gamma, gae_lambda, ent_coef, clip_range: as in
-            stable-baselines3.
-        hidden: units of the policy network's hidden layers.
-        policy_bits: width at which the policy network is charged.
         reward_scale: factor of every reward.
-        warm_start: as what the policy begins, with the same choices in all regions: "best" for each lambda, of all that
-            was tried; "even", constant choices from most BOPs at the lowest lambda to fewest at the highest, which
-            suits networks for which all between full bits and skipping looks bad at first; or "none", at random.
-        search_frames: environment frames that go, besides, into searching a threshold for each layer group for "best"
-            (of region agents that choose thresholds; rounded up to whole settings); with 0 it knows constant choices
-            only.
-        checkpoint_every: rollouts between checkpoints.
+        warm_start: where the policy begins, with the same choices in all regions: "best" begins at the best choices
+            known for each lambda; "even" at constant choices, from most BOPs at the lowest lambda to fewest at the
+            highest, which suits networks for which all between full bits and skipping looks bad at first; "none" at
+            random.
+        search_frames: further environment frames, spent on searching a threshold for each layer group for "best" (of
+            region agents that choose thresholds; rounded up to whole settings); with 0 it knows constant choices only.
         trade_offs: how many values of lambda, spread over its range, make the front.
-        resume: folder of the run to go on with, of `train`, `compare` or `pretrain`; or None.
+        resume: folder of the run (or sweep) to go on with, of `train`, `compare` or `pretrain`; or None.
     """
 
-    _prefix: ClassVar[str] = "training."
+    _group: ClassVar[str] = "training."
 
-    frames: Count
-    keyframe_frames: Annotated[int, Bounds(at_least=0)]
-    seeds: Annotated[tuple[int, ...], Bounds(at_least=0)]
-    n_steps: Count
-    batch_size: Count
-    epochs: Count
-    learning_rate: Positive
-    gamma: Share
-    gae_lambda: Share
-    ent_coef: Annotated[float, Bounds(at_least=0)]
-    clip_range: Positive
-    hidden: Annotated[tuple[int, ...], Bounds(at_least=1)]
-    policy_bits: Annotated[int, Bounds(at_least=2, at_most=32)]
-    reward_scale: Positive
-    warm_start: Literal["best", "even", "none"]
-    search_frames: Annotated[int, Bounds(at_least=0)]
-    checkpoint_every: Count
-    trade_offs: Count
-    resume: str | None
+    keyframe_frames: NotNegative = 0
+    seeds: Seeds = (0, 1, 2)
+    reward_scale: Positive = 3.0
+    warm_start: Literal["best", "even", "none"] = "best"
+    search_frames: NotNegative = 15_000
+    trade_offs: Count = 8
+    resume: str | None = None
+
+    def ppo(self, **changes: Any) -> PPOSettings:
+        """The settings of PPO itself."""
+        return self.part(PPOSettings, **changes)
 
     def spread(self, trade_off_range: tuple[float, float]) -> list[float]:
         """`trade_offs` values of lambda over a range, evenly by ratio; one where the range is a single number."""
         low, high = trade_off_range
         return [float(t) for t in np.geomspace(low, high, self.trade_offs if high > low else 1)]
 
-    def _check(self) -> None:
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise self._refuse("seeds", "a list of different seeds, at least one")
-
 
 @dataclass(frozen=True)
-class HeuristicSettings(_Group):
+class HeuristicSettings(Checked):
     """The settings of Dynamic ResQ that are tried on the validation clips: all combinations of the lists.
 
     Attributes:
@@ -227,138 +214,140 @@ class HeuristicSettings(_Group):
         references: what residuals are taken against.
         taus: thresholds, in calibrated standard deviations of a layer's residual.
         kappa: factor of tau for each level above the lowest, increasing; also of threshold actions.
-        other_kappas: tried beside `kappa` with the settings that were best with it.
-        scene_changes: mean residuals of a frame (square root, 0..1) above which it runs as a keyframe, tried likewise.
+        other_kappas: further values of kappa, tried with the settings that were best with `kappa`.
+        scene_changes: mean residuals of a frame (square root, 0..1) above which it runs as a keyframe, tried with the
+            settings that were best without; for frame-level decisions, in all combinations.
         frame_taus: for frame-level decisions, mean residuals of a frame (square root, 0..1) at which it takes a higher
             level.
-        frame_kappa: their multipliers by level.
-        searches: how static thresholds per layer group are searched, with as many frames as the training of one policy.
-        clairvoyant_points: values of lambda for which a choice by region that knows the errors ahead is measured beside
-            the greedy search; each takes (fields x horizon) times as long as a policy.
-        clairvoyant_horizon: frames it looks ahead; 0 for all to the end of the clip.
+        frame_kappa: for frame-level decisions, factor of frame_taus for each level.
+        searches: how static thresholds per layer group are searched, "greedy" or "random" or both, each with as many
+            frames as the training of one policy.
+        clairvoyant_points: values of lambda for which an oracle by region, which knows the errors ahead, is measured
+            beside the greedy search; each takes (fields x horizon) times as long as a policy.
+        clairvoyant_horizon: frames that this oracle looks ahead; 0 for all to the end of the clip.
     """
 
-    _prefix: ClassVar[str] = "heuristic."
+    _group: ClassVar[str] = "heuristic."
 
-    intervals: Annotated[tuple[int, ...], Bounds(at_least=0)]
-    references: tuple[Reference, ...]
-    taus: Annotated[tuple[float, ...], Bounds(above=0)]
-    kappa: Annotated[tuple[float, ...], Bounds(above=0)]
-    other_kappas: Annotated[tuple[tuple[float, ...], ...], Bounds(above=0)]
-    scene_changes: Annotated[tuple[float, ...], Bounds(above=0)]
-    frame_taus: Annotated[tuple[float, ...], Bounds(above=0)]
-    frame_kappa: Annotated[tuple[float, ...], Bounds(above=0)]
-    searches: tuple[Literal["greedy", "random"], ...]
-    clairvoyant_points: Annotated[int, Bounds(at_least=0)]
-    clairvoyant_horizon: Annotated[int, Bounds(at_least=0)]
+    intervals: Annotated[tuple[NotNegative, ...], ONE_OR_MORE] = (8, 16, 0)
+    references: Annotated[tuple[Reference, ...], ONE_OR_MORE] = ("previous", "keyframe")
+    taus: Annotated[tuple[Positive, ...], ONE_OR_MORE] = (0.2, 0.3, 0.45, 0.7, 0.85, 1.0, 1.2, 1.4, 1.95)
+    kappa: Ascending = DEFAULT_KAPPA
+    other_kappas: tuple[tuple[Positive, ...], ...] = ((1.0, 2.0, 6.0), (1.0, 1.6, 6.0))
+    scene_changes: tuple[Positive, ...] = (0.4,)
+    frame_taus: Annotated[tuple[Positive, ...], ONE_OR_MORE] = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
+    frame_kappa: Ascending = FrameMagnitude.kappa
+    searches: tuple[Literal["greedy", "random"], ...] = ("greedy",)
+    clairvoyant_points: NotNegative = 0
+    clairvoyant_horizon: NotNegative = 0
 
     def _check(self) -> None:
-        for field in ("intervals", "references", "taus", "frame_taus"):
-            if not getattr(self, field):
-                raise self._refuse(field, "a list of at least one value")
-        self._check_increasing("kappa")
-        self._check_increasing("frame_kappa")
         for other in self.other_kappas:
             if len(other) != len(self.kappa) or list(other) != sorted(other):
-                raise self._refuse("other_kappas", "lists of increasing values, each as long as heuristic.kappa")
+                raise SettingsError(
+                    "Setting 'heuristic.other_kappas' must be lists of increasing values, each as long as "
+                    f"heuristic.kappa ({len(self.kappa)}); received {list(other)}."
+                )
 
 
 @dataclass(frozen=True)
-class TrackingSettings(_Group):
+class TrackingSettings(Checked):
     """Where runs are recorded.
 
     Attributes:
         enabled: record to MLflow.
-        uri: the tracking server or store; None is an SQLite file in the results folder.
+        uri: the tracking server or store, such as http://HOST:PORT of an `mlflow server`; None is an SQLite file,
+            mlflow.db in the results folder; "offline" keeps records in the run's folder until
+            `resq-rl sync FOLDER [URI]` sends them.
         experiment: name of the MLflow experiment.
         tags: tags of the run.
         parent_run: id of the MLflow run to nest under, or None.
     """
 
-    _prefix: ClassVar[str] = "tracking."
+    _group: ClassVar[str] = "tracking."
 
-    enabled: bool
-    uri: str | None
-    experiment: str
-    tags: Mapping[str, str | int | float | bool]
-    parent_run: str | None
+    enabled: bool = True
+    uri: str | None = None
+    experiment: str = "resq_rl"
+    tags: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    parent_run: str | None = None
 
 
 @dataclass(frozen=True)
-class BenchmarkSettings(_Group):
+class BenchmarkSettings(Checked):
     """What `bench` measures.
 
     Attributes:
         batches: clips that one step runs.
         rounds: how often all that is compared runs in turn.
         processes: environments of one clip, each in a process of its own, that region agents are compared with.
-        soak_steps: over which memory must not grow.
+        soak_steps: steps over which memory must not grow.
     """
 
-    _prefix: ClassVar[str] = "benchmark."
+    _group: ClassVar[str] = "benchmark."
 
-    batches: Annotated[tuple[int, ...], Bounds(at_least=1)]
-    rounds: Count
-    processes: Count
-    soak_steps: Count
-
-    def _check(self) -> None:
-        if not self.batches:
-            raise self._refuse("batches", "a list of at least one value")
+    batches: Annotated[tuple[Count, ...], ONE_OR_MORE] = (1, 8, 32)
+    rounds: Count = 9
+    processes: Count = 8
+    soak_steps: Count = 10_000
 
 
 @dataclass(frozen=True)
-class RunningSettings(_Group):
-    """How `run` runs a policy on a video.
+class RunningSettings(Checked):
+    """How `run` runs a policy on the video of `source`.
 
     Attributes:
         trade_off: lambda to decide for; None for the middle of the policy's range.
         interval: frames between keyframes, 0 for the first only; None for the policy's own timing.
-        label: image of the mask that the first frame is given, for a task that begins with one; or None.
-        frames: most frames to run; None for all.
-        overlay: whether to write `overlay.mp4`.
-        height: of the overlay in pixels.
-        records: format of the file with a line per frame.
+        label: image of the mask that the first frame is given, for a task that begins with one (all but 0 is the
+            object); or None.
+        fit: how whole frames fill the network's size, "stretch", "crop" or "pad"; None for as in training.
+        frames: most frames to run; None for all, or until interrupted.
+        overlay: whether to draw the prediction, the bits and BOPs so far to `overlay.mp4`.
+        height: height of the overlay in pixels.
+        records: format of the file with a line per frame, "jsonl" or "csv".
     """
 
-    _prefix: ClassVar[str] = "running."
+    _group: ClassVar[str] = "running."
 
-    trade_off: Annotated[float | None, Bounds(above=0)]
-    interval: Annotated[int | None, Bounds(at_least=0)]
-    label: str | None
-    frames: Annotated[int | None, Bounds(at_least=1)]
-    overlay: bool
-    height: Annotated[int, Bounds(at_least=16, at_most=4320)]
-    records: Literal["jsonl", "csv"]
+    trade_off: Positive | None = None
+    interval: NotNegative | None = None
+    label: str | None = None
+    fit: Fit | None = None
+    frames: Count | None = None
+    overlay: bool = True
+    height: Annotated[int, Field(ge=16, le=4320)] = 360
+    records: Literal["jsonl", "csv"] = "jsonl"
 
 
 @dataclass(frozen=True)
-class ExportSettings(_Group):
-    """What `export` writes.
+class ExportSettings(Checked):
+    """What `export` writes, and checks on the clips of `split`.
 
     Attributes:
         formats: "portable" (safetensors and JSON), "thresholds" (a table), "onnx" (needs the extra), "mlflow".
-        trade_offs: rows of the table.
-        name: under which the MLflow model is registered, or None.
+        trade_offs: rows of the table, spread over the policy's range of lambda.
+        name: name under which the MLflow model is registered; None to register none.
     """
 
-    _prefix: ClassVar[str] = "exporting."
+    _group: ClassVar[str] = "exporting."
 
-    formats: tuple[Literal["mlflow", "onnx", "portable", "thresholds"], ...]
-    trade_offs: Count
-    name: str | None
-
-    def _check(self) -> None:
-        if not self.formats:
-            raise self._refuse("formats", "a list of at least one format")
+    formats: Annotated[tuple[Literal["mlflow", "onnx", "portable", "thresholds"], ...], ONE_OR_MORE] = (
+        "portable",
+        "thresholds",
+        "onnx",
+        "mlflow",
+    )
+    trade_offs: Count = 4
+    name: str | None = "resq-rl-policy"
 
 
 @dataclass(frozen=True)
-class Settings(_Group):
+class Settings(Checked):
     """Every setting of one command.
 
     Attributes:
-        video, model, task: made with `Target.build`.
+        video, model, task: targets, made with `Target.build`.
         pretraining: how `pretrain` trains the network.
         benchmark: what `bench` measures.
         running: how `run` runs a policy.
@@ -366,12 +355,13 @@ class Settings(_Group):
         policy: folder of a trained policy, for `evaluate`, `run` and `export`; or of policies by seed, which `compare`
             measures instead of training.
         trusted: whether settings that are read from the folder of a policy, or of a run to go on with, may name code
-            that does not belong to the shipped options; asked for on the command line only.
+            that no shipped option names; given on the command line only.
         source: what `run` runs on: path of a video file or of a folder of frames, or index of a camera.
         split: clips that `compare` and `evaluate` report on.
         results: folder of all results; each run has its own folder in it.
-        tables: folder where the responses of frame-level decisions are kept from one run to the next; None for nowhere.
-        seed: of everything random but training runs, which have `training.seeds`.
+        tables: folder that keeps the responses of frame-level decisions for later runs; None for none.
+        seed: of random choices outside of training, such as bootstrap draws and random baselines; training runs have
+            `training.seeds`, and pretraining `pretraining.seed`.
         threads: CPU threads for tensor operations.
     """
 
@@ -390,14 +380,14 @@ class Settings(_Group):
     policy: str | None
     trusted: bool
     source: int | str | None
-    split: Literal["train", "validation", "test"]
-    results: str
+    split: Split
+    results: Folder
     tables: str | None
-    seed: Annotated[int, Bounds(at_least=0)]
+    seed: NotNegative
     threads: Count
 
     def _check(self) -> None:
-        levels = len(self.quantization.levels)
+        levels, frame_level = len(self.quantization.levels), self.environment.id == "resq_rl/FrameLevel-v0"
         for name in ("kappa", "frame_kappa"):
             steps = len(getattr(self.heuristic, name))
             if steps != levels - 1:
@@ -410,7 +400,13 @@ class Settings(_Group):
                 "Setting 'training.keyframe_frames' must be 0 with environment.agents=frame, whose agents decide on "
                 f"keyframes themselves; received {self.training.keyframe_frames}."
             )
-        if self.environment.id == "resq_rl/FrameLevel-v0" and self.environment.reference != "keyframe":
+        if self.heuristic.clairvoyant_points and (frame_level or "greedy" not in self.heuristic.searches):
+            raise SettingsError(
+                "Setting 'heuristic.clairvoyant_points' must be 0 where the greedy search, beside which they are "
+                "measured, does not run: it is not among heuristic.searches, or the environment is "
+                f"resq_rl/FrameLevel-v0; received {self.heuristic.clairvoyant_points}."
+            )
+        if frame_level and self.environment.reference != "keyframe":
             raise SettingsError(
                 "Setting 'environment.reference' must be keyframe with resq_rl/FrameLevel-v0: only then do a frame's "
                 f"accuracy and BOPs follow from its keyframe and level; received {self.environment.reference!r}."
@@ -440,4 +436,4 @@ def make_settings(config: DictConfig | Mapping[str, Any]) -> Settings:
     for name, annotation in typing.get_type_hints(Settings).items():
         if annotation is Target and name in values:
             values[name] = make_target(values[name], name)
-    return typing.cast(Settings, convert_dataclass(values, Settings))
+    return convert_dataclass(values, Settings)

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Final
 
-from resq_rl.errors import ResqError, SettingsError
-from resq_rl.experiments.config.conversion import convert, did_you_mean, unknown_name
+from resq_rl.checked import convert
+from resq_rl.errors import ResqError, SettingsError, did_you_mean, unknown_name
 
 __all__ = ["Target", "make_target", "parameter_names", "refuse_foreign"]
 
 TARGET = "_target_"
 GROUPS: Final = ("model", "task", "video")
-# What the shipped options make without running code from a file, as `load_network` does from a program's.
+# What the shipped options make. `load_network` is left out: it runs the code of an exported program.
 HARMLESS: Final = re.compile(rf"^ *{TARGET}: (resq_rl\.(?:perception|video)\.(?!load_network\b)\w+)$", re.MULTILINE)
 
 
@@ -79,15 +79,15 @@ def make_target(node: Any, group: str) -> Target:
 
 
 def refuse_foreign(node: Any, group: str, source: str) -> None:
-    """Let settings that come from a file name only what the shipped options make, so that reading them is harmless.
+    """Refuse settings from a file that name anything but what the shipped options make: using them would run its code.
 
-    To be called before `make_target`, which imports what is named.
+    Call it before `make_target`, which imports what is named.
 
     Args:
-        source: which settings these are, as a sentence begins.
+        source: where the settings are from, as the subject of the message.
 
     Raises:
-        SettingsError: they would run other code.
+        SettingsError: the settings would run other code.
     """
     if isinstance(node, Mapping):
         if TARGET in node and str(node[TARGET]) not in _shipped():
@@ -104,7 +104,7 @@ def refuse_foreign(node: Any, group: str, source: str) -> None:
 
 @functools.cache
 def _shipped() -> frozenset[str]:
-    """Targets of the package's own options, but for those that run code from a file."""
+    """Targets of the package's own options, except those that run code from a file."""
     folders = (files("resq_rl.configs") / group for group in GROUPS)
     options = (file for folder in folders for file in folder.iterdir() if file.name.endswith(".yaml"))
     return frozenset(name for file in options for name in HARMLESS.findall(file.read_text(encoding="utf-8")))

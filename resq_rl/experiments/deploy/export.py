@@ -44,7 +44,7 @@ class _SkippedError(Exception):
 
 @dataclass(frozen=True)
 class _Export:
-    """What is exported, and where to."""
+    """A policy to export, its study and its destination."""
 
     study: Study
     policy: LearnedPolicy
@@ -239,11 +239,17 @@ def _mlflow(work: _Export, reference: Trace) -> dict[str, Any]:
     name = work.study.settings.exporting.name
     work.tracker.log_model(path, name)
     registered = f", registered as {name}" if name and work.tracker.run_id else ""
-    return {"path": path.name, "checked": f"equal on {len(seen)} observations{registered}", "name": name}
+    checked = f"equal on {len(seen)} observations{registered}; serve it with --env-manager local"
+    log.info(
+        "The MLflow model needs resq-rl %s where it is served, and no index has it. Install its wheel there, and let "
+        "MLflow use that environment (mlflow models serve --env-manager local).",
+        __version__,
+    )
+    return {"path": path.name, "checked": checked, "name": name}
 
 
 def _observations(work: _Export) -> Iterator[np.ndarray]:
-    """What the agents see on the checked clip, frame by frame."""
+    """The agents' observations on the checked clip, frame by frame."""
     study, policy = work.study, work.policy
     streams = Streams(
         NetworkEngine(study.problem.subset([0])),

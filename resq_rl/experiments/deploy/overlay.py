@@ -1,4 +1,4 @@
-"""A video beside what a policy makes of it: the prediction, where the bits go, and what was spent so far."""
+"""A video that shows the prediction beside the bits of every region, and the BOPs spent so far."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -25,8 +25,8 @@ PIECE_SECONDS = 2
 _FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
 _CODECS = ("libx264", "mpeg4")
 _COLORS = "cividis"  # even in lightness, and the same to the colour-blind
-# Of the bits by region over the grey frame.
-_TINT = 0.65
+_TINT = 0.65  # opacity of the bits by region over the grey frame
+TICKS = 1000  # of the clock of frames, in a second
 
 
 def draw(
@@ -72,7 +72,7 @@ def _bit_map(frame: UInt8[Tensor, "3 h w"], cost: RunCost) -> UInt8[np.ndarray, 
 
 
 def _draw_scale(canvas: Image.Image, pen: ImageDraw.ImageDraw, corner: tuple[int, int], line: int, font: Font) -> None:
-    """What the colours of the bit map mean, under its right end."""
+    """Draw the scale of the bit map's colours under its right end."""
     bar, (right, top) = (6 * line, line // 2), corner
     ramp = (255 * colormaps[_COLORS](np.linspace(0, 1, bar[0]))[:, :3]).astype(np.uint8)[None].repeat(bar[1], 0)
     left = right - bar[0] - 2 * line
@@ -87,7 +87,7 @@ class OverlayVideo:
     Args:
         task: draws a prediction.
         height: of a panel in pixels; the width follows from the pictures.
-        rate: frames per second.
+        rate: frames per second that players are told; each frame is shown at its own time.
 
     Raises:
         ResultsError: the file cannot be written.
@@ -96,34 +96,38 @@ class OverlayVideo:
     def __init__(self, path: Path, task: Task, height: int, rate: float) -> None:
         self._path, self._task, self._height = path, task, _even(height)
         self._size: tuple[int, int] | None = None
-        self._rate = rate
+        self._rate, self._tick = rate, -1
         codec = next((name for name in _CODECS if name in av.codecs_available), _CODECS[-1])
         try:
             self._container = av.open(str(path), "w", format="mp4", options=_FRAGMENTS)
             self._stream: av.VideoStream = self._container.add_stream(  # type: ignore[assignment]
                 codec, rate=Fraction(rate).limit_denominator(1001)
             )
+            self._stream.codec_context.time_base = Fraction(1, TICKS)
         except (av.FFmpegError, OSError) as error:
             raise self._failed(error) from error
 
     def add(
         self,
-        picture: UInt8[np.ndarray, "source_h source_w 3"],
         frame: UInt8[Tensor, "3 h w"],
         prediction: Tensor,
         cost: RunCost,
         text: str,
+        *,
+        time: float,
+        proportions: float,
     ) -> None:
         """Append a frame.
 
         Args:
-            picture: the frame at the source's size, whose proportions the panels keep.
-            frame: the same at the model's size.
+            frame: the frame at the model's size.
+            time: seconds since the first frame.
+            proportions: width over height of the panels.
 
         Raises:
             ResultsError: the file cannot be written.
         """
-        first, width = self._size is None, _even(round(self._height * picture.shape[1] / picture.shape[0]))
+        first, width = self._size is None, _even(round(self._height * proportions))
         self._size = self._size or (self._height, max(width, _even(self._height // 2)))
         image = draw(self._task.overlay(frame.float() / 255, prediction), frame, cost, text, self._size)
         try:
@@ -131,7 +135,10 @@ class OverlayVideo:
                 self._stream.width, self._stream.height = image.size
                 self._stream.pix_fmt = "yuv420p"
                 self._stream.codec_context.gop_size = max(1, round(PIECE_SECONDS * self._rate))
-            self._container.mux(self._stream.encode(av.VideoFrame.from_ndarray(np.asarray(image), format="rgb24")))
+            shown = av.VideoFrame.from_ndarray(np.asarray(image), format="rgb24")
+            self._tick = max(self._tick + 1, round(TICKS * time))
+            shown.pts, shown.time_base = self._tick, Fraction(1, TICKS)
+            self._container.mux(self._stream.encode(shown))
         except (av.FFmpegError, OSError) as error:
             raise self._failed(error) from error
 
@@ -158,5 +165,5 @@ class OverlayVideo:
 
 
 def _even(length: int) -> int:
-    """As video encoders want it."""
+    """The next even length, which video encoders need."""
     return length + length % 2

@@ -5,12 +5,12 @@ import json
 import logging
 import math
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
+from time import monotonic
 from typing import Any, TextIO
 
 import numpy as np
@@ -26,10 +26,9 @@ from resq_rl.experiments.results.comparison import write_summary
 from resq_rl.experiments.runs.progress import stage
 from resq_rl.experiments.study.deployment import policy_folder, policy_words
 from resq_rl.experiments.tracking.tracker import Tracker
-from resq_rl.perception import Task
 from resq_rl.policies import RunCost, Runner
-from resq_rl.policies.runner import REFERENCE_BITS
-from resq_rl.video import VideoStream
+from resq_rl.policies.runner import REFERENCE_BITS, saved_framing
+from resq_rl.video import Framing, VideoStream
 from resq_rl.video.images import read_labels
 
 __all__ = ["run"]
@@ -43,7 +42,7 @@ OVERLAY = "overlay.mp4"
 
 @dataclass
 class _Totals:
-    """What the frames so far cost, as shares of W8A8."""
+    """Cost of the frames so far, as shares of W8A8."""
 
     reference_bops: int
     frames: int = 0
@@ -100,27 +99,32 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
     if settings.source is None:
         raise SettingsError("On which video? Set source=PATH, a video file or a folder of frames, or a camera's index.")
     running, folder = settings.running, policy_folder(settings.policy)
-    stream = VideoStream(settings.source)
     runner = Runner.load(
-        folder, settings.model.build(), settings.task.build(), trade_off=running.trade_off, interval=running.interval
+        folder,
+        settings.model.build(),
+        settings.task.build(),
+        trade_off=running.trade_off,
+        interval=running.interval,
+        framing=_framing(folder, running),
     )
+    stream = VideoStream(settings.source, stride=runner.framing.stride)
     if settings.quantization.compile:
         runner.problem.model.compile()
     if running.label is not None:
         runner.reset((read_labels(Path(running.label)) > 0).astype(np.uint8))
-    frames = iter(stream)
+    frames = stream.timed()
     first = next(frames)  # a source that cannot be read ends here, before anything is written
     length = running.frames if stream.length is None else min(stream.length, running.frames or stream.length)
-    totals, started, ended = _Totals(runner.problem.reference_bops), time.monotonic(), "failed"
+    totals, started, ended = _Totals(runner.problem.reference_bops), monotonic(), "failed"
     try:
         with ExitStack() as stack:
             outputs = [stack.enter_context(_records(run_dir, running))]
             if running.overlay:
-                outputs.append(stack.enter_context(_overlay(run_dir, running, runner.problem.task, stream.rate)))
+                outputs.append(stack.enter_context(_overlay(run_dir, running, runner, stream.rate)))
             advance = stack.enter_context(stage(f"running {Path(stream.name).name}", length))
-            for picture in islice(chain([first], frames), running.frames):
+            for picture, seconds in islice(chain([first], frames), running.frames):
                 prediction, cost = runner(picture)
-                record = _record(totals, cost, stream.rate)
+                record = _record(totals, cost, seconds)
                 for output in outputs:
                     output(record, picture, runner.frame, prediction, cost)
                 advance(1)
@@ -135,7 +139,7 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
             "settings": runner.policy.settings,
             "ended": ended,
         }
-        seconds = time.monotonic() - started
+        seconds = monotonic() - started
         summary |= totals.summary() | {"seconds": seconds, "frames_per_second": totals.frames / seconds}
         tracker.log_artifact(write_summary(run_dir / "summary.json", summary))
         tracker.log_metrics({name: summary[name] for name in ("bops", "peak_bops", "frames_per_second")})
@@ -144,15 +148,33 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
     return f"{look}ship the policy: resq-rl export {policy_words(folder)}"
 
 
+def _framing(folder: Path, running: RunningSettings) -> Framing | None:
+    """How frames are brought to the network: as in training, or whole frames by `running.fit`.
+
+    Raises:
+        SettingsError: training used windows that follow an object, which a source does not tell.
+    """
+    framing = saved_framing(folder)
+    if framing is None or running.fit is None:
+        if framing is not None and framing.crop is not None:
+            raise SettingsError(
+                f"The policy in {folder} was trained on windows that follow a labelled object, {framing.crop:g} times "
+                "as high as it is, and a video does not tell where it is. Run it on whole frames of such windows with "
+                "running.fit=stretch (or crop, pad), or give the windows in Python: Runner(frame, window)."
+            )
+        return framing
+    return replace(framing, fit=running.fit, crop=None)
+
+
 Output = Callable[[Record, Any, UInt8[Tensor, "3 h w"], Tensor, RunCost], None]
 
 
-def _record(totals: _Totals, cost: RunCost, rate: float) -> Record:
+def _record(totals: _Totals, cost: RunCost, seconds: float) -> Record:
     number = totals.frames
     totals.add(cost)
     values = (
         number,
-        round(number / rate, 6),
+        round(seconds, 6),
         cost.keyframe,
         cost.bops,
         cost.policy,
@@ -191,8 +213,8 @@ def _writer(file: TextIO, kind: str) -> Callable[[Record], Any]:
 
 
 @contextmanager
-def _overlay(run_dir: Path, running: RunningSettings, task: Task, rate: float) -> Iterator[Output]:
-    with OverlayVideo(run_dir / OVERLAY, task, running.height, rate) as video:
+def _overlay(run_dir: Path, running: RunningSettings, runner: Runner, rate: float) -> Iterator[Output]:
+    with OverlayVideo(run_dir / OVERLAY, runner.problem.task, running.height, rate) as video:
 
         def write(record: Record, picture: Any, frame: Tensor, prediction: Tensor, cost: RunCost) -> None:
             kind = "keyframe" if cost.keyframe else "residual"
@@ -200,7 +222,9 @@ def _overlay(run_dir: Path, running: RunningSettings, task: Task, rate: float) -
                 f"frame {record['frame']}  {kind}  {cost.bits:.1f} bits, {cost.bops:.3f} of W8A8   "
                 f"mean {record['mean_bops']:.3f}   {record['total_bops'] / 1e9:.2f} GBOPs so far"
             )
-            video.add(picture, frame, prediction, cost, text)
+            # A stretched frame is shown in the proportions of its source.
+            height, width = picture.shape[:2] if runner.framing.fit == "stretch" else frame.shape[1:]
+            video.add(frame, prediction, cost, text, time=record["time"], proportions=width / height)
 
         yield write
 

@@ -20,7 +20,7 @@ ARTIFACT = "policy"
 
 
 def choices_of(policy: LearnedPolicy, observations: np.ndarray) -> np.ndarray:
-    """What agents with these observations choose: thresholds or levels, a row for each."""
+    """The thresholds or levels that agents with these observations choose, a row for each."""
     index = policy.choose(torch.from_numpy(np.asarray(observations, dtype=np.float32)))
     scheme = policy.scheme
     chosen: np.ndarray = np.asarray(scheme.values, dtype=np.float32)[index.numpy()]

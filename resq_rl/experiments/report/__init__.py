@@ -1,4 +1,4 @@
-"""`report.html`: everything a comparison found, in one page that opens from disk and needs no network."""
+"""`report.html`: the results of a comparison in one page that opens from disk and needs no network."""
 
 from resq_rl.experiments.report.page import write_report
 from resq_rl.experiments.report.verdict import Verdict, verdict_of

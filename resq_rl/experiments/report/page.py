@@ -1,29 +1,36 @@
-"""Filling the report's template; everything that comes from settings, files or names is escaped by it."""
+"""Filling the template of the report, which escapes everything that comes from settings, files or names."""
 
-import base64
+import io
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import partial
+from html import escape
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
-from resq_rl.experiments.report.film import film
-from resq_rl.experiments.report.places import layer_rows, region_maps
-from resq_rl.experiments.report.tables import cost_rows, curve_charts, delta_rows, front_chart, front_rows
+from resq_rl.experiments.report.pair import MOST_FRAMES, film, layer_rows, region_maps
 from resq_rl.experiments.report.verdict import choices_of, verdict_of
-from resq_rl.experiments.results.comparison import TITLES, Comparison, short_settings
-from resq_rl.experiments.results.plots import STYLES
+from resq_rl.experiments.results.comparison import Comparison, Point, delta_title, short_settings, spread_points
+from resq_rl.experiments.results.methods import method_of
+from resq_rl.experiments.results.plots import plot_curves, plot_fronts, plot_spending
 from resq_rl.experiments.runs.provenance import versions
 from resq_rl.experiments.runs.record import RunRecord
 from resq_rl.experiments.study.decisions import Pair
 from resq_rl.experiments.study.study import Study
 from resq_rl.files import write_atomic
 
-__all__ = ["render", "write_report"]
+__all__ = ["write_report"]
 
-PACKAGE = "resq_rl.experiments.report"
+PACKAGE: Final = "resq_rl.experiments.report"
+# Accuracy below the float network at which the upper chart of fronts ends; a second chart shows all points.
+NEAR: Final = 0.1
+CHART_INCHES: Final = (10.0, 5.0)
 
 
 def write_report(
@@ -37,47 +44,40 @@ def write_report(
     """Write `report.html` to a run's folder and return its path.
 
     Args:
-        curves: rows of each training run by name; none where policies were given.
-        pair: the policies that the player shows, or None to leave it out.
+        run_dir: folder of the run, with its `config.yaml`.
+        study: what the comparison was measured on.
+        comparison: the comparison.
+        curves: rows of each training run by name; empty where policies were given.
+        pair: the policies that the player shows, or None to leave the player out.
 
     Raises:
         ResultsError: the file cannot be written.
     """
-    return write_atomic(run_dir / "report.html", render(run_dir, study, comparison, curves=curves, pair=pair))
-
-
-def render(
-    run_dir: Path,
-    study: Study,
-    comparison: Comparison,
-    *,
-    curves: Mapping[str, Sequence[Mapping[str, float]]],
-    pair: Pair | None,
-) -> str:
-    """The page's text."""
     verdict = verdict_of(comparison)
     config = run_dir / "config.yaml"
+    words = partial(short_settings, levels=study.settings.quantization.levels)
+    rows = front_rows(comparison)
     content = {
         "comparison": comparison,
         "created": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         "verdict": verdict,
-        "anchor": TITLES.get(verdict.anchor, verdict.anchor),
         "choices": choices_of(comparison, verdict.anchor),
-        "deltas": delta_rows(comparison),
-        "fronts": front_rows(comparison),
+        "deltas": {name: (delta_title(name), entry) for name, entry in comparison.bd_bops.items()},
+        "fronts": rows,
+        "charts": _front_charts(
+            comparison, {row["id"]: _tip(row, comparison, words(row["point"].settings)) for row in rows}
+        ),
         "costs": cost_rows(comparison, verdict.anchor),
         "pair": None if pair is None else _pair(study, pair),
-        "curves": list(curve_charts(curves)),
+        "film": None if pair is None else film(study, pair),
+        "curves": inline_svg(plot_curves(curves), "Reward, error and BOPs in training") if curves else "",
         "command": RunRecord(run_dir).command_line("compare"),
         "config": config.read_text(encoding="utf-8") if config.is_file() else "",
         "versions": versions(study.settings),
         "settings": study.settings,
-        "colors": {name: "var(--ink)" if color == "#000000" else color for name, (color, _) in STYLES.items()},
-    }
-    data = {
-        "fronts": front_chart(comparison),
-        "curves": curve_charts(curves),
-        "film": None if pair is None else film(study, pair),
+        "words": words,
+        "method_of": method_of,
+        **{ending: files(PACKAGE).joinpath(f"report.{ending}").read_text(encoding="utf-8") for ending in ("css", "js")},
     }
     environment = Environment(
         loader=PackageLoader(PACKAGE, ""),
@@ -87,29 +87,95 @@ def render(
         lstrip_blocks=True,
     )
     environment.filters["thousands"] = lambda value: f"{value:,}"
-    page = environment.get_template("report.html")
-    return page.render(content, data=data, css=_asset("report.css"), js=_asset("report.js"), icon=_icon())
+    return write_atomic(run_dir / "report.html", environment.get_template("report.html").render(content))
+
+
+def front_rows(comparison: Comparison) -> list[dict[str, Any]]:
+    """Every point of every method, from many BOPs to few."""
+    return [
+        {"id": f"point-{number}-{index}", **_row(comparison, method, point)}
+        for number, (method, points) in enumerate(comparison.fronts.items())
+        for index, point in sorted(enumerate(points), key=lambda pair: -pair[1].bops)
+    ]
+
+
+def cost_rows(comparison: Comparison, anchor: str) -> list[dict[str, Any]]:
+    """The BOPs of keyframes, residual frames and the policy, for points spread over the two fronts of the verdict."""
+    rows = [
+        _row(comparison, method, point)
+        for method in dict.fromkeys((anchor, "ppo"))
+        for point in spread_points(comparison.fronts.get(method, ()))
+    ]
+    top = max((row["point"].bops for row in rows), default=1.0)
+    return [row | {"scale": 100 / top} for row in rows]
+
+
+def _row(comparison: Comparison, method: str, point: Point) -> dict[str, Any]:
+    residual = None if point.keyframe_bops is None else max(0.0, point.bops - point.keyframe_bops - point.policy_bops)
+    lost = 100 * (comparison.float_accuracy - point.accuracy)
+    return {"method": method, "point": point, "lost": lost, "residual": residual}
+
+
+def _tip(row: Mapping[str, Any], comparison: Comparison, settings: str) -> str:
+    """The hover text of a point."""
+    point = row["point"]
+    bops, accuracy = (
+        "" if interval is None else f" ({interval[0]:.3f} to {interval[1]:.3f})"
+        for interval in (point.bops_ci95, point.accuracy_ci95)
+    )
+    return (
+        f"{method_of(row['method']).title}: {settings}\n{point.bops:.3f} of W8A8{bops}\n"
+        f"{comparison.accuracy_metric} {point.accuracy:.3f}{accuracy}, {row['lost']:.1f} points lost\n"
+        f"peak frame {point.peak_bops:.3f}"
+    )
+
+
+def _front_charts(comparison: Comparison, tips: Mapping[str, str]) -> list[str]:
+    """The chart of the points near the float network, and one of all points if there are others."""
+    links = {
+        method: [f"#point-{number}-{index}" for index in range(len(points))]
+        for number, (method, points) in enumerate(comparison.fronts.items())
+    }
+    every = [point for points in comparison.fronts.values() for point in points]
+    far = sum(comparison.float_accuracy - point.accuracy > NEAR for point in every)
+    charts = []
+    for within, label in ((NEAR, "near the float network"), (float("inf"), "all points")):
+        figure = plot_fronts(comparison, within=within, links=links)
+        figure.set_size_inches(CHART_INCHES)
+        charts.append(inline_svg(figure, f"{comparison.accuracy_metric} against BOPs per frame, {label}", tips))
+    return charts if 0 < far < len(every) else charts[1:]
+
+
+def inline_svg(figure: Figure, label: str, tips: Mapping[str, str] | None = None) -> str:
+    """A figure as an SVG element of the page, in the page's colours.
+
+    Args:
+        figure: the figure.
+        label: description for screen readers; no two figures of a page have the same.
+        tips: hover text of each element of the page that a marker links to, by its id.
+    """
+    buffer = io.BytesIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    text = buffer.getvalue().decode()
+    text = re.sub(r' (xmlns(:\w+)?|width|height)="[^"]*"', "", text[text.index("<svg") :], count=4)
+    text = re.sub(r' id="[\w.]+_\d+"', "", text)  # names of parts, the same in every figure
+    text = text.replace(' xlink:href="#', ' href="#')
+    for colour, own in (("#000000", "var(--ink)"), ("#ffffff", "var(--paper)")):
+        text = re.sub(rf"\b(fill|stroke): {colour}", rf"\1: {own}", text)
+    for name, tip in (tips or {}).items():
+        link = f'<a href="#{name}"><title>{escape(tip)}</title>'
+        text = text.replace(f'<a href="#{name}" target="_blank">', link)
+    return text.replace("<svg", f'<svg role="{"group" if tips else "img"}" aria-label="{escape(label)}"', 1)
 
 
 def _pair(study: Study, pair: Pair) -> dict[str, Any]:
-    """Who the two policies are, and where their bits go."""
-    policies = [
-        {
-            "name": name,
-            "method": method,
-            "settings": short_settings(measured.settings),
-            "bops": measured.bops,
-            "accuracy": measured.accuracy,
-        }
-        for name, method, (_, measured) in (
-            (TITLES.get(pair.method, pair.method), pair.method, pair.heuristic),
-            (TITLES["ppo"], "ppo", pair.learned),
-        )
-    ]
+    """The two policies, their charts of BOPs by frame, and their BOPs by layer and region."""
     groups, layers = layer_rows(study.model, pair)
     return {
-        "policies": policies,
-        "clips": len(pair.traces),
+        "policies": [(method_of(pair.method), pair.heuristic[1]), (method_of("ppo"), pair.learned[1])],
+        "charts": [_spending_chart(pair, number) for number in range(len(pair.traces))],
         "groups": groups,
         "layers": layers,
         "regions": region_maps(pair),
@@ -117,15 +183,12 @@ def _pair(study: Study, pair: Pair) -> dict[str, Any]:
     }
 
 
-def _asset(name: str) -> str:
-    """A style sheet or script of this package, which goes into the page as it is."""
-    return files(PACKAGE).joinpath(name).read_text(encoding="utf-8")
-
-
-def _icon() -> str:
-    """A small picture for the browser's tab, without which it would ask a server for one."""
-    svg = (
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8"><path fill="#0072b2" d="M0 4h2v4H0zM3 2h2v6H3z"/>'
-        '<path fill="#d55e00" d="M6 6h2v2H6z"/></svg>'
-    )
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode('ascii')}"
+def _spending_chart(pair: Pair, number: int) -> dict[str, Any]:
+    """The chart of BOPs by frame of a clip, and how far its cursor moves for a frame, in the chart's own unit."""
+    bops = [trace.bops[:MOST_FRAMES] for trace in pair.traces[number]]
+    figure = plot_spending(dict(zip((pair.method, "ppo"), bops, strict=True)))
+    axes = figure.axes[0]
+    axes.lines[-1].set_gid(f"cursor-{number}")
+    svg = inline_svg(figure, f"BOPs of each frame of clip {number}, and their running mean")
+    left, right = axes.transData.transform([(0, 1), (1, 1)])[:, 0]
+    return {"svg": svg, "step": (right - left) * 72 / figure.dpi}  # an SVG has 72 units to the inch

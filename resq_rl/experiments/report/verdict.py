@@ -1,29 +1,30 @@
-"""What a comparison comes to, in one sentence, and which points to look at when a policy is to be shipped."""
+"""The result of a comparison in one sentence, and the points to consider for shipping a policy."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
-from resq_rl.experiments.results.comparison import TITLES, BdEntry, Comparison, Point, short_settings
+from resq_rl.experiments.results.comparison import BdEntry, Comparison, Point
+from resq_rl.experiments.results.methods import method_of
 
 __all__ = ["Choice", "Verdict", "choices_of", "verdict_of"]
 
 Tone = Literal["fewer", "more", "unclear", "none"]
 
-# Points of accuracy (percent) that may be lost against the float network.
+# Points of accuracy (percent) that a policy may lose against the float network.
 ALLOWED_LOSSES: Final = (0.5, 1.0, 2.0)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A learned method against the heuristic that it is to beat.
+    """The learned policies against a heuristic.
 
     Attributes:
-        sentence: the finding with its interval, or why there is none.
-        scope: over what it was averaged and what it counts.
+        sentence: the finding with its interval, or the reason why there is none.
+        scope: the accuracies, clips and seeds that the finding covers.
         tone: whether the learned policies need fewer or more bit-operations; unclear where the interval holds 0 or is
             missing, none without a number.
-        anchor: name of the heuristic in `comparison.json`, or an empty string.
+        anchor: key of the heuristic, or an empty string.
     """
 
     sentence: str
@@ -38,14 +39,14 @@ def verdict_of(comparison: Comparison) -> Verdict:
     if not deltas:
         return Verdict("No learned policy was compared with a heuristic.", "", "none", "")
     anchor, entry = next(((name, e) for name, e in deltas.items() if e.value is not None), next(iter(deltas.items())))
-    title = TITLES.get(anchor, anchor)
+    title = method_of(anchor).title
     if entry.value is None:
         return Verdict(f"PPO and {title} cannot be compared at equal accuracy: {entry.reason}.", "", "none", anchor)
     amount = f"{abs(entry.value):.1f}% {'fewer' if entry.value < 0 else 'more'} bit-operations than {title}"
     tone: Tone
     if entry.ci95 is None:
         tone = "unclear"
-        sentence = f"PPO needs {amount} at equal accuracy, but how sure that is cannot be told: {entry.reason}."
+        sentence = f"PPO needs {amount} at equal accuracy, but the interval is unknown: {entry.reason}."
     elif entry.ci95[0] <= 0 <= entry.ci95[1]:
         tone, (low, high) = "unclear", entry.ci95
         interval = f"95% interval from {low:+.1f}% to {high:+.1f}%"
@@ -75,16 +76,16 @@ def _scope(comparison: Comparison, entry: BdEntry) -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """The cheapest point of each front that loses no more than a limit.
+    """The cheapest point of each of two fronts within a limit of accuracy.
 
     Attributes:
-        loss: the limit, in points under the float network.
-        heuristic, learned: the points as rows of `Choice.columns`, or None where a front does not reach it.
+        loss: the limit, in points below the float network.
+        heuristic, learned: the points, or None where a front has none within the limit.
     """
 
     loss: float
-    heuristic: Mapping[str, Any] | None
-    learned: Mapping[str, Any] | None
+    heuristic: Point | None
+    learned: Point | None
 
 
 def choices_of(comparison: Comparison, anchor: str) -> list[Choice]:
@@ -99,13 +100,6 @@ def choices_of(comparison: Comparison, anchor: str) -> list[Choice]:
     ]
 
 
-def _cheapest(points: Sequence[Point], float_accuracy: float, loss: float) -> Mapping[str, Any] | None:
+def _cheapest(points: Sequence[Point], float_accuracy: float, loss: float) -> Point | None:
     near = [p for p in points if 100 * (float_accuracy - p.accuracy) <= loss]
-    if not near:
-        return None
-    best = min(near, key=lambda p: p.bops)
-    return {
-        "bops": best.bops,
-        "lost": 100 * (float_accuracy - best.accuracy),
-        "settings": short_settings(best.settings),
-    }
+    return min(near, key=lambda p: p.bops, default=None)

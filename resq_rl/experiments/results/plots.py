@@ -49,7 +49,9 @@ def plot_fronts(
         known = [
             (point, address)
             for point, address in zip(points, addresses, strict=True)
-            if comparison.float_accuracy - point.accuracy <= within and math.isfinite(point.accuracy) and point.bops > 0
+            if math.isfinite(point.accuracy)
+            and point.bops > 0
+            and not comparison.float_accuracy - point.accuracy > within
         ]
         if known:
             _draw_front(axes, method_of(method), [point for point, _ in known], [address for _, address in known])
@@ -61,7 +63,7 @@ def plot_fronts(
     axes.set_ylabel(_plain(comparison.accuracy_metric))
     axes.set_title(_plain(f"{comparison.task} on {comparison.video}, {comparison.split} split"), fontsize="medium")
     axes.grid(True, which="major", alpha=0.3)
-    axes.legend(fontsize="small", loc="lower right")
+    axes.legend(fontsize="small", loc="best")
     return figure
 
 
@@ -88,7 +90,7 @@ def _draw_front(axes: Axes, method: Method, points: Sequence[Point], addresses: 
         fmt="none",
         ecolor=method.colour,
         elinewidth=0.8,
-        alpha=0.7,
+        alpha=0.5,
     )
     marks = axes.scatter(
         bops,
@@ -132,14 +134,14 @@ def plot_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
 
 
 def plot_spending(bops: Mapping[str, Float64[Tensor, " t"]]) -> Figure:
-    """BOPs of each frame of a clip (dashed) and their running mean, by method, with a cursor named `cursor`."""
+    """BOPs of each frame of a clip (dashed) and their running mean, by method; the last line is a cursor at frame 0."""
     figure = _figure(9.6, 2.8)
     axes = figure.add_subplot()
     for key, own in bops.items():
         method, mean = method_of(key), own.cumsum(0) / torch.arange(1, len(own) + 1)
         axes.plot(own.numpy(), color=method.colour, linewidth=0.9, linestyle="--", label=f"{method.title}: each frame")
         axes.plot(mean.numpy(), color=method.colour, linewidth=1.8, label=f"{method.title}: mean so far")
-    axes.axvline(0, color="#000000", linewidth=1.2, gid="cursor")
+    axes.axvline(0, color="#000000", linewidth=1.2)
     _scale_bops(axes)
     axes.set_xlabel("frame")
     axes.legend(fontsize="x-small", ncols=2)

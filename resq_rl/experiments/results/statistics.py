@@ -25,7 +25,7 @@ MAXIMUM_ACCURACY_LOSS = 0.10  # a Bjontegaard delta ignores accuracies further b
 MINIMUM_OVERLAP = 0.5  # shared part of the narrower accuracy range for a Bjontegaard delta
 MINIMUM_POINTS = 2  # points on each envelope for a Bjontegaard delta
 MAXIMUM_UNDEFINED = 0.05  # share of the bootstrap replicates that may lack a value
-QUANTILES = (0.025, 0.975)  # of the replicates: the bounds of a 95% interval
+CONFIDENCE = 0.95  # share of the replicates inside an interval
 CHUNK = 256  # replicates that a vectorised statistic takes at a time
 
 
@@ -198,5 +198,6 @@ def _percentiles(values: Float64[np.ndarray, " replicates"], clips: int) -> Inte
     if undefined > MAXIMUM_UNDEFINED * len(values):
         share = 100 * undefined / len(values)
         return Interval(None, undefined, f"{share:.0f}% of the bootstrap replicates have no value")
-    low, high = np.quantile(defined, QUANTILES)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(defined, (tail, 1 - tail))
     return Interval((float(low), float(high)), undefined, None)

@@ -1,4 +1,4 @@
-"""Progress bars on the terminal, and plain lines where there is none."""
+"""Progress of long computations: bars on a terminal, lines of the log elsewhere."""
 
 import logging
 import sys
@@ -15,24 +15,23 @@ log = logging.getLogger(__name__)
 
 Advance = Callable[[int], None]
 
-# Between lines about one stage, where there is no terminal.
-SPOKEN_SECONDS = 60.0
+SPOKEN_SECONDS = 60.0  # between two lines about one stage, where there is no terminal
 
 _lines_only = False
 
 
 def say_lines() -> None:
-    """Draw no bars in this process, even on a terminal: others write there too."""
+    """Draw no bars in this process even if it has a terminal, because other processes write to it too."""
     global _lines_only
     _lines_only = True
 
 
 @contextmanager
 def stage(title: str, total: int | None) -> Iterator[Advance]:
-    """A part of a job; yields a function that is told of work done.
+    """Show the progress of a part of a job; yields a function that takes the amount of work just done.
 
-    On a terminal it is a bar with the remaining time, if the amount of work is known; elsewhere a line at the start,
-    one every minute, and one at the end.
+    A terminal shows a bar, with the remaining time if the total is known. Elsewhere there is a line at the start, one
+    every minute and one at the end.
     """
     started = time.monotonic()
     if _lines_only or not sys.stderr.isatty():
@@ -49,7 +48,7 @@ def stage(title: str, total: int | None) -> Iterator[Advance]:
 
 
 def _spoken(title: str, total: int | None, started: float) -> Advance:
-    """Reports progress by a line now and then."""
+    """Return a function that logs a line at most every `SPOKEN_SECONDS`."""
     done, said = 0, started
 
     def advance(amount: int) -> None:
@@ -68,5 +67,5 @@ def _spoken(title: str, total: int | None, started: float) -> Advance:
 
 
 def _duration(seconds: float) -> str:
-    """A rough length of time, in words."""
+    """A rounded duration in seconds or minutes."""
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -1,4 +1,4 @@
-"""What it takes to run a comparison again: the versions of what it ran on."""
+"""Versions of the code, its libraries and the machine that a result was made with."""
 
 import importlib.metadata
 import platform
@@ -18,7 +18,7 @@ PACKAGES: Final = ("torch", "numpy", "scipy", "gymnasium", "stable-baselines3", 
 
 
 def versions(settings: Settings) -> dict[str, str]:
-    """Names and versions of the code, its libraries and the machine."""
+    """Versions by name, and the system and device."""
     found = {"resq_rl": _own_version(), "Python": platform.python_version()}
     for name in PACKAGES:
         found[name] = importlib.metadata.version(name)
@@ -28,9 +28,9 @@ def versions(settings: Settings) -> dict[str, str]:
     return found
 
 
-@cache  # a process runs the code that it began with
+@cache  # the code of a process does not change
 def _own_version() -> str:
-    """The package's version, and where it runs from a checkout of git its commit."""
+    """The package's version, and its commit if it runs from a git checkout."""
     root = Path(resq_rl.__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return resq_rl.__version__

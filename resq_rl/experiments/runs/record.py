@@ -1,4 +1,4 @@
-"""What a run was made with, in `run.json`: its command, versions, hardware and state of the source, and how it went."""
+"""The record of a run, `run.json`: its commands, versions and hardware, and how each session ended."""
 
 import json
 import os
@@ -21,10 +21,10 @@ RECORD = "run.json"
 
 
 class RunRecord:
-    """The file of one run; a run that was stopped and goes on adds a session to it.
+    """The record of one run. A run that goes on adds a session to it.
 
     Args:
-        folder: the run's own.
+        folder: the run's folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -34,22 +34,22 @@ class RunRecord:
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end."""
+        """Whether the run has finished."""
         return self._values.get("status") == "finished"
 
     @property
     def overrides(self) -> list[str]:
-        """What was asked of the run when it was begun, or went on, last."""
+        """The overrides of the newest session, merged with those of earlier ones."""
         sessions = self._values.get("sessions") or [{}]
         return [str(override) for override in sessions[-1].get("overrides", [])]
 
     def command_line(self, command: str) -> str:
-        """What makes the run anew."""
+        """The command that runs the same again in a new folder."""
         return shlex.join(["resq-rl", command, *self.overrides])
 
     @property
     def failure(self) -> tuple[str, int] | None:
-        """Why the newest session did not come to its end, with its exit code; None if it did."""
+        """Why the newest session did not finish, and its exit code; None if it did."""
         newest = self._values.get("refused") or (self._values.get("sessions") or [{}])[-1]
         if "error" in newest:
             return str(newest["error"]), int(newest.get("exit_code", 1))
@@ -58,11 +58,13 @@ class RunRecord:
         return "interrupted" if self._values.get("status") == "interrupted" else "ended from outside", 1
 
     def begin(self, command: Sequence[str], overrides: Sequence[str], settings: Settings, *, resume: bool) -> None:
-        """Write what this session is made with.
+        """Write the beginning of a session.
 
         Args:
-            command: as it was given.
-            overrides: what the run is asked for, by earlier sessions too.
+            command: as the user gave it.
+            overrides: those of this session, merged with those of earlier ones.
+            settings: the checked settings.
+            resume: whether earlier sessions are kept.
 
         Raises:
             ResultsError: the file cannot be written.
@@ -84,7 +86,7 @@ class RunRecord:
         return self._write()
 
     def fail(self, error: str, exit_code: int) -> None:
-        """Write why this session failed, or was refused before it began, which leaves the state of the run as it was.
+        """Write why this session failed. One that was refused before it began does not change the state of the run.
 
         Raises:
             ResultsError: the file cannot be written.
@@ -98,7 +100,7 @@ class RunRecord:
         self._write()
 
     def keep(self) -> None:
-        """Take back that a session was refused: what there is, is what was asked for."""
+        """Remove the note that a session was refused: the run has what this session asks for."""
         if self._values.pop("refused", None) is not None:
             self._write()
 

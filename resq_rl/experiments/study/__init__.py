@@ -1,1 +1,1 @@
-"""What one experiment works on, and the training and measuring of its methods."""
+"""The study of one experiment: its problems, and the training and measuring of its methods."""

@@ -1,12 +1,15 @@
-"""What a training run leaves so that its policy can run elsewhere: beside the policy, the frozen model and its making.
+"""Files with which a policy runs elsewhere: beside the policy, the frozen model and the settings that made it.
 
 A policy's folder holds `policy.safetensors` and `policy.json` (the policy), `model.safetensors` and `model.json` (the
-calibrated network's integers and steps) and `network.json` (which settings make the float network, task and video).
+calibrated network's integers and steps) and `network.json` (which settings make the float network, task and video, and
+how frames are brought to the network).
 """
 
 import json
+import logging
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,9 @@ from torch import nn
 from resq_rl.errors import PolicyError, SettingsError
 from resq_rl.experiments.config.settings import Settings
 from resq_rl.experiments.config.targets import TARGET, Target, make_target, refuse_foreign
-from resq_rl.experiments.study.study import Study, prepare_problems, read_clips
+from resq_rl.experiments.study.study import Study, network_framing, prepare_problems, read_clips
 from resq_rl.files import write_atomic
+from resq_rl.policies.runner import SETTINGS
 from resq_rl.quantization import load_model, save_model
 from resq_rl.video import Split
 
@@ -26,13 +30,15 @@ __all__ = [
     "policy_folder",
     "policy_words",
     "save_deployment",
+    "saved_settings",
     "trained_network",
     "trained_task",
     "trained_video",
 ]
 
-NETWORK = "network.json"
-FILES = ("policy.safetensors", "policy.json", "model.safetensors", "model.json", NETWORK)
+log = logging.getLogger(__name__)
+
+FILES = ("policy.safetensors", "policy.json", "model.safetensors", "model.json", SETTINGS)
 
 
 def save_deployment(study: Study, folder: Path) -> None:
@@ -42,8 +48,12 @@ def save_deployment(study: Study, folder: Path) -> None:
         ResultsError: a file cannot be written.
     """
     save_model(study.model, folder)
-    making = {group: _plain(getattr(study.settings, group)) for group in ("model", "task", "video")}
-    write_atomic(folder / NETWORK, json.dumps(making, indent=2) + "\n")
+    settings = study.settings
+    making = {group: _plain(getattr(settings, group)) for group in ("model", "task", "video")}
+    making |= {group: _plain(asdict(getattr(settings, group))) for group in ("quantization", "environment", "training")}
+    making["training"]["resume"] = None  # says how to go on, not what the policy is
+    making["framing"] = study.framing.to_json()
+    write_atomic(folder / SETTINGS, json.dumps(making, indent=2) + "\n")
 
 
 def policy_folder(policy: str | None) -> Path:
@@ -62,11 +72,28 @@ def policy_folder(policy: str | None) -> Path:
     raise PolicyError(f"No policy in {folder}: give a folder with policy.safetensors and policy.json, or a run's.")
 
 
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """The settings under which the policy in a folder was trained, as `save_deployment` wrote them; none if it did not.
+
+    Raises:
+        PolicyError: the file is damaged.
+    """
+    path = folder / SETTINGS
+    try:
+        saved = json.loads(path.read_text())
+    except FileNotFoundError:
+        log.warning("%s is missing: the policy is used with the settings of the command line.", path)
+        return {}
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"{path} is damaged ({error}). Copy it again or train the policy anew.") from error
+    return saved if isinstance(saved, dict) else {}
+
+
 def policy_words(folder: Path) -> str:
     """How a command line names a policy's folder, or a run's; code of its own must be trusted by the user."""
     words = f"policy={os.path.relpath(folder)}"
     try:
-        making = json.loads((policy_folder(str(folder)) / NETWORK).read_text())
+        making = json.loads((policy_folder(str(folder)) / SETTINGS).read_text())
         for group in ("model", "task"):
             refuse_foreign(making[group], group, "")
     except SettingsError:
@@ -105,11 +132,11 @@ def deployed_study(settings: Settings, folder: Path, grid: tuple[int, int], spli
     model = load_model(folder, network)
     model = model.compile() if settings.quantization.compile else model
     problems = prepare_problems(settings, model, task, read_clips(video, splits), grid)
-    return Study(settings, network, problems, (), type(video).__name__)
+    return Study(settings, network, problems, (), type(video).__name__, network_framing(video, model))
 
 
 def _made(policy: str | None, group: str, trusted: bool) -> Any:
-    path = policy_folder(policy) / NETWORK
+    path = policy_folder(policy) / SETTINGS
     mend = f"Say how it is made, as in training: {group}=OPTION."
     try:
         node = json.loads(path.read_text())[group]

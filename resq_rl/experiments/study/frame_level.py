@@ -50,7 +50,7 @@ def tabulated(study: Study) -> Study:
 
 
 def oracle_front(study: Study, split: Split) -> list[Measurement]:
-    """What the best schedules of the split's clips give, for values of lambda over its range."""
+    """Accuracy and BOPs of the best schedules of the split's clips, for values of lambda over its range."""
     return [oracle_measurement(study.task, study.tables[split].tables, t) for t in _trade_offs(study)]
 
 

@@ -123,7 +123,8 @@ def _measure_clairvoyant(board: Scoreboard, found: Sequence[Tried]) -> None:
     settings = board.study.settings
     heuristic, policies = settings.heuristic, []
     losses = {tried.policy: tried.loss for tried in found if isinstance(tried.policy, GroupThresholds)}
-    for trade_off in map(float, np.geomspace(*settings.environment.trade_off_range, heuristic.clairvoyant_points)):
+    low, high = settings.environment.trade_off_range
+    for trade_off in map(float, np.geomspace(low, high, heuristic.clairvoyant_points if high > low else 1)):
         best = min(losses, key=lambda policy: losses[policy](trade_off))
         skip = replace(best, taus=(max(settings.environment.thresholds),) * len(best.taus))
         candidates = (best, *(policy for policy in losses if policy != best), skip)

@@ -84,7 +84,7 @@ class Scoreboard:
             )
 
     def comparison(self) -> Comparison:
-        """What is known so far."""
+        """The comparison of all that was measured so far."""
         settings, problem = self.study.settings, self.study.problem
         metric = problem.task.metric
         return Comparison(

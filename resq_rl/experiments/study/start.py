@@ -1,4 +1,4 @@
-"""What training begins from: choices that are the same in all regions, tried on a few training clips."""
+"""The warm start of training: choices that are the same in all regions, tried on a few training clips."""
 
 import logging
 import math
@@ -148,7 +148,7 @@ def _tried(policy: GroupThresholds | StaticResQ, result: Measurement) -> Tried:
 
 
 def first_choices(study: Study, start: Start | None) -> Callable[[float], FirstChoice] | None:
-    """For a lambda, what training begins as; None to begin at random."""
+    """The first choices of a policy by lambda; None for a random start."""
     scheme, kind = study.scheme(), study.settings.training.warm_start
     if start is None or kind == "none":
         return None
@@ -162,7 +162,7 @@ def first_choices(study: Study, start: Start | None) -> Callable[[float], FirstC
 
 
 def first_choice(scheme: ActionScheme, policy: GroupThresholds | StaticResQ) -> FirstChoice:
-    """By which a scheme's agents act as the policy."""
+    """The choices with which a scheme's agents act as the policy does."""
     if isinstance(policy, StaticResQ):
         return FirstChoice(policy.level, policy.interval)
     return FirstChoice([scheme.thresholds.index(tau) for tau in policy.taus], policy.interval)

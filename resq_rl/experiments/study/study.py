@@ -1,4 +1,4 @@
-"""From settings to what a job works on: clips, the calibrated model, its task, and agents to train."""
+"""A study made from settings: clips, the calibrated network, its task, and agents to train."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -26,12 +26,12 @@ from resq_rl.errors import NetworkError, SettingsError, VideoError
 from resq_rl.experiments.config.settings import Settings
 from resq_rl.experiments.runs.progress import Advance, stage
 from resq_rl.experiments.study.measurements import Measurements
-from resq_rl.perception import Task, clip_inputs, example_inputs
+from resq_rl.perception import Task, clip_inputs, degenerate_output, example_inputs
 from resq_rl.policies import measure_on_tables
-from resq_rl.quantization import Inputs, QuantizationConfig, ResQModel, choose_residual_weight_bits
-from resq_rl.video import Clip, Split
+from resq_rl.quantization import Inputs, ResQModel, choose_residual_weight_bits
+from resq_rl.video import Clip, Framing, Split, framing_of
 
-__all__ = ["Study", "build_study", "prepare_problems", "read_clips"]
+__all__ = ["Study", "build_study", "network_framing", "prepare_problems", "read_clips"]
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ class Study:
         problems: by split the calibrated network, its task, the clips and the grid.
         calibration: the clips it was calibrated on, as the network takes them.
         video: name of the video for reports.
+        framing: how frames of any source are brought to the network, as those of the video were.
         tables: engines of frame-level decisions by split, from which policies are measured and trained where given.
         measurements: keeps what was measured on the network.
     """
@@ -62,6 +63,7 @@ class Study:
     problems: Mapping[Split, Problem]
     calibration: tuple[Inputs, ...]
     video: str
+    framing: Framing
     tables: Mapping[Split, TableEngine] = field(default_factory=dict)
     measurements: Measurements = field(default_factory=lambda: Measurements(None))
 
@@ -95,7 +97,7 @@ class Study:
     def measure_per_frame(self, policy: Policy, bits: int, split: Split) -> Measurement:
         """Run a policy on the network quantized to `bits`-bit weights and activations; BOPs still in units of W8A8."""
         problem = self.problems[split]
-        config = _config(self.settings, key_weight_bits=bits, key_activation_bits=bits)
+        config = self.settings.quantization.config(key_weight_bits=bits, key_activation_bits=bits)
         model = ResQModel(self.network, example_inputs(problem.task, problem.clips[0]), config)
         return self._measure(replace(problem, model=model.calibrate(self.calibration)), policy, None)
 
@@ -153,13 +155,30 @@ def build_study(settings: Settings, splits: Sequence[Split], measurements: Path 
     if not isinstance(task, Task):
         raise SettingsError(f"Setting 'task' must make a resq_rl.perception.Task, got {type(task).__name__}.")
     clips = read_clips(video, ["train", *splits])
-    model = ResQModel(network, example_inputs(task, clips["train"][0]), _config(settings))
+    model = ResQModel(network, example_inputs(task, clips["train"][0]), settings.quantization.config())
     few = clips["train"][: settings.quantization.calibration_clips]
     calibration = tuple(clip_inputs(model.float_forward, task, clip) for clip in few)
     model = _calibrated(settings, model, calibration)
     problems = prepare_problems(settings, model, task, {name: clips[name] for name in splits})
-    source = type(video).__name__
-    return Study(settings, network, problems, calibration, source, measurements=Measurements(measurements))
+    judged = problems["train" if "train" in problems else settings.split]
+    warning = degenerate_output(task, judged.teacher)
+    if warning is not None:
+        log.warning(warning)
+    return Study(
+        settings,
+        network,
+        problems,
+        calibration,
+        type(video).__name__,
+        network_framing(video, model),
+        measurements=Measurements(measurements),
+    )
+
+
+def network_framing(video: Any, model: ResQModel) -> Framing:
+    """How frames of any source are brought to the network; video of no set size is cut to its proportions."""
+    framing = framing_of(video)
+    return replace(framing, size=model.frame_size, fit="crop") if framing.size is None else framing
 
 
 def read_clips(video: Any, splits: Sequence[Split]) -> dict[Split, list[Clip]]:
@@ -216,19 +235,3 @@ def _calibrated(settings: Settings, model: ResQModel, clips: Sequence[Inputs]) -
             bits = choose_residual_weight_bits(model, clips[:4], tolerance=settings.quantization.weight_tolerance)
             log.info("residual weight bits: %s", ", ".join(f"{k} {b}" for k, b in sorted(bits.items())))
     return model
-
-
-def _config(settings: Settings, **changes: Any) -> QuantizationConfig:
-    quantization = settings.quantization
-    bits = quantization.residual_weight_bits
-    values: dict[str, Any] = {
-        "key_weight_bits": quantization.key_weight_bits,
-        "key_activation_bits": quantization.key_activation_bits,
-        "levels": quantization.levels,
-        "residual_weight_bits": 8 if bits == "auto" else bits,
-        "weight_rounding": quantization.weight_rounding,
-        "range_estimator": quantization.range_estimator,
-        "bops_convention": quantization.bops_convention,
-        "groups": quantization.groups,
-    }
-    return QuantizationConfig(**(values | changes))

@@ -19,31 +19,12 @@ from resq_rl.files import write_atomic
 from resq_rl.policies import LearnedPolicy
 from resq_rl.policies.ppo import FirstChoice, PPOSettings, Progress, TrainingReport, train_ppo
 
-__all__ = ["front_candidates", "keyframe_settings", "load_policies", "ppo_settings", "train_policy"]
+__all__ = ["front_candidates", "keyframe_settings", "load_policies", "train_policy"]
 
 log = logging.getLogger(__name__)
 
 # Of PPO for keyframe policies.
 KEYFRAME_STEPS, KEYFRAME_BATCH, KEYFRAME_GAMMA = 64, 256, 0.95
-
-
-def ppo_settings(settings: Settings) -> PPOSettings:
-    """The settings of PPO."""
-    training = settings.training
-    return PPOSettings(
-        frames=training.frames,
-        n_steps=training.n_steps,
-        batch_size=training.batch_size,
-        n_epochs=training.epochs,
-        learning_rate=training.learning_rate,
-        gamma=training.gamma,
-        gae_lambda=training.gae_lambda,
-        ent_coef=training.ent_coef,
-        clip_range=training.clip_range,
-        hidden=training.hidden,
-        bits=training.policy_bits,
-        checkpoint_every=training.checkpoint_every,
-    )
 
 
 def keyframe_settings(settings: Settings) -> PPOSettings:
@@ -52,8 +33,7 @@ def keyframe_settings(settings: Settings) -> PPOSettings:
     It has one agent per clip, so its rollouts are longer and its minibatches smaller; and a keyframe pays over many
     frames, so it looks further ahead.
     """
-    return replace(
-        ppo_settings(settings),
+    return settings.training.ppo(
         frames=settings.training.keyframe_frames,
         n_steps=KEYFRAME_STEPS,
         batch_size=KEYFRAME_BATCH,
@@ -73,7 +53,7 @@ def train_policy(
     Returns:
         The policy and the report, whose frames are of both trainings.
     """
-    training, settings = study.settings.training, ppo_settings(study.settings)
+    training, settings = study.settings.training, study.settings.training.ppo()
     first = first_choices(study, start)
     run = _Run(seed, tracker, resume)
     policy = run.train(f"training PPO, seed {seed}", study.agents(), settings, folder / "checkpoints", first)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,12 +15,12 @@ __all__ = ["layer_groups"]
 MOST_GROUPS = 8
 
 
-def layer_groups(sites: list[Site], setting: str | Mapping[str, Sequence[str]]) -> tuple[tuple[str, ...], Tensor]:
+def layer_groups(
+    sites: list[Site], setting: Literal["auto"] | Mapping[str, str | Sequence[str]]
+) -> tuple[tuple[str, ...], Tensor]:
     """Names of the layer groups, and the group index of each site."""
     if isinstance(setting, Mapping):
         return _given_groups(sites, setting)
-    if setting != "auto":
-        raise SettingsError(f"groups is 'auto' or a mapping of names to layer patterns, got {setting!r}.")
     tops = _top_children([s.operator.name.split(".") for s in sites])
     names = list(dict.fromkeys(tops))
     if 2 <= len(names) <= MOST_GROUPS:
@@ -28,13 +29,13 @@ def layer_groups(sites: list[Site], setting: str | Mapping[str, Sequence[str]]) 
 
 
 def _top_children(names: list[list[str]]) -> list[str]:
-    """The child of the network that each layer lies in; where one child holds all layers, as in a wrapper, its child."""
+    """The child of the network that each layer lies in; of a single child that holds all layers, its own child."""
     while len({name[0] for name in names}) == 1 and min(map(len, names)) > 1:
         names = [name[1:] for name in names]
     return [name[0] for name in names]
 
 
-def _given_groups(sites: list[Site], setting: Mapping[str, Sequence[str]]) -> tuple[tuple[str, ...], Tensor]:
+def _given_groups(sites: list[Site], setting: Mapping[str, str | Sequence[str]]) -> tuple[tuple[str, ...], Tensor]:
     patterns = [[p] if isinstance(p, str) else list(p) for p in setting.values()]
     index = []
     for site in sites:

@@ -4,9 +4,9 @@ Supported: 2-D convolution (any stride, dilation, groups, depthwise; zero paddin
 linear.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -15,9 +15,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from resq_rl.errors import NetworkError
 from resq_rl.quantization.specification.config import LayerKind
 
-__all__ = ["Geometry", "Pair", "ResidualOperator", "Switch", "laid_out", "products_in"]
+__all__ = ["Geometry", "Pair", "ResidualOperator", "Switch", "laid_out", "own_types", "products_in", "undisturbed"]
 
 Pair = tuple[int, int]
 
@@ -93,26 +94,21 @@ class Geometry:
 @lru_cache(maxsize=1024)
 def _coverage(geometry: Geometry, size: Pair) -> Tensor:
     if geometry.operator == "linear":
-        return torch.ones(1, 1)
-    kernel = torch.ones(1, 1, *geometry.kernel)
-    plain = Geometry(
-        geometry.operator,
-        geometry.kernel,
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        1,
-        geometry.output_padding,
-    )
+        return torch.ones(1, 1, dtype=torch.float32, device="cpu")
+    kernel = torch.ones(1, 1, *geometry.kernel, dtype=torch.float32, device="cpu")
+    plain = replace(geometry, groups=1)
     # The gradient of sum(output) with respect to a pixel is the number of taps that read it.
-    with torch.enable_grad():
-        x = torch.zeros(1, 1, *size, requires_grad=True)
+    with torch.inference_mode(False), torch.enable_grad(), products_in("ieee", geometry, "cpu"):
+        x = torch.zeros(1, 1, *size, dtype=torch.float32, device="cpu", requires_grad=True)
         (grad,) = torch.autograd.grad(plain.apply(x, kernel).sum(), x)
     return grad[0, 0].round()
 
 
 class ResidualOperator(nn.Module):
-    """Stands in a network for one linear operator; what it does is up to the execution in progress.
+    """One linear operator of a network; the execution in progress decides what a call does.
+
+    It takes the place of a node in the graph of an exported program. For a layer of a module, `attach` makes it the
+    layer's `forward`, so that the layer keeps its attributes, hooks and parameters.
 
     Attributes:
         weight: the float weight as the network has it (BatchNorm folded), with `bias` or None.
@@ -126,13 +122,41 @@ class ResidualOperator(nn.Module):
         super().__init__()
         self.name = name
         self.geometry = geometry
-        self.register_buffer("weight", weight.detach().clone())
-        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self.register_buffer("weight", weight.detach())
+        self.register_buffer("bias", None if bias is None else bias.detach())
         self._switch = [switch]  # in a list, so that nn.Module neither registers nor copies it
+        self._padded: dict[Pair, ResidualOperator] = {}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the operator as the execution in progress demands."""
-        return self._switch[0].call(self, x)
+    def attach(self, layer: nn.Module) -> None:
+        """Make calls of `layer` calls of this operator."""
+        vars(layer)["forward"] = self.forward
+
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """Run the operator as the execution in progress demands; the arguments are those of torch's own layers."""
+        return self._switch[0].call(self if output_size is None else self._sized(input, list(output_size)), input)
+
+    def _sized(self, x: Tensor, size: list[int]) -> "ResidualOperator":
+        """The operator with the output padding under which a transposed convolution has an output of `size`."""
+        geometry, smallest = self.geometry, []
+        left, right, top, bottom = geometry.padding
+        for axis, sides in enumerate((top + bottom, left + right)):
+            reach = geometry.dilation[axis] * (geometry.kernel[axis] - 1) + 1
+            smallest.append((x.shape[axis - 2] - 1) * geometry.stride[axis] - sides + reach)
+        padding = [wanted - least for wanted, least in zip(size[-2:], smallest, strict=False)]
+        most = map(max, geometry.stride, geometry.dilation)
+        fits = len(padding) == 2 and all(0 <= p < bound for p, bound in zip(padding, most, strict=True))
+        if geometry.operator != "conv_transpose2d" or not fits:
+            raise NetworkError(
+                f"Layer {self.name!r} is called on a tensor of shape {tuple(x.shape)} with output_size {size}, which "
+                "it cannot make."
+            )
+        own = padding[0], padding[1]
+        if own == geometry.output_padding:
+            return self
+        if own not in self._padded:
+            geometry = replace(geometry, output_padding=own)
+            self._padded[own] = ResidualOperator(self.name, geometry, self.weight, self.bias, self._switch[0])
+        return self._padded[own]
 
     def float_output(self, x: Tensor) -> Tensor:
         """The operator in float."""
@@ -171,11 +195,11 @@ class ResidualOperator(nn.Module):
         return "pointwise" if geometry.kernel == (1, 1) else "conv"
 
     def weight_rows(self) -> Float[Tensor, "out n"]:
-        """The weight with one row per output channel."""
+        """The weight in float32 with one row per output channel."""
         if self.geometry.operator != "conv_transpose2d":
-            return self.weight.flatten(1)
+            return self.weight.flatten(1).float()
         groups = self.geometry.groups
-        grouped = self.weight.unflatten(0, (groups, -1))  # (g, in/g, out/g, kh, kw)
+        grouped = self.weight.float().unflatten(0, (groups, -1))  # (g, in/g, out/g, kh, kw)
         rows: Tensor = grouped.transpose(1, 2).flatten(0, 1).flatten(1)
         return rows
 
@@ -204,18 +228,42 @@ def laid_out(tensors: tuple[Tensor, ...], layout: torch.memory_format) -> tuple[
 
 
 @contextmanager
-def products_in(precision: Literal["bf16", "ieee"]) -> Iterator[None]:
-    """Within, convolutions of float32 tensors on a CPU multiply in `precision` and accumulate in float32.
+def products_in(precision: Literal["bf16", "ieee"], geometry: Geometry, device: str) -> Iterator[None]:
+    """Within, the operator multiplies float32 tensors in `precision` and accumulates in float32.
 
-    Integers of up to 8 significant bits are exact in bfloat16, and so are their products in float32. Processors without
-    bfloat16 units multiply in float32 all the same.
+    The precision that the process has chosen (TF32, bfloat16) has no effect. Integers of up to 8 significant bits are
+    exact in bfloat16, and so are their products in float32. Linear layers, GPUs and processors without bfloat16 units
+    multiply in float32 all the same.
     """
-    mkldnn: Any = torch.backends.mkldnn  # its attributes are made at run time
-    before, mkldnn.conv.fp32_precision = mkldnn.conv.fp32_precision, precision
+    backends: Any = torch.backends  # its attributes are made at run time
+    linear = geometry.operator == "linear"
+    if device == "cuda":
+        setting = backends.cuda.matmul if linear else backends.cudnn.conv
+    else:
+        setting = backends.mkldnn.matmul if linear else backends.mkldnn.conv
+    before = setting.fp32_precision
+    setting.fp32_precision = "ieee" if linear or device == "cuda" else precision
     try:
         yield
     finally:
-        mkldnn.conv.fp32_precision = before
+        setting.fp32_precision = before
+
+
+@contextmanager
+def own_types() -> Iterator[None]:
+    """Within, tensors keep the types they have: an autocast around the call has no effect."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Within, nothing around the call changes results: no gradients, inference tensors or autocast."""
+    with torch.inference_mode(False), torch.no_grad(), own_types():  # references have versions, inference tensors none
+        yield
 
 
 class Switch:

@@ -1,9 +1,8 @@
 """Putting residual operators into a network: any `nn.Module` and any exported program (`.pt2`).
 
-A module's convolutions, transposed convolutions and linear layers are replaced where they stand, after BatchNorm has
-been folded into them; in the graph of an exported program the same operators are replaced node by node. Whatever else
-does multiply-accumulates (matrix products between activations, recurrent cells, 1-D and 3-D convolutions, functional
-calls with weights that are no module's) cannot be expressed as a residual and is refused by name.
+A module's convolutions, transposed convolutions and linear layers stay where they are and call an operator, after
+BatchNorm has been folded into them; in the graph of an exported program the same operators are replaced node by node.
+Whatever else multiplies and accumulates cannot be expressed as a residual and is refused by name (`dependence`).
 """
 
 import copy
@@ -13,17 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import HigherOrderOperator, OpOverload
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils._pytree import tree_leaves
 
 from resq_rl.errors import NetworkError, UnsupportedOperatorError
+from resq_rl.quantization.graph.dependence import SUPPORTED, multiplies
 from resq_rl.quantization.graph.operators import Geometry, ResidualOperator, Switch
-from resq_rl.quantization.graph.tracing import multiplies
 
-__all__ = ["fold_batch_norm", "insert_operators"]
+__all__ = ["copy_of", "fold_batch_norm", "insert_operators"]
 
-SUPPORTED = "2-D convolution and transposed convolution with zero padding, and linear layers"
 _Module = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
+_LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 
 def fold_batch_norm(network: nn.Module) -> list[str]:
@@ -70,30 +72,23 @@ def _fold_pair(layer: nn.Module, norm: Any) -> bool:
     return True
 
 
-def insert_operators(network: nn.Module, switch: Switch) -> nn.Module:
-    """Replace every supported operator of `network` by a `ResidualOperator`, in place, and return the network.
+def insert_operators(network: nn.Module, switch: Switch) -> None:
+    """Make every supported operator of `network` a `ResidualOperator`, in place.
 
     Raises:
         UnsupportedOperatorError: a layer does multiply-accumulates that residual quantization cannot express.
         NetworkError: the network has no operator to quantize.
     """
-    made: dict[int, ResidualOperator] = {}
-    for name, module in list(network.named_modules(remove_duplicate=False)):
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
-            if id(module) not in made:
-                made[id(module)] = _from_module(name, module, switch)
-            if name == "":
-                network = made[id(module)]
-            else:
-                _set_submodule(network, name, made[id(module)])
-    count = len(made) + sum(_replace_nodes(prefix, graph, switch) for prefix, graph in _program_graphs(network))
+    layers = {m: n for n, m in network.named_modules() if isinstance(m, _LAYERS)}
+    for layer, name in layers.items():
+        _from_module(name, layer, switch).attach(layer)
+    count = len(layers) + sum(_replace_nodes(prefix, graph, switch) for prefix, graph in _program_graphs(network))
     if count == 0:
         raise NetworkError(f"{type(network).__name__} has no layer to quantize: it needs at least one of {SUPPORTED}.")
-    return network
 
 
 def _from_module(name: str, module: _Module, switch: Switch) -> ResidualOperator:
-    own = type(module).forward not in (nn.Conv2d.forward, nn.ConvTranspose2d.forward, nn.Linear.forward)
+    own = type(module).forward not in [kind.forward for kind in _LAYERS]
     own |= isinstance(module, nn.Conv2d) and type(module)._conv_forward is not nn.Conv2d._conv_forward
     if own or "forward" in vars(module):
         raise UnsupportedOperatorError(
@@ -293,20 +288,30 @@ def _fold_graph(prefix: str, network: fx.GraphModule) -> list[str]:
     return unfolded
 
 
-def copy_of(network: nn.Module) -> nn.Module:
+def copy_of(network: nn.Module, device: torch.device) -> nn.Module:
     """A frozen copy in evaluation mode, weights as plain tensors; programs keep the mode they were exported in.
 
+    Args:
+        network: any network; it may carry gradients, pruned weights and parametrizations.
+        device: where the frames lie; programs that make tensors elsewhere make them there.
+
     Raises:
-        NetworkError: the network cannot be copied.
+        NetworkError: the network cannot be copied, is a TorchScript module, or lies on another device.
     """
+    for name, module in network.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise NetworkError(
+                f"{name or type(network).__name__!r} is a TorchScript module, whose layers cannot be replaced. Give "
+                "the original module, or export it: torch.export.export(module, (example,)).module()."
+            )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's own, from copying a program's tree of outputs
-            duplicate = copy.deepcopy(network)
+            duplicate = copy.deepcopy(network, _computed(network))
     except Exception as error:
         raise NetworkError(
-            f"{type(network).__name__} cannot be copied: {error}. Remove what ties its weights to a training graph "
-            "(such as the older torch.nn.utils.weight_norm: call remove_weight_norm), or export it."
+            f"{type(network).__name__} cannot be copied: {error}. Remove what it holds besides layers and tensors "
+            "(locks, open files, generators), or export it."
         ) from error
     try:
         duplicate.eval()
@@ -314,16 +319,47 @@ def copy_of(network: nn.Module) -> nn.Module:
         for module in duplicate.modules():
             module.training = False
     for module in list(duplicate.modules()):
-        if parametrize.is_parametrized(module):
-            _settle(module)
+        _settle(module)
+    elsewhere = {f"{t.device}" for t in [*duplicate.parameters(), *duplicate.buffers()] if t.device != device}
+    if elsewhere:
+        raise NetworkError(
+            f"{type(network).__name__} has tensors on {', '.join(sorted(elsewhere))}, the example lies on {device}: "
+            "move one of them."
+        )
+    for _, graph in _program_graphs(duplicate):
+        _move(graph, device)
     return duplicate.requires_grad_(False)
 
 
+def _computed(network: nn.Module) -> dict[int, Any]:
+    """Copies of tensors that belong to a graph of gradients, by identity: `copy.deepcopy` refuses to copy them."""
+    held = [value for module in network.modules() for value in tree_leaves(list(vars(module).values()))]
+    held += network.buffers()
+    return {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and t.grad_fn is not None}
+
+
 def _settle(module: nn.Module) -> None:
-    """Turn a module's parametrized weights into plain ones, leaving its class alone, which copies of it share."""
-    parametrizations: Any = module.parametrizations
-    values = {name: getattr(module, name).detach().clone() for name in parametrizations}
-    module.__class__ = parametrize.type_before_parametrizations(module)
-    del module.parametrizations
-    for name, value in values.items():
-        setattr(module, name, nn.Parameter(value, requires_grad=False))
+    """Turn weights that are computed from others (pruned, normalised, parametrized) into plain ones."""
+    for hook in list(module._forward_pre_hooks.values()):
+        if isinstance(hook, prune.BasePruningMethod):
+            prune.remove(module, hook._tensor_name)
+        elif isinstance(hook, WeightNorm):
+            nn.utils.remove_weight_norm(module, hook.name)
+        elif isinstance(hook, SpectralNorm):
+            nn.utils.remove_spectral_norm(module, hook.name)
+    if parametrize.is_parametrized(module):  # the class stays alone, which copies of the module share
+        parametrizations: Any = module.parametrizations
+        values = {name: getattr(module, name).detach().clone() for name in parametrizations}
+        module.__class__ = parametrize.type_before_parametrizations(module)
+        del module.parametrizations
+        for name, value in values.items():
+            setattr(module, name, nn.Parameter(value, requires_grad=False))
+
+
+def _move(graph: fx.GraphModule, device: torch.device) -> None:
+    """Make a program that was exported on another device create its tensors on `device`."""
+    moved = [node for node in graph.graph.nodes if node.kwargs.get("device", device) not in (device, None)]
+    for node in moved:
+        node.kwargs = node.kwargs | {"device": device}
+    if moved:
+        graph.recompile()

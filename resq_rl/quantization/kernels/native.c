@@ -1,6 +1,9 @@
-// The elementwise work around an operator, each in one pass over memory, and convolutions of codes. kernels.py holds the
+// The elementwise work around an operator, each in one pass over memory, and convolutions of codes. plain.py holds the
 // same in PyTorch and says what each means; both give the same numbers bit for bit: every product, sum and rounding is
 // written out, and the compiler is told not to contract.
+//
+// Each function takes one struct, `arguments_NAME`, which compiled.py declares from its table of arguments in front of
+// this text. compiled.py checks types, devices and layouts.
 //
 // Tensors are float32, (clips, channels, pixels), dense in one of two layouts: `channels_last` != 0 holds the channels
 // of a pixel side by side, else the pixels of a channel. A block of pixels stays in the cache from the magnitude to the
@@ -144,10 +147,14 @@ static uint16_t *row_in_room(uint16_t *room, const int64_t *margins, int64_t cli
 // Codes of residuals, with the reference moved by them where `moves`. `steps` holds 1 / step, largest code, units and
 // cost of `entries`, one after the other. A pixel's entry is index[p]; or, where `kappas` > 0,
 // index[p] * (kappas + 1) + #{j : magnitude > tau[p] * sigma * kappa[j]}. With `margins` the codes lie in a room.
-void resq_encode(int64_t clips, int64_t channels, int64_t rows, int64_t columns, int64_t channels_last, int64_t threads,
-                 const float *x, float *reference, void *codes, const int64_t *margins, float *cost,
-                 const int64_t *index, const float *tau, float sigma, const float *kappa, int64_t kappas,
-                 const float *steps, int64_t entries, int moves, float step) {
+void resq_encode(const struct arguments_encode *a) {
+    const int64_t clips = a->clips, channels = a->channels, channels_last = a->channels_last, threads = a->threads;
+    const int64_t kappas = a->kappas, entries = a->entries, moves = a->moves;
+    const int64_t *margins = a->margins, *index = a->index;
+    const float *x = a->x, *tau = a->tau, *kappa = a->kappa, *steps = a->steps, sigma = a->sigma, step = a->step;
+    float *reference = a->reference, *cost = a->cost;
+    void *codes = a->codes;
+    int64_t rows = a->rows, columns = a->columns;
     const int64_t all = rows * columns;
     if (!margins) {  // blocks need not end with a row
         columns = all;
@@ -187,9 +194,12 @@ void resq_encode(int64_t clips, int64_t channels, int64_t rows, int64_t columns,
 }
 
 // Codes and values of a keyframe; with `margins` the codes lie in a room, and x is channels last.
-void resq_encode_keyframe(int64_t clips, int64_t channels, int64_t rows, int64_t columns, int64_t threads,
-                          const float *restrict x, void *restrict codes, const int64_t *margins,
-                          float *restrict values, float step, float low, float high) {
+void resq_encode_keyframe(const struct arguments_encode_keyframe *a) {
+    const int64_t clips = a->clips, channels = a->channels, rows = a->rows, columns = a->columns, threads = a->threads;
+    const int64_t *margins = a->margins;
+    const float *restrict x = a->x, step = a->step, low = a->low, high = a->high;
+    float *restrict values = a->values;
+    void *restrict codes = a->codes;
     const int64_t count = columns * channels;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t r = 0; r < clips * rows; r++) {
@@ -213,8 +223,11 @@ void resq_encode_keyframe(int64_t clips, int64_t channels, int64_t rows, int64_t
 }
 
 // The first channel with the highest score of every pixel, of 255 at most; from a NaN on, none is higher.
-void resq_highest(int64_t clips, int64_t channels, int64_t pixels, int64_t channels_last, int64_t threads,
-                  const float *restrict scores, uint8_t *restrict found) {
+void resq_highest(const struct arguments_highest *a) {
+    const int64_t clips = a->clips, channels = a->channels, pixels = a->pixels, threads = a->threads;
+    const int64_t channels_last = a->channels_last;
+    const float *restrict scores = a->scores;
+    uint8_t *restrict found = a->found;
     const int64_t pixel = channels_last ? channels : 1, channel = channels_last ? 1 : pixels;
     const int64_t blocks = (pixels + BLOCK - 1) / BLOCK;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
@@ -290,17 +303,19 @@ static inline void multiply(const uint16_t *first, const uint16_t *second, int64
 }
 #endif
 
-// The convolution of codes in a room with integer weights: y = fma(total, scale, base), channels last. `shape` holds
-// clips; rows, columns and channels of the output; rows, columns and channels of the room; rows and columns of the
-// kernel; its stride down and across. `base` has a number for each output where `by_pixel`, else for each channel.
-// `tiles` holds the weights by 16 output channels, row of the kernel and 32 inputs, as kernels.py lays them out.
-void resq_convolve(const int64_t *shape, int64_t threads, const uint16_t *room, const uint16_t *tiles,
-                   const float *scale, const float *base, int by_pixel, float *y) {
+// The convolution of codes in a room with integer weights: y = fma(total, scale, base), channels last. `base` has a
+// number for each output where `by_pixel`, else for each channel. `tiles` holds the weights by 16 output channels, row of
+// the kernel and 32 inputs, as compiled.py lays them out.
+void resq_convolve(const struct arguments_convolve *a) {
 #ifdef TILES
-    const int64_t clips = shape[0], rows = shape[1], columns = shape[2], outputs = shape[3];
-    const int64_t room_rows = shape[4], room_columns = shape[5], channels = shape[6];
-    const int64_t lines = shape[7], steps = (shape[8] * channels + DEPTH - 1) / DEPTH;
-    const int64_t line = room_columns * channels, stride = shape[10] * channels * (int64_t)sizeof *room;
+    const int64_t clips = a->clips, rows = a->rows, columns = a->columns, outputs = a->outputs, threads = a->threads;
+    const int64_t room_rows = a->room_rows, room_columns = a->room_columns, channels = a->channels;
+    const int64_t lines = a->kernel_rows, steps = (a->kernel_columns * channels + DEPTH - 1) / DEPTH;
+    const int64_t down = a->stride_rows, right = a->stride_columns, by_pixel = a->by_pixel;
+    const uint16_t *room = a->room, *tiles = a->tiles;
+    const float *scale = a->scale, *base = a->base;
+    float *y = a->y;
+    const int64_t line = room_columns * channels, stride = right * channels * (int64_t)sizeof *room;
     const int64_t across = (columns + SIDE - 1) / SIDE, pairs = (rows * across + 1) / 2;
     const int64_t block = lines * steps * SIDE * DEPTH;
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -314,7 +329,7 @@ void resq_convolve(const int64_t *shape, int64_t threads, const uint16_t *room, 
             const uint16_t *codes[2];
             for (int64_t t = 0; t < 2; t++) {
                 const int64_t tile = first + (t < both ? t : 0), row = tile / across, column = tile % across * SIDE;
-                codes[t] = room + (clip * room_rows + row * shape[9]) * line + column * shape[10] * channels;
+                codes[t] = room + (clip * room_rows + row * down) * line + column * right * channels;
             }
             for (int64_t from = 0; from < outputs; from += PAIR) {
                 const int64_t some = outputs - from < PAIR ? outputs - from : PAIR;
@@ -337,6 +352,6 @@ void resq_convolve(const int64_t *shape, int64_t threads, const uint16_t *room, 
         _tile_release();
     }
 #else
-    (void)shape, (void)threads, (void)room, (void)tiles, (void)scale, (void)base, (void)by_pixel, (void)y;
+    (void)a;
 #endif
 }

@@ -112,7 +112,7 @@ class Kernels:
         inverse, limit, unit, cost = (part[index] for part in steps.unbind())
         codes = quantize(residual, inverse.reshape(shape), limit.reshape(shape), unit.reshape(shape))
         if step is not None:
-            reference.addcmul_(codes, torch.tensor(step, device=x.device))
+            reference.addcmul_(codes, torch.tensor(step, dtype=torch.float32, device=x.device))
         return codes, cost
 
     def encode_keyframe(
@@ -131,7 +131,7 @@ class Kernels:
             base: the reference output, or what broadcasts over the output; None for 0.
             over: whether `base` is no longer needed, so that the result may take its place in memory.
         """
-        with products_in(product.precision):
+        with products_in(product.precision, product.geometry, codes.device.type):
             total = product.geometry.apply(codes, product.codes)
         scale = product.scale * step
         return total.mul_(scale) if base is None else torch.addcmul(base, total, scale, out=total)

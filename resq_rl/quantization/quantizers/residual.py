@@ -86,8 +86,8 @@ def _steps(
     table: ResidualTable, kappa: tuple[float, ...] | None, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = [table.units] if kappa is None else [_units(table, tau, kappa) for tau in _half_octaves()]
-    unit = torch.tensor(rows, dtype=torch.float32)
-    limit = torch.tensor(table.limits, dtype=torch.float32).expand(len(rows), -1).contiguous()
+    unit = torch.tensor(rows, dtype=torch.float32, device="cpu")
+    limit = torch.tensor(table.limits, dtype=torch.float32, device="cpu").expand(len(rows), -1).contiguous()
     inverse = torch.where(unit > 0, 1.0 / (table.step * unit), 0.0)
     return inverse.to(device), limit.to(device), unit.to(device)
 
@@ -97,7 +97,7 @@ def _lookup(
     table: ResidualTable, kappa: tuple[float, ...] | None, costs: tuple[float, ...], device: torch.device
 ) -> Tensor:
     parts = _steps(table, kappa, torch.device("cpu"))
-    cost = torch.tensor(costs or (0.0,) * len(table.units)).expand_as(parts[0])
+    cost = torch.tensor(costs or (0.0,) * len(table.units), dtype=torch.float32, device="cpu").expand_as(parts[0])
     return torch.stack([part.flatten() for part in (*parts, cost.contiguous())]).to(device)
 
 

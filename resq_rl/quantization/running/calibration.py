@@ -58,7 +58,7 @@ class SiteRecorder:
 
     def record(self, x: Tensor, age: int, generator: torch.Generator) -> None:
         """Take in the input `x` of one frame, `age` frames after its keyframe (0 at the keyframe itself)."""
-        x = x.detach()
+        x = x.detach().float()
         self.values.append(self._pixels(x, generator))
         low, high = float(x.min()), float(x.max())
         if not math.isfinite(low + high):
@@ -106,7 +106,9 @@ class SiteRecorder:
         """Quantizers for what was recorded."""
         if not all(self.count.values()):
             raise CalibrationError("Calibration saw no residual frame: give at least one clip with two frames or more.")
-        values = torch.cat([_thinned(torch.cat(self.values)), torch.tensor([self.low, self.high])])
+        values = torch.cat(
+            [_thinned(torch.cat(self.values)), torch.tensor([self.low, self.high], dtype=torch.float32, device="cpu")]
+        )
         tables = {
             r: residual_table(
                 _thinned(torch.cat(self.rows[r])),

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from resq_rl.errors import NetworkError
-from resq_rl.quantization.graph.operators import Geometry, Pair, ResidualOperator
+from resq_rl.quantization.graph.operators import Geometry, Pair, ResidualOperator, own_types
 from resq_rl.quantization.graph.tracing import Site
 from resq_rl.quantization.kernels.plain import Kernels, Product
 from resq_rl.quantization.quantizers.residual import ResidualTable, threshold_row
@@ -101,9 +101,9 @@ class Execution:
         self.plans, self.config, self.kernels = plans, config, kernels
         self.state, self.refresh, self.decision = state, refresh, decision
         self.sites = [plan.site for plan in plans]
-        device = plans[0].keyframe.codes.device
-        self.key = torch.nonzero(refresh)[:, 0].to(device)
-        self.rest = torch.nonzero(~refresh)[:, 0].to(device)
+        self.device = plans[0].keyframe.codes.device
+        self.key = torch.nonzero(refresh)[:, 0].to(self.device)
+        self.rest = torch.nonzero(~refresh)[:, 0].to(self.device)
         self.rest_decision = decision.rows(self.rest) if len(self.key) and len(self.rest) else decision
         self.position = 0
         rows = (decision.levels if isinstance(decision, LevelField) else decision.thresholds).shape[1]
@@ -114,14 +114,35 @@ class Execution:
 
     def __call__(self, operator: ResidualOperator, x: Tensor) -> Tensor:
         """The operator's quantized output; its cost is kept."""
-        state = self.state
         check_order(self.sites, self.position, operator)
-        if operator.channel_axis != 1:
-            x = x.contiguous()
         plan = self.plans[self.position]
+        with own_types():
+            y = self._run(plan, self._entering(plan.site, x))
+        self.position += 1
+        if y.dtype != plan.site.dtype:
+            return y.to(plan.site.dtype)
+        return y.clone() if plan.site.overwritten else y
+
+    def _entering(self, site: Site, x: Tensor) -> Tensor:
+        """An operator's input as float32, which everything behind this line computes in.
+
+        Raises:
+            NetworkError: the input is not one of those that the model was wrapped for.
+        """
+        shape = len(self.refresh), *site.input_shape
+        if x.shape != shape or not x.is_floating_point() or x.layout != torch.strided or x.device != self.device:
+            raise NetworkError(
+                f"Layer {site.name!r} is called on {x.dtype} of shape {tuple(x.shape)} on {x.device}, and was wrapped "
+                f"for floating-point numbers of shape {shape} on {self.device}."
+            )
+        x = x.float()
+        return x if site.operator.channel_axis == 1 else x.contiguous()
+
+    def _run(self, plan: SitePlan, x: Tensor) -> Tensor:
+        state = self.state
         if len(state.inputs) == self.position:
             state.inputs.append(torch.empty_like(x))
-            state.outputs.append(torch.empty(0))
+            state.outputs.append(x.new_empty(0))
             state.versions.append(0)
         elif len(self.rest):
             self._check_untouched(plan.site, self.position)
@@ -134,8 +155,7 @@ class Execution:
             y[self.key] = self._keyframe(plan, x[self.key], self.key)
             y[self.rest] = self._residual(plan, x[self.rest], self.rest)
         self._store_output(y)
-        self.position += 1
-        return y.clone() if plan.site.overwritten else y
+        return y
 
     def _keyframe(self, plan: SitePlan, x: Tensor, rows: Any) -> Tensor:
         operator, quantizer, state = plan.site.operator, plan.ranges.keyframe, self.state
@@ -144,7 +164,7 @@ class Execution:
             state.inputs[self.position] = values
         else:
             state.inputs[self.position][rows] = values
-        bias = None if operator.bias is None else operator.per_channel(operator.bias)
+        bias = None if operator.bias is None else operator.per_channel(operator.bias.float())
         return self.kernels.accumulate(plan.keyframe, codes, quantizer.step, bias)
 
     def _residual(self, plan: SitePlan, x: Tensor, rows: Any) -> Tensor:

@@ -9,9 +9,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from resq_rl.errors import CalibrationError, NetworkError, PolicyError, SettingsError
+from resq_rl.quantization.graph.behaviour import Behaviour, kept_random_state, probe_clips
 from resq_rl.quantization.graph.groups import layer_groups
-from resq_rl.quantization.graph.operators import ResidualOperator, Switch, laid_out
-from resq_rl.quantization.graph.tracing import Site, check_agreement, float_outputs, trace
+from resq_rl.quantization.graph.operators import ResidualOperator, Switch, laid_out, own_types, undisturbed
+from resq_rl.quantization.graph.tracing import Site, trace
 from resq_rl.quantization.graph.wrapping import copy_of, fold_batch_norm, insert_operators
 from resq_rl.quantization.kernels.compiled import native
 from resq_rl.quantization.kernels.plain import PLAIN, Kernels
@@ -51,7 +52,8 @@ class ResQModel:
         UnsupportedOperatorError, NetworkError: the network cannot be wrapped; the message names the layer.
     """
 
-    @torch.inference_mode(False)  # stored references are versioned, which inference tensors are not
+    @undisturbed()
+    @kept_random_state()
     def __init__(self, network: nn.Module, example: Inputs, config: QuantizationConfig | None = None) -> None:
         self.config = config or QuantizationConfig()
         self._switch = Switch()
@@ -61,18 +63,18 @@ class ResQModel:
                 "The example must be frames as float, (1 or more, C, H, W), and what else the network takes, got "
                 f"{', '.join(f'{x.dtype} {tuple(x.shape)}' for x in inputs) or 'nothing'}."
             )
-        copied, generator = copy_of(network), torch.Generator().manual_seed(0)
-        noise = tuple(torch.rand(2, *x.shape[1:], generator=generator).to(x) for x in inputs)
-        expected = float_outputs(copied, tuple(x[:1].clone() for x in noise))
-        self.unfolded = fold_batch_norm(copied)
-        self.network = insert_operators(copied, self._switch)
         self.device = inputs[0].device
         self.frame_size = (inputs[0].shape[-2], inputs[0].shape[-1])
         self.input_shapes = tuple(tuple(x.shape[1:]) for x in inputs)
-        self.frame_shape = self.input_shapes[0]
-        self.sites: list[Site] = trace(self.network, self._switch, inputs)
-        self.layout = _layout_for(self.network, noise)
-        check_agreement(type(network).__name__, expected, float_outputs(self.network, laid_out(noise, self.layout)))
+        self._input_types = tuple(x.dtype for x in inputs)
+        clips = probe_clips(inputs)
+        original = Behaviour(type(network).__name__, copy_of(network, self.device), clips)
+        self.network = copy_of(network, self.device)
+        self.unfolded = fold_batch_norm(self.network)
+        insert_operators(self.network, self._switch)
+        self.sites: list[Site] = trace(self.network, self._switch, tuple(part[:2] for part in clips))
+        original.check()
+        self.layout = original.layout_of(self.network)
         self.groups, self.group_of_site = layer_groups(self.sites, self.config.groups)
         self._moments: dict[tuple[ResidualOperator, Part], Tensor] = {}
         self._quantized: dict[tuple[ResidualOperator, Part, int], IntegerWeight] = {}
@@ -140,7 +142,12 @@ class ResQModel:
 
     @property
     def exact_sites(self) -> list[bool]:
-        """Where no accumulation can reach 2^24, so float32 equals int32 arithmetic whatever the input."""
+        """Where no accumulation can reach 2^24, so float32 equals int32 arithmetic whatever the input.
+
+        Only on a CPU: the libraries of other devices may multiply by algorithms that round.
+        """
+        if self.device.type != "cpu":
+            return [False] * len(self.sites)
         key, residual = 2**self.config.key_activation_bits - 1, largest_code(self.config.levels)
         return [
             max(
@@ -155,12 +162,11 @@ class ResQModel:
         """The largest sum of code magnitudes over the weights of one output channel."""
         codes = self._weights[part][operator].codes
         probe = ResidualOperator(operator.name, operator.geometry, codes, None, self._switch)
-        return float(probe.weight_rows().abs().sum(1).max())
+        return float(probe.weight_rows().double().abs().sum(1).max())
 
     # Calibration -----------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @undisturbed()
     def calibrate(self, clips: Sequence[Inputs], *, interval: int = 8, frames: int = 24, seed: int = 0) -> "ResQModel":
         """Fit all ranges and the rounding of weights on clips run through the float network.
 
@@ -216,14 +222,15 @@ class ResQModel:
     def _run(self, inputs: tuple[Tensor, ...], execute: Any) -> Any:
         before, self._switch.execute = self._switch.execute, execute
         try:
-            return self.network(*inputs)
+            return self.network(*(part.to(dtype) for part, dtype in zip(inputs, self._input_types, strict=True)))
         finally:
             self._switch.execute = before
 
     @torch.no_grad()
     def float_forward(self, inputs: Inputs) -> Any:
-        """The float network's own output (BatchNorm folded)."""
-        return self._run(as_tuple(inputs), ResidualOperator.float_output)
+        """The float network's own output (BatchNorm folded), in its own types even under autocast."""
+        with own_types():
+            return self._run(as_tuple(inputs), ResidualOperator.float_output)
 
     def new_state(self, clips: int, reference: Reference = "previous") -> StreamState:
         """An empty state for a batch of clips; the first step must refresh every clip."""
@@ -231,8 +238,7 @@ class ResQModel:
             raise SettingsError(f"reference is 'keyframe' or 'previous', got {reference!r}.")
         return StreamState(reference, torch.full((clips,), -1, dtype=torch.int64))
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @undisturbed()
     def step(
         self,
         inputs: Inputs,
@@ -348,12 +354,3 @@ def _moments(recorders: Sequence[SiteRecorder]) -> dict[tuple[ResidualOperator, 
             key = recorder.site.operator, part
             total[key] = total[key] + moment if key in total else moment
     return total
-
-
-def _layout_for(network: nn.Module, inputs: tuple[Tensor, ...]) -> torch.memory_format:
-    """Channels last, in which the operators are fastest, unless the network needs its features contiguous."""
-    try:
-        float_outputs(network, laid_out(inputs, torch.channels_last))
-    except NetworkError:
-        return torch.contiguous_format
-    return torch.channels_last

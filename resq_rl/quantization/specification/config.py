@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Literal
 
-from resq_rl.errors import SettingsError
+from pydantic import AfterValidator, Field
+
+from resq_rl.checked import Bits, Checked, Increasing
 from resq_rl.quantization.specification.ledger import BopsConvention
 
 __all__ = ["LayerKind", "Part", "QuantizationConfig", "RangeEstimator", "Reference", "WeightRounding"]
@@ -16,63 +18,44 @@ Reference = Literal["keyframe", "previous"]
 WeightRounding = Literal["nearest", "second_order"]
 
 
+def _symmetric(bits: int) -> int:
+    if bits == 1:
+        raise ValueError("a symmetric quantizer needs a sign")
+    return bits
+
+
+Level = Annotated[int, Field(ge=0, le=16), AfterValidator(_symmetric)]
+LEVELS = Field(min_length=2, description="two or more increasing values, each 0 or at least 2 bits and at most 16")
+
+
 @dataclass(frozen=True)
-class QuantizationConfig:
+class QuantizationConfig(Checked):
     """How a network is quantized.
 
     Attributes:
-        key_weight_bits, key_activation_bits: bits of keyframes.
-        levels: bit-widths a residual may take, ascending; 0 skips.
-        residual_weight_bits: bits of residual weights, one number or one per layer kind (missing kinds take 4).
-        weight_rounding: "nearest", or "second_order" to round the weights of a channel together once calibration clips
-            have shown what they multiply (`rounding`).
-        range_estimator: how ranges are chosen from calibration samples.
-        bops_convention: cost of a multiply-accumulate.
-        groups: "auto", or layer groups as name -> patterns of layer names.
+        key_weight_bits, key_activation_bits: bits of a keyframe.
+        levels: activation bits that a residual may take, increasing; 0 skips.
+        residual_weight_bits: bits of residual weights: one width, or one per kind of layer, such as
+            {conv: 4, depthwise: 8} (kinds that are not named take 4).
+        weight_rounding: "nearest", or "second_order": the weights of a channel are rounded together, once calibration
+            clips have shown what they multiply (`rounding`).
+        range_estimator: how ranges are chosen from calibration clips.
+        bops_convention: what a multiplication of w by a bits costs: w * a ("product"), the square of the larger
+            ("max"), or the product with both widths raised to at least 4 ("clipped").
+        groups: layers that share a decision: "auto", or patterns of layer names by name of the group.
     """
 
-    key_weight_bits: int = 8
-    key_activation_bits: int = 8
-    levels: tuple[int, ...] = (0, 2, 4, 8)
-    residual_weight_bits: int | Mapping[LayerKind, int] = 4
+    key_weight_bits: Bits = 8
+    key_activation_bits: Annotated[int, Field(ge=1, le=16)] = 8
+    levels: Annotated[tuple[Level, ...], LEVELS, Increasing] = (0, 2, 4, 8)
+    residual_weight_bits: Bits | Mapping[LayerKind, Bits] = 4
     weight_rounding: WeightRounding = "second_order"
     range_estimator: RangeEstimator = "least_squares"
     bops_convention: BopsConvention = "product"
-    groups: str | Mapping[str, Sequence[str]] = "auto"
-
-    def __post_init__(self) -> None:
-        for name, known in (
-            ("range_estimator", RangeEstimator),
-            ("weight_rounding", WeightRounding),
-            ("bops_convention", BopsConvention),
-        ):
-            _check_choice(name, getattr(self, name), known)
-        if list(self.levels) != sorted(set(self.levels)) or len(self.levels) < 2:
-            raise SettingsError(f"levels must be two or more ascending bit-widths, got {list(self.levels)}.")
-        if not all(b == 0 or 2 <= b <= 16 for b in self.levels):
-            raise SettingsError(f"levels must be 0 or 2 to 16 bits each, got {list(self.levels)}.")
-        if not 1 <= self.key_activation_bits <= 16 or not 2 <= self.key_weight_bits <= 16:
-            raise SettingsError(
-                "key_activation_bits must be 1 to 16 and key_weight_bits 2 to 16, got "
-                f"{self.key_activation_bits} and {self.key_weight_bits}."
-            )
-        given = self.residual_weight_bits
-        widths = given if isinstance(given, Mapping) else {"all": given}
-        unknown = sorted(set(given) - set(get_args(LayerKind))) if isinstance(given, Mapping) else []
-        if unknown:
-            raise SettingsError(
-                f"residual_weight_bits names unknown layer kinds {unknown}; kinds are {list(get_args(LayerKind))}."
-            )
-        if not all(2 <= b <= 16 for b in widths.values()):
-            raise SettingsError(f"residual_weight_bits must be 2 to 16, got {given}.")
+    groups: Literal["auto"] | Mapping[str, str | Sequence[str]] = "auto"
 
     def weight_bits(self, kind: LayerKind) -> int:
         """Residual weight bits of a layer kind."""
         if isinstance(self.residual_weight_bits, Mapping):
             return self.residual_weight_bits.get(kind, 4)
         return self.residual_weight_bits
-
-
-def _check_choice(name: str, value: str, known: Any) -> None:
-    if value not in get_args(known):
-        raise SettingsError(f"{name} is one of {', '.join(get_args(known))}, got {value!r}.")

@@ -1,35 +1,21 @@
-"""A window that follows the labelled object, as the crop of a tracker would."""
+"""Windows that follow a labelled object, as the crop of a tracker does."""
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from scipy.ndimage import maximum_filter1d, minimum_filter1d
 
-from resq_rl.errors import SettingsError
 from resq_rl.video.clip import IGNORE
 from resq_rl.video.images import Box
 
-__all__ = ["check_crop", "follow", "object_box"]
+__all__ = ["follow", "object_box"]
 
 _LEAST_HEIGHT = 16.0
 
 
-def check_crop(crop: float | None, size: tuple[int, int] | None, reader: str) -> None:
-    """Check the factor by which a window is larger than what it follows; None passes.
-
-    Raises:
-        SettingsError: it is out of range, or there is no size that the window could be brought to.
-    """
-    if crop is not None and (size is None or not 0 < crop <= 100):
-        raise SettingsError(
-            f"Setting crop of {reader} must be a factor above 0 together with a size, got crop {crop} and size {size}. "
-            "Set both, such as crop=1.3 and size=(256, 256)."
-        )
-
-
 def object_box(labels: UInt8[np.ndarray, "h w"], thickness: int = 1) -> Box | None:
-    """Left, top, right and bottom edge of all labelled objects together, in pixels; None without any.
+    """Left, top, right and bottom edge of all labelled objects together, in pixels; None where nothing is labelled.
 
-    Parts into which no square of `thickness` pixels fits, such as ropes, do not count, unless there are no others.
+    Parts into which no square of `thickness` pixels fits, such as ropes, count only where there are no others.
     """
     box = _extent((labels != 0) & (labels != IGNORE))
     if box is None or thickness <= 1:
@@ -58,10 +44,10 @@ def _extent(marked: Bool[np.ndarray, "h w"]) -> Box | None:
 def follow(boxes: list[Box | None], factor: float, aspect: float, smoothing: float = 4.0) -> list[Box]:
     """A window for each frame: the object's box, `factor` times as large, smoothed over time.
 
-    The window has one aspect, and is as high as the object or as its width asks for. Where the object is
-    hidden, the window moves on a straight way between the frames before and after. Its centre and the
-    logarithm of its height are then averaged with Gaussian weights over the frames around, so the window sees
-    some frames ahead.
+    All windows have the same proportions, and are high enough for the object's height and for its width. While the
+    object is hidden, the window moves on a straight line between the frames before and after. Its centre and the
+    logarithm of its height are then averaged over time with Gaussian weights, so that the window looks some frames
+    ahead.
 
     Args:
         boxes: the object's box in each frame, at least one of them not None.

@@ -1,4 +1,4 @@
-"""Is a dataset's folder what its reader expects? What was looked for and what was found, in one error."""
+"""Checks that a dataset's folder holds what its reader expects; one error tells what was looked for and found."""
 
 from collections.abc import Iterable
 from pathlib import Path, PurePath

@@ -1,6 +1,6 @@
-"""What changes in generated video without meaning anything: blobs, stripes, flicker, foliage and light.
+"""Unlabelled change in generated video: blobs, stripes, flicker, foliage and light.
 
-None has a hard outline, which is how a network can tell them from the labelled shapes.
+None of them has a hard outline, by which a network can tell them from the labelled shapes.
 """
 
 import math
@@ -29,11 +29,11 @@ class Distractor:
         strength: largest opacity in [0, 1].
         rate: radians of its own change per frame.
         phase: radians at time 0.
-        waves: stripes: radians per pixel across them; foliage: sway in pixels.
+        waves: radians per pixel across stripes, or the sway of foliage in pixels.
         colours: two RGB colours in [0, 1].
-        texture: foliage: how much of the second colour, tileable.
+        texture: the share of the second colour in foliage, tileable.
         activity: when it moves.
-        path: its way before it is wrapped around the frame.
+        path: its way, before the frame wraps it around.
     """
 
     kind: Kind

@@ -29,7 +29,7 @@ JOINTS: Final = (
 )
 """The figure's joints in the order of its labels; its left is on the right of the frame."""
 
-# Of the figure's height: lengths of neck and torso, half widths of shoulders and hips, and lengths of limbs.
+# Shares of the figure's height: lengths of neck and torso, half widths of shoulders and hips, and lengths of limbs.
 NECK, TORSO, SHOULDER, HIP = 0.13, 0.29, 0.11, 0.075
 ARM, LEG = (0.17, 0.16), (0.24, 0.23)
 # Radii of head, torso, arms and legs.
@@ -39,7 +39,7 @@ TEXELS = 32
 
 @dataclass(frozen=True)
 class Swing:
-    """An angle that swings about a mean: radians at each scene time.
+    """An angle that swings about a mean.
 
     Attributes:
         mean: radians.
@@ -67,8 +67,8 @@ class Figure:
         activity: when it moves.
         path: the way of its hips before it bounces off the frame.
         lean: angle of its torso.
-        limbs: angles of upper arms, forearms, thighs and shanks, left before right; the second of a limb is relative
-            to the first.
+        limbs: angles of upper arms, forearms, thighs and shanks, left before right; those of forearms and shanks are
+            relative to the upper limb.
         fills: textures of head, torso, upper arms, forearms, thighs and shanks, RGB in [0, 1].
         arms_first: whether the arms are behind the torso.
     """

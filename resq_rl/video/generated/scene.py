@@ -23,7 +23,7 @@ class Camera:
         activity: when it drifts.
         shake: its tremble.
         zoom: largest relative change of scale.
-        zoom_rate: radians of that per frame.
+        zoom_rate: radians of the change of scale per frame.
         phase: radians at time 0.
     """
 
@@ -75,7 +75,7 @@ class Scene:
     def backdrop(
         self, frames: Float[np.ndarray, "t 3 h w"], time: Float[np.ndarray, "t"]
     ) -> Iterator[tuple[int, tuple[float, float]]]:
-        """Paint what lies behind the shapes, frame after frame, and light over all that was painted in between.
+        """Paint the background of each frame, and then the light, over the shapes that the caller painted meanwhile.
 
         Yields:
             The frame whose shapes are to be painted, and the tremble (y, x) in pixels by which the camera misses them.

@@ -82,8 +82,8 @@ class MovingShape:
         label: class index, 1 for the first of `SHAPES`.
         edge: distance to the edge over the shape's own coordinates.
         radius: mean radius in pixels.
-        swell: part by which the radius grows and shrinks.
-        swell_rate: radians of that per frame of progress.
+        swell: share by which the radius grows and shrinks.
+        swell_rate: radians of this change per frame of progress.
         angle: angle at progress 0, in radians.
         spin: radians per frame of progress.
         activity: when it moves.

@@ -1,4 +1,4 @@
-"""Seeded, labelled video for training and measuring where nothing else is at hand."""
+"""Seeded video with labels, for training and measuring without any data."""
 
 import math
 from dataclasses import dataclass, field
@@ -136,7 +136,7 @@ class GeneratedVideo:
         return draw_scene(rng, self.size, self.shapes, self.distractors).render(time)
 
     def _expose(self, light: np.ndarray, sensor: np.random.Generator) -> np.ndarray:
-        """Bytes that a noisy sensor gives for `light` in [0, 1], which it overwrites."""
+        """The bytes that a noisy sensor reads from `light` in [0, 1], which is overwritten."""
         light *= 255.0
         light += 0.5
         if self.noise > 0:

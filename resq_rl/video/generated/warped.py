@@ -1,6 +1,6 @@
 """Clips made from single labelled frames, by moving a camera through each of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -10,11 +10,12 @@ from torch.nn import functional as F
 
 from resq_rl.errors import SettingsError, VideoError
 from resq_rl.video.clip import IGNORE, SPLITS, Clip, Split, VideoDataset, check_split
+from resq_rl.video.framing import Framing, framing_of
 from resq_rl.video.images import check_count, check_size
 
 __all__ = ["WarpedVideo"]
 
-_WALLS: Final = 0.7  # nearness of what is seen at the sides of a frame, and at its top: streets are wide and open
+_WALLS: Final = 0.7  # nearness at the sides of a frame, and at its top: streets are wide and open
 _CEILING: Final = 0.3
 _SMOOTHNESS: Final = 6  # frames over which turns build up and fade
 
@@ -55,18 +56,18 @@ class WarpedVideo:
     For datasets whose training frames lie too far apart to be video, such as CamVid's. Each frame of the source's
     training and validation split makes one clip: the camera drives through it at a steady speed, as if the scene were a
     corridor (so that what is near moves faster), turns, shakes, and has sensor noise. What the frame does not show
-    repeats its edge and is unlabelled; nothing moves by itself. Test clips are the source's own, but for their size.
+    repeats its edge and is unlabelled; nothing moves by itself. Test clips are those of the source, brought to `size`.
 
-    A clip depends on the settings, its split and the place of its frame in it alone.
+    A clip depends only on the settings, its split and the place of its frame in the split.
 
     Attributes:
-        source: what the frames come from; the larger they are, the sharper the clips.
+        source: dataset of the frames; the larger its frames, the sharper the clips.
         size: height and width that clips are brought to, in pixels; None for the source's.
         frames: frames of each clip.
         train: most clips of the training split, from frames spread evenly over it; None for all.
         validation: most clips of the validation split, likewise.
-        speed: greatest speed, in distances from the camera to the lower edge per frame; each clip has its own, evenly
-            between 0 and this.
+        speed: greatest speed, in distances from the camera to the lower edge per frame; that of each clip is drawn
+            evenly between 0 and this.
         turn: standard deviation of the camera's turning from frame to frame, in shares of half the frame.
         shake: standard deviation of its shaking, likewise.
         noise: standard deviation of the sensor noise, of a range of 1.
@@ -102,6 +103,12 @@ class WarpedVideo:
     def classes(self) -> tuple[str, ...]:
         """The source's class names."""
         return self.source.classes
+
+    @property
+    def framing(self) -> Framing:
+        """The source's, to this size; pixels differ by rounding where the source's size is another."""
+        framing = framing_of(self.source)
+        return framing if self.size is None else replace(framing, size=self.size)
 
     def clips(self, split: Split) -> list[Clip]:
         """Make the clips of a split.

@@ -3,6 +3,7 @@ import logging
 import os
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,8 +23,10 @@ from resq_rl.errors import VideoError
 from resq_rl.experiments.cli.app import main
 from resq_rl.experiments.cli.catalogue import KINDS
 from resq_rl.experiments.cli.commands import COMMANDS, Command
+from resq_rl.experiments.config.composition import load_settings
+from resq_rl.experiments.config.quoting import assignment
 from resq_rl.experiments.config.settings import Settings
-from resq_rl.experiments.tracking.tracker import PARENT_RUN_VARIABLE, Tracker
+from resq_rl.experiments.tracking.tracker import Tracker
 
 Run = Callable[..., int]
 FAKE = {
@@ -70,7 +73,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     module.run = job  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fake_jobs", module)
     monkeypatch.chdir(tmp_path)
-    for variable in ("RESQ_RL_DEBUG", "HYDRA_FULL_ERROR", PARENT_RUN_VARIABLE):
+    for variable in ("RESQ_RL_DEBUG", "HYDRA_FULL_ERROR"):
         monkeypatch.delenv(variable, raising=False)
 
     def call(*arguments: str, tracking: str = "disabled") -> int:
@@ -208,6 +211,35 @@ def test_an_interrupt_says_what_is_kept_and_how_to_go_on(
     assert "To go on" not in capsys.readouterr().err
 
 
+def test_the_command_that_goes_on_can_be_read_whatever_the_folder_is_called(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("train", "seed=9", assignment("training.resume", "before, (1)")) == 130
+    command = capsys.readouterr().err.partition("To go on: ")[2].strip()
+    words = shlex.split(command)
+    assert words[:2] == ["resq-rl", "train"]
+    assert load_settings("train", words[2:]).training.resume == str(tmp_path / "before, (1)")
+
+
+@pytest.mark.parametrize("name", ["what?x", "my results (1)", "ünï/видео", "a,b", "50%", "{x}", "a=b", "it's", "null"])
+def test_results_go_to_a_folder_of_any_name(run: Run, tmp_path: Path, name: str) -> None:
+    assert run("train", "seed=3", assignment("results", name)) == 0
+    (folder,) = (tmp_path / name / "train").iterdir()
+    assert json.loads((folder / "summary.json").read_text())["folder"] == str(folder)
+    assert [path.name for path in tmp_path.iterdir()] == [Path(name).parts[0]]
+
+
+@pytest.mark.parametrize("given", ["results=", "results=2026", "results=null", "results=[a]", "results='\\${x}'"])
+def test_results_that_name_no_folder_are_refused_before_anything_is_written(
+    run: Run, tmp_path: Path, given: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("train", given) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("resq-rl train: Setting 'results' must be text, the name of a folder")
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_command_says_what_it_does_and_what_is_useful_next(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train", "seed=4") == 0
     lines = capsys.readouterr().err.splitlines()
@@ -326,7 +358,6 @@ def test_a_sweep_is_recorded_under_one_parent(run: Run, results: Path) -> None:
     assert [child.info.status for child in (parent, *children)] == ["FAILED", "FINISHED", "FAILED"]
     assert [child.data.params["seed"] for child in children] == ["3", "7"]
     assert all((Path(c.info.artifact_uri.removeprefix("file://")) / "config.yaml").is_file() for c in children)
-    assert PARENT_RUN_VARIABLE not in os.environ
 
 
 def test_commands_start_no_server_and_no_other_process(run: Run, results: Path) -> None:

@@ -26,6 +26,7 @@ REQUIRED = {
     ("video", "files"): ["video.paths={train:[a],validation:[b],test:[c]}"],
     ("model", "exported"): ["model.source=network.pt2"],
     ("model", "ddrnet23_slim"): ["model.weights=best_val_smaller.pth"],
+    ("model", "normalised"): ["model.network._target_=resq_rl.perception.CompactDDRNet"],
     ("model", "custom"): ["model._target_=resq_rl.perception.CompactDDRNet"],
 }
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -137,17 +138,35 @@ def test_no_more_frames_than_wanted(trained: Path, video: Path, tmp_path: Path) 
     assert len(records(folder)) == 2
 
 
+def test_times_and_the_overlay_follow_the_stamps_of_the_source(trained: Path, tmp_path: Path) -> None:
+    """As a live recording has them: uneven, under a header that names 1000 frames per second."""
+    times, path = [0.0, 0.03, 0.12, 0.2, 0.21, 0.4], tmp_path / "live.webm"
+    with av.open(str(path), "w", options={"live": "1"}) as container:
+        stream = container.add_stream("libvpx", rate=1000)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for pixels, time in zip(moving_frames(6, (48, 64)), times, strict=True):
+            frame = av.VideoFrame.from_ndarray(pixels.permute(1, 2, 0).numpy(), format="rgb24")
+            frame.pts, frame.time_base = round(1000 * time), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    folder = run(tmp_path, f"policy={trained}", f"source={path}", "running.height=48")
+    assert [record["time"] for record in records(folder)] == pytest.approx(times, abs=1.5e-3)
+    with av.open(str(folder / "overlay.mp4")) as shown:
+        found = [frame.time or 0.0 for frame in shown.decode(video=0)]
+    assert [time - found[0] for time in found] == pytest.approx(times, abs=2e-3)
+
+
 def test_an_interrupt_keeps_what_is_done(
     trained: Path, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(self: VideoStream) -> Iterator[np.ndarray[Any, Any]]:
+    def interrupted(self: VideoStream) -> Iterator[tuple[np.ndarray[Any, Any], float]]:
         for t, frame in enumerate(frames(self)):
             if t == 5:
                 raise KeyboardInterrupt
             yield frame
 
-    frames: Callable[[VideoStream], Iterator[np.ndarray[Any, Any]]] = VideoStream.__iter__
-    monkeypatch.setattr(VideoStream, "__iter__", interrupted)
+    frames: Callable[[VideoStream], Iterator[tuple[np.ndarray[Any, Any], float]]] = VideoStream.timed
+    monkeypatch.setattr(VideoStream, "timed", interrupted)
     folder = run(tmp_path, f"policy={trained}", f"source={video}", code=130)
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["frames"], summary["ended"]) == (5, "interrupted")

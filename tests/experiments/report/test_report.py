@@ -7,22 +7,24 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from playwright.sync_api import Browser, Dialog, Page, Request, expect
 
 from resq_rl.envs import Policy
 from resq_rl.experiments.config.composition import load_settings
 from resq_rl.experiments.report import verdict_of, write_report
-from resq_rl.experiments.report.film import COLUMNS, sheet
-from resq_rl.experiments.report.places import layer_rows, region_maps
-from resq_rl.experiments.report.tables import cost_rows
+from resq_rl.experiments.report.page import cost_rows, inline_svg
+from resq_rl.experiments.report.pair import COLUMNS, layer_rows, region_maps, sheet
 from resq_rl.experiments.report.verdict import choices_of
 from resq_rl.experiments.results.comparison import BdEntry, Comparison
 from resq_rl.experiments.results.fronts import points_of
+from resq_rl.experiments.results.methods import method_of
 from resq_rl.experiments.runs.record import RunRecord
 from resq_rl.experiments.study.decisions import Pair, trace_pair
 from resq_rl.experiments.study.world import World, build_world
@@ -66,11 +68,12 @@ def comparison(world: World, pair: Pair) -> Comparison:
         method: points_of([replace(world.measure(p, "test"), settings={**p.settings, "seed": 0}) for p in own], seed=0)
         for method, own in policies.items()
     }
+    store = world.stores["test"]
+    fronts["random"] = [replace(fronts["per_frame"][0], accuracy=store.float_accuracy - 0.25, settings={"seed": 0})]
     deltas = {
         "ppo_vs_dynamic_resq": BdEntry(-31.24, (-40.06, -20.55), (0.66, 0.715)),
         "ppo_vs_static_resq": BdEntry(None, None, None, HOSTILE),
     }
-    store = world.stores["test"]
     return Comparison(
         "segmentation", HOSTILE, "test", 3, 18, "mean IoU", store.float_accuracy, "product",
         float(world.model.reference_bops()), 600, 61.0, fronts, deltas,
@@ -145,7 +148,7 @@ def test_the_choice_is_the_cheapest_point_within_the_loss(comparison: Comparison
             near = [
                 p.bops for p in comparison.fronts[method] if p.accuracy >= comparison.float_accuracy - row.loss / 100
             ]
-            assert (None if found is None else found["bops"]) == min(near, default=None)
+            assert (None if found is None else found.bops) == min(near, default=None)
 
 
 def test_the_parts_of_the_cost_add_up(comparison: Comparison) -> None:
@@ -236,7 +239,7 @@ def test_numbers_shown_are_those_of_the_file(opened: tuple[Page, list[str]], rep
     assert "31.2% fewer" in page.inner_text("#verdict")
     assert "95% interval 20.6% to 40.1%" in page.inner_text("#verdict")
     assert HOSTILE in page.inner_text("#deltas tr[data-name=ppo_vs_static_resq]")
-    page.click("#fronts summary")
+    page.click("#all summary")
     for method, points in values["fronts"].items():
         rows = page.locator(f"#points tr[data-method={method}]")
         assert rows.count() == len(points)
@@ -247,7 +250,7 @@ def test_numbers_shown_are_those_of_the_file(opened: tuple[Page, list[str]], rep
     assert page.inner_text("#command") == "resq-rl compare video.frames=6 'heuristic.taus=[0.3, 1.0]'"
     page.click("#again summary")
     assert page.inner_text("#config").strip() == f"video: {HOSTILE}"
-    assert page.locator("[data-chart=curves] svg").count() >= 3
+    assert (page.locator("#curves svg").text_content() or "").count("environment frames") == 3
     assert trouble == []
 
 
@@ -255,30 +258,69 @@ def test_points_of_the_chart_are_reached_by_keyboard_and_pointer(
     opened: tuple[Page, list[str]], comparison: Comparison
 ) -> None:
     page, trouble = opened
-    chart = page.locator("[data-chart=fronts]")
-    marks = sum(len(points) for points in comparison.fronts.values())
-    chart.locator("svg[role=group]").focus()
-    seen = set()
-    for _ in range(marks):
-        page.keyboard.press("ArrowRight")
-        seen.add(chart.locator(".tip").inner_text())
-    shown = [f"{p.bops:.3f} of W8A8" for points in comparison.fronts.values() for p in points]
-    assert len(seen) == len(set(shown)) == marks
-    assert all(any(text in tip for tip in seen) for text in shown)
-    assert chart.locator("p[aria-live]").inner_text() != ""
-    page.keyboard.press("Escape")
-    assert chart.locator(".tip").is_hidden()
-    chart.locator("svg[role=group] .mark").last.hover()
-    assert "PPO" in chart.locator(".tip").inner_text()
-    before = chart.locator("svg[role=group] .mark").count()
-    chart.get_by_role("button", name="Dynamic ResQ").click()
-    assert chart.locator("svg[role=group] .mark").count() == before - 2
+    chart = page.get_by_role("region", name="Chart of all points")
+    page.get_by_text("Chart of all policies, including losses above 10 points of accuracy").click()
+    marks = chart.get_by_role("link")
+    near = page.get_by_role("region", name="Chart of the fronts").get_by_role("link")
+    assert near.count() == marks.count() - 1, "the upper chart leaves out the random policy"
+    page.locator("details#all").evaluate("(node) => { node.open = false; }")
+    tips = [mark.evaluate("(node) => node.querySelector('title').textContent") for mark in marks.all()]
+    points = [(method, p) for method, own in comparison.fronts.items() for p in own]
+    assert len(tips) == len(points)
+    for method, point in points:
+        accuracy = f"{point.accuracy:.3f} ({point.accuracy_ci95[0]:.3f} to {point.accuracy_ci95[1]:.3f})"  # type: ignore[index]
+        shown = [t for t in tips if t.startswith(f"{method_of(method).title}: ") and f"{point.bops:.3f} of W8A8" in t]
+        assert any(accuracy in tip for tip in shown)
+    rows = set()
+    chart.focus()
+    for tip in tips:
+        page.keyboard.press("Tab")
+        assert page.evaluate("() => document.activeElement.querySelector('title').textContent") == tip
+        page.keyboard.press("Enter")
+        row = page.locator("#points tr:target")
+        expect(row).to_be_visible()
+        expect(row).to_be_in_viewport()
+        assert f"{float(row.locator('[data-name=bops]').inner_text()):.3f} of W8A8" in tip
+        rows.add(row.get_attribute("id"))
+        page.locator("details#all").evaluate("(node) => { node.open = false; }")
+        chart.locator(f"a[href='#{row.get_attribute('id')}']").focus()
+    assert len(rows) == len(points)
+    for link, title in (("#point-3-1", "PPO"), ("#point-4-0", "random")):
+        chart.locator(f"a[href='{link}']").click()
+        expect(page.locator("#points tr:target th")).to_have_text(title)
     assert trouble == []
+
+
+def test_a_figure_in_the_page_is_escaped_and_takes_its_colours() -> None:
+    figure = Figure()
+    axes = figure.add_subplot(title=HOSTILE)
+    axes.scatter([1, 2], [1, 2]).set_urls(["#a", "#b"])
+    svg = inline_svg(figure, HOSTILE, {"a": HOSTILE, "b": "two"})
+    assert "<script" not in svg
+    root = ElementTree.fromstring(svg)
+    assert root.get("aria-label") == HOSTILE
+    assert [(link.get("href"), link.findtext("title")) for link in root.iter("a")] == [("#a", HOSTILE), ("#b", "two")]
+    assert HOSTILE in {text.text for text in root.iter("text")}
+    assert "#000000" not in svg
+    assert {"id", "href"} & {name for node in root.iter("g") for name in node.attrib} == set()
 
 
 def screens(page: Page) -> dict[str, bytes]:
     """What the canvases of the player show."""
     return {c.get_attribute("id") or "": c.screenshot() for c in page.locator("#player canvas").all()}
+
+
+def line_and_cursor(page: Page) -> tuple[list[float], float]:
+    """Horizontal places of the first line's frames, and of the cursor, in the chart of the first clip."""
+    found: tuple[list[float], float] = page.evaluate(
+        r"""() => {
+            const chart = document.getElementById("spending-0"), cursor = document.getElementById("cursor-0");
+            const places = (path) => [...path.getAttribute("d").matchAll(/[ML] (\S+)/g)].map((m) => Number(m[1]));
+            const line = [...chart.querySelectorAll("path[clip-path]")].map(places).find((xs) => xs.length > 2);
+            return [line, places(cursor.querySelector("path"))[0] + cursor.transform.baseVal[0].matrix.e];
+        }"""
+    )
+    return found
 
 
 def test_the_player_plays_to_the_end_and_steps_by_keyboard(opened: tuple[Page, list[str]], pair: Pair) -> None:
@@ -302,6 +344,9 @@ def test_the_player_plays_to_the_end_and_steps_by_keyboard(opened: tuple[Page, l
     assert page.inner_text("#now") == "frame 4 of 5"
     assert "keyframe" in page.inner_text("#spent-0")
     assert "keyframe" not in page.inner_text("#spent-1")
+    line, cursor = line_and_cursor(page)
+    assert len(line) == 6
+    assert cursor == pytest.approx(line[4], abs=0.01), "the cursor stands at the frame shown"
     page.keyboard.press("Home")
     assert screens(page) == first
     page.select_option("#clip", "1")

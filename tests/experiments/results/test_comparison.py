@@ -18,6 +18,7 @@ from resq_rl.experiments.results.comparison import (
     Comparison,
     Point,
     print_comparison,
+    print_policies,
     short_settings,
     write_summary,
 )
@@ -194,6 +195,18 @@ def test_levels_without_known_bits_are_shown_as_indices(comparison: Comparison) 
     assert "16 bits" in printed(dataclasses.replace(comparison, fronts=fronts), levels=(0, 2, 4, 16))
 
 
+def test_policies_are_printed_with_their_keyframes_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"trade_off": 0.1, "interval": interval, "bops": 0.25, "accuracy": 0.5 + place / 10}
+        for place, interval in enumerate((0, 16, None))
+    ]
+    print_policies("validation clips", rows)
+    text = capsys.readouterr().out
+    for expected in ("first keyframe only", "keyframe every 16", "learned keyframes", "0.2500", "0.7000"):
+        assert expected in text
+    assert "peak" not in text, "no row has one"
+
+
 def test_every_method_has_a_look_of_its_own() -> None:
     looks = [*METHODS, method_of("my_method")]
     for names in zip(*map(dataclasses.astuple, looks), strict=True):
@@ -223,7 +236,7 @@ def test_figure_tells_methods_apart_and_shows_the_float_accuracy(comparison: Com
     (axes,) = plot_fronts(comparison).axes
     legend = axes.get_legend()
     assert legend is not None
-    assert {text.get_text() for text in legend.get_texts()} == {"float network", "per-frame", "Dynamic ResQ", "PPO"}
+    assert [t.get_text() for t in legend.get_texts()] == ["per-frame", "Dynamic ResQ", "PPO", "float network"]
     marks = [c for c in axes.collections if isinstance(c, PathCollection)]
     assert len({np.asarray(c.get_facecolor()).tobytes() for c in marks}) == 3
     assert len({np.asarray(c.get_paths()[0].vertices).tobytes() for c in marks}) == 3
@@ -237,6 +250,11 @@ def test_figure_of_the_upper_part_leaves_out_the_rest(comparison: Comparison) ->
     every = [p.accuracy for points in comparison.fronts.values() for p in points]
     assert sorted(shown) == sorted(a for a in every if a >= comparison.float_accuracy - 0.045)
     assert 0 < len(shown) < len(every)
+
+
+def test_without_a_float_accuracy_all_points_are_drawn(comparison: Comparison) -> None:
+    (axes,) = plot_fronts(dataclasses.replace(comparison, float_accuracy=math.nan), within=0.1).axes
+    assert sum(len(np.asarray(c.get_offsets())) for c in axes.collections if isinstance(c, PathCollection)) == 14
 
 
 def test_names_with_dollars_are_no_formulas(comparison: Comparison, tmp_path: Path) -> None:

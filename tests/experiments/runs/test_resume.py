@@ -118,7 +118,7 @@ def test_a_target_goes_on_with_the_arguments_it_had(tmp_path: Path) -> None:
     assert go_on(folder)["model"] == {"_target_": target, "pretrained": False}
 
 
-@pytest.mark.parametrize("given", ["threads=2", "training.frames=123", "tracking=disabled", "results=elsewhere"])
+@pytest.mark.parametrize("given", ["threads=2", "training.seeds=[5,6]", "tracking=disabled", "results=elsewhere"])
 def test_what_is_given_anew_replaces_what_was_kept(given: str, tmp_path: Path) -> None:
     """Also with the value that it has by default, as threads=2."""
     folder = begun(tmp_path / "run", *DEMO)
@@ -139,6 +139,17 @@ def test_another_world_is_refused(given: str, group: str, tmp_path: Path) -> Non
     folder = begun(tmp_path / "run", *DEMO)
     with pytest.raises(SettingsError, match=rf"The run in .* has other settings of {group}: give only training.resume"):
         go_on(folder, given)
+
+
+@pytest.mark.parametrize("name", ["training.frames", "training.keyframe_frames", "pretraining.steps"])
+def test_another_length_of_training_is_refused(name: str, tmp_path: Path) -> None:
+    folder = begun(tmp_path / "run", *DEMO, f"{name}=1000")
+    assert go_on(folder, f"{name}=1000") == go_on(folder)
+    for length in (999, 2000):
+        with pytest.raises(
+            SettingsError, match=rf"was begun with {name}=1000 and cannot go on with {length}: its learning"
+        ):
+            go_on(folder, f"{name}={length}")
 
 
 @pytest.mark.parametrize("content", ["- a\n- b\n", "video: [", "a: ${", "\x00"])

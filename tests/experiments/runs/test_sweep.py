@@ -15,7 +15,6 @@ import pytest
 from mlflow import MlflowClient
 from omegaconf import OmegaConf
 
-from resq_rl.experiments.tracking.tracker import PARENT_RUN_VARIABLE
 from tests.experiments.conftest import free_port
 from tests.experiments.killing import SMALL
 from tests.experiments.ray_nodes import LOOPBACK, Nodes
@@ -31,8 +30,7 @@ Sweep = Callable[..., tuple[int, str]]
 @pytest.fixture
 def environment(root: Path) -> dict[str, str]:
     """Of processes that import this checkout."""
-    kept = {name: value for name, value in os.environ.items() if name != PARENT_RUN_VARIABLE}
-    return kept | {"PYTHONPATH": str(root)}
+    return os.environ | {"PYTHONPATH": str(root)}
 
 
 @pytest.fixture

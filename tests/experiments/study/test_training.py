@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from resq_rl.experiments.config.composition import load_settings
-from resq_rl.experiments.study.training import front_candidates, keyframe_settings, ppo_settings, train_policy
+from resq_rl.experiments.study.training import front_candidates, keyframe_settings, train_policy
 from resq_rl.experiments.study.world import World
 from resq_rl.experiments.tracking.tracker import NullTracker
 from resq_rl.policies import LearnedPolicy
@@ -106,8 +106,8 @@ def test_validation_chooses_among_learned_and_fixed_timing(tiny: World, tmp_path
 
 
 def test_the_keyframe_policy_looks_further_ahead(tiny: World) -> None:
-    regions, keyframes = ppo_settings(tiny.settings), keyframe_settings(tiny.settings)
+    regions, keyframes = tiny.settings.training.ppo(), keyframe_settings(tiny.settings)
     assert keyframes.frames == FRAMES[1]
     assert keyframes.gamma > regions.gamma
     assert keyframes.n_steps > regions.n_steps
-    assert keyframes.bits == regions.bits, "they are charged together"
+    assert keyframes.policy_bits == regions.policy_bits, "they are charged together"

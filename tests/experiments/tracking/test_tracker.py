@@ -4,6 +4,7 @@ import logging
 import math
 import multiprocessing
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -21,13 +22,14 @@ from mlflow import MlflowClient
 from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
-from omegaconf import OmegaConf
 from playwright.sync_api import Browser
 
 from resq_rl.errors import TrackingError
 from resq_rl.experiments.config.settings import TrackingSettings
-from resq_rl.experiments.tracking.outbox import Operation, Outbox
-from resq_rl.experiments.tracking.tracker import PARENT_RUN_VARIABLE, NullTracker, Tracker, open_tracker, run_name
+from resq_rl.experiments.tracking.outbox import JOURNAL, LOCAL, Operation, Outbox, recorded_run
+from resq_rl.experiments.tracking.store import Store, store_uri
+from resq_rl.experiments.tracking.sync import sync
+from resq_rl.experiments.tracking.tracker import NullTracker, Tracker, open_tracker, run_name
 from resq_rl.files import write_atomic
 from tests.experiments.conftest import free_port, serving
 from tests.experiments.killing import PRELOADED
@@ -36,11 +38,6 @@ from tests.experiments.killing import PRELOADED
 def settings(uri: str | None = None, **changes: Any) -> TrackingSettings:
     plain = TrackingSettings(enabled=True, uri=uri, experiment="tests", tags={}, parent_run=None)
     return dataclasses.replace(plain, **changes)
-
-
-@pytest.fixture(autouse=True)
-def _no_parent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(PARENT_RUN_VARIABLE, raising=False)
 
 
 @pytest.fixture
@@ -52,12 +49,13 @@ def results(tmp_path: Path, empty_store: Path) -> Path:
     return folder
 
 
-def open_local(results: Path, **changes: Any) -> Tracker:
-    return open_tracker(settings(**changes), results=results, folder=results / "run", name="a run")
+def open_local(results: Path, *, parent: str | None = None, resume: bool = False, **changes: Any) -> Tracker:
+    folder = results / "run"
+    return open_tracker(settings(**changes), results=results, folder=folder, name="a run", parent=parent, resume=resume)
 
 
 def local_client(results: Path) -> MlflowClient:
-    return MlflowClient(tracking_uri=f"sqlite:///{results}/mlflow.db")
+    return MlflowClient(tracking_uri=store_uri(None, results))
 
 
 def figure() -> Figure:
@@ -67,15 +65,19 @@ def figure() -> Figure:
 
 
 def record_everything(tracker: Tracker, folder: Path) -> str:
-    """Use every method of a tracker and of a child; the child's id."""
+    """Use every method of a tracker and of a child; return the child's id."""
+    folder.mkdir(exist_ok=True)
     (folder / "notes.txt").write_text("hello")
+    (folder / "model").mkdir()
+    (folder / "model" / "MLmodel").write_text("flavors: {}")
     tracker.log_parameters({"seed": 3, "group": {"rate": 1e-4, "sizes": (32, 32)}, "none": None})
     tracker.set_tags({"owner": "tests"})
     tracker.log_artifact(folder / "notes.txt", "texts")
+    tracker.log_model(folder / "model", "a model")
     tracker.log_figure(figure(), "curve")
     with tracker.child("seed 0", {"seed": 0}) as child:
-        for step in range(2500):
-            child.log_metrics({"loss": 1 / (step + 1), "reward": step}, step)
+        for step in range(1100):  # more than one request takes
+            child.log_metrics({"loss": 1 / (step + 1)}, step)
         assert child.run_id is not None
         return child.run_id
 
@@ -88,20 +90,75 @@ def check_everything(client: MlflowClient, run_id: str, child_id: str) -> None:
     assert child.data.tags["mlflow.parentRunId"] == run_id
     assert child.info.run_name == "seed 0"
     history = client.get_metric_history(child_id, "loss")
-    assert [(metric.step, metric.value) for metric in history] == [(step, 1 / (step + 1)) for step in range(2500)]
-    assert {item.path for item in client.list_artifacts(run_id)} == {"texts", "curve.png", "curve.svg"}
+    assert [(metric.step, metric.value) for metric in history] == [(step, 1 / (step + 1)) for step in range(1100)]
+    assert {item.path for item in client.list_artifacts(run_id)} == {"texts", "model", "curve.png", "curve.svg"}
     assert [item.path for item in client.list_artifacts(run_id, "texts")] == ["texts/notes.txt"]
+    assert [version.name for version in client.search_model_versions(f"run_id = '{run_id}'")] == ["a model"]
 
 
 def test_a_run_in_the_default_store(results: Path) -> None:
     with open_local(results) as tracker:
-        child = record_everything(tracker, results)
+        child = record_everything(tracker, results / "files")
     assert tracker.run_id is not None
     check_everything(local_client(results), tracker.run_id, child)
     artifacts = results / "mlartifacts" / tracker.run_id / "artifacts"
     assert (artifacts / "texts" / "notes.txt").read_text() == "hello"
     assert tracker.hint.startswith(f"mlflow ui --backend-store-uri sqlite:///{results}/mlflow.db, then http://")
     assert sorted(path.name for path in (results / "run").iterdir()) == ["curve.png", "curve.svg", "tracking.jsonl"]
+
+
+def runs_of(client: MlflowClient) -> list[Any]:
+    experiment = client.get_experiment_by_name("tests")
+    assert experiment is not None
+    return list(client.search_runs([experiment.experiment_id], order_by=["attributes.start_time"]))
+
+
+def test_a_run_without_a_store_is_sent_from_wherever_its_folder_is_moved(
+    results: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with open_local(results, uri="offline") as tracker:
+        record_everything(tracker, results / "run")
+    assert "send it with resq-rl sync" in caplog.text
+    (results / "run").rename(tmp_path / "moved")
+    for _ in range(2):  # sending again changes nothing
+        ((journal, _, hint),) = sync(tmp_path / "moved")
+        assert journal == tmp_path / "moved" / JOURNAL
+        assert hint.startswith("mlflow ui")
+        run, child = runs_of(local_client(results))
+        check_everything(local_client(results), run.info.run_id, child.info.run_id)
+    assert "refused" not in caplog.text
+
+
+def test_a_run_that_goes_on_is_recorded_once(results: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each record of the run arrives once, whatever it logs again; the value that it changes becomes a tag."""
+    killed = open_local(results)
+    child = killed.child("seed 0", {"seed": 0})
+    killed.log_parameters({"seed": 3, "threads": 1})
+    for step in range(4):
+        child.log_metrics({"loss": 1.0, "reward": step}, step)
+    child.flush()
+    journal_file = results / "run" / JOURNAL
+    with journal_file.open("a") as file:
+        file.write('{"kind": "metrics", "run": "loc')  # cut short by the kill
+    with open_local(results, resume=True) as again:
+        again.log_parameters({"seed": 3, "threads": 2, "clips": 5})
+        with again.child("seed 0", {"seed": 0}) as child_again:
+            for step in range(2, 6):
+                child_again.log_metrics({"loss": 1.0, "reward": step}, step)
+    client = local_client(results)
+    run, child_run = runs_of(client)
+    assert (
+        (run.info.run_id, child_run.info.run_id) == (killed.run_id, child.run_id) == (again.run_id, child_again.run_id)
+    )
+    assert run.data.params == {"seed": "3", "threads": "1", "clips": "5"}
+    assert run.data.tags["threads"] == "2"
+    for name, expected in (("loss", [1.0] * 6), ("reward", [0.0, 1.0, 2.0, 3.0, 4.0, 5.0])):
+        history = client.get_metric_history(child_run.info.run_id, name)
+        assert sorted((m.step, m.value) for m in history) == list(enumerate(expected))
+    assert [r.info.status for r in (run, child_run)] == ["FINISHED"] * 2
+    assert len(journal(results / "run")) == len([json.loads(line) for line in journal_file.read_text().splitlines()])
+    assert "refused" not in caplog.text
 
 
 def test_a_run_on_a_real_server(mlflow_server: str, tmp_path: Path) -> None:
@@ -246,7 +303,6 @@ def test_a_server_that_dies_and_comes_back_loses_nothing(
         )
         cable.plugged = True
         child.close()
-    assert journal(tmp_path)[-1]["kind"] == "sent"
     client = MlflowClient(tracking_uri=mlflow_server)
     assert tracker.run_id is not None
     assert child.run_id is not None
@@ -301,39 +357,59 @@ def test_a_server_that_is_killed_and_away_for_a_minute_loses_no_metric(tmp_path:
     print(f"{run.steps} metrics, {away} of them while the server was away for {seconds:.0f} s: {lost} lost")
     assert away > 100
     assert found == [(step, 1 / (step + 1)) for step in range(run.steps)]
-    assert journal(tmp_path / "run")[-1]["kind"] == "sent"
 
 
-WRITERS = 4
+WRITERS = 3
 
 
-def write_metrics(results: str, number: int) -> None:
-    """What one of several writers does."""
+def write_metrics(results: str, number: int, start: Any) -> None:
+    """One of several writers, which open the store at the same time."""
     folder = Path(results)
+    output = os.open(folder / "said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    start.wait()
     with open_tracker(settings(), results=folder, folder=folder / str(number), name=f"writer {number}") as tracker:
         for step in range(40):
             tracker.log_metrics({"loss": number + step / 100}, step)
             tracker.flush()
 
 
-def test_several_processes_write_to_one_sqlite_file(results: Path) -> None:
+def test_several_processes_make_one_sqlite_file_and_write_to_it(tmp_path: Path) -> None:
+    """One of them makes the store, beside what a process has left that was killed while it did so."""
+    (tmp_path / "mlflow.db.new").write_bytes(b"SQLite format 3")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    writers = [context.Process(target=write_metrics, args=(str(results), number)) for number in range(WRITERS)]
+    start = context.Barrier(WRITERS)
+    writers = [context.Process(target=write_metrics, args=(str(tmp_path), n, start)) for n in range(WRITERS)]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join(120)
     assert [writer.exitcode for writer in writers] == [0] * WRITERS
-    client = local_client(results)
-    experiment = client.get_experiment_by_name("tests")
-    assert experiment is not None
-    runs = {run.info.run_name: run.info.run_id for run in client.search_runs([experiment.experiment_id])}
+    assert (tmp_path / "said").read_text() == "", "MLflow reports none of its migrations"
+    runs = {run.info.run_name: run.info.run_id for run in runs_of(local_client(tmp_path))}
     assert sorted(runs) == [f"writer {number}" for number in range(WRITERS)]
     for number in range(WRITERS):
-        history = client.get_metric_history(runs[f"writer {number}"], "loss")
+        history = local_client(tmp_path).get_metric_history(runs[f"writer {number}"], "loss")
         assert [m.value for m in sorted(history, key=lambda m: m.step)] == [number + s / 100 for s in range(40)]
-        assert journal(results / str(number))[-1]["kind"] == "sent"
+
+
+@pytest.mark.parametrize("name", ["what?x", "50%41#1", "a b'c;d&e=f", "résumé 文"])
+def test_the_store_is_in_the_results_folder_whatever_its_name(name: str, tmp_path: Path, empty_store: Path) -> None:
+    results = tmp_path / name
+    results.mkdir()
+    shutil.copy(empty_store, results / "mlflow.db")
+    (results / "notes.txt").write_text("hello")
+    with open_local(results) as tracker:
+        tracker.log_artifact(results / "notes.txt")
+    with sqlite3.connect(results / "mlflow.db") as database:
+        assert database.execute("SELECT run_uuid, status FROM runs").fetchall() == [(tracker.run_id, "FINISHED")]
+    assert tracker.run_id is not None
+    assert (results / "mlartifacts" / tracker.run_id / "artifacts" / "notes.txt").read_text() == "hello"
+    assert [path.name for path in tmp_path.iterdir()] == [name], "nothing is written elsewhere"
+    uri = shlex.split(tracker.hint.partition(", then")[0])[-1]
+    assert MlflowClient(tracking_uri=uri).get_run(tracker.run_id).info.run_name == "a run"
 
 
 @pytest.mark.slow
@@ -388,7 +464,7 @@ def test_an_unreachable_server_is_an_error_within_seconds(tmp_path: Path) -> Non
 def test_a_server_that_never_answers_is_an_error_within_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("resq_rl.experiments.tracking.tracker.CHECK_SECONDS", 1)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -431,8 +507,6 @@ def test_long_and_odd_parameters(results: Path) -> None:
     assert recorded["text"].endswith("…")
     assert recorded["a b_c"] == "1"
     assert len(recorded) == 4
-    attached = results / "mlartifacts" / tracker.run_id / "artifacts" / "parameters.yaml"
-    assert OmegaConf.to_container(OmegaConf.load(attached)) == long
 
 
 def test_more_parameters_than_one_request_takes(results: Path) -> None:
@@ -452,19 +526,18 @@ def test_metrics_that_are_not_finite_or_oddly_named(results: Path) -> None:
     assert metrics["share _"] == 0.5
 
 
-def test_a_refused_record_is_kept_aside_and_the_rest_goes_on(results: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_refused_record_is_reported_and_the_rest_goes_on(results: Path, caplog: pytest.LogCaptureFixture) -> None:
     with open_local(results) as tracker:
-        tracker.log_parameters({"seed": 1})
-        tracker.log_parameters({"seed": 2})  # parameters cannot change
-        tracker.log_artifact(results / "missing.txt")
+        for name in ("missing.txt", "missing too.txt"):
+            tracker.log_artifact(results / name)
         tracker.log_metrics({"loss": 1.0})
     assert tracker.run_id is not None
     run = local_client(results).get_run(tracker.run_id)
-    assert (run.data.params, run.data.metrics, run.info.status) == ({"seed": "1"}, {"loss": 1.0}, "FINISHED")
-    refused = [json.loads(line) for line in (results / "run" / "tracking-refused.jsonl").read_text().splitlines()]
-    assert [record["kind"] for record in refused] == ["parameters", "artifact"]
-    assert refused[0]["payload"] == {"values": {"seed": "2"}}
-    assert len([r for r in caplog.records if "refused a record" in r.message]) == 1
+    assert (run.data.metrics, run.info.status) == ({"loss": 1.0}, "FINISHED")
+    assert len([r for r in caplog.records if r.levelno >= logging.WARNING and "refused a record" in r.message]) == 1
+    assert [r["payload"]["path"] for r in journal(results / "run") if r["kind"] == "artifact"] == [
+        str(results / name) for name in ("missing.txt", "missing too.txt")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -483,13 +556,16 @@ def test_the_end_of_a_run_is_recorded(results: Path, error: type[BaseException] 
     assert local_client(results).get_run(tracker.run_id).info.status == status
 
 
-@pytest.mark.parametrize("by", ["setting", "environment"])
-def test_runs_nest_under_a_parent_from_elsewhere(results: Path, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with open_local(results) as parent:
-        assert parent.run_id is not None
-        if by == "environment":
-            monkeypatch.setenv(PARENT_RUN_VARIABLE, parent.run_id)
-        with open_local(results, parent_run=parent.run_id if by == "setting" else None) as child:
+@pytest.mark.parametrize("by", ["setting", "journal"])
+def test_runs_nest_under_a_parent_from_elsewhere(results: Path, by: str) -> None:
+    """A parent that the settings name is a run of the store; a sweep's is known from its journal."""
+    sweep = results / "sweep"
+    with open_tracker(settings(), results=results, folder=sweep, name="a sweep") as parent:
+        local = recorded_run(sweep)
+        assert local is not None
+        assert local.startswith(LOCAL)
+        given = {"parent_run": parent.run_id} if by == "setting" else {"parent": local}
+        with open_local(results, **given) as child:
             pass
     assert child.run_id is not None
     assert local_client(results).get_run(child.run_id).data.tags["mlflow.parentRunId"] == parent.run_id
@@ -509,13 +585,6 @@ def test_the_store_does_not_depend_on_the_working_folder(
     assert local_client(results).get_run(tracker.run_id).data.metrics == {"loss": 1.0}
     assert (results / "mlartifacts" / tracker.run_id / "artifacts" / "notes.txt").is_file()
     assert list((tmp_path / "elsewhere").iterdir()) == [tmp_path / "elsewhere" / "notes.txt"]
-
-
-def test_the_first_run_makes_a_quiet_store(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with open_local(tmp_path / "new" / "results") as tracker:
-        tracker.log_metrics({"loss": 1.0})
-    assert (tmp_path / "new" / "results" / "mlflow.db").is_file()
-    assert capfd.readouterr() == ("", "")
 
 
 def test_disabled_tracking_records_nothing_but_writes_figures(tmp_path: Path) -> None:
@@ -550,9 +619,13 @@ def metric(step: int) -> Operation:
     return Operation("metrics", "r", {"values": [("loss", 0.5, 0, step)]})
 
 
+def outbox_to(recorder: Recorder, folder: Path) -> Outbox:
+    return Outbox(Store("here", "tests", recorder, "1"), folder, retry_after=5.0)  # type: ignore[arg-type]
+
+
 def test_metrics_are_sent_in_full_batches(tmp_path: Path) -> None:
     recorder = Recorder()
-    outbox = Outbox(recorder, "1", "here", tmp_path)  # type: ignore[arg-type]
+    outbox = outbox_to(recorder, tmp_path)
     for step in range(2300):
         outbox.add(metric(step))
     assert outbox.send()
@@ -563,7 +636,7 @@ def test_retries_wait_longer_and_longer(tmp_path: Path, monkeypatch: pytest.Monk
     clock = [0.0]
     monkeypatch.setattr("resq_rl.experiments.tracking.outbox.time.monotonic", lambda: clock[0])
     recorder = Recorder(*[ConnectionError("gone")] * 4)
-    outbox = Outbox(recorder, "1", "here", tmp_path, retry_after=5.0)  # type: ignore[arg-type]
+    outbox = outbox_to(recorder, tmp_path)
     tries = []
     for second in range(60):
         clock[0], before = float(second), len(recorder.errors)
@@ -600,9 +673,12 @@ def http_error(status: int) -> Exception:
         (ValueError("odd"), False),
     ],
 )
-def test_what_is_tried_again_and_what_is_put_aside(error: Exception, kept: bool, tmp_path: Path) -> None:
-    outbox = Outbox(Recorder(error), "1", "here", tmp_path)  # type: ignore[arg-type]
+def test_what_is_tried_again_and_what_is_left_out(
+    error: Exception, kept: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    outbox = outbox_to(Recorder(error), tmp_path)
     outbox.add(metric(0))
     outbox.send()
     assert bool(outbox.pending) == kept
-    assert (tmp_path / "tracking-refused.jsonl").exists() != kept
+    assert ("refused a record" in caplog.text) != kept
+    assert len(journal(tmp_path)) == 1
