@@ -1,260 +1,236 @@
-"""Static thresholds per layer, learned by gradients through the unrolled network."""
+"""Static thresholds per layer, learned by gradients through the unrolled closed loop.
 
-import math
-from collections.abc import Callable, Sequence
+For each of a range of values of lambda, the thresholds tau of the layers are to minimise
+
+    mean over residual frames of divergence(output, float output) + lambda * BOPs / BOPs of W8A8
+
+with `Task.divergence`, for which clips need no labels. Gradients reach tau through levels and their costs
+(`ResQModel.unrolled_step`), and through the references that a frame leaves to the next ones, by truncated
+backpropagation: a clip runs from its first frame in windows, whose state is carried from one to the next without its
+gradient. This is for learning only: what is learned is measured as every policy is.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from resq_rl.envs import Problem
-from resq_rl.envs.problem import gather
+from resq_rl.checked import Checked, Count, Positive
+from resq_rl.envs import Decision, NetworkEngine, Problem
 from resq_rl.errors import SettingsError
-from resq_rl.perception import recurrent_inputs
-from resq_rl.policies.fixed import GroupThresholds
-from resq_rl.quantization import DEFAULT_KAPPA, LevelField, Reference, as_tuple, to_float
+from resq_rl.policies.fixed import GroupThresholds, periodic_at
+from resq_rl.quantization import DEFAULT_KAPPA, Reference, ThresholdField
 
 __all__ = ["GradientSettings", "LearnedThresholds", "learn_thresholds"]
 
 BACKWARD_FRAMES = 3  # a frame of backpropagation counts as so many
-FIRST_TAUS = (0.2, 0.4, 0.7, 1.0, 1.4, 2.0, 2.8)  # tried as constants, to begin from and to scale lambda by
+CONSTANTS = (0.2, 0.4, 0.7, 1.0, 1.4, 2.0, 2.8)  # tried first, for the range of lambda and to begin from
+FIRST_WINDOWS = 2  # that they run
 
 
 @dataclass(frozen=True)
-class GradientSettings:
+class GradientSettings(Checked):
     """How thresholds are learned.
 
     Attributes:
-        frames: frames that are backpropagated, forced keyframes not counted.
-        window: frames through which gradients reach; the state is carried from window to window.
-        clips: clips that step together.
-        learning_rate: of Adam on the logarithms of the thresholds; falls linearly to a tenth.
-        sharpness: slope of a level's gate in the backward pass, over the logarithm of the magnitude.
-        knots: values of lambda at which thresholds are learned; between them their logarithms are interpolated.
+        frames: environment frames to spend, of which one that is backpropagated counts three times; rounded up to
+            whole windows.
+        window: frames through which gradients reach.
+        clips: clips that step together, each at its own lambda.
+        learning_rate: of Adam on the logarithms of thresholds; falls linearly to a tenth.
+        sharpness: slope of a level's gate over the logarithm of the magnitude, in the backward pass.
+        knots: values of lambda at which thresholds are learned; between two, logarithms are interpolated.
+
+    Raises:
+        SettingsError: a value is out of range.
     """
 
-    frames: int = 4608
-    window: int = 6
-    clips: int = 6
-    learning_rate: float = 0.05
-    sharpness: float = 3.0
-    knots: int = 5
+    _group: ClassVar[str] = "gradient "
 
-    def __post_init__(self) -> None:
-        if min(self.frames, self.window, self.clips, self.knots) < 1:
-            raise SettingsError(f"frames, window, clips and knots must be 1 or more, got {self}.")
-        if not (self.learning_rate > 0 and self.sharpness > 0):
-            raise SettingsError(f"learning_rate and sharpness must be positive, got {self}.")
+    frames: Count = 15_000
+    window: Count = 6
+    clips: Count = 6
+    learning_rate: Positive = 0.05
+    sharpness: Positive = 3.0
+    knots: Count = 3
 
 
 @dataclass(frozen=True)
 class LearnedThresholds:
-    """Thresholds per layer at some values of lambda, by which the divergence from the float network is traded for BOPs.
+    """Thresholds per layer for a range of lambda.
 
     Attributes:
-        trade_offs: ascending values of lambda. Divergence is measured in the task's unit, not as the error of rewards.
-        taus: thresholds of each layer at each of them.
-        interval, reference, kappa: as of the policies.
-        frames: frames simulated for them, of which a backpropagated one counts three times.
+        trade_offs: ascending values of lambda. They weigh BOPs against `Task.divergence`, and so are not those of
+            rewards.
+        policies: the thresholds learned at each of them.
+        frames: environment frames spent.
     """
 
     trade_offs: tuple[float, ...]
-    taus: tuple[tuple[float, ...], ...]
-    interval: int
-    reference: Reference
-    kappa: tuple[float, ...]
+    policies: tuple[GroupThresholds, ...]
     frames: int
 
-    def policies(self, count: int) -> list[GroupThresholds]:
-        """Policies at `count` values of lambda, evenly by ratio over the range."""
+    def spread(self, count: int) -> list[GroupThresholds]:
+        """Thresholds at `count` values of lambda, evenly by ratio over its range."""
         known = np.log(self.trade_offs)
+        log_taus = np.log([policy.taus for policy in self.policies])
         wanted = np.linspace(known[0], known[-1], count)
-        log_taus = np.log(np.array(self.taus))
-        rows = np.stack([np.interp(wanted, known, column) for column in log_taus.T], 1)
-        return [
-            GroupThresholds(self.reference, self.interval, taus=tuple(float(t) for t in np.exp(row)), kappa=self.kappa)
-            for row in rows
-        ]
+        taus = np.exp(np.stack([np.interp(wanted, known, column) for column in log_taus.T], 1))
+        return [_with_taus(self.policies[0], row) for row in taus]
+
+
+def _with_taus(policy: GroupThresholds, taus: np.ndarray) -> GroupThresholds:
+    return GroupThresholds(policy.reference, policy.interval, taus=tuple(map(float, taus)), kappa=policy.kappa)
 
 
 def learn_thresholds(
     problem: Problem,
-    settings: GradientSettings,
+    settings: GradientSettings | None = None,
     *,
     interval: int = 0,
     reference: Reference = "previous",
     kappa: tuple[float, ...] = DEFAULT_KAPPA,
+    trade_offs: tuple[float, float] | None = None,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> LearnedThresholds:
-    """Learn a threshold for every layer and a range of lambda, on clips without labels.
-
-    The closed loop is unrolled over windows of frames; loss = divergence of the output from the float network's
-    (`Task.divergence`) + lambda * share of W8A8 BOPs, with lambda drawn for each clip.
+    """Learn a threshold for every layer and a range of lambda.
 
     Args:
         problem: the network, its task and training clips.
         interval: frames between keyframes; 0 for the first only.
         reference: what residuals are taken against.
         kappa: multipliers of the thresholds by level.
-        progress: called with the number of frames done.
+        trade_offs: the range of lambda; None for one at which constant thresholds differ (`_trade_offs`).
+        progress: called with the number of environment frames spent.
+
+    Raises:
+        SettingsError: no clip has a frame after its first, or no constant threshold diverges less for more BOPs.
     """
-    trainer = _Trainer(problem, settings, interval, reference, kappa, seed)
-    trainer.begin()
-    trainer.run(progress)
-    return trainer.result()
+    settings = settings or GradientSettings()
+    first = GroupThresholds(reference, interval, taus=(1.0,) * len(problem.model.sites), kappa=kappa)
+    clips = _Clips(problem, first, settings, seed)
+    points = _constants(clips, progress)
+    low, high = trade_offs or _trade_offs(points)
+    knots = np.geomspace(low, high, settings.knots) if high > low else np.array([low])
+    best = [min(points, key=lambda p: p[1] + float(t) * p[0])[2] for t in knots]
+    log_taus = torch.tensor(best).log()[:, None].repeat(1, len(first.taus)).requires_grad_()
+    _descend(clips, knots, log_taus, progress)
+    learned = tuple(_with_taus(first, row) for row in log_taus.detach().exp().double().numpy())
+    return LearnedThresholds(tuple(map(float, knots)), learned, clips.frames)
 
 
-class _Trainer:
-    """The clips in progress and the thresholds so far."""
+class _Clips:
+    """Training clips that step together, from their first frames on.
 
-    def __init__(
-        self,
-        problem: Problem,
-        settings: GradientSettings,
-        interval: int,
-        reference: Reference,
-        kappa: tuple[float, ...],
-        seed: int,
-    ) -> None:
-        self.problem, self.settings = problem, settings
-        self.interval, self.reference, self.kappa = interval, reference, kappa
+    Attributes:
+        frames: environment frames spent.
+        left: frames of the clips that were not run yet; 0 before any begin.
+    """
+
+    def __init__(self, problem: Problem, policy: GroupThresholds, settings: GradientSettings, seed: int) -> None:
+        self.lengths = np.array([len(clip) for clip in problem.clips])
+        self.usable = np.flatnonzero(self.lengths > 1)
+        if not len(self.usable):
+            raise SettingsError("Thresholds are learned on residual frames: give training clips of 2 frames or more.")
+        self.problem, self.engine, self.policy, self.settings = problem, NetworkEngine(problem), policy, settings
         self.generator = np.random.default_rng(seed)
-        self.frames = 0  # simulated, with backpropagated ones counted three times
+        self.count = min(settings.clips, len(self.usable))
+        self.frames, self.left = 0, 0
 
-    # Where it begins -------------------------------------------------------------------------------------------------
+    def draw(self) -> np.ndarray:
+        """Clips to begin with; no two are the same."""
+        return self.generator.choice(self.usable, self.count, replace=False)
 
-    def begin(self) -> None:
-        """Measure constant thresholds on a few clips: they give the range of lambda, and the best of them to begin from.
+    def start(self, drawn: np.ndarray) -> None:
+        """Begin clips: their first frames run as keyframes."""
+        self.clip, self.time = torch.from_numpy(drawn), 0
+        self.left = int(self.lengths[drawn].min())
+        self.state = self.engine.new_state(self.count, self.policy.reference)
+        self._step(torch.zeros(self.count, len(self.policy.taus)))
 
-        Raises:
-            SettingsError: no constant threshold diverges less for more BOPs.
-        """
-        layers = len(self.problem.model.sites)
-        points = []
-        for tau in FIRST_TAUS:
-            log_tau = torch.full((self._clips, layers), math.log(tau))
-            with torch.no_grad():
-                losses = [self._window(log_tau) for _ in self._restarted(2)]
-            divergence, bops = (float(torch.stack(part).mean()) for part in zip(*losses, strict=True))
-            points.append((bops, divergence, tau))
-        slopes = [(b[1] - a[1]) / (a[0] - b[0]) for a, b in zip(points, points[1:], strict=False) if a[0] > b[0]]
-        slopes = [slope for slope in slopes if slope > 0]
-        if not slopes:
-            raise SettingsError(
-                "No constant threshold diverges less from the float network for more bits, on the first training "
-                "clips: look at the network and its task."
-            )
-        self.trade_offs = np.geomspace(min(slopes) / 4, max(slopes), self.settings.knots)
-        best = [min(points, key=lambda p: p[1] + float(t) * p[0])[2] for t in self.trade_offs]
-        self.log_taus = torch.tensor(best).log()[:, None].repeat(1, layers).requires_grad_()
-
-    # Clips in progress -----------------------------------------------------------------------------------------------
-
-    @property
-    def _clips(self) -> int:
-        return min(self.settings.clips, len(self.problem))
-
-    def _start(self) -> None:
-        """Draw clips and run their first frames as keyframes."""
-        lengths = np.array([len(clip) for clip in self.problem.clips])
-        drawn = self.generator.permutation(len(lengths))[: self._clips]
-        self.clip = torch.from_numpy(drawn)
-        self.length, self.time = int(lengths[drawn].min()), 0
-        self.state = self.problem.model.new_state(len(drawn), self.reference)
-        starts = [self.problem.starts[c].prediction for c in drawn] if self.problem.starts else []
-        self.previous = torch.stack(starts) if starts else torch.zeros(len(drawn), 0)
-        self._keyframe()
-
-    def _restarted(self, windows: int) -> Sequence[int]:
-        self.generator = np.random.default_rng(0) if not hasattr(self, "log_taus") else self.generator
-        self._start()
-        return range(min(windows, max(1, (self.length - 1) // self.settings.window)))
-
-    def _inputs(self) -> tuple[Tensor, ...]:
-        problem = self.problem
-        frames = gather(problem.frame_tensors, self.clip, torch.full_like(self.clip, self.time))
-        task = problem.recurrent
-        starts = [problem.starts[c] for c in self.clip.tolist()] if task is not None else []
-        given = frames if task is None else recurrent_inputs(task, frames, self.previous, starts)
-        return tuple(to_float(part.to(problem.model.device)) for part in as_tuple(given))
-
-    def _keyframe(self) -> None:
-        problem, clips = self.problem, len(self.clip)
-        field = LevelField.constant(0, clips, problem.groups)
-        raw, _ = problem.model.step(self._inputs(), self.state, torch.ones(clips, dtype=torch.bool), field)
-        self._remember(raw)
-
-    def _remember(self, raw: object) -> None:
-        """Move on by a frame; a recurrent task is fed its own prediction, through which no gradient leads."""
-        problem = self.problem
-        if problem.recurrent is not None and self.time:
-            output = problem.task.output(raw, problem.model.frame_size)
-            self.previous = problem.task.predict(output.detach()).cpu()
-        self.time += 1
-        self.frames += len(self.clip)
-
-    # Learning --------------------------------------------------------------------------------------------------------
-
-    def _window(self, log_tau: Float[Tensor, "b s"]) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+    def window(self, log_taus: Float[Tensor, "b s"]) -> Float[Tensor, "2 b"]:
         """Divergence and share of W8A8 BOPs of each clip, averaged over the next frames."""
-        problem, losses, costs = self.problem, [], []
-        for _ in range(min(self.settings.window, self.length - self.time)):
-            if self.interval and int(self.state.age[0]) + 1 >= self.interval:
-                self._keyframe()
-                continue
-            inputs = self._inputs()
-            raw, bops = problem.model.unrolled_step(
-                inputs, self.state, log_tau, self.kappa, sharpness=self.settings.sharpness
-            )
-            size = problem.model.frame_size
-            teacher = problem.task.output(problem.model.float_forward(inputs), size)
-            losses.append(problem.task.divergence(problem.task.output(raw, size), teacher))
-            costs.append(bops / problem.reference_bops)
-            self._remember(raw)
-        return torch.stack(losses).mean(0), torch.stack(costs).mean(0)
+        self.state.references.detach()
+        frames = min(self.settings.window, self.left)
+        return torch.stack([self._step(log_taus) for _ in range(frames)]).mean(0)
 
-    def run(self, progress: Callable[[int], None] | None) -> None:
-        """Descend until as many frames are backpropagated as the settings say."""
-        settings, before = self.settings, self.frames
-        optimizer = torch.optim.Adam([self.log_taus], lr=settings.learning_rate)
-        done = 0
-        self._start()
-        trade_off, weights = self._lambdas()
-        while done < settings.frames:
-            optimizer.param_groups[0]["lr"] = settings.learning_rate * (1 - 0.9 * done / settings.frames)
-            if self.time >= self.length:
-                self._start()
-                trade_off, weights = self._lambdas()
-            start = self.time
-            divergence, bops = self._window(weights @ self.log_taus)
-            loss = ((divergence + trade_off * bops) / trade_off).mean()  # every lambda moves thresholds alike
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            self.state.detach()
-            step = (self.time - start) * len(self.clip)
-            done += step
+    def _step(self, log_taus: Float[Tensor, "b s"]) -> Float[Tensor, "2 b"]:
+        times = torch.full((self.count,), self.time)
+        age = self.state.age
+        field = ThresholdField(log_taus.exp()[:, :, None, None], self.policy.kappa)
+        decision = Decision((age < 0) | periodic_at(age, self.policy.interval), field)
+        inputs, sharpness = self.engine.inputs(self.clip, times), self.settings.sharpness
+        output, cost = self.engine.unrolled(inputs, self.state, decision, sharpness)
+        divergence = self.problem.task.divergence(output, self.engine.float_output(self.clip, times))
+        self.time, self.left = self.time + 1, self.left - 1
+        self.frames += self.count * (BACKWARD_FRAMES if log_taus.requires_grad else 1)
+        return torch.stack([divergence, (cost.total / self.problem.reference_bops).float()])
+
+
+def _constants(clips: _Clips, progress: Callable[[int], None] | None) -> list[tuple[float, float, float]]:
+    """BOPs, divergence and threshold of constant thresholds on the same frames, from many BOPs to few."""
+    drawn, points = clips.draw(), []
+    for tau in CONSTANTS:
+        before = clips.frames
+        clips.start(drawn)
+        log_taus = torch.full((clips.count, len(clips.policy.taus)), tau).log()
+        windows = [clips.window(log_taus) for _ in range(FIRST_WINDOWS) if clips.left]
+        divergence, bops = torch.stack(windows).mean((0, 2)).tolist()
+        points.append((bops, divergence, tau))
+        if progress is not None:
+            progress(clips.frames - before)
+    return points
+
+
+def _trade_offs(points: list[tuple[float, float, float]]) -> tuple[float, float]:
+    """The range of lambda for which constant thresholds differ: the slopes of divergence over BOPs between them.
+
+    Raises:
+        SettingsError: no threshold diverges less for more BOPs.
+    """
+    slopes = [(b[1] - a[1]) / (a[0] - b[0]) for a, b in pairwise(points) if a[0] > b[0] and b[1] > a[1]]
+    if not slopes:
+        raise SettingsError(
+            "Thresholds cannot be learned: on the first training clips, no constant threshold brings the output nearer "
+            "to the float network's for more BOPs. Look at the network and its task."
+        )
+    return min(slopes), max(slopes)
+
+
+def _descend(
+    clips: _Clips,
+    knots: np.ndarray,
+    log_taus: Float[Tensor, "k s"],
+    progress: Callable[[int], None] | None,
+) -> None:
+    """Step the logarithms of the thresholds down their gradient, window by window."""
+    settings, begun = clips.settings, clips.frames
+    optimizer = torch.optim.Adam([log_taus], lr=settings.learning_rate)
+    while clips.frames < settings.frames:
+        clips.start(clips.draw())
+        weights = _weights(clips, len(knots))
+        trade_offs = (weights @ torch.from_numpy(knots).float().log()).exp()
+        while clips.left and clips.frames < settings.frames:
+            before, done = clips.frames, (clips.frames - begun) / (settings.frames - begun)
+            divergence, bops = clips.window(weights @ log_taus)
+            loss = (divergence / trade_offs + bops).mean()  # scaled so that every lambda moves thresholds alike
+            if loss.requires_grad:  # not where all frames of the window are keyframes
+                optimizer.param_groups[0]["lr"] = settings.learning_rate * (1 - 0.9 * done)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
             if progress is not None:
-                progress(step)
-        self.frames += (BACKWARD_FRAMES - 1) * (self.frames - before)
+                progress(clips.frames - before)
 
-    def _lambdas(self) -> tuple[Float[Tensor, " b"], Float[Tensor, "b k"]]:
-        """A lambda for each clip, spread over the range, and its weights on the knots."""
-        clips, knots = len(self.clip), len(self.trade_offs)
-        place = (self.generator.permutation(clips) + self.generator.uniform(size=clips)) / clips * (knots - 1)
-        low = np.minimum(place.astype(int), max(0, knots - 2))
-        weights = np.zeros((clips, knots))
-        weights[np.arange(clips), low] = 1 - (place - low)
-        if knots > 1:
-            weights[np.arange(clips), low + 1] += place - low
-        chosen = np.exp(weights @ np.log(self.trade_offs))
-        return torch.from_numpy(chosen).float(), torch.from_numpy(weights).float()
 
-    def result(self) -> LearnedThresholds:
-        """The thresholds learned so far."""
-        taus = tuple(tuple(float(t) for t in row) for row in self.log_taus.detach().exp())
-        trade_offs = tuple(float(t) for t in self.trade_offs)
-        return LearnedThresholds(trade_offs, taus, self.interval, self.reference, self.kappa, self.frames)
+def _weights(clips: _Clips, knots: int) -> Float[Tensor, "b k"]:
+    """A lambda for each clip, spread over the range, as the weights of the knots between which it lies."""
+    place = (clips.generator.permutation(clips.count) + clips.generator.uniform(size=clips.count)) / clips.count
+    distance = np.abs(place[:, None] * (knots - 1) - np.arange(knots))
+    return torch.from_numpy(np.maximum(1 - distance, 0)).float()

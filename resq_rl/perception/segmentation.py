@@ -251,7 +251,11 @@ class Segmentation:
         return self.uncertainty(output), edge.float(), (prediction != 0).float()
 
     def divergence(self, output: Float[Tensor, "b k h w"], teacher: Float[Tensor, "b k h w"]) -> Float[Tensor, " b"]:
-        """Kullback-Leibler divergence of the class probabilities from the float network's, averaged over the pixels."""
+        """Divergence of the classes at a pixel from the float network's, averaged over the pixels.
+
+        KL(p || q) = sum over classes of p (log p - log q), with p of the teacher and q of the output (Kullback and
+        Leibler 1951; the loss of distillation, Hinton et al., arXiv 1503.02531).
+        """
         log_p, log_q = self._log_probabilities(teacher), self._log_probabilities(output)
         return (log_p.exp() * (log_p - log_q)).sum(1).mean((1, 2))
 

@@ -1,14 +1,15 @@
 """A frozen network under residual quantization, stepped frame by frame over a batch of clips."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor, nn
 
-from resq_rl.errors import CalibrationError, NetworkError, PolicyError, SettingsError
+from resq_rl.errors import CalibrationError, NetworkError, SettingsError
 from resq_rl.quantization.graph.behaviour import Behaviour, kept_random_state, probe_clips
 from resq_rl.quantization.graph.groups import layer_groups
 from resq_rl.quantization.graph.operators import ResidualOperator, Switch, laid_out, own_types, undisturbed
@@ -252,7 +253,8 @@ class ResQModel:
             inputs: one frame per clip, in 0..1, with what else the network takes.
             state: changed in place.
             refresh: which clips run a keyframe; it must be all of them on the first step.
-            decision: levels or thresholds by clip, layer group and region; ignored where `refresh`.
+            decision: levels or thresholds by clip, layer group or layer (operator call), and region; ignored where
+                `refresh`. As many rows as there are layer groups are those of the groups.
 
         Returns:
             The network's output and the exact cost by clip, site and region of the decision's grid.
@@ -262,58 +264,57 @@ class ResQModel:
             VideoError: the frames do not fit the network, or hold NaN or infinity.
             PolicyError: the decision does not fit.
         """
-        if not self.ranges:
-            raise CalibrationError("The model is not calibrated: call calibrate(clips) first.")
-        given = as_tuple(inputs)
-        check_inputs(given, self.input_shapes)
-        check_decision(
-            decision, refresh, state, len(given[0]), len(self.groups), len(self.sites), len(self.config.levels)
-        )
-        execution = Execution(self._plans, self.config, self.kernels, state, refresh, decision)
-        output = self._run(laid_out(given, self.layout), execution)
-        cost = execution.finish()
-        state.age = torch.where(refresh, 0, state.age + 1)
-        return output, cost
+        return self._stepped(inputs, state, refresh, decision, Execution)
 
+    @undisturbed()
     def unrolled_step(
         self,
         inputs: Inputs,
         state: StreamState,
-        log_tau: Float[Tensor, "b s"],
-        kappa: tuple[float, ...],
+        refresh: Bool[Tensor, " b"],
+        decision: Field,
         *,
         sharpness: float = 3.0,
         smooth: bool = False,
-    ) -> tuple[Any, Float[Tensor, " b"]]:
-        """Run one residual frame of every clip with gradients to its thresholds (`UnrolledExecution`).
+    ) -> tuple[Any, FrameCost]:
+        """Run one frame as `step` does, with gradients from output and cost to the thresholds (`UnrolledExecution`).
 
-        Output and cost equal those of `step` but for rounding of float32 sums; with `smooth`, gates are smooth in the
-        forward pass too.
+        References keep their gradients, so that those of later frames lead back to here; `StreamState.detach` ends
+        that. Output, cost and state equal those of `step`, unless `smooth`.
 
         Args:
-            inputs: one frame per clip, in 0..1, with what else the network takes.
-            state: after a keyframe; changed in place. `StreamState.detach` ends the reach of gradients.
-            log_tau: logarithm of the threshold of each clip and operator call (site).
-            kappa: multipliers of the thresholds by level.
-            sharpness: slope of a gate over the logarithm of the magnitude in the backward pass.
-
-        Returns:
-            The network's output, and BOPs by clip.
+            inputs, state, refresh: as of `step`.
+            decision: positive thresholds by clip, layer group or layer, and region, that require gradients.
+            sharpness: slope of a level's gate over the logarithm of the magnitude, in the backward pass.
+            smooth: run the surrogate itself, of which the gradient is exact.
 
         Raises:
-            CalibrationError: `calibrate` was not called.
-            PolicyError: there was no keyframe yet.
+            CalibrationError, VideoError, PolicyError: as of `step`; or the decision has levels, or a threshold of 0.
+            SettingsError: the sharpness is not positive.
         """
+        execution = partial(UnrolledExecution, sharpness=sharpness, smooth=smooth)
+        with torch.enable_grad():
+            return self._stepped(inputs, state, refresh, decision, execution)
+
+    def _stepped(
+        self,
+        inputs: Inputs,
+        state: StreamState,
+        refresh: Bool[Tensor, " b"],
+        decision: Field,
+        make: Callable[..., Execution],
+    ) -> tuple[Any, FrameCost]:
         if not self.ranges:
             raise CalibrationError("The model is not calibrated: call calibrate(clips) first.")
-        if not state.inputs:
-            raise PolicyError("The first frame of a clip must be a keyframe: call step() with refresh for it.")
-        execution = UnrolledExecution(self._plans, state, log_tau, kappa, sharpness, smooth=smooth)
-        with torch.enable_grad():
-            output = self._run(laid_out(as_tuple(inputs), self.layout), execution)
-            bops = torch.stack(execution.bops).sum(0)
-        state.age = state.age + 1
-        return output, bops
+        given = as_tuple(inputs)
+        check_inputs(given, self.input_shapes)
+        shape = len(given[0]), len(self.groups), len(self.sites)
+        check_decision(decision, refresh, state, *shape, levels=len(self.config.levels))
+        execution = make(self._plans, self.config, self.kernels, state, refresh, decision)
+        output = self._run(laid_out(given, self.layout), execution)
+        cost = execution.finish()
+        state.age = torch.where(refresh, 0, state.age + 1)
+        return output, cost
 
     # Cost ------------------------------------------------------------------------------------------------------------
 
