@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from resq_rl.errors import NetworkError
+from resq_rl.errors import NetworkError, PolicyError
 from resq_rl.quantization.graph.operators import Geometry, Pair, ResidualOperator, own_types
 from resq_rl.quantization.graph.tracing import Site
 from resq_rl.quantization.kernels.plain import Kernels, Product
@@ -143,6 +143,12 @@ class Execution:
             state.outputs.append(x.new_empty(0))
             state.versions.append(0)
         elif len(self.rest):
+            if state.inputs[self.position].shape != x.shape or state.inputs[self.position].dtype != x.dtype:
+                raise PolicyError(
+                    f"The state holds {state.inputs[self.position].dtype} of shape "
+                    f"{tuple(state.inputs[self.position].shape)} for layer {plan.site.name!r}, which takes shape "
+                    f"{tuple(x.shape)}: it is of another model. Make one with new_state."
+                )
             self._check_untouched(plan.site, self.position)
         if not len(self.rest):
             y = self._keyframe(plan, x, slice(None))
