@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int64, Num, UInt8
@@ -103,6 +103,7 @@ class Conditions:
         return Conditions(torch.tensor([trade_off], dtype=torch.float32), trade_off_range, torch.ones(1))
 
 
+@runtime_checkable
 class State(Protocol):
     """What an engine keeps of each clip from one frame to the next."""
 
@@ -115,7 +116,7 @@ class State(Protocol):
     def put(self, rows: Int64[Tensor, " n"], other: Any) -> None:
         """Replace the clips in `rows` by those of `other`, in order; `other` must not run on."""
 
-    def clone(self) -> Self:
+    def clone(self) -> "State":
         """A copy that runs on by itself."""
 
     def snapshot(self) -> dict[str, Any]:
@@ -125,6 +126,7 @@ class State(Protocol):
         """Go on from a snapshot, which then belongs to this state."""
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Runs one frame of B clips: from inputs, state and decision to prediction, error and cost.
 

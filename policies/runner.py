@@ -21,6 +21,7 @@ from resq_rl.video.images import resize_frame, resize_labels
 __all__ = ["RunCost", "Runner"]
 
 REFERENCE_BITS = 8
+JUDGED = 3  # frames of the shortest clip in which a recurrent task has one to judge
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,8 @@ class Runner:
                 f"{type(task).__name__} begins with the label of the first frame, and none was given: call "
                 "reset(label) before it."
             )
-        return [beginning_of(task, Clip(frame[None], self._given[None], 1.0, "stream", "stream"))]
+        frames, labels = (part.repeat(JUDGED, *[1] * part.dim()) for part in (frame, self._given))
+        return [beginning_of(task, Clip(frames, labels, 1.0, "stream", "stream"))]
 
     def _inputs(self, frame: UInt8[Tensor, "1 3 h w"]) -> FrameInputs:
         return FrameInputs(frame, None, self._starts, torch.tensor([not self._begun]), lambda _: "the stream")
@@ -192,4 +194,4 @@ def _fitted_label(label: np.ndarray | Tensor, size: tuple[int, int]) -> UInt8[Te
     values = label.cpu().numpy() if isinstance(label, Tensor) else label
     if values.ndim != 2 or values.dtype != np.uint8:
         raise VideoError(f"A label must be bytes (h, w), got {values.dtype} of shape {values.shape}.")
-    return torch.from_numpy(np.ascontiguousarray(values if values.shape == size else resize_labels(values, size)))
+    return torch.from_numpy(np.array(values if values.shape == size else resize_labels(values, size)))  # a copy
