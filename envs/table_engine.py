@@ -207,7 +207,7 @@ class TableEngine:
         state.cost = torch.where(decision.refresh, self.tables[0].levels, state.level)
         teacher = self.problem.teacher[0]
         prediction = teacher.new_zeros(len(clip), *[0] * (teacher.dim() - 1))
-        cost = _LookedUpCost(self.tables[0].cost, state.cost, decision.refresh)
+        cost = _LookedUpCost(self.tables[0].cost, state.cost.clone(), decision.refresh)  # read later than the state
         error, bops = table.error[state.row, state.level], self.tables[0].bops[state.cost]
         return FrameResult(prediction, error, cost, self._share[state.cost], bops)
 
