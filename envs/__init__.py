@@ -17,8 +17,9 @@ from resq_rl.envs.measure import Measurement, Trace, measure, trace
 from resq_rl.envs.observation import FRAME_FEATURES, Observation, region_features
 from resq_rl.envs.problem import AccuracySource, ErrorWeighting, Problem
 from resq_rl.envs.streams import FrameView, Policy, StreamResult, Streams
-from resq_rl.envs.table import ResponseTable, TableEngine, respond
+from resq_rl.envs.table import ResponseTable, respond
 from resq_rl.envs.table_cache import tabulate
+from resq_rl.envs.table_engine import TableEngine
 
 __all__ = [
     "ACTIONS",

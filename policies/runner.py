@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from resq_rl.envs import Conditions, Decision, FrameInputs, FrameView, NetworkEngine, Policy, Problem
 from resq_rl.envs.measure import policy_share
 from resq_rl.errors import PolicyError, SettingsError, VideoError
-from resq_rl.perception import Beginning, Task, beginning_of
+from resq_rl.perception import Beginning, Task, beginning_with
 from resq_rl.policies.learned import LearnedPolicy
 from resq_rl.quantization import load_model
-from resq_rl.video import Clip, Framing
+from resq_rl.video import Framing
 from resq_rl.video.images import Box
 
 __all__ = ["SETTINGS", "RunCost", "Runner", "saved_framing"]
@@ -146,7 +146,7 @@ class Runner:
                 f"{type(task).__name__} begins with the label of the first frame, and none was given: call "
                 "reset(label) before it."
             )
-        return [beginning_of(task, Clip(frame[None], self._given[None], 1.0, "stream", "stream"))]
+        return [beginning_with(task, frame, self._given)]
 
     def _inputs(self, frame: UInt8[Tensor, "1 3 h w"]) -> FrameInputs:
         return FrameInputs(frame, None, self._starts, torch.tensor([not self._begun]), lambda _: "the stream")

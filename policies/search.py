@@ -64,22 +64,18 @@ def search_group_thresholds(
     Raises:
         SettingsError: there is nothing to start from, or to search over.
     """
-    ascending = list(thresholds) == sorted(set(thresholds))
     first = next((t.policy for t in known if isinstance(t.policy, GroupThresholds)), None)
-    if not (first and trade_offs and intervals and ascending and evaluations >= 0):
-        raise SettingsError(
-            "A search needs thresholds to start from, lambdas, intervals, ascending thresholds and 0 evaluations or "
-            "more."
-        )
+    if first is None:
+        raise SettingsError("A search needs thresholds to start from.")
+    if not (trade_offs and intervals and list(thresholds) == sorted(set(thresholds)) and evaluations >= 0):
+        raise SettingsError("A search needs lambdas, intervals, ascending thresholds and 0 evaluations or more.")
     generator = np.random.default_rng(seed)
     tried = {t.policy: t for t in known}
     found: list[Tried] = []
     misses = 0
     while len(found) < evaluations and misses < MOST_MISSES:
         if strategy == "random" or misses >= STUCK:
-            drawn = generator.choice(np.array(thresholds), size=len(first.taus))
-            taus = tuple(float(t) for t in drawn)
-            policy = replace(first, taus=taus, interval=int(generator.choice(np.array(intervals))))
+            policy = _drawn(first, thresholds, intervals, generator)
         else:
             wanted = trade_offs[(len(tried) + misses) % len(trade_offs)]
             policy = _neighbour(_best(tried.values(), wanted), thresholds, intervals, generator)
@@ -102,6 +98,13 @@ def best_for(tried: Iterable[Tried], trade_offs: Sequence[float]) -> list[Tried]
 def _best(tried: Iterable[Tried], trade_off: float) -> GroupThresholds:
     thresholds = ((t, t.policy) for t in tried if isinstance(t.policy, GroupThresholds))
     return min(thresholds, key=lambda pair: pair[0].loss(trade_off))[1]
+
+
+def _drawn(
+    like: GroupThresholds, thresholds: Sequence[float], intervals: Sequence[int], generator: np.random.Generator
+) -> GroupThresholds:
+    taus = tuple(float(t) for t in generator.choice(np.array(thresholds), size=len(like.taus)))
+    return replace(like, taus=taus, interval=int(generator.choice(np.array(intervals))))
 
 
 def _neighbour(

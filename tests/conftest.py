@@ -15,7 +15,8 @@ import torch
 # As for mypy, an int will do where a float is wanted.
 jaxtyping.install_import_hook("resq_rl", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
-from tests.envs.worlds import World, make_world  # noqa: E402
+from resq_rl.envs import Problem  # noqa: E402
+from tests.envs.problems import make_pose_problem, make_problem, make_recurrent_problem  # noqa: E402
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # tests talk to nothing outside this machine
 
@@ -61,12 +62,24 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def world() -> World:
-    """Clips of 5, 7, 5 and 6 frames with labels."""
-    return make_world()
+def problem() -> Problem:
+    """A tiny network and clips of 5, 7, 5 and 6 frames with labels."""
+    return make_problem()
 
 
 @pytest.fixture(scope="session")
-def uneven_world() -> World:
+def uneven_problem() -> Problem:
     """Frames of a size that the grid does not divide."""
-    return make_world((4, 6), size=(30, 46), grid=(4, 5))
+    return make_problem((4, 6), size=(30, 46), grid=(4, 5))
+
+
+@pytest.fixture(scope="session")
+def recurrent_problem() -> Problem:
+    """A network that is given its own last mask, and clips of 5, 7 and 6 frames."""
+    return make_recurrent_problem()
+
+
+@pytest.fixture(scope="session")
+def pose_problem() -> Problem:
+    """A network of points, and labelled clips of 4 frames."""
+    return make_pose_problem()

@@ -5,6 +5,7 @@ from resq_rl.perception.ddrnet23 import DDRNet23Slim, ddrnet23_slim
 from resq_rl.perception.inference import (
     Beginning,
     beginning_of,
+    beginning_with,
     clip_inputs,
     degenerate_output,
     example_inputs,
@@ -52,6 +53,7 @@ __all__ = [
     "Task",
     "Trainable",
     "beginning_of",
+    "beginning_with",
     "class_iou",
     "clip_inputs",
     "compact_ddrnet",

@@ -16,6 +16,7 @@ from resq_rl.video import Clip
 __all__ = [
     "Beginning",
     "beginning_of",
+    "beginning_with",
     "clip_inputs",
     "degenerate_output",
     "example_inputs",
@@ -53,8 +54,22 @@ def beginning_of(task: Recurrent, clip: Clip) -> Beginning:
             "Use labelled clips; labels of later frames do not matter with environment.accuracy=teacher."
         )
     task.check(clip)
-    given = task.given(clip.labels[0])
-    return Beginning(given, task.template(clip.frames[0], given))
+    return beginning_with(task, clip.frames[0], clip.labels[0])
+
+
+def beginning_with(task: Recurrent, frame: UInt8[Tensor, "3 h w"], label: Num[Tensor, "*t"]) -> Beginning:
+    """What a recurrent task is given with a first frame and its label.
+
+    Raises:
+        VideoError: the label shows nothing.
+    """
+    given = task.given(label)
+    if not bool(given.any()):
+        raise VideoError(
+            "The label of the first frame shows no object, so there is none to follow. Start where it is in view, and "
+            "mark it with 1."
+        )
+    return Beginning(given, task.template(frame, given))
 
 
 @torch.no_grad()

@@ -28,8 +28,9 @@ class Clip:
     Attributes:
         frames: RGB values 0..255, (t, 3, h, w).
         labels: the truth that predictions are compared with, or None for video without labels. Either the class or
-            object of each pixel, uint8 of (t, h, w), `IGNORE` (255) where a pixel is unlabelled; or points, float32 of
-            (t, k, 3): x and y in pixels from the centre of the upper left one, and 1 where a point counts or else 0.
+            object of each pixel, uint8 of (t, rows, columns), of the frames' size or another, `IGNORE` (255) where a
+            pixel is unlabelled; or points, float32 of (t, k, 3): x and y in pixels from the centre of the upper left
+            one, and 1 where a point counts or else 0.
         fps: frames per second.
         name: short name that is unique within its dataset, such as "davis2016/kite-surf".
         origin: where the clip comes from: a path, or the settings of a generator.
@@ -40,7 +41,7 @@ class Clip:
     """
 
     frames: UInt8[Tensor, "t 3 h w"]
-    labels: UInt8[Tensor, "t h w"] | Float32[Tensor, "t k 3"] | None
+    labels: UInt8[Tensor, "t rows columns"] | Float32[Tensor, "t k 3"] | None
     fps: float
     name: str
     origin: str
@@ -64,16 +65,16 @@ class Clip:
             )
         if self.labels is None:
             return
-        found, expected = tuple(self.labels.shape), (shape[0], *shape[2:])
+        found = tuple(self.labels.shape)
         if self.labels.dtype == torch.float32:
             fits = len(found) == 3 and (found[0], found[2]) == (shape[0], 3)
         else:
-            fits = self.labels.dtype == torch.uint8 and found == expected
+            fits = self.labels.dtype == torch.uint8 and len(found) == 3 and found[0] == shape[0] and 0 not in found
         if not fits:
             raise VideoError(
-                f"Labels of {where} must be uint8 of shape {expected} to match its frames, got "
-                f"{self.labels.dtype} of shape {found}. Give one label map per frame, of the size of the frame; or "
-                f"points as float32 of shape ({shape[0]}, k, 3)."
+                f"Labels of {where} must be uint8 of shape ({shape[0]}, h, w), a label map for each frame, got "
+                f"{self.labels.dtype} of shape {found}. Give one label map per frame, or points as float32 of shape "
+                f"({shape[0]}, k, 3)."
             )
 
     def __len__(self) -> int:

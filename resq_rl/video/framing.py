@@ -34,6 +34,7 @@ class Framing:
         crop: height of a window that follows an object, as a multiple of the object's height; None where frames are
             framed as a whole. Whoever frames them then gives the window of each frame, and `fit` plays no part.
         stride: the first and every `stride`-th frame after it are used.
+        label_size: height and width that label maps are brought to; None for those of the picture.
         reader: whose settings these are, for messages.
 
     Raises:
@@ -44,10 +45,12 @@ class Framing:
     fit: Fit = "stretch"
     crop: float | None = None
     stride: int = 1
+    label_size: tuple[int, int] | None = None
     reader: InitVar[str] = "Framing"
 
     def __post_init__(self, reader: str) -> None:
         object.__setattr__(self, "size", check_size(self.size, reader))
+        object.__setattr__(self, "label_size", check_size(self.label_size, reader))
         check_count(self.stride, "stride", reader)
         if self.fit not in FITS:
             raise SettingsError(f"Setting fit of {reader} must be one of {', '.join(FITS)}, got {self.fit!r}.")
@@ -79,7 +82,7 @@ class Framing:
             VideoError: a window is wanted and none was given.
         """
         height, width = labels.shape
-        return resize_labels(labels, self.size, self._part((width, height), window))
+        return resize_labels(labels, self.label_size or self.size, self._part((width, height), window))
 
     def points(
         self, points: Float32[np.ndarray, "k 3"], extent: tuple[int, int], window: Box | None = None
@@ -100,7 +103,7 @@ class Framing:
 
     def to_json(self) -> dict[str, Any]:
         """The settings as values that JSON can hold; `from_json` reads them back."""
-        return asdict(self) | {"size": None if self.size is None else list(self.size)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Framing":

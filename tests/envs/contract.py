@@ -9,11 +9,11 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from resq_rl.envs import ActionKind, BatchedEnvironment, ClipStore, ResQEnv, ResQVectorEnv
+from resq_rl.envs import ActionKind, BatchedEnvironment, Problem, ResQEnv, ResQVectorEnv
 from resq_rl.envs.sb3 import AgentsVecEnv
 from resq_rl.errors import PolicyError
 from resq_rl.video import Clip
-from tests.envs.worlds import World, first_difference
+from tests.envs.problems import first_difference
 
 Array = np.ndarray[Any, Any]
 
@@ -137,8 +137,8 @@ class EnvContract:
 
     kind: ClassVar[ActionKind]
 
-    def make(self, world: World, **settings: Any) -> Face:
-        """An environment of `kind` in `world`, of lambda 0.3 unless `settings` say otherwise."""
+    def make(self, problem: Problem, **settings: Any) -> Face:
+        """An environment of `kind` in `problem`, of lambda 0.3 unless `settings` say otherwise."""
         raise NotImplementedError
 
     @staticmethod
@@ -160,8 +160,8 @@ class EnvContract:
             observations.append(taken[-1].observations)
         return observations, taken
 
-    def test_spaces_shapes_and_types(self, world: World) -> None:
-        face = self.make(world)
+    def test_spaces_shapes_and_types(self, problem: Problem) -> None:
+        face = self.make(problem)
         agents = face.core.agents
         size = len(face.core.scheme.feature_names)
         assert face.observation_space.shape == (size,)
@@ -176,26 +176,26 @@ class EnvContract:
             assert step.rewards.dtype == np.float32, f"step {t}"
             assert step.truncated.dtype == np.bool_, f"step {t}"
 
-    def test_sampled_actions_are_accepted(self, world: World) -> None:
-        face = self.make(world)
+    def test_sampled_actions_are_accepted(self, problem: Problem) -> None:
+        face = self.make(problem)
         face.reset(0)
         face.action_space.seed(0)
         for _ in range(3):
             face.step(np.stack([face.action_space.sample() for _ in range(face.core.agents)]))
 
-    def test_observations_lie_between_zero_and_one_and_vary(self, world: World) -> None:
-        observations, _ = self.rollout(self.make(world, budget=0.4, trade_off=(0.1, 1.0)), 10)
+    def test_observations_lie_between_zero_and_one_and_vary(self, problem: Problem) -> None:
+        observations, _ = self.rollout(self.make(problem, budget=0.4, trade_off=(0.1, 1.0)), 10)
         values = np.concatenate(observations)
         assert np.isfinite(values).all()
         assert values.min() >= 0
         assert values.max() <= 1
         constant = np.flatnonzero(np.ptp(values, 0) == 0)
-        names = self.make(world).core.scheme.feature_names
+        names = self.make(problem).core.scheme.feature_names
         assert not len(constant), f"features that never vary: {[names[i] for i in constant]}"
 
     @pytest.mark.parametrize("trade_off", [0.3, (0.1, 1.0)])
-    def test_reward_is_accuracy_minus_lambda_bops_of_the_infos(self, world: World, trade_off: Any) -> None:
-        _, steps = self.rollout(self.make(world, trade_off=trade_off), 12)
+    def test_reward_is_accuracy_minus_lambda_bops_of_the_infos(self, problem: Problem, trade_off: Any) -> None:
+        _, steps = self.rollout(self.make(problem, trade_off=trade_off), 12)
         for t, step in enumerate(steps):
             assert np.isfinite(step.rewards).all(), f"step {t}"
             expected = 1 - step.error - step.trade_off * step.bops
@@ -205,47 +205,47 @@ class EnvContract:
         assert np.all((seen >= np.float32(low)) & (seen <= np.float32(high)))
         assert (len(np.unique(seen)) > 1) == (low < high)
 
-    def test_reward_scale_multiplies_rewards(self, world: World) -> None:
-        plain, scaled = (self.rollout(self.make(world, reward_scale=s), 6)[1] for s in (1.0, 20.0))
+    def test_reward_scale_multiplies_rewards(self, problem: Problem) -> None:
+        plain, scaled = (self.rollout(self.make(problem, reward_scale=s), 6)[1] for s in (1.0, 20.0))
         for a, b in zip(plain, scaled, strict=True):
             np.testing.assert_allclose(20 * a.rewards, b.rewards, rtol=1e-5, atol=1e-6)
 
-    def test_clips_end_by_truncation_after_their_last_frame_only(self, world: World) -> None:
-        face = self.make(world)
+    def test_clips_end_by_truncation_after_their_last_frame_only(self, problem: Problem) -> None:
+        face = self.make(problem)
         _, steps = self.rollout(face, 20)
         done = np.zeros(face.core.agents, dtype=int)  # frames since the forced keyframe
         for t, step in enumerate(steps):
             done += 1
-            lengths = np.array([len(world.store.clips[c]) for c in step.clip])
+            lengths = np.array([len(problem.clips[c]) for c in step.clip])
             expected = done == lengths - 1
             assert (step.truncated == expected).all(), (
                 f"step {t}: truncated {step.truncated.tolist()} at frames {done.tolist()} of {lengths.tolist()}"
             )
             done[step.truncated] = 0
 
-    def test_every_clip_comes_once_before_any_comes_again(self, world: World) -> None:
-        face = self.make(world)
+    def test_every_clip_comes_once_before_any_comes_again(self, problem: Problem) -> None:
+        face = self.make(problem)
         _, steps = self.rollout(face, 40)
         ended: list[list[int]] = [[] for _ in range(face.core.agents)]
         for step in steps:
             for agent in np.flatnonzero(step.truncated):
                 ended[agent].append(int(step.clip[agent]))
         for clips in ended:
-            assert sorted(clips[: len(world.store)]) == list(range(len(world.store)))
+            assert sorted(clips[: len(problem)]) == list(range(len(problem)))
 
-    def test_a_seed_fixes_everything(self, world: World) -> None:
-        first = self.rollout(self.make(world, trade_off=(0.1, 1.0)), 14, seed=7)
-        again = self.rollout(self.make(world, trade_off=(0.1, 1.0)), 14, seed=7)
+    def test_a_seed_fixes_everything(self, problem: Problem) -> None:
+        first = self.rollout(self.make(problem, trade_off=(0.1, 1.0)), 14, seed=7)
+        again = self.rollout(self.make(problem, trade_off=(0.1, 1.0)), 14, seed=7)
         self.assert_same(first, again)
 
-    def test_a_seed_fixes_everything_whatever_ran_before(self, world: World) -> None:
-        face = self.make(world, trade_off=(0.1, 1.0), budget=1.0)
+    def test_a_seed_fixes_everything_whatever_ran_before(self, problem: Problem) -> None:
+        face = self.make(problem, trade_off=(0.1, 1.0), budget=1.0)
         first = self.rollout(face, 14, seed=7)
         self.rollout(face, 5, seed=3, action_seed=1)
         self.assert_same(first, self.rollout(face, 14, seed=7))
 
-    def test_other_seeds_and_later_resets_give_other_episodes(self, world: World) -> None:
-        face = self.make(world, trade_off=(0.1, 1.0))
+    def test_other_seeds_and_later_resets_give_other_episodes(self, problem: Problem) -> None:
+        face = self.make(problem, trade_off=(0.1, 1.0))
         first, other, later = face.reset(1).copy(), face.reset(2).copy(), face.reset().copy()
         assert (first != other).any()
         assert (other != later).any()
@@ -260,8 +260,8 @@ class EnvContract:
                 difference = first_difference(getattr(s, name), getattr(u, name))
                 assert difference is None, f"step {t}, {name}: {difference}"
 
-    def test_what_was_returned_is_not_changed_later(self, world: World) -> None:
-        face = self.make(world)
+    def test_what_was_returned_is_not_changed_later(self, problem: Problem) -> None:
+        face = self.make(problem)
         act = self.actions(face, 0)
         kept = [face.reset(0)]
         copies = [kept[0].copy()]
@@ -273,43 +273,43 @@ class EnvContract:
         for i, (value, copy) in enumerate(zip(kept, copies, strict=True)):
             assert first_difference(value, copy) is None, f"value {i} was changed after it was returned"
 
-    def test_labels_are_not_observed(self, world: World) -> None:
+    def test_labels_are_not_observed(self, problem: Problem) -> None:
         """Neither the current frame's labels nor any other's reach an observation."""
-        shuffled = tuple((2 - t.clamp_max(2)).to(torch.uint8) for t in world.store.targets)
-        other = replace(world, store=replace(world.store, targets=shuffled))
-        mine, theirs = self.rollout(self.make(world), 9), self.rollout(self.make(other), 9)
+        shuffled = tuple((2 - t.clamp_max(2)).to(torch.uint8) for t in problem.targets)
+        other = replace(problem, targets=shuffled)
+        mine, theirs = self.rollout(self.make(problem), 9), self.rollout(self.make(other), 9)
         for t, (a, b) in enumerate(zip(mine[0], theirs[0], strict=True)):
             assert first_difference(a, b) is None, f"observation {t} depends on labels"
         assert any((a.rewards != b.rewards).any() for a, b in zip(mine[1], theirs[1], strict=True))
 
-    def test_the_future_is_not_observed(self, world: World) -> None:
+    def test_the_future_is_not_observed(self, problem: Problem) -> None:
         """Observation t, of the choice for frame t + 1, depends on frames up to t + 1 only."""
         changed_from = 3
-        other = replace(world, store=_with_changed_future(world.store, changed_from))
-        mine, theirs = self.rollout(self.make(world), 4), self.rollout(self.make(other), 4)
+        other = _with_changed_future(problem, changed_from)
+        mine, theirs = self.rollout(self.make(problem), 4), self.rollout(self.make(other), 4)
         for t in range(changed_from - 1):
             difference = first_difference(mine[0][t], theirs[0][t])
             assert difference is None, f"observation {t} depends on later frames: {difference}"
         assert first_difference(mine[0][changed_from - 1], theirs[0][changed_from - 1]) is not None
 
-    def test_the_current_output_is_not_observed(self, world: World) -> None:
+    def test_the_current_output_is_not_observed(self, problem: Problem) -> None:
         """An observation comes before its frame runs: a float network of other predictions changes none of them."""
-        silent = tuple(torch.zeros_like(t) for t in world.store.teacher)
-        other = replace(world, store=replace(world.store, teacher=silent))
-        mine, theirs = self.rollout(self.make(world), 6), self.rollout(self.make(other), 6)
+        silent = tuple(torch.zeros_like(t) for t in problem.teacher)
+        other = replace(problem, teacher=silent)
+        mine, theirs = self.rollout(self.make(problem), 6), self.rollout(self.make(other), 6)
         for t, (a, b) in enumerate(zip(mine[0], theirs[0], strict=True)):
             assert first_difference(a, b) is None, f"observation {t} depends on the float output"
 
-    def test_a_step_before_reset_is_refused(self, world: World) -> None:
-        face = self.make(world)
+    def test_a_step_before_reset_is_refused(self, problem: Problem) -> None:
+        face = self.make(problem)
         with pytest.raises(PolicyError, match=r"over|reset"):
             face.step(self.actions(face, 0)())
 
     @pytest.mark.parametrize("wrong", ["above", "below", "float", "long", "short", "missing agent"])
     def test_wrong_actions_are_refused_and_change_nothing(
-        self, world: World, wrong: str, unchecked_types: None
+        self, problem: Problem, wrong: str, unchecked_types: None
     ) -> None:
-        face, twin = self.make(world), self.make(world)
+        face, twin = self.make(problem), self.make(problem)
         act = self.actions(face, 0)
         face.reset(0)
         twin.reset(0)
@@ -328,7 +328,7 @@ class EnvContract:
         assert difference is None, difference
 
 
-def _with_changed_future(store: ClipStore, start: int) -> ClipStore:
+def _with_changed_future(problem: Problem, start: int) -> Problem:
     """The same clips with other pixels from frame `start` on."""
 
     def changed(clip: Clip) -> Clip:
@@ -336,4 +336,4 @@ def _with_changed_future(store: ClipStore, start: int) -> ClipStore:
         frames[start:] = 255 - frames[start:]
         return replace(clip, frames=frames)
 
-    return replace(store, clips=tuple(changed(c) for c in store.clips))
+    return replace(problem, clips=tuple(changed(c) for c in problem.clips))

@@ -14,14 +14,16 @@ from resq_rl.envs import (
     ActionKind,
     FrameBits,
     FrameLevel,
+    Problem,
     RegionBits,
     RegionThresholds,
     ResQEnv,
     ResQVectorEnv,
 )
 from resq_rl.errors import PolicyError, SettingsError, VideoError
+from tests.envs import problems
 from tests.envs.contract import EnvContract, Face, SingleFace, VectorFace
-from tests.envs.worlds import World, first_difference
+from tests.envs.problems import first_difference
 
 ENVIRONMENTS: dict[str, type[ResQEnv]] = {
     "resq_rl/FrameBits-v0": FrameBits,
@@ -31,19 +33,19 @@ ENVIRONMENTS: dict[str, type[ResQEnv]] = {
 }
 
 
-def single(kind: ActionKind, world: World, **settings: object) -> ResQEnv:
+def single(kind: ActionKind, problem: Problem, **settings: Any) -> ResQEnv:
     environment = next(e for e in ENVIRONMENTS.values() if e.kind == kind)
-    return environment(**(world.parts | settings))
+    return environment(problem=problem, **settings)
 
 
 class SingleContract(EnvContract):
-    def make(self, world: World, **settings: object) -> Face:
-        return SingleFace(single(self.kind, world, **settings))
+    def make(self, problem: Problem, **settings: Any) -> Face:
+        return SingleFace(single(self.kind, problem, **settings))
 
 
 class VectorContract(EnvContract):
-    def make(self, world: World, **settings: object) -> Face:
-        return VectorFace(ResQVectorEnv(self.kind, 3, **(world.parts | settings)))
+    def make(self, problem: Problem, **settings: Any) -> Face:
+        return VectorFace(ResQVectorEnv(self.kind, 3, problem=problem, **settings))
 
 
 class TestFrameBits(SingleContract):
@@ -65,8 +67,8 @@ class TestRegionThresholds(SingleContract):
 class TestRegionThresholdsByGroup(SingleContract):
     kind = "region_thresholds"
 
-    def make(self, world: World, **settings: object) -> Face:
-        return super().make(world, by_group=True, **settings)
+    def make(self, problem: Problem, **settings: Any) -> Face:
+        return super().make(problem, by_group=True, **settings)
 
 
 class TestVectorFrameBits(VectorContract):
@@ -100,14 +102,14 @@ def test_the_checker_passes_every_id_with_the_embedded_default(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", ENVIRONMENTS)
-def test_the_checker_passes_every_id_with_own_parts(name: str, world: World) -> None:
-    check_env(gymnasium.make(name, render_mode="rgb_array", **world.parts).unwrapped)
+def test_the_checker_passes_every_id_with_own_parts(name: str, problem: Problem) -> None:
+    check_env(gymnasium.make(name, render_mode="rgb_array", problem=problem).unwrapped)
 
 
 @pytest.mark.parametrize("name", ENVIRONMENTS)
-def test_rollouts_of_two_instances_are_equal(name: str, world: World) -> None:
+def test_rollouts_of_two_instances_are_equal(name: str, problem: Problem) -> None:
     seed, steps = 11, 25
-    first, second = (gymnasium.make(name, trade_off=(0.1, 1.0), **world.parts) for _ in range(2))
+    first, second = (gymnasium.make(name, trade_off=(0.1, 1.0), problem=problem) for _ in range(2))
     assert first_difference(first.reset(seed=seed)[0], second.reset(seed=seed)[0]) is None
     first.action_space.seed(seed)
     for t in range(steps):
@@ -122,12 +124,12 @@ def test_rollouts_of_two_instances_are_equal(name: str, world: World) -> None:
 
 @pytest.mark.parametrize("reference", ["previous", "keyframe"])
 @pytest.mark.parametrize("name", ENVIRONMENTS)
-def test_vector_equals_single_bit_for_bit_across_ends_of_clips(name: str, reference: str, world: World) -> None:
-    check_vector_equals_single(name, {"reference": reference, **world.parts})
+def test_vector_equals_single_bit_for_bit_across_ends_of_clips(name: str, reference: str, problem: Problem) -> None:
+    check_vector_equals_single(name, {"reference": reference, "problem": problem})
 
 
-def test_vector_equals_single_where_the_grid_does_not_divide_the_frame(uneven_world: World) -> None:
-    check_vector_equals_single("resq_rl/RegionThresholds-v0", uneven_world.parts)
+def test_vector_equals_single_where_the_grid_does_not_divide_the_frame(uneven_problem: Problem) -> None:
+    check_vector_equals_single("resq_rl/RegionThresholds-v0", {"problem": uneven_problem})
 
 
 def check_vector_equals_single(name: str, parts: dict[str, Any]) -> None:
@@ -162,8 +164,8 @@ def check_vector_equals_single(name: str, parts: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ENVIRONMENTS)
-def test_make_vec_uses_the_batched_environment_and_can_use_gymnasiums_own(name: str, world: World) -> None:
-    batched = gymnasium.make_vec(name, num_envs=2, **world.parts)
+def test_make_vec_uses_the_batched_environment_and_can_use_gymnasiums_own(name: str, problem: Problem) -> None:
+    batched = gymnasium.make_vec(name, num_envs=2, problem=problem)
     assert isinstance(batched.unwrapped, ResQVectorEnv)
     assert batched.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
     sync = gymnasium.make_vec(
@@ -171,7 +173,7 @@ def test_make_vec_uses_the_batched_environment_and_can_use_gymnasiums_own(name: 
         num_envs=2,
         vectorization_mode="sync",
         vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP},
-        **world.parts,
+        problem=problem,
     )
     assert isinstance(sync.unwrapped, SyncVectorEnv)
     assert first_difference(batched.reset(seed=3)[0], sync.reset(seed=3)[0]) is None
@@ -192,8 +194,8 @@ def test_make_vec_uses_the_batched_environment_and_can_use_gymnasiums_own(name: 
     sync.close()
 
 
-def test_vector_wrappers_of_gymnasium_work(world: World) -> None:
-    vector = ResQVectorEnv("frame_bits", 3, **world.parts)
+def test_vector_wrappers_of_gymnasium_work(problem: Problem) -> None:
+    vector = ResQVectorEnv("frame_bits", 3, problem=problem)
     wrapped = DictInfoToList(RecordEpisodeStatistics(vector))
     wrapped.reset(seed=0)
     vector.action_space.seed(0)
@@ -211,33 +213,33 @@ def test_vector_wrappers_of_gymnasium_work(world: World) -> None:
 
 
 @pytest.mark.parametrize("seed", [4, np.int64(4), [4, 5]])
-def test_vector_seeds_may_be_given_in_several_ways(seed: object, world: World, unchecked_types: None) -> None:
-    vector = ResQVectorEnv("frame_bits", 2, **world.parts)
+def test_vector_seeds_may_be_given_in_several_ways(seed: object, problem: Problem, unchecked_types: None) -> None:
+    vector = ResQVectorEnv("frame_bits", 2, problem=problem)
     expected = vector.reset(seed=4)[0]
     vector.reset(seed=99)
     assert first_difference(vector.reset(seed=seed)[0], expected) is None  # type: ignore[arg-type]
 
 
-def test_vector_refuses_what_it_cannot_do(world: World) -> None:
-    vector = ResQVectorEnv("frame_bits", 2, **world.parts)
+def test_vector_refuses_what_it_cannot_do(problem: Problem) -> None:
+    vector = ResQVectorEnv("frame_bits", 2, problem=problem)
     with pytest.raises(SettingsError, match="2 sub-environments need as many seeds, got 3"):
         vector.reset(seed=[1, 2, 3])
     with pytest.raises(SettingsError, match="reset_mask"):
         vector.reset(options={"reset_mask": np.array([True, False])})
     with pytest.raises(SettingsError, match="num_envs"):
-        ResQVectorEnv("frame_bits", 0, **world.parts)
+        ResQVectorEnv("frame_bits", 0, problem=problem)
 
 
-def test_seed_of_a_sub_environment_may_be_left_open(world: World) -> None:
-    vector = ResQVectorEnv("frame_bits", 2, **(world.parts | {"trade_off": (0.1, 1.0)}))
+def test_seed_of_a_sub_environment_may_be_left_open(problem: Problem) -> None:
+    vector = ResQVectorEnv("frame_bits", 2, problem=problem, trade_off=(0.1, 1.0))
     known = vector.reset(seed=[4, None])[1]["trade_off"]
     again = vector.reset(seed=[4, None])[1]["trade_off"]
     assert known[0] == again[0]
     assert known[1] != again[1]
 
 
-def test_a_step_after_the_end_is_refused(world: World) -> None:
-    environment = single("frame_bits", world)
+def test_a_step_after_the_end_is_refused(problem: Problem) -> None:
+    environment = single("frame_bits", problem)
     environment.reset(seed=0)
     action = environment.action_space.sample()
     while not environment.step(action)[3]:
@@ -248,8 +250,8 @@ def test_a_step_after_the_end_is_refused(world: World) -> None:
     environment.step(action)
 
 
-def test_infos_of_reset_tell_the_clip_and_lambda(world: World) -> None:
-    environment = single("frame_bits", world, trade_off=(0.1, 1.0))
+def test_infos_of_reset_tell_the_clip_and_lambda(problem: Problem) -> None:
+    environment = single("frame_bits", problem, trade_off=(0.1, 1.0))
     for _ in range(5):
         _, at_reset = environment.reset()
         _, _, _, _, info = environment.step(environment.action_space.sample())
@@ -257,9 +259,9 @@ def test_infos_of_reset_tell_the_clip_and_lambda(world: World) -> None:
         assert set(info) == {"error", "bops", "keyframe", "clip", "trade_off"}
 
 
-def test_a_keyframe_by_action_costs_a_whole_frame(world: World) -> None:
+def test_a_keyframe_by_action_costs_a_whole_frame(problem: Problem) -> None:
     for kind in ("frame_bits", "frame_level", "region_bits", "region_thresholds"):
-        environment = single(kind, world)
+        environment = single(kind, problem)
         environment.reset(seed=0)
         skip = environment.core.scheme.uniform_action(
             0 if kind != "region_thresholds" else environment.core.scheme.choices - 1
@@ -274,8 +276,8 @@ def test_a_keyframe_by_action_costs_a_whole_frame(world: World) -> None:
 
 
 @pytest.mark.parametrize("reference", ["previous", "keyframe"])
-def test_a_frame_level_is_the_same_bits_for_every_layer_group(reference: str, world: World) -> None:
-    one, each = (single(kind, world, reference=reference, budget=0.5) for kind in ("frame_level", "frame_bits"))
+def test_a_frame_level_is_the_same_bits_for_every_layer_group(reference: str, problem: Problem) -> None:
+    one, each = (single(kind, problem, reference=reference, budget=0.5) for kind in ("frame_level", "frame_bits"))
     assert isinstance(one.action_space, MultiDiscrete)
     assert one.action_space.nvec.tolist() == [4, 2]
     assert one.feature_names == each.feature_names
@@ -291,19 +293,19 @@ def test_a_frame_level_is_the_same_bits_for_every_layer_group(reference: str, wo
             assert first_difference(one.reset()[0], each.reset()[0]) is None, f"reset after step {t}"
 
 
-def test_clips_come_in_turn_without_shuffling(world: World) -> None:
-    environment = single("frame_bits", world, shuffle=False)
+def test_clips_come_in_turn_without_shuffling(problem: Problem) -> None:
+    environment = single("frame_bits", problem, shuffle=False)
     assert [environment.reset()[1]["clip"] for _ in range(9)] == [0, 1, 2, 3, 0, 1, 2, 3, 0]
 
 
-def test_rendering_shows_the_frame_beside_the_spending(world: World) -> None:
-    environment = single("region_bits", world, render_mode="rgb_array")
+def test_rendering_shows_the_frame_beside_the_spending(problem: Problem) -> None:
+    environment = single("region_bits", problem, render_mode="rgb_array")
     _, info = environment.reset(seed=0)
-    height, width = world.model.frame_size
+    height, width = problem.model.frame_size
     picture = environment.render()
     assert picture is not None
     assert picture.shape == (height, 2 * width, 3)
-    clip = world.store.clips[info["clip"]]
+    clip = problem.clips[info["clip"]]
     assert (picture[:, :width] == clip.frames[0].permute(1, 2, 0).numpy()).all()
     assert (picture[:, width:] == 255).all(), "the forced keyframe spent everything everywhere"
     action = environment.core.scheme.uniform_action(0)
@@ -312,29 +314,29 @@ def test_rendering_shows_the_frame_beside_the_spending(world: World) -> None:
     picture = environment.render()
     assert picture is not None
     assert (picture[:, :width] == clip.frames[1].permute(1, 2, 0).numpy()).all()
-    rows, columns = height // world.grid[0], width // world.grid[1]
+    rows, columns = height // problem.grid[0], width // problem.grid[1]
     spent = picture[:, width:]
     assert spent[: rows // 2, : columns // 2].min() > spent[rows:, columns:].max()
 
 
-def test_without_a_render_mode_nothing_is_rendered(world: World) -> None:
-    environment = single("frame_bits", world)
+def test_without_a_render_mode_nothing_is_rendered(problem: Problem) -> None:
+    environment = single("frame_bits", problem)
     environment.reset(seed=0)
     assert environment.render() is None
     with pytest.raises(SettingsError, match="render_mode"):
-        single("frame_bits", world, render_mode="human")
+        single("frame_bits", problem, render_mode="human")
 
 
-def test_parts_of_the_world_come_together_or_not_at_all(world: World) -> None:
-    with pytest.raises(SettingsError, match="together"):
-        FrameBits(model=world.model)
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_arguments_that_no_environment_takes_are_named(name: str, problem: Problem) -> None:
+    for make in (gymnasium.make, gymnasium.make_vec):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'wrong_argument'"):
+            make(name, problem=problem, wrong_argument=1)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"grid": (0, 3)}, "grid"),
-        ({"grid": (33, 3)}, "grid"),
         ({"trade_off": 0.0}, "trade_off"),
         ({"trade_off": (1.0, 0.5)}, "trade_off"),
         ({"budget": -0.1}, "budget"),
@@ -344,25 +346,25 @@ def test_parts_of_the_world_come_together_or_not_at_all(world: World) -> None:
     ],
 )
 def test_impossible_settings_are_refused(
-    settings: dict[str, object], message: str, world: World, unchecked_types: None
+    settings: dict[str, Any], message: str, problem: Problem, unchecked_types: None
 ) -> None:
     with pytest.raises(SettingsError, match=message):
-        RegionThresholds(**(world.parts | settings))
+        RegionThresholds(problem=problem, **settings)
 
 
-def test_clips_of_one_frame_are_refused_by_name(world: World) -> None:
-    short = world.with_clips([5, 1, 4])
+def test_clips_of_one_frame_are_refused_by_name(problem: Problem) -> None:
+    short = problems.with_clips(problem, [5, 1, 4])
     with pytest.raises(VideoError, match=r"2 frames or more.*tiny/1 \(1 of 3 clips\)"):
-        FrameBits(**short.parts)
+        FrameBits(problem=short)
 
 
-def test_clips_of_two_frames_are_episodes_of_one_step(world: World) -> None:
-    short = world.with_clips([2, 2])
-    environment = FrameBits(**short.parts)
+def test_clips_of_two_frames_are_episodes_of_one_step(problem: Problem) -> None:
+    short = problems.with_clips(problem, [2, 2])
+    environment = FrameBits(problem=short)
     for seed in range(3):
         environment.reset(seed=seed)
         assert environment.step(environment.action_space.sample())[3] is True
-    vector = ResQVectorEnv("region_bits", 2, **short.parts)
+    vector = ResQVectorEnv("region_bits", 2, problem=short)
     vector.reset(seed=0)
     for _ in range(4):
         assert vector.step(vector.action_space.sample())[3].all()

@@ -1,6 +1,7 @@
 """The stable-baselines3 face: region agents and frame agents keep the contract and fit the library."""
 
 import copy
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -9,15 +10,16 @@ import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecMonitor, VecNormalize
 
-from resq_rl.envs import DEFAULT_THRESHOLDS, Agents, Decision, EpisodeSettings, FrameBits, FrameView
+from resq_rl.envs import DEFAULT_THRESHOLDS, Agents, Decision, EpisodeSettings, FrameBits, FrameView, Problem
 from resq_rl.envs.batched import BatchedEnvironment
 from resq_rl.envs.sb3 import AgentsVecEnv
 from resq_rl.errors import PolicyError, SettingsError
 from resq_rl.policies import DynamicResQ, GroupThresholds
 from resq_rl.quantization import LevelField, Reference
 from resq_rl.sealed import pack, unpack
+from tests.envs import problems
 from tests.envs.contract import AgentsFace, EnvContract, Face
-from tests.envs.worlds import World, first_difference
+from tests.envs.problems import first_difference
 
 EPISODE = ("trade_off", "reward_scale", "intervals", "frame_share", "relative")
 
@@ -25,9 +27,11 @@ EPISODE = ("trade_off", "reward_scale", "intervals", "frame_share", "relative")
 class AgentsContract(EnvContract):
     agents: ClassVar[Agents] = "region"
 
-    def make(self, world: World, **settings: Any) -> Face:
+    def make(self, problem: Problem, **settings: Any) -> Face:
         episodes = EpisodeSettings(**({"trade_off": 0.3} | {k: settings.pop(k) for k in EPISODE if k in settings}))
-        return AgentsFace(AgentsVecEnv(world.core(2, self.kind, self.agents, episodes=episodes, **settings)))
+        return AgentsFace(
+            AgentsVecEnv(problems.agents(problem, 2, self.kind, self.agents, episodes=episodes, **settings))
+        )
 
 
 class TestRegionAgentsOfThresholds(AgentsContract):
@@ -52,12 +56,12 @@ class TestKeyframeAgents(AgentsContract):
     kind = "keyframe"
     agents = "frame"
 
-    def make(self, world: World, **settings: Any) -> Face:
-        return super().make(world, fields=DynamicResQ("previous", 0, tau=0.5), **settings)
+    def make(self, problem: Problem, **settings: Any) -> Face:
+        return super().make(problem, fields=DynamicResQ("previous", 0, tau=0.5), **settings)
 
 
-def environment(world: World, slots: int = 2, **episodes: Any) -> AgentsVecEnv:
-    return AgentsVecEnv(world.core(slots, episodes=EpisodeSettings(**({"trade_off": 0.3} | episodes))))
+def environment(problem: Problem, slots: int = 2, **episodes: Any) -> AgentsVecEnv:
+    return AgentsVecEnv(problems.agents(problem, slots, episodes=EpisodeSettings(**({"trade_off": 0.3} | episodes))))
 
 
 def random_actions(env: AgentsVecEnv, seed: int) -> np.ndarray:
@@ -71,13 +75,13 @@ def stepped(env: Any, actions: np.ndarray) -> Any:
 
 
 @pytest.mark.parametrize("reference", ["previous", "keyframe"])
-def test_keyframe_agents_are_the_frame_agent_whose_fields_are_given(reference: Any, world: World) -> None:
+def test_keyframe_agents_are_the_frame_agent_whose_fields_are_given(reference: Any, problem: Problem) -> None:
     """The policy's fields where the agent wants no keyframe, keyframes where it does and nowhere else."""
     episodes = EpisodeSettings(trade_off=(0.1, 1.0))
     choices = [7, 2, 4]
     fields = GroupThresholds(reference, 1, taus=tuple(DEFAULT_THRESHOLDS[c] for c in choices))  # its interval is unused
-    timing = world.core(2, "keyframe", "frame", episodes=episodes, reference=reference, fields=fields)
-    whole = world.core(2, "region_thresholds", "frame", episodes=episodes, reference=reference)
+    timing = problems.agents(problem, 2, "keyframe", "frame", episodes=episodes, reference=reference, fields=fields)
+    whole = problems.agents(problem, 2, "region_thresholds", "frame", episodes=episodes, reference=reference)
     timing.reset([3, 4])
     whole.reset([3, 4])
     generator = np.random.default_rng(0)
@@ -115,10 +119,10 @@ class Noted:
         return Decision(torch.ones(view.clips, dtype=torch.bool), field)
 
 
-def test_keyframe_agents_and_the_policy_of_the_fields_see_the_same_frame(world: World) -> None:
+def test_keyframe_agents_and_the_policy_of_the_fields_see_the_same_frame(problem: Problem) -> None:
     fields = Noted()
-    core = world.core(2, "keyframe", "frame", fields=fields)
-    bits = world.core(2, "region_bits", "frame", by_group=False)
+    core = problems.agents(problem, 2, "keyframe", "frame", fields=fields)
+    bits = problems.agents(problem, 2, "region_bits", "frame", by_group=False)
     observations = core.reset([1, 2])
     bits.reset([1, 2])
     for t in range(10):
@@ -131,21 +135,21 @@ def test_keyframe_agents_and_the_policy_of_the_fields_see_the_same_frame(world: 
     assert len({tuple(levels.flatten()) for levels in fields.levels}) > 3, "the fields change"
 
 
-def test_keyframe_agents_need_a_policy_for_the_fields_and_no_others_do(world: World) -> None:
+def test_keyframe_agents_need_a_policy_for_the_fields_and_no_others_do(problem: Problem) -> None:
     with pytest.raises(SettingsError, match="'keyframe' choose no fields: give a policy as 'fields'"):
-        world.core(2, "keyframe", "frame")
+        problems.agents(problem, 2, "keyframe", "frame")
     with pytest.raises(SettingsError, match="'frame_bits' choose their fields: give a policy as 'fields' with kind"):
-        world.core(2, "frame_bits", "frame", fields=DynamicResQ("previous"))
-    with pytest.raises(SettingsError, match="reference 'previous', the simulator has 'keyframe'"):
-        world.core(2, "keyframe", "frame", reference="keyframe", fields=DynamicResQ("previous"))
+        problems.agents(problem, 2, "frame_bits", "frame", fields=DynamicResQ("previous"))
+    with pytest.raises(SettingsError, match="reference 'previous', the problem has 'keyframe'"):
+        problems.agents(problem, 2, "keyframe", "frame", reference="keyframe", fields=DynamicResQ("previous"))
 
 
 @pytest.mark.parametrize("kind", ["region_bits", "region_thresholds"])
-def test_region_agents_are_the_frame_agent_that_takes_the_same_actions(kind: Any, world: World) -> None:
+def test_region_agents_are_the_frame_agent_that_takes_the_same_actions(kind: Any, problem: Problem) -> None:
     """One row of choices per region, or the same rows side by side in one action: the same frames come out."""
     episodes = EpisodeSettings(trade_off=(0.1, 1.0), intervals=(0,))
-    regions = world.core(2, kind, "region", episodes=episodes)
-    frame = world.core(2, kind, "frame", episodes=episodes)
+    regions = problems.agents(problem, 2, kind, "region", episodes=episodes)
+    frame = problems.agents(problem, 2, kind, "frame", episodes=episodes)
     a, b = regions.reset([3, 4]), frame.reset([3, 4])
     count, features = regions.scheme.regions, 12  # of a region; the frame's follow
     generator = np.random.default_rng(0)
@@ -162,11 +166,11 @@ def test_region_agents_are_the_frame_agent_that_takes_the_same_actions(kind: Any
         a, b = mine.observations, theirs.observations
 
 
-def test_an_agent_sees_and_decides_its_own_region_row_by_row(world: World) -> None:
-    env = environment(world, 1, intervals=(0,))
+def test_an_agent_sees_and_decides_its_own_region_row_by_row(problem: Problem) -> None:
+    env = environment(problem, 1, intervals=(0,))
     env.reset()
     scheme = env.core.scheme
-    rows, columns = world.grid
+    rows, columns = problem.grid
     for agent in range(env.num_envs):
         env.reset()
         actions = np.tile(scheme.uniform_action(scheme.choices - 1), (env.num_envs, 1))
@@ -182,8 +186,8 @@ def test_an_agent_sees_and_decides_its_own_region_row_by_row(world: World) -> No
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_the_frames_reward_can_be_mixed_in(share: float, world: World) -> None:
-    env = environment(world, frame_share=share)
+def test_the_frames_reward_can_be_mixed_in(share: float, problem: Problem) -> None:
+    env = environment(problem, frame_share=share)
     env.seed(0)
     env.reset()
     _, rewards, _, _ = stepped(env, random_actions(env, 0))
@@ -195,23 +199,23 @@ def test_the_frames_reward_can_be_mixed_in(share: float, world: World) -> None:
 
 
 @pytest.mark.parametrize("agents", ["region", "frame"])
-def test_relative_rewards_leave_out_what_the_float_network_gets_wrong(agents: Any, world: World) -> None:
+def test_relative_rewards_leave_out_what_the_float_network_gets_wrong(agents: Any, problem: Problem) -> None:
     episodes = EpisodeSettings(trade_off=(0.1, 1.0), relative=True, reward_scale=3.0)
-    env = AgentsVecEnv(world.core(2, agents=agents, episodes=episodes))
+    env = AgentsVecEnv(problems.agents(problem, 2, agents=agents, episodes=episodes))
     env.seed(1)
     env.reset()
     _, rewards, _, _ = stepped(env, random_actions(env, 0))
     assert env.last is not None
     result, trade_off = env.last.result, env.last.trade_off
-    float_error = env.core.simulator.float_error(result).numpy()
+    float_error = env.core.streams.engine.float_error(result.clip, result.time).numpy()
     local = 3.0 * (float_error - result.error.numpy() - trade_off[:, None, None] * result.share.numpy())
     expected = local.ravel() if agents == "region" else local.mean((1, 2))
     np.testing.assert_allclose(rewards, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(env.last.frame_rewards, result.reward(torch.tensor(trade_off)).numpy())
 
 
-def test_ends_of_clips_are_reported_as_the_library_wants_them(world: World) -> None:
-    env = environment(world, 2)
+def test_ends_of_clips_are_reported_as_the_library_wants_them(problem: Problem) -> None:
+    env = environment(problem, 2)
     env.seed(0)
     env.reset()
     per_clip = env.core.scheme.agents_per_clip
@@ -241,10 +245,10 @@ def test_ends_of_clips_are_reported_as_the_library_wants_them(world: World) -> N
     assert ends >= 4
 
 
-def test_frames_are_counted_with_forced_keyframes(world: World) -> None:
-    env = environment(world, 2)
+def test_frames_are_counted_with_forced_keyframes(problem: Problem) -> None:
+    env = environment(problem, 2)
     ran = 0
-    model, start = env.core.simulator, env.core.simulator.start
+    model, start = env.core.streams, env.core.streams.start
 
     def counting(slots: Any, *rest: Any) -> Any:
         nonlocal ran
@@ -259,8 +263,8 @@ def test_frames_are_counted_with_forced_keyframes(world: World) -> None:
         assert env.frames == ran
 
 
-def test_seeding_is_for_the_next_reset_only(world: World) -> None:
-    env = environment(world, 2, trade_off=(0.1, 1.0))
+def test_seeding_is_for_the_next_reset_only(problem: Problem) -> None:
+    env = environment(problem, 2, trade_off=(0.1, 1.0))
     env.seed(5)
     first = env.reset().copy()
     second = env.reset().copy()
@@ -270,32 +274,32 @@ def test_seeding_is_for_the_next_reset_only(world: World) -> None:
     assert first_difference(first, second) is not None
 
 
-def test_a_snapshot_brings_back_the_order_of_clips_and_lambdas(world: World) -> None:
+def test_a_snapshot_brings_back_the_order_of_clips_and_lambdas(problem: Problem) -> None:
     def following(core: BatchedEnvironment) -> list[tuple[list[int], list[float]]]:
         out = []
         for _ in range(6):
             core.reset()
-            out.append((core.simulator.clip.tolist(), core.simulator.trade_off.tolist()))
+            out.append((core.streams.clip.tolist(), core.streams.trade_off.tolist()))
         return out
 
     episodes = EpisodeSettings(trade_off=(0.1, 1.0))
-    core = world.core(2, episodes=episodes)
+    core = problems.agents(problem, 2, episodes=episodes)
     core.reset([1, 2])
     snapshot = copy.deepcopy(core.snapshot(streams=False))
     expected = following(core)
-    other = world.core(2, episodes=episodes)
+    other = problems.agents(problem, 2, episodes=episodes)
     other.restore(snapshot)
     assert following(other) == expected
 
 
 @pytest.mark.parametrize("reference", ["previous", "keyframe"])
 @pytest.mark.parametrize("steps", [1, 2, 5])
-def test_clips_in_progress_go_on_from_a_snapshot(reference: Reference, steps: int, world: World) -> None:
+def test_clips_in_progress_go_on_from_a_snapshot(reference: Reference, steps: int, problem: Problem) -> None:
     """After a keyframe, a residual, and clips that ended and were followed."""
 
     def made() -> AgentsVecEnv:
         episodes = EpisodeSettings(trade_off=(0.1, 1.0), intervals=(2, 0))
-        return AgentsVecEnv(world.core(2, episodes=episodes, reference=reference))
+        return AgentsVecEnv(problems.agents(problem, 2, episodes=episodes, reference=reference))
 
     def following(env: AgentsVecEnv) -> list[Any]:
         out = []
@@ -317,8 +321,8 @@ def test_clips_in_progress_go_on_from_a_snapshot(reference: Reference, steps: in
 
 
 @pytest.mark.parametrize("wrapper", [VecMonitor, VecNormalize])
-def test_wrappers_of_the_library_fit(wrapper: Any, world: World) -> None:
-    env = environment(world, 2)
+def test_wrappers_of_the_library_fit(wrapper: Any, problem: Problem) -> None:
+    env = environment(problem, 2)
     wrapped = wrapper(env)
     wrapped.seed(0)
     observations = wrapped.reset()
@@ -330,8 +334,8 @@ def test_wrappers_of_the_library_fit(wrapper: Any, world: World) -> None:
             assert all("episode" in infos[i] for i in np.flatnonzero(dones))
 
 
-def test_ppo_predicts_for_all_agents_at_once(world: World) -> None:
-    env = environment(world, 2)
+def test_ppo_predicts_for_all_agents_at_once(problem: Problem) -> None:
+    env = environment(problem, 2)
     model = PPO("MlpPolicy", env, n_steps=4, batch_size=48, n_epochs=1, seed=0, device="cpu")
     observations = env.reset()
     actions, _ = model.predict(observations, deterministic=True)
@@ -340,8 +344,8 @@ def test_ppo_predicts_for_all_agents_at_once(world: World) -> None:
     model.learn(96)
 
 
-def test_methods_for_sub_environments_reach_the_whole(world: World) -> None:
-    env = environment(world, 2)
+def test_methods_for_sub_environments_reach_the_whole(problem: Problem) -> None:
+    env = environment(problem, 2)
     assert env.get_attr("frames") == [0] * env.num_envs
     assert env.get_attr("frames", indices=[0, 3]) == [0, 0]
     env.set_attr("frames", 7)
@@ -352,15 +356,15 @@ def test_methods_for_sub_environments_reach_the_whole(world: World) -> None:
         env.step_wait()
 
 
-def test_impossible_combinations_are_refused(world: World) -> None:
+def test_impossible_combinations_are_refused(problem: Problem) -> None:
     with pytest.raises(SettingsError, match="autoreset"):
-        AgentsVecEnv(world.core(2, autoreset=False))
+        AgentsVecEnv(problems.agents(problem, 2, autoreset=False))
     with pytest.raises(SettingsError, match="lambda"):
-        BatchedEnvironment(world.simulator(1), world.scheme(), EpisodeSettings(trade_off=0.3))
-    simulator = world.simulator(1, grid=(1, 1), trade_off_range=(0.3, 0.3))
+        BatchedEnvironment(problems.streams(problem, 1), problems.scheme(problem), EpisodeSettings(trade_off=0.3))
+    streams = problems.streams(replace(problem, grid=(1, 1)), 1, trade_off_range=(0.3, 0.3))
     with pytest.raises(SettingsError, match="groups and grid"):
-        BatchedEnvironment(simulator, world.scheme(), EpisodeSettings(trade_off=0.3))
-    core = world.core(2)
+        BatchedEnvironment(streams, problems.scheme(problem), EpisodeSettings(trade_off=0.3))
+    core = problems.agents(problem, 2)
     with pytest.raises(SettingsError, match="One seed for each of 2 clips"):
         core.reset([1])
     core.reset([1, 2])
@@ -384,9 +388,9 @@ def test_impossible_episodes_are_refused(settings: dict[str, Any]) -> None:
         EpisodeSettings(**settings)
 
 
-def test_the_single_environment_and_a_frame_agent_agree(world: World) -> None:
-    env = AgentsVecEnv(world.core(1, "frame_bits", "frame"))
-    single = FrameBits(**world.parts)
+def test_the_single_environment_and_a_frame_agent_agree(problem: Problem) -> None:
+    env = AgentsVecEnv(problems.agents(problem, 1, "frame_bits", "frame"))
+    single = FrameBits(problem=problem)
     env.seed(9)
     assert first_difference(env.reset()[0], single.reset(seed=9)[0]) is None
     for t in range(10):

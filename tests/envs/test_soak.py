@@ -13,7 +13,8 @@ import torch
 from resq_rl.experiments.bench.bench import _mebibytes
 from resq_rl.quantization import ThresholdField, to_float
 from resq_rl.video import GeneratedVideo
-from tests.envs.worlds import make_world
+from tests.envs import problems
+from tests.envs.problems import make_problem
 
 STEPS = 100_000
 STREAM_FRAMES = 24 * 3600  # an hour at 24 frames a second
@@ -30,9 +31,9 @@ def show(done: int, of: int) -> float:
 
 def soak_in_steps() -> None:
     """Random actions in an environment of four clips."""
-    world = make_world()
-    world.model.compile()
-    core = world.core(4)
+    problem = make_problem()
+    problem.model.compile()
+    core = problems.agents(problem, 4)
     core.reset(range(4))
     generator = np.random.default_rng(0)
     used = []
@@ -45,18 +46,18 @@ def soak_in_steps() -> None:
 
 def soak_in_video() -> None:
     """A stream of generated clips, each made when its turn comes."""
-    world = make_world()
-    world.model.compile()
+    problem = make_problem()
+    problem.model.compile()
     clips = STREAM_FRAMES // CLIP_FRAMES
-    video = GeneratedVideo(size=world.model.frame_size, frames=CLIP_FRAMES, train=clips)
-    state = world.model.new_state(1, "previous")
-    field = ThresholdField.constant(0.7, clips=1, groups=len(world.model.groups))
+    video = GeneratedVideo(size=problem.model.frame_size, frames=CLIP_FRAMES, train=clips)
+    state = problem.model.new_state(1, "previous")
+    field = ThresholdField.constant(0.7, clips=1, groups=problem.groups)
     used = []
     for index in range(clips):
         if index % (clips // 10) == 0:
             used.append(show(index * CLIP_FRAMES, STREAM_FRAMES))
         for number, frame in enumerate(video.clip("train", index).frames):
-            world.model.step(to_float(frame[None]), state, torch.tensor([number == 0]), field)
+            problem.model.step(to_float(frame[None]), state, torch.tensor([number == 0]), field)
     check_constant(used[1], show(STREAM_FRAMES, STREAM_FRAMES))
 
 

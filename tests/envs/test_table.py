@@ -1,6 +1,6 @@
 """Tabulated responses against really running the network."""
 
-from functools import lru_cache
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,42 +13,37 @@ from resq_rl.envs import (
     BatchedEnvironment,
     Decision,
     EpisodeSettings,
-    FrameResult,
-    ResponseTable,
-    Simulator,
-    TableSimulator,
+    Problem,
+    StreamResult,
+    Streams,
+    TableEngine,
     respond,
 )
 from resq_rl.envs.sb3 import AgentsVecEnv
 from resq_rl.errors import PolicyError, SettingsError
 from resq_rl.policies.ppo import PPOSettings, train_ppo
 from resq_rl.quantization import LevelField, ThresholdField
+from tests.envs import problems
 from tests.envs.contract import AgentsFace, EnvContract, Face
-from tests.envs.worlds import World, first_difference
+from tests.envs.problems import first_difference, table_engine, table_streams
 
 LEVELS = 4
-
-
-@lru_cache(maxsize=16)
-def tables_of(world: World) -> tuple[ResponseTable, ...]:
-    """The tables of all clips of a world."""
-    return tuple(respond(world.model, world.task, world.store, i, grid=world.grid) for i in range(len(world.store)))
 
 
 def level_of(level: int, clips: int = 1) -> LevelField:
     return LevelField.constant(level, clips, 3)
 
 
-def tabulated(world: World, slots: int = 1, **settings: Any) -> TableSimulator:
-    return TableSimulator(world.model, world.task, world.store, tables_of(world), slots=slots, **settings)
-
-
-def core(world: World, *, table: bool, slots: int = 2, budget: float | None = None, **episodes: Any) -> Any:
+def core(problem: Problem, *, table: bool, slots: int = 2, budget: float | None = None, **episodes: Any) -> Any:
     """Frame agents of one level, on the table or on the network."""
     settings = EpisodeSettings(**({"trade_off": 0.3} | episodes))
     kinds: dict[str, Any] = {"trade_off_range": settings.trade_off_range, "budget": budget}
-    simulator = tabulated(world, slots, **kinds) if table else world.simulator(slots, reference="keyframe", **kinds)
-    return BatchedEnvironment(simulator, world.scheme("frame_level", "frame"), settings)
+    streams = (
+        table_streams(problem, slots, **kinds)
+        if table
+        else problems.streams(problem, slots, reference="keyframe", **kinds)
+    )
+    return BatchedEnvironment(streams, problems.scheme(problem, "frame_level", "frame"), settings)
 
 
 # The table ---------------------------------------------------------------------------------------------------------
@@ -60,33 +55,33 @@ def random_schedule(frames: int, generator: torch.Generator) -> list[int | None]
     return [None, *(None if level >= LEVELS else level for level in drawn[1:])]
 
 
-def replay(simulator: Simulator, clip: int, schedule: list[int | None]) -> list[FrameResult]:
-    results = [simulator.start([0], [clip])]
+def replay(streams: Streams, clip: int, schedule: list[int | None]) -> list[StreamResult]:
+    results = [streams.start([0], [clip])]
     for level in schedule[1:]:
-        results.append(simulator.step(Decision(torch.tensor([level is None]), level_of(level or 0))))
+        results.append(streams.step(Decision(torch.tensor([level is None]), level_of(level or 0))))
     return results
 
 
 @pytest.mark.parametrize("divides", [True, False])
 @pytest.mark.parametrize("seed", range(4))
 def test_a_table_holds_what_the_simulator_gives_under_any_schedule(
-    seed: int, divides: bool, world: World, uneven_world: World
+    seed: int, divides: bool, problem: Problem, uneven_problem: Problem
 ) -> None:
-    own = world if divides else uneven_world
+    own = problem if divides else uneven_problem
     generator = torch.Generator().manual_seed(seed)
-    simulator = own.simulator(reference="keyframe")
-    for clip, table in enumerate(tables_of(own)):
+    streams = problems.streams(own, reference="keyframe")
+    for clip, table in enumerate(table_engine(own).tables):
         schedule = random_schedule(table.frames, generator)
         key = 0
-        for t, result in enumerate(replay(simulator, clip, schedule)):
+        for t, result in enumerate(replay(streams, clip, schedule)):
             key = t if schedule[t] is None else key
             level = schedule[t] or 0
             row = LEVELS if key == t else level
-            targets = own.store.targets[clip][t : t + 1]
+            targets = own.targets[clip][t : t + 1]
             for name, mine, expected in (
-                ("confusion", table.counts[key, t - key, level], own.task.confusion(result.prediction, targets)[0]),
+                ("confusion", table.counts[key, t - key, level], own.task.counts(result.prediction, targets)[0]),
                 ("error", table.region_error[key, t - key, level], result.error[0]),
-                ("bops", table.bops[row], result.cost.total[0] / own.model.reference_bops()),
+                ("bops", table.bops[row], result.cost.total[0] / own.reference_bops),
                 ("bops by layer and region", table.cost.bops[row], result.cost.bops[0]),
                 ("elementwise", table.cost.elementwise[row], result.cost.elementwise[0]),
             ):
@@ -94,17 +89,17 @@ def test_a_table_holds_what_the_simulator_gives_under_any_schedule(
                 assert difference is None, f"clip {clip}, frame {t}, {schedule[: t + 1]}, {name}: {difference}"
 
 
-def test_levels_differ_and_so_do_ages(world: World) -> None:
+def test_levels_differ_and_so_do_ages(problem: Problem) -> None:
     """The comparison above means something."""
-    error = tables_of(world)[1].error
+    error = table_engine(problem).tables[1].error
     assert len(error[0, 3].unique()) == LEVELS
     assert len(error[0, 1:, 2].unique()) == 6
     assert len(error[:, 1, 2][:-1].unique()) == 6
 
 
-def test_rows_beyond_the_clip_are_empty(world: World) -> None:
-    table = tables_of(world)[0]
-    assert (table.frames, table.ages, table.levels, table.grid) == (5, 5, LEVELS, world.grid)
+def test_rows_beyond_the_clip_are_empty(problem: Problem) -> None:
+    table = table_engine(problem).tables[0]
+    assert (table.frames, table.ages, table.levels, table.grid) == (5, 5, LEVELS, problem.grid)
     beyond = torch.arange(5)[:, None] + torch.arange(5)[None] >= 5
     assert (torch.isnan(table.error) == beyond[..., None]).all()
     pixels = table.counts.sum((3, 4))
@@ -112,17 +107,19 @@ def test_rows_beyond_the_clip_are_empty(world: World) -> None:
     assert (pixels[~beyond] > 0).all()
 
 
-def test_a_level_costs_its_share_of_the_bits(world: World) -> None:
-    assert world.model.config.residual_weight_bits == 4
-    assert world.model.config.levels == (0, 2, 4, 8)
-    assert tables_of(world)[0].bops.tolist() == pytest.approx([4 * bits / 64 for bits in (0, 2, 4, 8)] + [1.0])
+def test_a_level_costs_its_share_of_the_bits(problem: Problem) -> None:
+    assert problem.model.config.residual_weight_bits == 4
+    assert problem.model.config.levels == (0, 2, 4, 8)
+    assert table_engine(problem).tables[0].bops.tolist() == pytest.approx(
+        [4 * bits / 64 for bits in (0, 2, 4, 8)] + [1.0]
+    )
 
 
 @pytest.mark.parametrize("longest", [0, 2, 100])
-def test_longest_bounds_the_age_of_keyframes(longest: int, world: World) -> None:
-    whole = tables_of(world)[1]
+def test_longest_bounds_the_age_of_keyframes(longest: int, problem: Problem) -> None:
+    whole = table_engine(problem).tables[1]
     seen: list[int] = []
-    table = respond(world.model, world.task, world.store, 1, grid=world.grid, longest=longest, progress=seen.append)
+    table = respond(problem, 1, longest=longest, progress=seen.append)
     assert table.ages == min(longest + 1, 7)
     for name in ("counts", "region_error", "output"):
         mine, expected = getattr(table, name), getattr(whole, name)[:, : table.ages]
@@ -131,18 +128,18 @@ def test_longest_bounds_the_age_of_keyframes(longest: int, world: World) -> None
     assert sum(seen) == 7 + LEVELS + LEVELS * pairs
 
 
-def test_a_clip_of_one_frame_is_its_keyframe(world: World) -> None:
-    table = respond(world.model, world.task, world.with_clips([1]).store, 0, grid=world.grid)
+def test_a_clip_of_one_frame_is_its_keyframe(problem: Problem) -> None:
+    table = respond(problems.with_clips(problem, [1]), 0)
     assert table.error.shape == (1, 1, LEVELS)
     assert table.bops[-1] == 1.0
 
 
-def test_longest_is_not_negative(world: World) -> None:
+def test_longest_is_not_negative(problem: Problem) -> None:
     with pytest.raises(SettingsError, match="longest must be 0 frames or more, or None for the whole clip, got -1"):
-        respond(world.model, world.task, world.store, 0, grid=world.grid, longest=-1)
+        respond(problem, 0, longest=-1)
 
 
-# The simulator on tables -------------------------------------------------------------------------------------------
+# The engine on tables ---------------------------------------------------------------------------------------------
 
 
 class TestTableContract(EnvContract):
@@ -150,8 +147,8 @@ class TestTableContract(EnvContract):
 
     kind = "frame_level"
 
-    def make(self, world: World, **settings: Any) -> Face:
-        return AgentsFace(AgentsVecEnv(core(world, table=True, **settings)))
+    def make(self, problem: Problem, **settings: Any) -> Face:
+        return AgentsFace(AgentsVecEnv(core(problem, table=True, **settings)))
 
 
 @pytest.mark.parametrize(
@@ -165,9 +162,9 @@ class TestTableContract(EnvContract):
 )
 @pytest.mark.parametrize("divides", [True, False])
 def test_rollouts_on_tables_equal_those_on_the_network(
-    settings: dict[str, Any], divides: bool, world: World, uneven_world: World
+    settings: dict[str, Any], divides: bool, problem: Problem, uneven_problem: Problem
 ) -> None:
-    own = world if divides else uneven_world
+    own = problem if divides else uneven_problem
     real, table = (core(own, table=tabled, **settings) for tabled in (False, True))
     seeds = list(range(real.clips))
     assert first_difference(real.reset(seeds), table.reset(seeds)) is None
@@ -191,10 +188,10 @@ def test_rollouts_on_tables_equal_those_on_the_network(
     assert ended >= 10
 
 
-def test_training_on_tables_gives_the_policy_that_the_network_gives(world: World) -> None:
+def test_training_on_tables_gives_the_policy_that_the_network_gives(problem: Problem) -> None:
     settings = PPOSettings(frames=120, n_steps=7, batch_size=84, epochs=2)
     real, table = (
-        train_ppo(AgentsVecEnv(core(world, table=tabled, trade_off=(0.05, 1.0))), settings)[0]
+        train_ppo(AgentsVecEnv(core(problem, table=tabled, trade_off=(0.05, 1.0))), settings)[0]
         for tabled in (False, True)
     )
     for mine, expected in zip(table.weights + table.biases, real.weights + real.biases, strict=True):
@@ -202,8 +199,8 @@ def test_training_on_tables_gives_the_policy_that_the_network_gives(world: World
     assert table.reference == "keyframe"
 
 
-def test_predictions_are_empty(world: World) -> None:
-    assert tabulated(world, 2).start([0, 1], [0, 1]).prediction.shape == (2, 0, 0)
+def test_predictions_are_empty(problem: Problem) -> None:
+    assert table_streams(problem, 2).start([0, 1], [0, 1]).prediction.shape == (2, 0, 0)
 
 
 def by_group(clips: int = 1) -> LevelField:
@@ -221,50 +218,50 @@ def by_group(clips: int = 1) -> LevelField:
         ThresholdField.constant(1.0, 1, 3),
     ],
 )
-def test_other_fields_than_one_level_are_refused_and_change_nothing(field: Any, world: World) -> None:
-    simulator, stay = tabulated(world), torch.tensor([False])
-    simulator.start([0], [0])
+def test_other_fields_than_one_level_are_refused_and_change_nothing(field: Any, problem: Problem) -> None:
+    streams, stay = table_streams(problem), torch.tensor([False])
+    streams.start([0], [0])
     with pytest.raises(PolicyError, match=r"one level for all layer groups and regions.* 1 clips with levels 0 to 3"):
-        simulator.step(Decision(stay, field))
-    assert (simulator.time.tolist(), simulator.age.tolist()) == ([1], [0])
+        streams.step(Decision(stay, field))
+    assert (streams.time.tolist(), streams.age.tolist()) == ([1], [0])
 
 
-def test_keyframes_older_than_the_table_are_refused(world: World) -> None:
-    tables = [respond(world.model, world.task, world.store, i, grid=world.grid, longest=2) for i in range(4)]
-    simulator = TableSimulator(world.model, world.task, world.store, tables, slots=2)
-    simulator.start([0, 1], [0, 1])
+def test_keyframes_older_than_the_table_are_refused(problem: Problem) -> None:
+    tables = [respond(problem, i, longest=2) for i in range(4)]
+    streams = Streams(TableEngine(problem, tables), slots=2, reference="keyframe")
+    streams.start([0, 1], [0, 1])
 
     def step(*refresh: bool) -> Tensor:
-        return simulator.step(Decision(torch.tensor(refresh), level_of(1, 2))).cost.keyframe
+        return streams.step(Decision(torch.tensor(refresh), level_of(1, 2))).cost.keyframe
 
     step(False, True)
     step(False, False)
-    with pytest.raises(PolicyError, match=r"slots \[0\] would be \[3\] frames old, the tables know ages up to \[2\]"):
+    with pytest.raises(PolicyError, match=r"clips \[0\] would be \[3\] frames old, the tables know ages up to \[2\]"):
         step(False, False)
     assert step(True, False).tolist() == [True, False]
-    assert simulator.age.tolist() == [0, 2]
+    assert streams.age.tolist() == [0, 2]
 
 
-def test_a_step_after_the_end_names_the_slots(world: World) -> None:
-    simulator = tabulated(world)
-    replay(simulator, 0, [None] * 5)
+def test_a_step_after_the_end_names_the_slots(problem: Problem) -> None:
+    streams = table_streams(problem)
+    replay(streams, 0, [None] * 5)
     with pytest.raises(PolicyError, match=r"slots \[0\] are over"):
-        simulator.step(Decision(torch.tensor([False]), level_of(0)))
+        streams.step(Decision(torch.tensor([False]), level_of(0)))
 
 
-def test_lambda_is_positive(world: World) -> None:
+def test_lambda_is_positive(problem: Problem) -> None:
     with pytest.raises(PolicyError, match="lambda must be positive"):
-        tabulated(world).start([0], [0], [0.0])
+        table_streams(problem).start([0], [0], [0.0])
 
 
-def test_tables_must_fit_the_clips(world: World, uneven_world: World) -> None:
-    first, *others = tables_of(world)
+def test_tables_must_fit_the_clips(problem: Problem, uneven_problem: Problem) -> None:
+    first, *others = table_engine(problem).tables
     for tables in ([first], [first, *reversed(others)], []):
-        with pytest.raises(SettingsError, match=r"Clips of \[5, 7, 5, 6\] frames need tables"):
-            TableSimulator(world.model, world.task, world.store, tables, slots=1)
-    coarse = respond(world.model, world.task, world.store, 0, grid=(1, 1))
-    with pytest.raises(SettingsError, match="one grid"):
-        TableSimulator(world.model, world.task, world.store, [coarse, *others], slots=1)
+        with pytest.raises(SettingsError, match=r"Clips of \[5, 7, 5, 6\] frames and a grid of \(2, 3\) need tables"):
+            TableEngine(problem, tables)
+    coarse = respond(replace(problem, grid=(1, 1)), 0)
+    with pytest.raises(SettingsError, match="that grid"):
+        TableEngine(problem, [coarse, *others])
 
 
 # Actions of one level ----------------------------------------------------------------------------------------------
@@ -281,8 +278,8 @@ def test_one_level_is_one_number_beside_the_keyframe_decision() -> None:
     assert scheme.uniform_action(2).tolist() == [2, 0]
 
 
-def test_one_level_is_frame_bits_of_equal_levels(world: World) -> None:
-    levels, groups = (world.core(2, kind, "frame") for kind in ("frame_level", "frame_bits"))
+def test_one_level_is_frame_bits_of_equal_levels(problem: Problem) -> None:
+    levels, groups = (problems.agents(problem, 2, kind, "frame") for kind in ("frame_level", "frame_bits"))
     levels.reset([0, 1])
     groups.reset([0, 1])
     actions = np.array([[1, 0], [3, 1]])

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from resq_rl.envs import ActionScheme, table_cache
+from resq_rl.envs import ActionScheme, Problem, table_cache
 from resq_rl.envs.table import ResponseTable, respond
 from resq_rl.experiments.results.comparison import Comparison, Point
 from resq_rl.experiments.tracking.outbox import JOURNAL, Operation, Outbox, read_journal
@@ -24,13 +24,14 @@ from resq_rl.experiments.tracking.store import Store
 from resq_rl.perception import load_network, load_weights, save_weights
 from resq_rl.policies import LearnedPolicy
 from resq_rl.quantization import load_model, save_model
-from resq_rl.sealed import Checkpoints, pack
+from resq_rl.sealed import Checkpoints, ContentStore, pack, unpack
 from resq_rl.video import VideoFiles
 from resq_rl.video.images import read_frame, read_labels
-from tests.envs.worlds import TinyNet, World, moving_frames, tiny_network
+from tests.envs import problems
+from tests.envs.problems import TinyNet, moving_frames, tiny_network
 from tests.fuzz.mutations import Reader, survey
 
-Make = Callable[[Path, World], Reader]
+Make = Callable[[Path, Problem], Reader]
 
 FEW, MANY = 40, int(os.environ.get("RESQ_RL_FUZZ_CASES", "1000"))
 
@@ -75,12 +76,12 @@ def encoded(name: str, codec: str, pixels: str) -> bytes:
     return target.getvalue()
 
 
-def videos(folder: Path, world: World) -> Reader:
+def videos(folder: Path, problem: Problem) -> Reader:
     contents = (encoded("a.mp4", "mpeg4", "yuv420p"), encoded("a.avi", "mjpeg", "yuvj420p"))
     return Reader("video files", contents, through(folder / "a.mp4", lambda p: VideoFiles({"test": [p]}).clips("test")))
 
 
-def images(folder: Path, world: World) -> Reader:
+def images(folder: Path, problem: Problem) -> Reader:
     contents = []
     for kind in ("png", "jpeg", "bmp", "webp"):
         target = io.BytesIO()
@@ -89,13 +90,13 @@ def images(folder: Path, world: World) -> Reader:
     return Reader("images", tuple(contents), through(folder / "a.png", lambda p: np.array(read_frame(p)).tolist()))
 
 
-def labels(folder: Path, world: World) -> Reader:
+def labels(folder: Path, problem: Problem) -> Reader:
     target = io.BytesIO()
     Image.fromarray(frames_of(1)[0][..., 0] % 3).save(target, "png")
     return Reader("labels", (target.getvalue(),), through(folder / "a.png", lambda p: read_labels(p).tolist()))
 
 
-def weights(folder: Path, world: World) -> Reader:
+def weights(folder: Path, problem: Problem) -> Reader:
     content = save_weights(tiny_network(), folder / "a.safetensors", {"architecture": "TinyNet"}).read_bytes()
 
     def read(path: Path) -> object:
@@ -106,7 +107,7 @@ def weights(folder: Path, world: World) -> Reader:
     return Reader("weights", (content,), through(folder / "a.safetensors", read), guarded=True)
 
 
-def programs(folder: Path, world: World) -> Reader:
+def programs(folder: Path, problem: Problem) -> Reader:
     torch.export.save(torch.export.export(tiny_network(), (torch.rand(1, 3, 32, 48),)), folder / "a.pt2")
     content = (folder / "a.pt2").read_bytes()
 
@@ -125,8 +126,8 @@ def policy(scheme: ActionScheme) -> LearnedPolicy:
 
 
 def policy_files(name: str) -> Make:
-    def make(folder: Path, world: World) -> Reader:
-        policy(world.scheme("region_thresholds", "region")).save(folder)
+    def make(folder: Path, problem: Problem) -> Reader:
+        policy(problems.scheme(problem, "region_thresholds", "region")).save(folder)
         content = (folder / name).read_bytes()
         return Reader(name, (content,), through(folder / name, lambda p: LearnedPolicy.load(p.parent)), guarded=True)
 
@@ -134,8 +135,8 @@ def policy_files(name: str) -> Make:
 
 
 def model_files(name: str) -> Make:
-    def make(folder: Path, world: World) -> Reader:
-        save_model(world.model, folder)
+    def make(folder: Path, problem: Problem) -> Reader:
+        save_model(problem.model, folder)
         content = (folder / name).read_bytes()
 
         def read(path: Path) -> object:
@@ -148,25 +149,25 @@ def model_files(name: str) -> Make:
     return make
 
 
-def tables(folder: Path, world: World) -> Reader:
-    content = table_cache._packed(respond(world.model, world.task, world.store, 0, grid=world.grid))
+def tables(folder: Path, problem: Problem) -> Reader:
+    content = pack(table_cache._kept(respond(problem, 0)))
 
-    def read(path: Path) -> ResponseTable | None:
-        return table_cache._read(path) or expected[0]  # None is computed anew
+    def read(path: Path) -> ResponseTable:
+        known = ContentStore(path.parent).get(path.stem)
+        return expected if known is None else table_cache._table(known)  # None is computed anew
 
-    path = folder / "a.table"
-    path.write_bytes(content)
-    expected = [table_cache._read(path)]
+    path = folder / "a.sealed"
+    expected = table_cache._table(unpack(content))
     return Reader("response tables", (content,), through(path, read), guarded=True)
 
 
-def checkpoints(folder: Path, world: World) -> Reader:
+def checkpoints(folder: Path, problem: Problem) -> Reader:
     state = {"numbers": [1, 2.5, None], "parts": {"a": torch.arange(5), "b": torch.rand(3, 4)}}
     path = folder / "00000001.checkpoint"
     return Reader("checkpoints", (pack(state),), through(path, lambda p: Checkpoints(p.parent).load()), guarded=True)
 
 
-def journals(folder: Path, world: World) -> Reader:
+def journals(folder: Path, problem: Problem) -> Reader:
     outbox = Outbox(Store("here", "tests"), folder)
     outbox.add(Operation("start", "local", {"parent": None, "name": "a", "tags": {}, "time": 1}))
     for step in range(20):
@@ -175,7 +176,7 @@ def journals(folder: Path, world: World) -> Reader:
     return Reader("journals", (content,), through(folder / JOURNAL, lambda p: len(read_journal(p))))
 
 
-def comparisons(folder: Path, world: World) -> Reader:
+def comparisons(folder: Path, problem: Problem) -> Reader:
     point = Point(0.5, (0.4, 0.6), 0.2, None, 1.0, 0.0, 100, {"tau": 0.3})
     made = Comparison("task", "video", "test", 1, 2, "mean IoU", 0.9, "product", 1e9, 10, 1.0, {"ppo": [point]}, {})
     path = folder / "comparison.json"
@@ -199,8 +200,8 @@ KINDS: dict[str, Make] = {
 }
 
 
-def read_damaged(kind: str, cases: int, folder: Path, world: World) -> None:
-    reader = KINDS[kind](folder, world)
+def read_damaged(kind: str, cases: int, folder: Path, problem: Problem) -> None:
+    reader = KINDS[kind](folder, problem)
     counts = survey(reader, cases, same)
     print(f"{reader.name}: {cases} damaged, {counts['read']} read, {counts['refused']} refused, 0 others")
     assert counts["read"] + counts["refused"] == cases
@@ -208,12 +209,12 @@ def read_damaged(kind: str, cases: int, folder: Path, world: World) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("unchecked_types")
-def test_damaged_files_are_read_or_refused(kind: str, tmp_path: Path, world: World) -> None:
-    read_damaged(kind, 8 if kind == "programs" else FEW, tmp_path, world)
+def test_damaged_files_are_read_or_refused(kind: str, tmp_path: Path, problem: Problem) -> None:
+    read_damaged(kind, 8 if kind == "programs" else FEW, tmp_path, problem)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("unchecked_types")
-def test_a_thousand_damaged_files_are_read_or_refused(kind: str, tmp_path: Path, world: World) -> None:
-    read_damaged(kind, MANY, tmp_path, world)
+def test_a_thousand_damaged_files_are_read_or_refused(kind: str, tmp_path: Path, problem: Problem) -> None:
+    read_damaged(kind, MANY, tmp_path, problem)

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import resq_rl.envs  # noqa: F401 - registers the ids
-from resq_rl.envs import EpisodeSettings, ResQEnv, ResQVectorEnv
+from resq_rl.envs import EpisodeSettings, Problem, ResQEnv, ResQVectorEnv
 from resq_rl.envs.sb3 import AgentsVecEnv
+from tests.envs import problems
 from tests.envs.contract import AgentsFace, Array, Face, SingleFace, Step, VectorFace
-from tests.envs.worlds import World, first_difference
+from tests.envs.problems import first_difference
 
 FEW, MANY = 3, int(os.environ.get("RESQ_RL_FUZZ_CASES", "1000")) // 5
 IDS = ["FrameBits", "RegionBits", "RegionThresholds"]
@@ -20,9 +21,9 @@ SLOTS, LONGEST = 3, 24
 NAMES = ("rewards", "truncated", "error", "bops", "clip", "trade_off")
 
 
-def made(name: str, world: World, **settings: Any) -> SingleFace:
+def made(name: str, problem: Problem, **settings: Any) -> SingleFace:
     environment = gymnasium.make(
-        f"resq_rl/{name}-v0", **world.parts, by_group=name != "FrameBits", **settings
+        f"resq_rl/{name}-v0", problem=problem, by_group=name != "FrameBits", **settings
     ).unwrapped
     assert isinstance(environment, ResQEnv)
     return SingleFace(environment)
@@ -47,20 +48,20 @@ def assert_same(one: tuple[list[Array], list[Step]], other: tuple[list[Array], l
             assert difference is None, f"{what}, step {t}, {name}: {difference}"
 
 
-def replay(name: str, seed: int, world: World) -> None:
+def replay(name: str, seed: int, problem: Problem) -> None:
     """One random trajectory: again in the single face, as a slot of the vector face, and by region agents."""
     generator = np.random.default_rng(seed)
     settings: dict[str, Any] = {"reference": str(generator.choice(np.array(["previous", "keyframe"])))}
     settings["trade_off"] = (0.1, 1.0)
-    single = made(name, world, **settings)
+    single = made(name, problem, **settings)
     nvec, length = single.action_space.nvec, int(generator.integers(2, LONGEST))
     actions = [generator.integers(nvec, size=(1, len(nvec))) for _ in range(length)]
     recorded = played(single, seed, actions, slice(0, 1))
     what = f"{name}, seed {seed}"
-    assert_same(recorded, played(made(name, world, **settings), seed, actions, slice(0, 1)), f"{what}, again")
+    assert_same(recorded, played(made(name, problem, **settings), seed, actions, slice(0, 1)), f"{what}, again")
 
     slot = int(generator.integers(SLOTS))
-    vector = ResQVectorEnv(KINDS[name], SLOTS, **world.parts, by_group=name != "FrameBits", **settings)  # type: ignore[arg-type]
+    vector = ResQVectorEnv(KINDS[name], SLOTS, problem=problem, by_group=name != "FrameBits", **settings)  # type: ignore[arg-type]
     among = []
     for action in actions:
         others = generator.integers(nvec, size=(SLOTS, len(nvec)))
@@ -68,20 +69,22 @@ def replay(name: str, seed: int, world: World) -> None:
         among.append(others)
     assert_same(recorded, played(VectorFace(vector), seed - slot, among, slice(slot, slot + 1)), f"{what}, vector")
     if name != "FrameBits":
-        by_regions(name, seed, world, settings, actions, what)
+        by_regions(name, seed, problem, settings, actions, what)
 
 
-def by_regions(name: str, seed: int, world: World, settings: dict[str, Any], actions: list[Array], what: str) -> None:
+def by_regions(
+    name: str, seed: int, problem: Problem, settings: dict[str, Any], actions: list[Array], what: str
+) -> None:
     """Region agents, whose keyframes come at an interval, against the frame agent that asks for the same ones."""
     interval = 3
     episodes = EpisodeSettings(trade_off=settings["trade_off"], intervals=(interval,))
-    core = world.core(1, KINDS[name], "region", episodes=episodes, reference=settings["reference"])  # type: ignore[arg-type]
-    regions, single = AgentsFace(AgentsVecEnv(core)), made(name, world, **settings)
+    core = problems.agents(problem, 1, KINDS[name], "region", episodes=episodes, reference=settings["reference"])  # type: ignore[arg-type]
+    regions, single = AgentsFace(AgentsVecEnv(core)), made(name, problem, **settings)
     regions.reset(seed)
     single.reset(seed)
-    single.core.simulator.start([0], core.simulator.clip.tolist(), core.simulator.trade_off.tolist())
+    single.core.streams.start([0], core.streams.clip.tolist(), core.streams.trade_off.tolist())
     for t, action in enumerate(actions):
-        due = bool((core.simulator.age + 1 >= interval).all())
+        due = bool((core.streams.age + 1 >= interval).all())
         whole = action.copy()
         whole[0, -1] = int(due)
         parts, frame = regions.step(action[0, :-1].reshape(core.agents, -1)), single.step(whole)
@@ -92,19 +95,19 @@ def by_regions(name: str, seed: int, world: World, settings: dict[str, Any], act
         assert parts.rewards.mean() == pytest.approx(float(frame.rewards[0]), rel=1e-5, abs=rounding), where
         if parts.truncated[0]:
             return  # the next clip is drawn by each face's own generator
-        seen = core.simulator.observe().whole().numpy()
+        seen = core.streams.observe().whole().numpy()
         assert first_difference(seen, frame.observations) is None, where
 
 
 @pytest.mark.parametrize("name", IDS)
-def test_trajectories_replay(name: str, world: World) -> None:
+def test_trajectories_replay(name: str, problem: Problem) -> None:
     for seed in range(10, 10 + FEW):
-        replay(name, seed, world)
+        replay(name, seed, problem)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", IDS)
-def test_many_trajectories_replay(name: str, world: World) -> None:
+def test_many_trajectories_replay(name: str, problem: Problem) -> None:
     for seed in range(10, 10 + MANY):
-        replay(name, seed, world)
+        replay(name, seed, problem)
     print(f"{name}: {MANY} trajectories of 2 to {LONGEST - 1} steps, replayed alike in all faces")

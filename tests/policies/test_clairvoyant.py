@@ -6,51 +6,51 @@ from itertools import product
 import pytest
 import torch
 
-from resq_rl.envs import Decision, FrameView, measure
-from resq_rl.envs.measure import frames_of
+from resq_rl.envs import Decision, Problem, measure
 from resq_rl.errors import PolicyError
 from resq_rl.policies import Clairvoyant, GroupThresholds
 from resq_rl.quantization import ThresholdField
-from tests.envs.worlds import World, first_difference
+from tests.envs import problems
+from tests.envs.problems import first_difference
 
 TAUS = (0.1, 1.0, 4.0, 100.0)
 CANDIDATES = tuple(GroupThresholds("previous", 0, taus=(tau,) * 3) for tau in TAUS)
 
 
-def objective(world: World, policy: Clairvoyant | GroupThresholds, trade_off: float) -> torch.Tensor:
+def objective(problem: Problem, policy: Clairvoyant | GroupThresholds, trade_off: float) -> torch.Tensor:
     """Reward of each clip summed over its residual frames."""
-    simulator = world.simulator(len(world.store), trade_off_range=policy.trade_off_range)
-    rewards = [result.reward(torch.full((simulator.slots,), trade_off)) for result in frames_of(simulator, policy)]
+    streams = problems.streams(problem, len(problem), trade_off_range=policy.trade_off_range)
+    rewards = [result.reward(torch.full((streams.slots,), trade_off)) for _, result in streams.run(policy)]
     return torch.stack(rewards[1:]).sum(0)
 
 
 @pytest.mark.parametrize("trade_off", [0.02, 0.3, 3.0])
-def test_where_there_is_one_choice_it_is_the_best_candidate(trade_off: float, world: World) -> None:
+def test_where_there_is_one_choice_it_is_the_best_candidate(trade_off: float, problem: Problem) -> None:
     """One decision for one region: the best of the candidates, clip by clip."""
-    own = replace(world.with_clips([2] * 6), grid=(1, 1))
+    own = replace(problems.with_clips(problem, [2] * 6), grid=(1, 1))
     policy = Clairvoyant(CANDIDATES, trade_off, 3)
     best = torch.stack([objective(own, candidate, trade_off) for candidate in CANDIDATES]).amax(0)
     torch.testing.assert_close(objective(own, policy, trade_off), best)
 
 
 @pytest.mark.parametrize("trade_off", [0.02, 0.3, 3.0])
-def test_it_takes_the_best_of_the_mixture_and_every_candidate(trade_off: float, world: World) -> None:
-    own, horizon = world.with_clips([6] * 8), 3
+def test_it_takes_the_best_of_the_mixture_and_every_candidate(trade_off: float, problem: Problem) -> None:
+    own, horizon = problems.with_clips(problem, [6] * 8), 3
     policy = Clairvoyant(CANDIDATES, trade_off, horizon)
-    simulator = own.simulator(8, trade_off_range=policy.trade_off_range)
-    simulator.start(range(8), range(8))
-    field = policy.decide(FrameView(simulator)).field
+    streams = problems.streams(own, 8, trade_off_range=policy.trade_off_range)
+    streams.start(range(8), range(8))
+    field = policy.decide(streams.view()).field
     assert isinstance(field, ThresholdField)
 
     def tried(first: Decision) -> torch.Tensor:
-        """Sums of rewards by clip and region, on a simulator of its own."""
-        fresh = own.simulator(8, trade_off_range=policy.trade_off_range)
+        """Sums of rewards by clip and region, on streams of their own."""
+        fresh = problems.streams(own, 8, trade_off_range=policy.trade_off_range)
         fresh.start(range(8), range(8))
         results = [fresh.step(first)]
-        results += [fresh.step(CANDIDATES[0].decide(FrameView(fresh))) for _ in range(horizon - 1)]
+        results += [fresh.step(CANDIDATES[0].decide(fresh.view())) for _ in range(horizon - 1)]
         return torch.stack([r.region_reward(torch.full((8,), trade_off)) for r in results]).sum(0)
 
-    sums = [tried(candidate.decide(FrameView(simulator))) for candidate in CANDIDATES]
+    sums = [tried(candidate.decide(streams.view())) for candidate in CANDIDATES]
     mixture = torch.zeros(8, 3, *own.grid)
     for clip, row, column in product(range(8), range(own.grid[0]), range(own.grid[1])):
         values = [float(s[clip, row, column]) for s in sums]
@@ -67,46 +67,46 @@ def test_it_takes_the_best_of_the_mixture_and_every_candidate(trade_off: float, 
 @pytest.mark.parametrize("trade_off", [0.02, 0.3, 3.0])
 @pytest.mark.parametrize("first", [0, 2])
 def test_seeing_to_the_end_it_never_does_worse_than_its_first_candidate(
-    trade_off: float, first: int, world: World
+    trade_off: float, first: int, problem: Problem
 ) -> None:
-    own = world.with_clips([7] * 6)
+    own = problems.with_clips(problem, [7] * 6)
     candidates = (CANDIDATES[first], *(c for c in CANDIDATES if c != CANDIDATES[first]))
     gained = objective(own, Clairvoyant(candidates, trade_off), trade_off) - objective(own, candidates[0], trade_off)
     assert float(gained.min()) > -1e-5
     assert float(gained.max()) > 1e-3
 
 
-def test_looking_ahead_changes_nothing(world: World) -> None:
-    own, single = world.with_clips([5, 5]), CANDIDATES[1]
-    plain = measure(own.model, own.task, own.store, single, grid=own.grid)
-    ahead = measure(own.model, own.task, own.store, Clairvoyant((single,), 0.3), grid=own.grid)
+def test_looking_ahead_changes_nothing(problem: Problem) -> None:
+    own, single = problems.with_clips(problem, [5, 5]), CANDIDATES[1]
+    plain = measure(own, single)
+    ahead = measure(own, Clairvoyant((single,), 0.3))
     assert first_difference(plain.counts, ahead.counts) is None
     assert ahead.clip_bops.tolist() == pytest.approx(plain.clip_bops.tolist(), rel=1e-12)
-    simulator = own.simulator(2)
-    simulator.start(range(2), range(2))
-    seen = FrameView(simulator).observation
-    FrameView(simulator).preview(single.decide(FrameView(simulator)), single, 9)
-    after = FrameView(simulator).observation
+    streams = problems.streams(own, 2)
+    streams.start(range(2), range(2))
+    seen = streams.view().observation
+    streams.view().preview(single.decide(streams.view()), single, 9)
+    after = streams.view().observation
     assert first_difference(seen.regions, after.regions) is None
     assert first_difference(seen.frame, after.frame) is None
 
 
-def test_all_candidates_keep_to_the_keyframes_of_the_first(world: World) -> None:
-    own = world.with_clips([7, 7])
+def test_all_candidates_keep_to_the_keyframes_of_the_first(problem: Problem) -> None:
+    own = problems.with_clips(problem, [7, 7])
     candidates = tuple(replace(c, interval=i) for c, i in zip(CANDIDATES, (3, 0, 2, 0), strict=True))
-    result = measure(own.model, own.task, own.store, Clairvoyant(candidates, 0.3, 2), grid=own.grid)
+    result = measure(own, Clairvoyant(candidates, 0.3, 2))
     assert result.keyframes.tolist() == [3, 3]
     assert result.policy.tolist() == [0.0, 0.0]
 
 
-def test_a_preview_ends_with_the_clip(world: World) -> None:
-    own = world.with_clips([4, 4])
-    simulator = own.simulator(2)
-    simulator.start(range(2), range(2))
-    first: Decision = CANDIDATES[0].decide(FrameView(simulator))
-    assert len(FrameView(simulator).preview(first, CANDIDATES[0], 2)) == 2
-    assert len(FrameView(simulator).preview(first, CANDIDATES[0], 9)) == 3
-    assert len(FrameView(simulator).preview(first, CANDIDATES[0], 0)) == 3
+def test_a_preview_ends_with_the_clip(problem: Problem) -> None:
+    own = problems.with_clips(problem, [4, 4])
+    streams = problems.streams(own, 2)
+    streams.start(range(2), range(2))
+    first: Decision = CANDIDATES[0].decide(streams.view())
+    assert len(streams.view().preview(first, CANDIDATES[0], 2)) == 2
+    assert len(streams.view().preview(first, CANDIDATES[0], 9)) == 3
+    assert len(streams.view().preview(first, CANDIDATES[0], 0)) == 3
 
 
 def test_impossible_clairvoyants_are_refused() -> None:

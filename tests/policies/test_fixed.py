@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from resq_rl.envs import Decision, FrameView, Measurement, Policy, frames_of, measure
+from resq_rl.envs import Decision, FrameView, Measurement, Policy, Problem, measure
 from resq_rl.envs.observation import FRAME_FEATURES
 from resq_rl.errors import PolicyError
 from resq_rl.policies import (
@@ -20,11 +20,8 @@ from resq_rl.policies import (
     periodic,
 )
 from resq_rl.quantization import DEFAULT_KAPPA, LevelField, Reference, ThresholdField
-from tests.envs.worlds import World, first_difference
-
-
-def run(world: World, policy: Policy) -> Measurement:
-    return measure(world.model, world.task, world.store, policy, grid=world.grid)
+from tests.envs import problems
+from tests.envs.problems import first_difference
 
 
 def assert_same(a: Measurement, b: Measurement) -> None:
@@ -44,75 +41,73 @@ def thresholds_of(decision: Decision) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("interval", [1, 2, 5])
-def test_periodic_keyframes_fall_on_multiples_of_the_interval(interval: int, world: World) -> None:
-    view = world.view(3)
+def test_periodic_keyframes_fall_on_multiples_of_the_interval(interval: int, problem: Problem) -> None:
+    view = problems.view(problem, 3)
     view.age = torch.tensor([0, interval - 2, interval - 1])
     assert periodic(view, interval).tolist() == [a + 1 >= interval for a in view.age.tolist()]
     assert not periodic(view, 0).any()
 
 
-def test_per_frame_refreshes_always(world: World) -> None:
-    assert PerFrame().decide(world.view(3)).refresh.tolist() == [True, True, True]
+def test_per_frame_refreshes_always(problem: Problem) -> None:
+    assert PerFrame().decide(problems.view(problem, 3)).refresh.tolist() == [True, True, True]
 
 
-def test_static_resq_decides_one_level(world: World) -> None:
-    decision = StaticResQ("keyframe", 4, level=1).decide(world.view(2))
+def test_static_resq_decides_one_level(problem: Problem) -> None:
+    decision = StaticResQ("keyframe", 4, level=1).decide(problems.view(problem, 2))
     assert decision.refresh.tolist() == [False, False]
     assert (levels_of(decision) == 1).all()
 
 
-def test_dynamic_resq_decides_one_threshold(world: World) -> None:
-    decision = DynamicResQ(tau=0.7, kappa=(1.0, 3.0, 9.0)).decide(world.view(2))
+def test_dynamic_resq_decides_one_threshold(problem: Problem) -> None:
+    decision = DynamicResQ(tau=0.7, kappa=(1.0, 3.0, 9.0)).decide(problems.view(problem, 2))
     assert (thresholds_of(decision) == torch.tensor(0.7)).all()
     assert isinstance(decision.field, ThresholdField)
     assert tuple(decision.field.kappa) == (1.0, 3.0, 9.0)
     assert DynamicResQ().kappa == DEFAULT_KAPPA
 
 
-def test_group_thresholds_differ_by_layer_group_only(world: World) -> None:
-    decision = GroupThresholds(taus=(0.5, 1.0, 2.0)).decide(world.view(2))
+def test_group_thresholds_differ_by_layer_group_only(problem: Problem) -> None:
+    decision = GroupThresholds(taus=(0.5, 1.0, 2.0)).decide(problems.view(problem, 2))
     assert thresholds_of(decision).flatten(2).mean(2).tolist() == [[0.5, 1.0, 2.0], [0.5, 1.0, 2.0]]
     with pytest.raises(PolicyError, match="3 layer groups need as many thresholds, got 2"):
-        GroupThresholds(taus=(0.5, 1.0)).decide(world.view(2))
+        GroupThresholds(taus=(0.5, 1.0)).decide(problems.view(problem, 2))
 
 
 @pytest.mark.parametrize("reference", ["previous", "keyframe"])
-def test_dynamic_resq_is_group_thresholds_all_equal(reference: Reference, world: World) -> None:
+def test_dynamic_resq_is_group_thresholds_all_equal(reference: Reference, problem: Problem) -> None:
     dynamic = DynamicResQ(reference, 3, tau=0.6)
-    assert_same(run(world, dynamic), run(world, GroupThresholds(reference, 3, taus=(0.6, 0.6, 0.6))))
+    assert_same(measure(problem, dynamic), measure(problem, GroupThresholds(reference, 3, taus=(0.6, 0.6, 0.6))))
 
 
-def test_raising_one_groups_threshold_saves_in_that_group(world: World) -> None:
-    equal = run(world, GroupThresholds("previous", 0, taus=(0.5, 0.5, 0.5)))
+def test_raising_one_groups_threshold_saves_in_that_group(problem: Problem) -> None:
+    equal = measure(problem, GroupThresholds("previous", 0, taus=(0.5, 0.5, 0.5)))
     for group in range(3):
         taus = [0.5, 0.5, 0.5]
         taus[group] = 1000.0
-        assert run(world, GroupThresholds("previous", 0, taus=tuple(taus))).bops < equal.bops
+        assert measure(problem, GroupThresholds("previous", 0, taus=tuple(taus))).bops < equal.bops
 
 
 @pytest.mark.parametrize("by_group", [True, False])
-def test_dynamic_resq_is_the_constant_action_of_region_thresholds(by_group: bool, world: World) -> None:
-    scheme = world.scheme("region_thresholds", "frame", by_group=by_group)
+def test_dynamic_resq_is_the_constant_action_of_region_thresholds(by_group: bool, problem: Problem) -> None:
+    scheme = problems.scheme(problem, "region_thresholds", "frame", by_group=by_group)
     index = 4
-    core = world.core(2, "region_thresholds", "frame", by_group=by_group)
+    core = problems.agents(problem, 2, "region_thresholds", "frame", by_group=by_group)
     core.reset([0, 1])
     action = scheme.uniform_action(index)
-    clips = core.simulator.clip.tolist()
-    heuristic = frames_of(_restarted(world, clips), DynamicResQ("previous", 0, tau=scheme.thresholds[index]))
+    clips = core.streams.clip.tolist()
+    heuristic = problems.streams(problem.subset(clips), len(clips), trade_off_range=(0.3, 1.0)).run(
+        DynamicResQ("previous", 0, tau=scheme.thresholds[index])
+    )
     next(heuristic)
-    for t, expected in enumerate(heuristic):
+    for t, (_, expected) in enumerate(heuristic):
         step = core.step(torch.tensor(action).expand(2, -1).numpy())
         for name in ("prediction", "share", "error"):
             difference = first_difference(getattr(step.result, name), getattr(expected, name))
             assert difference is None, f"frame {t + 1}, {name}: {difference}"
 
 
-def _restarted(world: World, clips: list[int]) -> Any:
-    return replace(world, store=world.store.subset(clips)).simulator(len(clips), trade_off_range=(0.3, 1.0))
-
-
-def test_a_scene_change_runs_as_a_keyframe(world: World) -> None:
-    view = world.view(2)
+def test_a_scene_change_runs_as_a_keyframe(problem: Problem) -> None:
+    view = problems.view(problem, 2)
     residual = view.observation.frame[:, FRAME_FEATURES.index("frame_residual_mean")]
     between = float(residual.mean())
     assert len(residual.unique()) == 2
@@ -122,10 +117,10 @@ def test_a_scene_change_runs_as_a_keyframe(world: World) -> None:
     assert DynamicResQ(scene_change=0.4).settings["scene_change"] == 0.4
 
 
-def residuals_by_hand(world: World, clips: int) -> list[float]:
+def residuals_by_hand(problem: Problem, clips: int) -> list[float]:
     """Square root of the mean over pixels of the largest difference of a channel between the first two frames."""
     found = []
-    for clip in world.store.clips[:clips]:
+    for clip in problem.clips[:clips]:
         first, second = clip.frames[:2].double() / 255
         found.append(float((second - first).abs().amax(0).mean().sqrt()))
     return found
@@ -135,10 +130,10 @@ def residuals_by_hand(world: World, clips: int) -> list[float]:
 @pytest.mark.parametrize("tau", [0.01, 0.2, 0.25, 0.3, 0.4, 1.0])
 @pytest.mark.parametrize("kappa", [(0.5, 1.0, 1.4), (0.9, 1.3)])
 def test_the_frames_residual_chooses_its_level(
-    tau: float, kappa: tuple[float, ...], reference: Reference, world: World
+    tau: float, kappa: tuple[float, ...], reference: Reference, problem: Problem
 ) -> None:
-    view = world.view(4, reference=reference)
-    residuals = residuals_by_hand(world, 4)
+    view = problems.view(problem, 4, reference=reference)
+    residuals = residuals_by_hand(problem, 4)
     assert view.observation.frame[:, FRAME_FEATURES.index("frame_residual_mean")].tolist() == pytest.approx(residuals)
     decision = FrameMagnitude(reference, 0, tau=tau, kappa=kappa).decide(view)
     levels = [len([k for k in kappa if m > tau * k]) for m in residuals]
@@ -146,8 +141,8 @@ def test_the_frames_residual_chooses_its_level(
     assert decision.refresh.tolist() == [False] * 4
 
 
-def test_the_frames_residual_must_exceed_its_thresholds(world: World) -> None:
-    view = world.view(2)
+def test_the_frames_residual_must_exceed_its_thresholds(problem: Problem) -> None:
+    view = problems.view(problem, 2)
     own = view.observation.frame[:, FRAME_FEATURES.index("frame_residual_mean")].tolist()
     assert own[0] < own[1]
     for index, level in ((0, [0, 1]), (1, [0, 0])):
@@ -158,10 +153,12 @@ def test_the_frames_residual_must_exceed_its_thresholds(world: World) -> None:
 
 
 @pytest.mark.parametrize(("interval", "scene_change"), [(0, 0.25), (3, 1.0), (3, 0.25), (0, 1.0), (1, 1.0)])
-def test_keyframes_come_with_the_interval_or_a_large_residual(interval: int, scene_change: float, world: World) -> None:
-    view = world.view(4)
+def test_keyframes_come_with_the_interval_or_a_large_residual(
+    interval: int, scene_change: float, problem: Problem
+) -> None:
+    view = problems.view(problem, 4)
     view.age = torch.tensor([0, 1, 2, 5])
-    residuals = residuals_by_hand(world, 4)
+    residuals = residuals_by_hand(problem, 4)
     assert min(residuals) < 0.25 < max(residuals)
     due = [interval > 0 and age + 1 >= interval for age in (0, 1, 2, 5)]
     expected = [d or m > scene_change for d, m in zip(due, residuals, strict=True)]
@@ -169,51 +166,55 @@ def test_keyframes_come_with_the_interval_or_a_large_residual(interval: int, sce
     assert decided.refresh.tolist() == expected
 
 
-def test_a_higher_threshold_of_frames_spends_less(world: World) -> None:
-    bops = [run(world, FrameMagnitude("keyframe", 0, tau=tau)).bops for tau in (0.01, 0.2, 0.3, 0.4, 100.0)]
+def test_a_higher_threshold_of_frames_spends_less(problem: Problem) -> None:
+    bops = [measure(problem, FrameMagnitude("keyframe", 0, tau=tau)).bops for tau in (0.01, 0.2, 0.3, 0.4, 100.0)]
     assert bops == sorted(bops, reverse=True)
     assert len(set(bops)) > 3
-    assert bops[-1] == pytest.approx(4 / world.store.frames)
+    assert bops[-1] == pytest.approx(4 / problem.frames)
 
 
-def test_one_magnitude_for_all_levels_is_static_resq(world: World) -> None:
+def test_one_magnitude_for_all_levels_is_static_resq(problem: Problem) -> None:
     for tau, level in ((0.01, 3), (1.0, 0)):
         static = StaticResQ("keyframe", 4, level=level)
-        assert_same(run(world, FrameMagnitude("keyframe", 4, tau=tau, kappa=(1.0, 2.0, 3.0))), run(world, static))
+        assert_same(
+            measure(problem, FrameMagnitude("keyframe", 4, tau=tau, kappa=(1.0, 2.0, 3.0))), measure(problem, static)
+        )
 
 
-def test_a_higher_threshold_spends_less(world: World) -> None:
-    bops = [run(world, DynamicResQ("previous", 0, tau=tau)).bops for tau in (0.1, 0.5, 1.0, 3.0, 1000.0)]
+def test_a_higher_threshold_spends_less(problem: Problem) -> None:
+    bops = [measure(problem, DynamicResQ("previous", 0, tau=tau)).bops for tau in (0.1, 0.5, 1.0, 3.0, 1000.0)]
     assert bops == sorted(bops, reverse=True)
-    assert bops[-1] == pytest.approx(4 / world.store.frames)
+    assert bops[-1] == pytest.approx(4 / problem.frames)
 
 
-def bits_of_head_pixels(world: World, policy: Policy) -> set[float]:
+def bits_of_head_pixels(problem: Problem, policy: Policy) -> set[float]:
     """Activation bits of every pixel of the 1x1 head, from its cost: one region per pixel of the head."""
-    own = replace(world, grid=(16, 24))
-    frames = frames_of(own.simulator(1), policy)
+    own = replace(problem, grid=(16, 24))
+    frames = problems.streams(own, 1).run(policy)
     next(frames)
     seen: set[float] = set()
-    for result in frames:
+    for _, result in frames:
         seen |= {round(v, 9) for v in (result.cost.bops[0, -1] / (4 * 8 * 3)).flatten().tolist()}
     return seen
 
 
-def test_skip_gate_uses_the_first_and_the_last_level_only(world: World) -> None:
-    assert bits_of_head_pixels(world, SkipGate("previous", 0, tau=0.5)) == {0.0, 8.0}
-    assert bits_of_head_pixels(world, DynamicResQ("previous", 0, tau=0.2)) == {0.0, 2.0, 4.0, 8.0}
+def test_skip_gate_uses_the_first_and_the_last_level_only(problem: Problem) -> None:
+    assert bits_of_head_pixels(problem, SkipGate("previous", 0, tau=0.5)) == {0.0, 8.0}
+    assert bits_of_head_pixels(problem, DynamicResQ("previous", 0, tau=0.2)) == {0.0, 2.0, 4.0, 8.0}
 
 
-def test_random_levels_are_reproducible_and_uniform(world: World) -> None:
-    view = world.view(4)
+def test_random_levels_are_reproducible_and_uniform(problem: Problem) -> None:
+    view = problems.view(problem, 4)
     drawn = [levels_of(RandomLevels(4, seed=s).decide(view)) for s in (0, 0, 1)]
     assert (drawn[0] == drawn[1]).all()
     assert (drawn[0] != drawn[2]).any()
-    assert drawn[0].shape == (4, 3, *world.grid)
+    assert drawn[0].shape == (4, 3, *problem.grid)
     policy = RandomLevels(4, seed=3)
     many = torch.cat([levels_of(policy.decide(view)).flatten() for _ in range(50)])
     assert torch.bincount(many).tolist() == pytest.approx([len(many) / 4] * 4, rel=0.1)
-    assert first_difference(run(world, RandomLevels(4)).residual, run(world, RandomLevels(4)).residual) is None
+    assert (
+        first_difference(measure(problem, RandomLevels(4)).residual, measure(problem, RandomLevels(4)).residual) is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -251,11 +252,11 @@ def test_an_interval_below_zero_is_refused() -> None:
 
 
 def test_the_observation_is_not_computed_for_policies_that_do_not_look(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    problem: Problem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def looked(view: FrameView) -> None:
         raise AssertionError("a fixed policy looked at the observation")
 
     monkeypatch.setattr(FrameView, "observation", property(looked))
     for policy in (PerFrame(), StaticResQ(), DynamicResQ(), SkipGate(), RandomLevels(4)):
-        run(world, policy)
+        measure(problem, policy)

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from resq_rl.envs import ActionKind, ActionScheme, Agents, Decision, measure
+from resq_rl.envs import ActionKind, ActionScheme, Agents, Decision, Problem, measure
 from resq_rl.errors import PolicyError
 from resq_rl.policies import LearnedPolicy
 from resq_rl.quantization import LevelField, ThresholdField
-from tests.envs.worlds import World
+from tests.envs import problems
 
 HIDDEN = (8, 5)
 RANGE = (0.05, 1.0)
@@ -34,9 +34,9 @@ def made(scheme: ActionScheme, bits: int = 8, seed: int = 0, **more: Any) -> Lea
 
 
 @pytest.fixture
-def policy(world: World) -> LearnedPolicy:
+def policy(problem: Problem) -> LearnedPolicy:
     """A policy of region agents over thresholds."""
-    return made(world.scheme(), frame_size=(32, 48), network=("stem", "body", "head"))
+    return made(problems.scheme(problem), frame_size=(32, 48), network=("stem", "body", "head"))
 
 
 def observations(policy: LearnedPolicy, count: int = 50, seed: int = 1) -> torch.Tensor:
@@ -46,8 +46,8 @@ def observations(policy: LearnedPolicy, count: int = 50, seed: int = 1) -> torch
 # Arithmetic and cost -----------------------------------------------------------------------------------------------
 
 
-def test_in_float_it_is_the_multi_layer_perceptron(world: World) -> None:
-    policy = made(world.scheme(), bits=32)
+def test_in_float_it_is_the_multi_layer_perceptron(problem: Problem) -> None:
+    policy = made(problems.scheme(problem), bits=32)
     layers: list[nn.Module] = []
     for weight, bias in zip(policy.weights, policy.biases, strict=True):
         layer = nn.Linear(weight.shape[1], weight.shape[0])
@@ -78,15 +78,15 @@ def integer_places(policy: LearnedPolicy, x: np.ndarray[Any, Any]) -> np.ndarray
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_quantized_it_equals_integer_arithmetic(bits: int, world: World) -> None:
-    policy = made(world.scheme(), bits=bits)
+def test_quantized_it_equals_integer_arithmetic(bits: int, problem: Problem) -> None:
+    policy = made(problems.scheme(problem), bits=bits)
     x = observations(policy)
     expected = integer_places(policy, x.numpy())
     np.testing.assert_allclose(policy.places(x).numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_more_bits_come_closer_to_float(world: World) -> None:
-    exact = made(world.scheme(), bits=32)
+def test_more_bits_come_closer_to_float(problem: Problem) -> None:
+    exact = made(problems.scheme(problem), bits=32)
     x = observations(exact)
     errors = [float((replace(exact, bits=b).places(x) - exact.places(x)).abs().mean()) for b in (2, 4, 8, 16)]
     assert errors == sorted(errors, reverse=True)
@@ -103,16 +103,18 @@ def test_more_bits_come_closer_to_float(world: World) -> None:
         ("region_thresholds", "frame", 77 * 8 + 8 * 5 + 5 * (6 * 3 + 1)),
     ],
 )
-def test_multiply_accumulates_of_all_agents_count(kind: ActionKind, agents: Agents, macs: int, world: World) -> None:
-    assert made(world.scheme(kind, agents)).macs == macs
+def test_multiply_accumulates_of_all_agents_count(
+    kind: ActionKind, agents: Agents, macs: int, problem: Problem
+) -> None:
+    assert made(problems.scheme(problem, kind, agents)).macs == macs
 
 
 @pytest.mark.parametrize("bits", [4, 8, 32])
-def test_the_policy_is_charged_its_macs_times_its_bits_squared(bits: int, world: World) -> None:
-    policy = made(world.scheme(), bits=bits)
-    result = measure(world.model, world.task, world.store, policy, grid=world.grid)
-    per_frame = policy.macs * bits * bits / world.model.reference_bops()
-    assert result.policy.tolist() == pytest.approx([(len(c) - 1) * per_frame for c in world.store.clips], rel=1e-12)
+def test_the_policy_is_charged_its_macs_times_its_bits_squared(bits: int, problem: Problem) -> None:
+    policy = made(problems.scheme(problem), bits=bits)
+    result = measure(problem, policy)
+    per_frame = policy.macs * bits * bits / problem.reference_bops
+    assert result.policy.tolist() == pytest.approx([(len(c) - 1) * per_frame for c in problem.clips], rel=1e-12)
 
 
 # Choices -----------------------------------------------------------------------------------------------------------
@@ -123,13 +125,13 @@ def field_values(decision: Decision) -> torch.Tensor:
     return field.levels if isinstance(field, LevelField) else field.thresholds
 
 
-def test_every_agent_takes_the_choice_nearest_to_its_place(policy: LearnedPolicy, world: World) -> None:
-    view = world.view(2)
+def test_every_agent_takes_the_choice_nearest_to_its_place(policy: LearnedPolicy, problem: Problem) -> None:
+    view = problems.view(problem, 2)
     values = field_values(policy.decide(view))
     seen = view.observation.per_region()
     for clip in range(2):
-        for r in range(world.grid[0]):
-            for c in range(world.grid[1]):
+        for r in range(problem.grid[0]):
+            for c in range(problem.grid[1]):
                 places = policy.places(seen[clip, r, c][None])[0].tolist()
                 for group in range(3):
                     distances = [abs(i - places[group]) for i in range(policy.scheme.choices)]
@@ -137,26 +139,26 @@ def test_every_agent_takes_the_choice_nearest_to_its_place(policy: LearnedPolicy
                     assert values[clip, group, r, c].item() == pytest.approx(best)
 
 
-def test_a_frame_agent_decides_on_keyframes_itself(world: World) -> None:
-    policy = made(world.scheme("frame_bits", "frame"), interval=1)
+def test_a_frame_agent_decides_on_keyframes_itself(problem: Problem) -> None:
+    policy = made(problems.scheme(problem, "frame_bits", "frame"), interval=1)
     *weights, last = policy.weights
     for wanted in (False, True):
         bias = policy.biases[-1].clone()
         bias[-1] = 100.0 if wanted else -100.0
         own = replace(policy, biases=(*policy.biases[:-1], bias))
-        assert own.decide(world.view(2)).refresh.tolist() == [wanted, wanted]
+        assert own.decide(problems.view(problem, 2)).refresh.tolist() == [wanted, wanted]
     assert len(weights) == 2
     assert last.shape[0] == 3 + 1
 
 
-def test_region_agents_follow_the_interval(policy: LearnedPolicy, world: World) -> None:
-    own = world.with_clips([8])
+def test_region_agents_follow_the_interval(policy: LearnedPolicy, problem: Problem) -> None:
+    own = problems.with_clips(problem, [8])
     for interval in (0, 3):
-        result = measure(own.model, own.task, own.store, policy.at(0.1, interval), grid=own.grid)
+        result = measure(own, policy.at(0.1, interval))
         assert result.keyframes.tolist() == [1 if interval == 0 else 3]
 
 
-def test_lambda_and_interval_can_be_set_anew(policy: LearnedPolicy, world: World) -> None:
+def test_lambda_and_interval_can_be_set_anew(policy: LearnedPolicy, problem: Problem) -> None:
     other = policy.at(0.5, 0)
     assert (other.trade_off, other.interval) == (0.5, 0)
     assert policy.at(0.5).interval == policy.interval
@@ -165,7 +167,7 @@ def test_lambda_and_interval_can_be_set_anew(policy: LearnedPolicy, world: World
     weight = policy.weights[0].clone()
     weight[:, column] = 100.0 * torch.tensor([1, -1]).repeat(HIDDEN[0] // 2)
     deciding = replace(policy, weights=(weight, *policy.weights[1:]))
-    shown = {measure(world.model, world.task, world.store, deciding.at(t), grid=world.grid).bops for t in (0.05, 1.0)}
+    shown = {measure(problem, deciding.at(t)).bops for t in (0.05, 1.0)}
     assert len(shown) == 2, "lambda reaches the network"
 
 
@@ -177,18 +179,18 @@ def test_lambda_and_interval_can_be_set_anew(policy: LearnedPolicy, world: World
     ],
 )
 def test_another_environment_is_refused(
-    change: dict[str, Any], message: str, policy: LearnedPolicy, world: World
+    change: dict[str, Any], message: str, policy: LearnedPolicy, problem: Problem
 ) -> None:
     with pytest.raises(PolicyError, match=message):
-        policy.decide(world.view(2, **({"trade_off_range": RANGE} | change)))
+        policy.decide(problems.view(problem, 2, **({"trade_off_range": RANGE} | change)))
 
 
-def test_another_network_is_refused(policy: LearnedPolicy, world: World) -> None:
+def test_another_network_is_refused(policy: LearnedPolicy, problem: Problem) -> None:
     with pytest.raises(PolicyError, match=r"layer groups \['a', 'b', 'c'\].*\['stem', 'body', 'head'\]"):
-        replace(policy, network=("a", "b", "c")).decide(world.view(2))
-    four = made(ActionScheme("region_thresholds", "region", 4, world.grid))
+        replace(policy, network=("a", "b", "c")).decide(problems.view(problem, 2))
+    four = made(ActionScheme("region_thresholds", "region", 4, problem.grid))
     with pytest.raises(PolicyError, match="4 layer groups"):
-        four.decide(world.view(2))
+        four.decide(problems.view(problem, 2))
 
 
 @pytest.mark.parametrize(
@@ -218,9 +220,15 @@ def test_impossible_policies_are_refused(
 # Learned keyframes -------------------------------------------------------------------------------------------------
 
 
-def timing(world: World, refresh: bool | None = None, **more: Any) -> LearnedPolicy:
+def timing(problem: Problem, refresh: bool | None = None, **more: Any) -> LearnedPolicy:
     """A random keyframe policy, or one that wants a keyframe always or never."""
-    own = made(world.scheme("keyframe", "frame"), seed=5, frame_size=(32, 48), network=("stem", "body", "head"), **more)
+    own = made(
+        problems.scheme(problem, "keyframe", "frame"),
+        seed=5,
+        frame_size=(32, 48),
+        network=("stem", "body", "head"),
+        **more,
+    )
     if refresh is None:
         return own
     bias = torch.tensor([1e3 if refresh else -1e3])
@@ -228,17 +236,17 @@ def timing(world: World, refresh: bool | None = None, **more: Any) -> LearnedPol
 
 
 @pytest.mark.parametrize("refresh", [False, True])
-def test_learned_keyframes_come_instead_of_the_interval(refresh: bool, policy: LearnedPolicy, world: World) -> None:
-    own = world.with_clips([8])
-    joint = replace(policy, keyframes=timing(world, refresh), interval=2)
-    result = measure(own.model, own.task, own.store, joint, grid=own.grid)
+def test_learned_keyframes_come_instead_of_the_interval(refresh: bool, policy: LearnedPolicy, problem: Problem) -> None:
+    own = problems.with_clips(problem, [8])
+    joint = replace(policy, keyframes=timing(problem, refresh), interval=2)
+    result = measure(own, joint)
     assert result.keyframes.tolist() == [8 if refresh else 1]
 
 
-def test_keyframes_are_learned_and_fields_stay(policy: LearnedPolicy, world: World) -> None:
-    own = world.with_clips([6] * 8)
-    keyframes = timing(world)
-    view = own.view(8)
+def test_keyframes_are_learned_and_fields_stay(policy: LearnedPolicy, problem: Problem) -> None:
+    own = problems.with_clips(problem, [6] * 8)
+    keyframes = timing(problem)
+    view = problems.view(own, 8)
     seen = view.observation.per_frame()
     bias = keyframes.biases[-1] + 0.5 - keyframes.places(seen).median()
     keyframes = replace(keyframes, biases=(*keyframes.biases[:-1], bias))  # some clips on either side
@@ -248,17 +256,17 @@ def test_keyframes_are_learned_and_fields_stay(policy: LearnedPolicy, world: Wor
     assert (field_values(decision) == field_values(policy.decide(view))).all()
 
 
-def test_both_networks_are_charged(policy: LearnedPolicy, world: World) -> None:
-    joint = replace(policy, keyframes=timing(world))
+def test_both_networks_are_charged(policy: LearnedPolicy, problem: Problem) -> None:
+    joint = replace(policy, keyframes=timing(problem))
     macs = 6 * (17 * 8 + 8 * 5 + 5 * 3) + (29 * 8 + 8 * 5 + 5 * 1)
     assert joint.macs == macs
-    result = measure(world.model, world.task, world.store, joint, grid=world.grid)
-    per_frame = macs * 8 * 8 / world.model.reference_bops()
-    assert result.policy.tolist() == pytest.approx([(len(c) - 1) * per_frame for c in world.store.clips], rel=1e-12)
+    result = measure(problem, joint)
+    per_frame = macs * 8 * 8 / problem.reference_bops
+    assert result.policy.tolist() == pytest.approx([(len(c) - 1) * per_frame for c in problem.clips], rel=1e-12)
 
 
-def test_learned_keyframes_are_said_and_given_up_for_an_interval(policy: LearnedPolicy, world: World) -> None:
-    joint = replace(policy, keyframes=timing(world))
+def test_learned_keyframes_are_said_and_given_up_for_an_interval(policy: LearnedPolicy, problem: Problem) -> None:
+    joint = replace(policy, keyframes=timing(problem))
     assert joint.settings == {k: v for k, v in policy.settings.items() if k != "interval"} | {"keyframes": "learned"}
     moved = joint.at(0.5)
     assert moved.keyframes is not None
@@ -277,26 +285,29 @@ def test_learned_keyframes_are_said_and_given_up_for_an_interval(policy: Learned
         (lambda p, w: {"keyframes": timing(w, reference="keyframe")}, "reference must be the same"),
         (lambda p, w: {"keyframes": timing(w).at(0.7)}, "trade_off must be the same.*0.2 and 0.7"),
         (lambda p, w: {"keyframes": replace(timing(w), network=("a",))}, "network must be the same"),
-        (lambda p, w: {"keyframes": made(replace(w.scheme("keyframe", "frame"), grid=(3, 2)))}, r"grid \(3, 2\)"),
+        (
+            lambda p, w: {"keyframes": made(replace(problems.scheme(w, "keyframe", "frame"), grid=(3, 2)))},
+            r"grid \(3, 2\)",
+        ),
     ],
 )
 def test_keyframes_of_another_kind_or_setting_are_refused(
-    change: Callable[[LearnedPolicy, World], dict[str, Any]], message: str, policy: LearnedPolicy, world: World
+    change: Callable[[LearnedPolicy, Problem], dict[str, Any]], message: str, policy: LearnedPolicy, problem: Problem
 ) -> None:
     with pytest.raises(PolicyError, match=message):
-        replace(policy, **change(policy, world))
+        replace(policy, **change(policy, problem))
 
 
-def test_a_frame_agent_has_no_other_keyframes_and_keyframes_alone_no_field(world: World) -> None:
-    whole = made(world.scheme("frame_bits", "frame"), network=("stem", "body", "head"))
+def test_a_frame_agent_has_no_other_keyframes_and_keyframes_alone_no_field(problem: Problem) -> None:
+    whole = made(problems.scheme(problem, "frame_bits", "frame"), network=("stem", "body", "head"))
     with pytest.raises(PolicyError, match="beside 'frame' agents"):
-        replace(whole, keyframes=timing(world))
+        replace(whole, keyframes=timing(problem))
     with pytest.raises(PolicyError, match="the field of another policy"):
-        timing(world).decide(world.view(2, trade_off_range=RANGE))
+        timing(problem).decide(problems.view(problem, 2, trade_off_range=RANGE))
 
 
-def test_learned_keyframes_are_in_the_same_files(policy: LearnedPolicy, world: World, tmp_path: Path) -> None:
-    joint = replace(policy, keyframes=timing(world))
+def test_learned_keyframes_are_in_the_same_files(policy: LearnedPolicy, problem: Problem, tmp_path: Path) -> None:
+    joint = replace(policy, keyframes=timing(problem))
     joint.save(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"policy.safetensors", "policy.json"}
     about, tensors = json.loads((tmp_path / "policy.json").read_text()), load_file(tmp_path / "policy.safetensors")
@@ -307,7 +318,7 @@ def test_learned_keyframes_are_in_the_same_files(policy: LearnedPolicy, world: W
     assert loaded.keyframes is not None
     assert loaded.settings == joint.settings
     assert loaded.macs == joint.macs
-    for mine, theirs in ((policy, loaded), (timing(world), loaded.keyframes)):
+    for mine, theirs in ((policy, loaded), (timing(problem), loaded.keyframes)):
         assert mine.scheme == theirs.scheme
         assert (mine.places(observations(mine)) == theirs.places(observations(mine))).all()
     policy.save(tmp_path)
@@ -325,9 +336,9 @@ def test_learned_keyframes_are_in_the_same_files(policy: LearnedPolicy, world: W
     ],
 )
 def test_damaged_files_of_learned_keyframes_are_refused(
-    harm: Callable[[Path], object], message: str, policy: LearnedPolicy, world: World, tmp_path: Path
+    harm: Callable[[Path], object], message: str, policy: LearnedPolicy, problem: Problem, tmp_path: Path
 ) -> None:
-    replace(policy, keyframes=timing(world)).save(tmp_path)
+    replace(policy, keyframes=timing(problem)).save(tmp_path)
     harm(tmp_path)
     with pytest.raises(PolicyError, match=message):
         LearnedPolicy.load(tmp_path)
@@ -337,8 +348,8 @@ def test_damaged_files_of_learned_keyframes_are_refused(
 
 
 @pytest.mark.parametrize(("kind", "agents"), [("region_thresholds", "region"), ("frame_bits", "frame")])
-def test_a_saved_policy_comes_back_the_same(kind: ActionKind, agents: Agents, world: World, tmp_path: Path) -> None:
-    scheme = world.scheme(kind, agents, thresholds=(0.1, 1 / 3, 7.0), kappa=(1.0, 2.5, 8.0))
+def test_a_saved_policy_comes_back_the_same(kind: ActionKind, agents: Agents, problem: Problem, tmp_path: Path) -> None:
+    scheme = problems.scheme(problem, kind, agents, thresholds=(0.1, 1 / 3, 7.0), kappa=(1.0, 2.5, 8.0))
     policy = made(scheme, bits=4, interval=5, reference="keyframe", frame_size=(32, 48), network=("a", "b", "c"))
     policy.save(tmp_path / "new" / "folder")
     loaded = LearnedPolicy.load(tmp_path / "new" / "folder")
@@ -351,9 +362,9 @@ def test_a_saved_policy_comes_back_the_same(kind: ActionKind, agents: Agents, wo
     assert (loaded.places(observations(policy)) == policy.places(observations(policy))).all()
 
 
-def test_a_loaded_policy_decides_the_same(policy: LearnedPolicy, world: World, tmp_path: Path) -> None:
+def test_a_loaded_policy_decides_the_same(policy: LearnedPolicy, problem: Problem, tmp_path: Path) -> None:
     policy.save(tmp_path)
-    view = world.view(2)
+    view = problems.view(problem, 2)
     mine, theirs = policy.decide(view), LearnedPolicy.load(tmp_path).decide(view)
     assert isinstance(mine.field, ThresholdField)
     assert (field_values(mine) == field_values(theirs)).all()

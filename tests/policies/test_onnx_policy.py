@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from resq_rl.envs import ActionKind, Agents, FrameView, measure, trace
+from resq_rl.envs import ActionKind, Agents, Problem, measure, trace
 from resq_rl.errors import PolicyError
 from resq_rl.policies import LearnedPolicy
 from resq_rl.policies.onnx_policy import OnnxPolicy, export_onnx
 from resq_rl.quantization import ThresholdField
-from tests.envs.worlds import World
+from tests.envs import problems
 from tests.policies.test_learned import made
 
 onnx = pytest.importorskip("onnx", reason="the extra 'onnx' is not installed")
@@ -29,22 +29,22 @@ KINDS: list[tuple[ActionKind, Agents]] = [
 
 
 def policy_of(
-    world: World, kind: ActionKind = "region_thresholds", agents: Agents = "region", **more: Any
+    problem: Problem, kind: ActionKind = "region_thresholds", agents: Agents = "region", **more: Any
 ) -> LearnedPolicy:
-    shape: dict[str, Any] = {"frame_size": world.model.frame_size, "network": world.model.groups, "interval": 4}
-    return made(world.scheme(kind, agents, **more), **shape)
+    shape: dict[str, Any] = {"frame_size": problem.model.frame_size, "network": problem.model.groups, "interval": 4}
+    return made(problems.scheme(problem, kind, agents, **more), **shape)
 
 
 @pytest.mark.parametrize(("kind", "agents"), KINDS)
 @pytest.mark.parametrize("uneven", [False, True])
 def test_clips_run_the_same(
-    kind: ActionKind, agents: Agents, uneven: bool, world: World, uneven_world: World, tmp_path: Path
+    kind: ActionKind, agents: Agents, uneven: bool, problem: Problem, uneven_problem: Problem, tmp_path: Path
 ) -> None:
-    world = uneven_world if uneven else world
-    policy = policy_of(world, kind, agents)
+    problem = uneven_problem if uneven else problem
+    policy = policy_of(problem, kind, agents)
     export_onnx(policy, tmp_path / "policy.onnx")
     loaded = OnnxPolicy.load(tmp_path / "policy.onnx")
-    mine, theirs = (trace(world.model, world.task, world.store, p, clip=1, grid=world.grid) for p in (policy, loaded))
+    mine, theirs = (trace(problem, p, clip=1) for p in (policy, loaded))
     assert torch.equal(mine.keyframe, theirs.keyframe)
     assert torch.equal(mine.chosen.expand_as(theirs.chosen), theirs.chosen)
     assert torch.equal(mine.prediction, theirs.prediction)
@@ -53,10 +53,12 @@ def test_clips_run_the_same(
 
 
 @pytest.mark.parametrize("change", ["keyframes", "reference", "lambda", "float", "ignored"])
-def test_every_part_of_a_policy_is_in_the_graph(change: str, world: World, tmp_path: Path) -> None:
-    policy = policy_of(world, ignored=("spent_*", "texture")) if change == "ignored" else policy_of(world)
+def test_every_part_of_a_policy_is_in_the_graph(change: str, problem: Problem, tmp_path: Path) -> None:
+    policy = policy_of(problem, ignored=("spent_*", "texture")) if change == "ignored" else policy_of(problem)
     if change == "keyframes":
-        policy = replace(policy, keyframes=made(world.scheme("keyframe", "frame"), seed=13, network=world.model.groups))
+        policy = replace(
+            policy, keyframes=made(problems.scheme(problem, "keyframe", "frame"), seed=13, network=problem.model.groups)
+        )
     changes: dict[str, Any] = {
         "reference": {"reference": "keyframe"},
         "lambda": {"trade_off": 0.9},
@@ -65,22 +67,22 @@ def test_every_part_of_a_policy_is_in_the_graph(change: str, world: World, tmp_p
     policy = replace(policy, **changes.get(change, {}))
     export_onnx(policy, tmp_path / "policy.onnx")
     loaded = OnnxPolicy.load(tmp_path / "policy.onnx")
-    results = [measure(world.model, world.task, world.store, p, grid=world.grid) for p in (policy, loaded)]
+    results = [measure(problem, p) for p in (policy, loaded)]
     assert torch.equal(results[0].clip_bops, results[1].clip_bops)
     assert torch.equal(results[0].keyframes, results[1].keyframes)
     assert results[0].accuracy == results[1].accuracy
 
 
-def test_lambda_is_an_input_of_the_graph(world: World, tmp_path: Path) -> None:
+def test_lambda_is_an_input_of_the_graph(problem: Problem, tmp_path: Path) -> None:
     """One file serves the whole range; what differs for another lambda differs as in the policy."""
-    policy = policy_of(world)
+    policy = policy_of(problem)
     export_onnx(policy, tmp_path / "policy.onnx")
     loaded = OnnxPolicy.load(tmp_path / "policy.onnx")
     fields = []
     for trade_off in (0.05, 1.0):
-        simulator = world.simulator(2, trade_off_range=policy.trade_off_range)
-        simulator.start([0, 1], [0, 1], [trade_off] * 2)
-        view = FrameView(simulator)
+        streams = problems.streams(problem, 2, trade_off_range=policy.trade_off_range)
+        streams.start([0, 1], [0, 1], [trade_off] * 2)
+        view = streams.view()
         (mine, theirs) = (p.decide(view).field for p in (policy.at(trade_off), loaded))
         assert isinstance(mine, ThresholdField)
         assert isinstance(theirs, ThresholdField)
@@ -89,8 +91,8 @@ def test_lambda_is_an_input_of_the_graph(world: World, tmp_path: Path) -> None:
     assert not torch.equal(*fields)
 
 
-def test_the_file_says_what_its_numbers_mean(world: World, tmp_path: Path) -> None:
-    export_onnx(policy_of(world), tmp_path / "policy.onnx")
+def test_the_file_says_what_its_numbers_mean(problem: Problem, tmp_path: Path) -> None:
+    export_onnx(policy_of(problem), tmp_path / "policy.onnx")
     model = onnx.load(tmp_path / "policy.onnx")
     about = json.loads({p.key: p.value for p in model.metadata_props}["resq_rl"])
     assert (about["choice"], about["kappa"], about["network"]) == (
@@ -104,11 +106,11 @@ def test_the_file_says_what_its_numbers_mean(world: World, tmp_path: Path) -> No
 
 
 def test_without_the_extra_it_says_what_to_install(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(PolicyError, match=r"resq-rl\[onnx\]"):
-        export_onnx(policy_of(world), tmp_path / "policy.onnx")
+        export_onnx(policy_of(problem), tmp_path / "policy.onnx")
 
 
 @pytest.mark.parametrize("content", [b"", b"no graph" * 20, None])

@@ -1,20 +1,35 @@
 """The oracle against brute force, and its schedules against really running them."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 from itertools import product
-from typing import Any
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
-from resq_rl.envs import Measurement, Policy, ResponseTable, measure, respond
+from resq_rl.envs import Decision, FrameView, Measurement, Policy, Problem, ResponseTable, measure
+from resq_rl.envs.measure import batches
 from resq_rl.errors import PolicyError
-from resq_rl.perception import mean_iou
-from resq_rl.policies import Schedule, Scheduled, StaticResQ, best_schedule, oracle_measurement
-from resq_rl.quantization import FrameCost
-from tests.envs.worlds import World, first_difference
+from resq_rl.perception import Segmentation, mean_iou
+from resq_rl.policies import (
+    DynamicResQ,
+    FrameMagnitude,
+    LearnedPolicy,
+    PerFrame,
+    Schedule,
+    StaticResQ,
+    best_schedule,
+    measure_on_tables,
+    measure_schedules,
+    oracle_measurement,
+)
+from resq_rl.quantization import FrameCost, LevelField, Reference
+from tests.envs import problems
+from tests.envs.problems import first_difference, table_engine
+from tests.policies.test_learned import RANGE, made
 
 TRADE_OFFS = (0.001, 0.03, 0.1, 0.3, 1.0, 10.0)
 Levels = tuple[int | None, ...]
@@ -45,11 +60,6 @@ def random_table(frames: int, levels: int, seed: int, ages: int | None = None) -
         bops,
         100,
     )
-
-
-@lru_cache(maxsize=4)
-def tables_of(world: World) -> tuple[ResponseTable, ...]:
-    return tuple(respond(world.model, world.task, world.store, i, grid=world.grid) for i in range(len(world.store)))
 
 
 def walk(table: ResponseTable, levels: Levels) -> tuple[float, float]:
@@ -92,9 +102,9 @@ def test_no_schedule_is_better_on_random_tables(levels: int, ages: int, seed: in
     assert len(chosen) > 1 or ages == 1
 
 
-def test_no_schedule_is_better_on_a_real_network(world: World) -> None:
+def test_no_schedule_is_better_on_a_real_network(problem: Problem) -> None:
     for index in (0, 2):
-        table = tables_of(world)[index]
+        table = table_engine(problem).tables[index]
         assert (table.frames, table.levels) == (5, 4)
         walked = [walk(table, s) for s in all_schedules(5, 4)]
         for trade_off in TRADE_OFFS:
@@ -126,8 +136,8 @@ def test_a_larger_lambda_never_spends_more_nor_errs_less(seed: int) -> None:
     assert len(set(bops)) > 5
 
 
-def test_where_bits_are_free_or_dear(world: World) -> None:
-    table = tables_of(world)[1]
+def test_where_bits_are_free_or_dear(problem: Problem) -> None:
+    table = table_engine(problem).tables[1]
     assert best_schedule(table, 1e6).levels == (None, *[0] * 6)
     equal = replace(table, region_error=torch.zeros_like(table.region_error))
     equal.region_error[:, 0] = -1.0
@@ -153,58 +163,85 @@ def same(mine: Measurement, expected: Measurement) -> None:
     assert mine.bops == pytest.approx(expected.bops, rel=1e-12)
 
 
-def run(world: World, policy: Policy, **settings: Any) -> Measurement:
-    return measure(world.model, world.task, world.store, policy, grid=world.grid, **settings)
+class Replay:
+    """Plays one schedule in each slot. A view tells neither clip nor frame, so it counts the frames itself."""
+
+    reference: Reference = "keyframe"
+    trade_off = 1.0
+    trade_off_range = (1.0, 1.0)
+    macs = 0
+    bits = 8
+    settings: ClassVar[dict[str, object]] = {}
+
+    def __init__(self, schedules: Sequence[Schedule]) -> None:
+        self.schedules = schedules
+        self.time = 0
+
+    def decide(self, view: FrameView) -> Decision:
+        """The next frame of every schedule."""
+        self.time += 1
+        chosen = [schedule.levels[self.time] for schedule in self.schedules]
+        levels = torch.tensor([level or 0 for level in chosen])[:, None, None, None]
+        return Decision(torch.tensor([n is None for n in chosen]), LevelField(levels.expand(-1, view.groups, 1, 1)))
+
+
+def check_on_network(problem: Problem, schedules: Sequence[Schedule], slots: int = 32) -> None:
+    """Schedules measured on tables equal the same schedules run on the network, so many clips at a time."""
+    tables = table_engine(problem).tables
+    for batch in batches(problem, slots):
+        own = [schedules[i] for i in batch]
+        expected = measure(problem.subset(batch), Replay(own), slots=slots)
+        same(measure_schedules(problem.task, [tables[i] for i in batch], own, {}), expected)
 
 
 @pytest.mark.parametrize("slots", [1, 2, 32])
 @pytest.mark.parametrize("trade_off", [0.003, 0.1, 1.0])
-def test_the_network_gives_what_the_oracle_says(trade_off: float, slots: int, world: World) -> None:
-    tables = tables_of(world)
-    schedules = tuple(best_schedule(table, trade_off) for table in tables)
+def test_the_network_gives_what_the_oracle_says(trade_off: float, slots: int, problem: Problem) -> None:
+    tables = table_engine(problem).tables
+    schedules = [best_schedule(table, trade_off) for table in tables]
     assert len(set(schedules)) > 1 or trade_off == 1.0
-    same(oracle_measurement(world.task, tables, trade_off), run(world, Scheduled(world.store, schedules), slots=slots))
+    check_on_network(problem, schedules, slots)
+    same(oracle_measurement(problem.task, tables, trade_off), measure_schedules(problem.task, tables, schedules, {}))
 
 
-def test_random_schedules_cost_what_the_table_says(world: World) -> None:
-    generator = torch.Generator().manual_seed(3)
+def test_random_schedules_cost_what_the_table_says(problem: Problem) -> None:
+    generator, tables = torch.Generator().manual_seed(3), table_engine(problem).tables
     schedules = []
-    for clip in world.store.clips:
+    for clip in problem.clips:
         drawn = torch.randint(-2, 4, (len(clip),), generator=generator).tolist()
         schedules.append(Schedule((None, *(None if n < 0 else n for n in drawn[1:]))))
-    result = run(world, Scheduled(world.store, tuple(schedules)))
-    for index, (table, schedule) in enumerate(zip(tables_of(world), schedules, strict=True)):
+    check_on_network(problem, schedules)
+    result = measure_schedules(problem.task, tables, schedules, {})
+    for index, (table, schedule) in enumerate(zip(tables, schedules, strict=True)):
         assert float(result.clip_bops[index]) == pytest.approx(walk(table, schedule.levels)[1], rel=1e-12)
         assert int(result.keyframes[index]) == schedule.levels.count(None)
-        key, age, level = schedule.rows
-        assert (result.counts[index] == table.counts[key, age, level].sum(0)).all()
 
 
 @pytest.mark.parametrize("trade_off", TRADE_OFFS)
-def test_no_static_policy_is_better_on_the_network(trade_off: float, world: World) -> None:
+def test_no_static_policy_is_better_on_the_network(trade_off: float, problem: Problem) -> None:
     """Error and BOPs summed over frames, the former from the confusion that was measured."""
 
     def total(result: Measurement) -> float:
-        weights = world.store.error_table.double()
-        height, width = world.model.frame_size
+        weights = problem.error_table.double()
+        height, width = problem.model.frame_size
         error = float((result.counts.double() * weights).sum()) / (height * width)
         return error + trade_off * float(result.clip_bops.sum())
 
-    least = total(oracle_measurement(world.task, tables_of(world), trade_off))
+    least = total(oracle_measurement(problem.task, table_engine(problem).tables, trade_off))
     for interval, level in product((0, 1, 2, 3), range(4)):
-        assert least <= total(run(world, StaticResQ("keyframe", interval, level=level))) + 1e-6
+        assert least <= total(measure(problem, StaticResQ("keyframe", interval, level=level))) + 1e-6
 
 
-def test_the_oracle_stands_beside_policies(world: World) -> None:
-    result = oracle_measurement(world.task, tables_of(world), 0.1)
+def test_the_oracle_stands_beside_policies(problem: Problem) -> None:
+    result = oracle_measurement(problem.task, table_engine(problem).tables, 0.1)
     assert result.settings == {"trade_off": 0.1, "reference": "keyframe"}
     assert result.frames.tolist() == [5, 7, 5, 6]
     assert not result.policy.any()
-    assert result.state_bytes == world.model.state_bytes("keyframe")
+    assert result.state_bytes == problem.model.state_bytes("keyframe")
     assert result.accuracy == float(mean_iou(result.counts.sum(0)))
     assert result.peak.tolist() == pytest.approx([1.0] * 4)
     with pytest.raises(PolicyError, match="A schedule for each clip is needed"):
-        oracle_measurement(world.task, [], 0.1)
+        oracle_measurement(problem.task, [], 0.1)
 
 
 # Schedules ---------------------------------------------------------------------------------------------------------
@@ -223,12 +260,144 @@ def test_a_schedule_begins_with_a_keyframe(levels: Levels) -> None:
         Schedule(levels)
 
 
-def test_a_replay_is_a_policy_for_its_own_clips(world: World) -> None:
-    schedules = tuple(Schedule((None,) * len(clip)) for clip in world.store.clips)
-    policy = Scheduled(world.store, schedules)
-    assert isinstance(policy, Policy)
-    assert policy.settings["schedules"] == [[None] * len(clip) for clip in world.store.clips]
-    with pytest.raises(PolicyError, match=r"Clips of \[5, 7, 5, 6\] frames need schedules of as many, got \[5, 7\]"):
-        Scheduled(world.store, schedules[:2])
-    with pytest.raises(PolicyError, match="no schedule"):
-        run(world.with_clips([5, 7, 5, 6], seed=9), policy)
+# Policies measured on tables as on the network ----------------------------------------------------------------------
+
+MAGNITUDES = [
+    FrameMagnitude("keyframe", interval, tau=tau, kappa=(0.5, 1.0, 1.4), scene_change=scene_change)
+    for interval, tau, scene_change in [
+        (0, 0.01, math.inf),
+        (0, 0.3, math.inf),
+        (3, 0.3, math.inf),
+        (0, 0.3, 0.41),
+        (2, 0.25, 0.35),
+        (0, 0.9, 0.9),
+    ]
+]
+
+SEEDS = (1, 3, 4, 5)
+TASK = Segmentation(classes=2)
+
+
+def learned(problem: Problem, seed: int, trade_off: float = 0.2) -> LearnedPolicy:
+    """Of random weights, about a typical observation, so that levels and keyframes change from frame to frame."""
+    policy = made(problems.scheme(problem, "frame_level", "frame"), seed=seed, reference="keyframe")
+    seen = policy.scheme.observe(problems.view(problem, len(problem), reference="keyframe").observation)
+    first, *others = policy.weights
+    hidden = [torch.zeros_like(b) for b in policy.biases[1:-1]]
+    middle = (torch.tensor(policy.scheme.nvec) - 1) / 2
+    biases = (-10 * first @ seen.mean(0), *hidden, middle)
+    return replace(policy, weights=(10 * first, *others), biases=biases, trade_off=trade_off)
+
+
+def decided(problem: Problem, policy: Policy) -> list[Schedule]:
+    """The schedules that a policy makes on tables of clips of one length."""
+    streams = problems.table_streams(problem, len(problem), trade_off_range=policy.trade_off_range)
+    chosen: list[list[int | None]] = [[] for _ in range(len(problem))]
+    for decision, _ in streams.run(policy):
+        assert isinstance(decision.field, LevelField)
+        for own, refresh, level in zip(chosen, decision.refresh, decision.field.levels[:, 0, 0, 0], strict=True):
+            own.append(None if refresh else int(level))
+    return [Schedule(tuple(own)) for own in chosen]
+
+
+def assert_equal(mine: Measurement, expected: Measurement) -> None:
+    same(mine, expected)
+    assert mine.settings == expected.settings
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        *(
+            StaticResQ("keyframe", interval, level=level)
+            for interval, level in [(0, 0), (0, 3), (1, 2), (2, 1), (4, 2)]
+        ),
+        *MAGNITUDES,
+        PerFrame("keyframe"),
+    ],
+    ids=repr,
+)
+def test_fixed_policies_measure_on_tables_as_on_the_network(
+    policy: Policy, problem: Problem, uneven_problem: Problem
+) -> None:
+    for own in (problem, uneven_problem):
+        assert len({len(clip) for clip in own.clips}) > 1
+        assert_equal(measure_on_tables(table_engine(own), policy), measure(own, policy))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("trade_off", [*RANGE, 0.2])
+def test_learned_policies_measure_on_tables_as_on_the_network(seed: int, trade_off: float, problem: Problem) -> None:
+    policy = learned(problem, seed, trade_off)
+    result = measure_on_tables(table_engine(problem), policy)
+    assert (result.policy > 0).all()
+    assert_equal(result, measure(problem, policy))
+
+
+def test_these_policies_choose_various_levels_and_keyframes(problem: Problem) -> None:
+    """The comparisons above mean something."""
+    own = problems.with_clips(problem, [7, 7, 7], seed=20)
+    for policies in (MAGNITUDES, [learned(problem, seed) for seed in SEEDS]):
+        schedules = [schedule.levels for policy in policies for schedule in decided(own, policy)]
+        assert len(set(schedules)) > 5
+        assert {level for levels in schedules for level in levels} == {None, 0, 1, 2, 3}
+
+
+def test_the_schedules_that_a_policy_makes_replay_it(problem: Problem) -> None:
+    own = problems.with_clips(problem, [7, 7, 7], seed=20)
+    policy = MAGNITUDES[3]
+    schedules = decided(own, policy)
+    assert len(set(schedules)) > 1
+    same(measure(own, Replay(schedules)), measure(own, policy))
+
+
+def test_a_policy_of_more_than_one_level_is_refused(problem: Problem) -> None:
+    for policy in (
+        DynamicResQ("keyframe"),
+        made(problems.scheme(problem, "region_bits", "frame"), reference="keyframe"),
+    ):
+        with pytest.raises(PolicyError, match="one level for all layer groups and regions"):
+            measure_on_tables(table_engine(problem), policy)
+
+
+# What deciding costs -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("levels", "dearest"),
+    [
+        # By hand, from BOPs of 0.1, 0.2, 0.4 by level and 1 of a keyframe.
+        ((None, 2, 0), 1.0),
+        ((None, 2, None), 1.0 + 0.25),
+        ((None,), 1.0),
+        ((None, 1, 1), 1.0),
+    ],
+)
+def test_every_frame_but_the_first_is_charged_for_the_decision(levels: tuple[int | None, ...], dearest: float) -> None:
+    table = random_table(len(levels), 3, seed=1)
+    table.bops[:] = table.bops.new_tensor([0.1, 0.2, 0.4, 1.0])
+    result = measure_schedules(TASK, [table], [Schedule(levels)], {"a": 1}, policy_share=0.25)
+    free = measure_schedules(TASK, [table], [Schedule(levels)], {"a": 1})
+    assert result.policy.tolist() == [0.25 * (len(levels) - 1)]
+    assert result.peak.tolist() == pytest.approx([dearest])
+    assert not free.policy.any()
+    assert free.peak.tolist() == [1.0]
+    assert (result.keyframe, result.residual) == (free.keyframe, free.residual)
+    assert result.keyframe.tolist() == [float(levels.count(None))]
+    spent = sum((0.1, 0.2, 0.4)[level] for level in levels if level is not None)
+    assert result.residual.tolist() == pytest.approx([spent])
+    assert result.settings == {"a": 1}
+
+
+def test_a_dear_policy_makes_a_residual_the_dearest_frame() -> None:
+    table = random_table(2, 3, seed=1)
+    table.bops[:] = table.bops.new_tensor([0.1, 0.2, 0.4, 1.0])
+    result = measure_schedules(TASK, [table], [Schedule((None, 2))], {}, policy_share=0.7)
+    assert result.peak.tolist() == pytest.approx([1.1])
+
+
+@pytest.mark.parametrize(("tables", "schedules"), [(0, 0), (0, 1), (2, 1), (1, 2)])
+def test_each_table_needs_a_schedule(tables: int, schedules: int) -> None:
+    table, schedule = random_table(3, 2, seed=0), Schedule((None, 1, 0))
+    with pytest.raises(PolicyError, match="A schedule for each clip is needed"):
+        measure_schedules(TASK, [table] * tables, [schedule] * schedules, {})

@@ -10,7 +10,15 @@ import pytest
 import torch
 from stable_baselines3 import PPO
 
-from resq_rl.envs import ActionKind, Agents, ClipStore, Decision, EpisodeSettings, FrameView, frames_of, measure
+from resq_rl.envs import (
+    ActionKind,
+    Agents,
+    Decision,
+    EpisodeSettings,
+    FrameView,
+    Problem,
+    measure,
+)
 from resq_rl.envs.batched import BatchedEnvironment
 from resq_rl.envs.sb3 import AgentsVecEnv
 from resq_rl.errors import PolicyError, ResultsError, SettingsError
@@ -27,7 +35,8 @@ from resq_rl.policies.ppo import (
 from resq_rl.quantization import LevelField, Reference
 from resq_rl.sealed import Checkpoints, pack
 from resq_rl.video import Clip
-from tests.envs.worlds import World, first_difference, moving_frames
+from tests.envs import problems
+from tests.envs.problems import first_difference, moving_frames
 
 FAST = PPOSettings(
     frames=2500, n_steps=14, batch_size=224, learning_rate=3e-3, gamma=0.5, ent_coef=0.0, checkpoint_every=1000
@@ -36,13 +45,13 @@ TINY = replace(FAST, frames=200, n_steps=7, batch_size=84, epochs=2, checkpoint_
 
 
 @pytest.fixture(scope="module")
-def moving(world: World) -> World:
+def moving(problem: Problem) -> Problem:
     """Four clips of 8 frames, compared with the float network."""
-    return world.with_clips([8] * 4, source="teacher", weighting="pixel")
+    return problems.with_clips(problem, [8] * 4, source="teacher", weighting="pixel")
 
 
 def agents_of(
-    world: World,
+    problem: Problem,
     trade_off: float | tuple[float, float] = 0.3,
     *,
     kind: ActionKind = "region_thresholds",
@@ -51,11 +60,11 @@ def agents_of(
     **episodes: Any,
 ) -> AgentsVecEnv:
     settings = EpisodeSettings(**({"trade_off": trade_off, "intervals": (0,)} | episodes))
-    return AgentsVecEnv(world.core(slots, kind, agents, episodes=settings))
+    return AgentsVecEnv(problems.agents(problem, slots, kind, agents, episodes=settings))
 
 
-def bops_without_policy(world: World, policy: LearnedPolicy) -> float:
-    result = measure(world.model, world.task, world.store, policy, grid=world.grid)
+def bops_without_policy(problem: Problem, policy: LearnedPolicy) -> float:
+    result = measure(problem, policy)
     return float((result.keyframe + result.residual).sum() / result.frames.sum())
 
 
@@ -73,7 +82,7 @@ CASES: list[tuple[ActionKind, Agents]] = [
 
 
 @pytest.mark.parametrize(("kind", "agents"), CASES)
-def test_where_bits_are_dear_ppo_learns_to_skip(kind: ActionKind, agents: Agents, moving: World) -> None:
+def test_where_bits_are_dear_ppo_learns_to_skip(kind: ActionKind, agents: Agents, moving: Problem) -> None:
     env = agents_of(moving, 30.0, kind=kind, agents=agents, slots=8, reward_scale=0.1)
     policy, report = train_ppo(env, replace(FAST, frames=FAST.frames if agents == "region" else 5000), seed=0)
     first, last = report.curve[0], report.curve[-1]
@@ -86,18 +95,18 @@ def test_where_bits_are_dear_ppo_learns_to_skip(kind: ActionKind, agents: Agents
 
 
 @pytest.mark.parametrize(("kind", "agents"), CASES)
-def test_where_errors_are_dear_ppo_learns_to_spend(kind: ActionKind, agents: Agents, moving: World) -> None:
+def test_where_errors_are_dear_ppo_learns_to_spend(kind: ActionKind, agents: Agents, moving: Problem) -> None:
     env = agents_of(moving, 0.001, kind=kind, agents=agents, slots=8, reward_scale=20.0)
     policy, report = train_ppo(env, FAST, seed=0)
     first, last = report.curve[0], report.curve[-1]
     assert last["error"] < 0.5 * first["error"]
     assert last["bops"] > 1.3 * first["bops"]
-    result = measure(moving.model, moving.task, moving.store, policy, grid=moving.grid)
-    skipping = measure(moving.model, moving.task, moving.store, DynamicResQ("previous", 0, tau=100.0), grid=moving.grid)
+    result = measure(moving, policy)
+    skipping = measure(moving, DynamicResQ("previous", 0, tau=100.0))
     assert result.accuracy > 0.9 > 0.7 > skipping.accuracy
 
 
-def test_one_policy_serves_a_range_of_lambda(moving: World) -> None:
+def test_one_policy_serves_a_range_of_lambda(moving: Problem) -> None:
     env = agents_of(moving, (0.003, 30.0), kind="region_bits", slots=8, relative=True)
     policy, _ = train_ppo(env, replace(FAST, frames=4000), seed=0)
     assert policy.trade_off == pytest.approx(0.3)
@@ -106,37 +115,41 @@ def test_one_policy_serves_a_range_of_lambda(moving: World) -> None:
     assert cheap > dear + 0.1
 
 
-def clips_with_cuts(world: World, cuts: Sequence[int]) -> World:
+def clips_with_cuts(problem: Problem, cuts: Sequence[int]) -> Problem:
     """Still clips of 8 frames, each with a cut to another still at a frame of its own."""
     a, b = moving_frames(1, seed=7), 255 - moving_frames(1, seed=8)
     clips = [
         Clip(torch.cat([a.expand(cut, -1, -1, -1), b.expand(8 - cut, -1, -1, -1)]), None, 25.0, f"cut/{cut}", "test")
         for cut in cuts
     ]
-    store = ClipStore.prepare(world.model, world.task, clips, source="teacher", weighting="pixel")
-    return replace(world, store=store)
+    settings: dict[str, Any] = {"grid": problem.grid, "source": "teacher", "weighting": "pixel"}
+    return Problem.prepare(problem.model, problem.task, clips, **settings)
 
 
-def skipping(world: World, trade_off: float) -> LearnedPolicy:
+def skipping(problem: Problem, trade_off: float) -> LearnedPolicy:
     """Region agents that spend nothing on any residual."""
-    scheme = world.scheme("region_bits")
+    scheme = problems.scheme(problem, "region_bits")
     weight, bias = torch.zeros(scheme.groups, scheme.observation_size), torch.zeros(scheme.groups)
     span = (trade_off, trade_off)
-    return LearnedPolicy((weight,), (bias,), scheme, trade_off, span, network=world.model.groups)
+    return LearnedPolicy((weight,), (bias,), scheme, trade_off, span, network=problem.model.groups)
 
 
 @pytest.mark.parametrize(("trade_off", "at_the_cut"), [(0.2, True), (30.0, False)])
-def test_ppo_learns_to_run_a_keyframe_at_a_cut_where_it_pays(trade_off: float, at_the_cut: bool, world: World) -> None:
+def test_ppo_learns_to_run_a_keyframe_at_a_cut_where_it_pays(
+    trade_off: float, at_the_cut: bool, problem: Problem
+) -> None:
     """Beside agents that skip every residual, all else staying still."""
     cuts = (2, 3, 4, 5, 6)
-    own, fields = clips_with_cuts(world, cuts), skipping(world, trade_off)
-    core = own.core(8, "keyframe", "frame", episodes=EpisodeSettings(trade_off=trade_off, relative=True), fields=fields)
+    own, fields = clips_with_cuts(problem, cuts), skipping(problem, trade_off)
+    core = problems.agents(
+        own, 8, "keyframe", "frame", episodes=EpisodeSettings(trade_off=trade_off, relative=True), fields=fields
+    )
     settings = replace(FAST, frames=6000, n_steps=16, batch_size=64, gamma=0.9)
     keyframes, report = train_ppo(AgentsVecEnv(core), settings, seed=0, warm_start=lambda _: FirstChoice(0))
     assert report.curve[0]["keyframes"] < 0.15, "few keyframes to begin with"
     joint = replace(fields, keyframes=keyframes)
-    simulator = own.simulator(len(cuts), trade_off_range=joint.trade_off_range)
-    ran = torch.stack([result.cost.keyframe for result in frames_of(simulator, joint)], 1)
+    streams = problems.streams(own, len(cuts), trade_off_range=joint.trade_off_range)
+    ran = torch.stack([result.cost.keyframe for _, result in streams.run(joint)], 1)
     for row, cut in zip(ran.tolist(), cuts, strict=True):
         assert [t for t, keyframe in enumerate(row) if keyframe] == ([0, cut] if at_the_cut else [0])
 
@@ -146,7 +159,7 @@ def test_ppo_learns_to_run_a_keyframe_at_a_cut_where_it_pays(trade_off: float, a
 
 @pytest.mark.parametrize(("kind", "agents"), CASES)
 def test_a_warm_start_begins_as_the_constant_field_for_every_lambda(
-    kind: ActionKind, agents: Agents, moving: World
+    kind: ActionKind, agents: Agents, moving: Problem
 ) -> None:
     def best(trade_off: float) -> int:
         return 1 if trade_off < 0.3 else 3
@@ -174,7 +187,7 @@ def test_a_warm_start_begins_as_the_constant_field_for_every_lambda(
     scheme = policy.scheme
     for trade_off in (0.03, 0.1, 1.0, 3.0):
         recorded = Recorded(policy.at(trade_off))
-        measure(moving.model, moving.task, moving.store, recorded, grid=moving.grid)
+        measure(moving, recorded)
         choice = best(trade_off)
         expected = float(np.float32(scheme.thresholds[choice])) if kind == "region_thresholds" else choice
         assert recorded.chosen == {expected}, f"lambda {trade_off}"
@@ -182,20 +195,20 @@ def test_a_warm_start_begins_as_the_constant_field_for_every_lambda(
 
 
 @pytest.mark.parametrize("interval", [2, 3, 5])
-def test_a_warm_start_with_an_interval_begins_with_keyframes_at_it(interval: int, moving: World) -> None:
+def test_a_warm_start_with_an_interval_begins_with_keyframes_at_it(interval: int, moving: Problem) -> None:
     env = agents_of(moving, (0.03, 3.0), kind="frame_level", agents="frame")
     settings = replace(TINY, frames=1, n_steps=2, learning_rate=1e-9)
     policy, _ = train_ppo(env, settings, seed=0, warm_start=lambda t: FirstChoice(1, interval if t < 0.3 else 0))
-    own = moving.with_clips([11, 11])
+    own = problems.with_clips(moving, [11, 11])
     for trade_off, count in ((0.03, -(-11 // interval)), (3.0, 1)):
-        result = measure(own.model, own.task, own.store, policy.at(trade_off), grid=own.grid)
+        result = measure(own, policy.at(trade_off))
         assert result.keyframes.tolist() == [count, count]
 
 
 # The run itself ----------------------------------------------------------------------------------------------------
 
 
-def test_the_same_seed_trains_the_same_policy(moving: World) -> None:
+def test_the_same_seed_trains_the_same_policy(moving: Problem) -> None:
     runs = [
         train_ppo(agents_of(moving, (0.1, 1.0)), TINY, seed=s, warm_start=lambda _: FirstChoice(4)) for s in (3, 3, 4)
     ]
@@ -206,9 +219,9 @@ def test_the_same_seed_trains_the_same_policy(moving: World) -> None:
 
 @pytest.mark.parametrize("lengths", [[8] * 4, [2] * 6, [2, 9]])
 @pytest.mark.parametrize("frames", [1, 200, 400])
-def test_as_many_frames_are_simulated_as_were_asked_for(lengths: list[int], frames: int, world: World) -> None:
+def test_as_many_frames_are_simulated_as_were_asked_for(lengths: list[int], frames: int, problem: Problem) -> None:
     """Forced keyframes included, and up to a rollout more."""
-    own = world.with_clips(lengths, source="teacher")
+    own = problems.with_clips(problem, lengths, source="teacher")
     env = agents_of(own)
     _, report = train_ppo(env, replace(TINY, frames=frames), seed=0)
     per_rollout = 4 * (TINY.n_steps * 2 + 1)  # each frame decided may bring a keyframe
@@ -217,7 +230,7 @@ def test_as_many_frames_are_simulated_as_were_asked_for(lengths: list[int], fram
     assert report.rollouts == len(report.curve)
 
 
-def test_progress_comes_after_every_rollout(moving: World) -> None:
+def test_progress_comes_after_every_rollout(moving: Problem) -> None:
     seen: list[Progress] = []
     env = agents_of(moving)
     _, report = train_ppo(env, TINY, seed=0, on_rollout=seen.append)
@@ -229,7 +242,7 @@ def test_progress_comes_after_every_rollout(moving: World) -> None:
     assert {"loss", "approx_kl", "entropy_loss"} <= set(seen[-1].metrics)
 
 
-def test_figures_of_a_rollout_are_of_its_frames(moving: World) -> None:
+def test_figures_of_a_rollout_are_of_its_frames(moving: Problem) -> None:
     """Mean reward, BOPs and error of every frame simulated, and the mean choice without the keyframe's column."""
     env = agents_of(moving, 0.3, kind="frame_bits", agents="frame")
     steps, actions = [], []
@@ -258,7 +271,7 @@ WAYS: list[tuple[ActionKind, Agents]] = [*CASES, ("frame_level", "frame"), ("reg
 
 @pytest.mark.parametrize(("kind", "agents"), WAYS)
 def test_figures_of_choices_belong_to_the_observations_they_were_made_for(
-    kind: ActionKind, agents: Agents, moving: World
+    kind: ActionKind, agents: Agents, moving: Problem
 ) -> None:
     """Each choice counted, and paired by hand with the residual that its agent saw before it."""
     env = agents_of(moving, kind=kind, agents=agents)
@@ -301,9 +314,9 @@ def test_figures_of_choices_belong_to_the_observations_they_were_made_for(
     assert 0.9 < row["entropy"] < 1.05, "a new network chooses almost evenly"
 
 
-def test_a_collapsed_policy_shows(moving: World) -> None:
+def test_a_collapsed_policy_shows(moving: Problem) -> None:
     """One choice has all of the share, nothing is left of the entropy, and a correlation is undefined."""
-    scheme = moving.scheme()
+    scheme = problems.scheme(moving)
     observations = np.random.default_rng(0).uniform(size=(2, 5, scheme.observation_size)).astype(np.float32)
     figures = choice_figures(scheme, observations, np.full((2, 5, len(scheme.nvec)), 7))
     assert figures == {"mean_choice": 7.0} | {f"choice_{i}": float(i == 7) for i in range(scheme.choices)}
@@ -316,7 +329,7 @@ def test_a_collapsed_policy_shows(moving: World) -> None:
     assert report.curve[-1]["choice_0"] > 0.9
 
 
-def test_the_deployed_policy_knows_what_it_was_trained_for(moving: World) -> None:
+def test_the_deployed_policy_knows_what_it_was_trained_for(moving: Problem) -> None:
     env = agents_of(moving, (0.1, 0.4), intervals=(5, 0))
     policy, _ = train_ppo(env, replace(TINY, frames=1, hidden=(6, 7, 4), policy_bits=4), seed=0)
     assert policy.scheme == env.core.scheme
@@ -329,24 +342,24 @@ def test_the_deployed_policy_knows_what_it_was_trained_for(moving: World) -> Non
 
 
 @pytest.mark.parametrize("batch_size", [5, 84, 100, 10_000])
-def test_any_batch_size_will_do(batch_size: int, moving: World) -> None:
+def test_any_batch_size_will_do(batch_size: int, moving: Problem) -> None:
     """Warnings are errors: the library warns of minibatches that do not divide a rollout."""
     _, report = train_ppo(agents_of(moving), replace(TINY, frames=1, batch_size=batch_size), seed=0)
     assert report.rollouts == 1
 
 
-def test_rewards_that_are_not_finite_end_the_training(moving: World) -> None:
+def test_rewards_that_are_not_finite_end_the_training(moving: Problem) -> None:
     env = agents_of(moving, reward_scale=float("inf"))
     with pytest.raises(PolicyError, match=r"The reward of .*, frame 1, is not finite, after \d+ frames"):
         train_ppo(env, replace(TINY, frames=400), seed=0)
 
 
-def test_observations_that_are_not_finite_end_the_training(moving: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_observations_that_are_not_finite_end_the_training(moving: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     env, made = agents_of(moving), BatchedEnvironment._observe
 
     def observe(core: BatchedEnvironment) -> Any:
         observations = made(core)
-        if int(core.simulator.time[2]) == 4:
+        if int(core.streams.time[2]) == 4:
             observations[2 * core.scheme.agents_per_clip + 1] = np.nan
         return observations
 
@@ -356,7 +369,7 @@ def test_observations_that_are_not_finite_end_the_training(moving: World, monkey
 
 
 def test_weights_that_are_not_finite_end_the_training_and_the_last_good_checkpoint_stays(
-    moving: World, tmp_path: Path
+    moving: Problem, tmp_path: Path
 ) -> None:
     def spoil(progress: Progress) -> None:
         if progress.rollout == 4:  # the update that follows is spoiled, in which the checkpoint would be due
@@ -424,7 +437,7 @@ def killed_after(rollouts: int) -> Callable[[Progress], None]:
 
 
 @pytest.fixture
-def interrupted(moving: World, tmp_path: Path) -> Path:
+def interrupted(moving: Problem, tmp_path: Path) -> Path:
     """Checkpoints of a run of 8 rollouts that was killed in its 6th; they are of the 2nd and the 4th."""
     with pytest.raises(KilledError):
         train_ppo(agents_of(moving, (0.1, 1.0)), TINY, seed=1, checkpoints=tmp_path / "run", on_rollout=killed_after(5))
@@ -433,9 +446,9 @@ def interrupted(moving: World, tmp_path: Path) -> Path:
 
 
 def resumed(
-    world: World, folder: Path, settings: PPOSettings = TINY, seed: int = 1, **episodes: Any
+    problem: Problem, folder: Path, settings: PPOSettings = TINY, seed: int = 1, **episodes: Any
 ) -> tuple[LearnedPolicy, TrainingReport, list[Progress], AgentsVecEnv]:
-    env = agents_of(world, **({"trade_off": (0.1, 1.0)} | episodes))
+    env = agents_of(problem, **({"trade_off": (0.1, 1.0)} | episodes))
     seen: list[Progress] = []
     policy, report = train_ppo(env, settings, seed=seed, checkpoints=folder, resume=True, on_rollout=seen.append)
     return policy, report, seen, env
@@ -453,14 +466,14 @@ def parts_of(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("kind", ["region_thresholds", "frame_bits"])
 @pytest.mark.parametrize("reference", ["previous", "keyframe"])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
-    kind: ActionKind, reference: Reference, moving: World, tmp_path: Path
+    kind: ActionKind, reference: Reference, moving: Problem, tmp_path: Path
 ) -> None:
     """Clips of 8 frames against rollouts of 7: most clips are in progress at a checkpoint."""
     agents: Agents = "frame" if kind == "frame_bits" else "region"
 
     def env() -> AgentsVecEnv:
         settings = EpisodeSettings(trade_off=(0.1, 1.0), intervals=(0, 3))
-        return AgentsVecEnv(moving.core(3, kind, agents, episodes=settings, reference=reference))
+        return AgentsVecEnv(problems.agents(moving, 3, kind, agents, episodes=settings, reference=reference))
 
     policy, whole = train_ppo(env(), TINY, seed=1, checkpoints=tmp_path / "whole")
     with pytest.raises(KilledError):
@@ -475,7 +488,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
 
 
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
-    interrupted: Path, moving: World, caplog: pytest.LogCaptureFixture
+    interrupted: Path, moving: Problem, caplog: pytest.LogCaptureFixture
 ) -> None:
     newest = Checkpoints(interrupted).paths()[-1]
     newest.write_bytes(newest.read_bytes()[:-1])
@@ -487,7 +500,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     assert report == whole
 
 
-def test_resuming_is_deterministic(interrupted: Path, moving: World, tmp_path: Path) -> None:
+def test_resuming_is_deterministic(interrupted: Path, moving: Problem, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     copy.mkdir()
     for path in interrupted.iterdir():
@@ -497,7 +510,7 @@ def test_resuming_is_deterministic(interrupted: Path, moving: World, tmp_path: P
     assert first[1].curve == second[1].curve
 
 
-def test_a_finished_run_comes_back_without_training(moving: World, tmp_path: Path) -> None:
+def test_a_finished_run_comes_back_without_training(moving: Problem, tmp_path: Path) -> None:
     policy, report = train_ppo(agents_of(moving, (0.1, 1.0)), TINY, seed=1, checkpoints=tmp_path)
     again, same, seen, env = resumed(moving, tmp_path)
     assert same_policy(policy, again)
@@ -506,14 +519,14 @@ def test_a_finished_run_comes_back_without_training(moving: World, tmp_path: Pat
     assert env.frames == report.frames
 
 
-def test_without_a_checkpoint_resuming_starts(moving: World, tmp_path: Path) -> None:
+def test_without_a_checkpoint_resuming_starts(moving: Problem, tmp_path: Path) -> None:
     policy, _, seen, _ = resumed(moving, tmp_path / "new")
     expected, _ = train_ppo(agents_of(moving, (0.1, 1.0)), TINY, seed=1)
     assert seen[0].rollout == 1
     assert same_policy(policy, expected)
 
 
-def test_a_new_run_in_an_old_folder_can_be_resumed(moving: World, tmp_path: Path) -> None:
+def test_a_new_run_in_an_old_folder_can_be_resumed(moving: Problem, tmp_path: Path) -> None:
     """Checkpoints of an earlier, longer run must not crowd out those of the new one."""
     train_ppo(agents_of(moving, (0.1, 1.0)), replace(TINY, frames=400), seed=9, checkpoints=tmp_path)
     with pytest.raises(KilledError):
@@ -535,14 +548,14 @@ def test_a_new_run_in_an_old_folder_can_be_resumed(moving: World, tmp_path: Path
     ],
 )
 def test_checkpoints_of_other_settings_are_refused(
-    change: dict[str, Any], message: str, interrupted: Path, moving: World
+    change: dict[str, Any], message: str, interrupted: Path, moving: Problem
 ) -> None:
     with pytest.raises(PolicyError, match=f"other settings.*{message}.*started"):
         resumed(moving, interrupted, **change)
 
 
 @pytest.mark.parametrize("damage", ["empty", "half", "text", "a bit"])
-def test_damaged_checkpoints_are_refused(damage: str, interrupted: Path, moving: World) -> None:
+def test_damaged_checkpoints_are_refused(damage: str, interrupted: Path, moving: Problem) -> None:
     for path in Checkpoints(interrupted).paths():
         content = path.read_bytes()
         middle = len(content) // 2
@@ -553,7 +566,7 @@ def test_damaged_checkpoints_are_refused(damage: str, interrupted: Path, moving:
     assert str(interrupted) in str(caught.value)
 
 
-def test_checkpoints_of_another_version_are_refused(interrupted: Path, moving: World) -> None:
+def test_checkpoints_of_another_version_are_refused(interrupted: Path, moving: Problem) -> None:
     state = Checkpoints(interrupted).load()
     assert state is not None
     del state["environment"]
@@ -562,26 +575,26 @@ def test_checkpoints_of_another_version_are_refused(interrupted: Path, moving: W
         resumed(moving, interrupted)
 
 
-def test_checkpoints_of_other_clips_are_refused(interrupted: Path, world: World) -> None:
-    other = world.with_clips([8] * 3 + [7], source="teacher", weighting="pixel")
+def test_checkpoints_of_other_clips_are_refused(interrupted: Path, problem: Problem) -> None:
+    other = problems.with_clips(problem, [8] * 3 + [7], source="teacher", weighting="pixel")
     with pytest.raises(PolicyError, match="network and clips was"):
         resumed(other, interrupted)
 
 
-def test_a_folder_that_cannot_be_written_is_reported(moving: World, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_reported(moving: Problem, tmp_path: Path) -> None:
     taken = tmp_path / "file"
     taken.write_text("not a folder")
     with pytest.raises(ResultsError, match=r"Cannot write .*checkpoint.* Then resume"):
         train_ppo(agents_of(moving), TINY, seed=0, checkpoints=taken)
 
 
-def test_checkpoints_change_nothing_in_the_training(moving: World, tmp_path: Path) -> None:
+def test_checkpoints_change_nothing_in_the_training(moving: Problem, tmp_path: Path) -> None:
     plain, _ = train_ppo(agents_of(moving), TINY, seed=0)
     saved, _ = train_ppo(agents_of(moving), TINY, seed=0, checkpoints=tmp_path)
     assert same_policy(plain, saved)
 
 
-def test_a_trained_policy_survives_its_files(moving: World, tmp_path: Path) -> None:
+def test_a_trained_policy_survives_its_files(moving: Problem, tmp_path: Path) -> None:
     policy, _ = train_ppo(agents_of(moving), replace(TINY, frames=1), seed=0)
     policy.save(tmp_path)
     loaded = LearnedPolicy.load(tmp_path)
@@ -590,7 +603,7 @@ def test_a_trained_policy_survives_its_files(moving: World, tmp_path: Path) -> N
     assert first_difference(policy.places(x), loaded.places(x)) is None
 
 
-def test_the_deployed_network_is_the_trained_one(moving: World) -> None:
+def test_the_deployed_network_is_the_trained_one(moving: Problem) -> None:
     """In float its nearest choices are those that the library's own model predicts."""
     kept: list[PPO] = []
     env = agents_of(moving)
@@ -610,7 +623,7 @@ def test_the_deployed_network_is_the_trained_one(moving: World) -> None:
     assert first_difference(chosen, expected) is None
 
 
-def test_the_worth_of_what_follows_a_clip_is_the_librarys(moving: World) -> None:
+def test_the_worth_of_what_follows_a_clip_is_the_librarys(moving: Problem) -> None:
     """Values added for all agents at once are those that stable-baselines3 adds one by one."""
     buffers = []
     for own in (True, False):

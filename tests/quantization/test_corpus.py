@@ -2,7 +2,6 @@
 
 import copy
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from resq_rl.errors import ResqError
-from resq_rl.quantization import LevelField, QuantizationConfig, ResQModel, ThresholdField
+from resq_rl.quantization import Field, LevelField, QuantizationConfig, Reference, ResQModel, ThresholdField
 from resq_rl.quantization.graph.outputs import tensors_of
 from resq_rl.quantization.running import calibration
 from tests.quantization.corpus import ACCEPTED, REFERENCES, REFUSED, SIZE
@@ -42,8 +41,9 @@ class Replay(TorchFunctionMode):
 
     def __init__(self, model: ResQModel) -> None:
         super().__init__()
-        self.model, self.oracles, self.position = model, [], 0
-        self.refresh, self.decision = True, LevelField.constant(0, 1, 1)
+        self.model, self.position, self.refresh = model, 0, True
+        self.oracles: list[Oracle] = []
+        self.decision: Field = LevelField.constant(0, 1, 1)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in (F.conv2d, F.conv_transpose2d, F.linear):
@@ -82,7 +82,9 @@ def test_steps_equal_an_independent_replay(name: str) -> None:
     replay = Replay(model)
     states = model.new_state(2), compiled.new_state(2)
     for t, x in enumerate(frames(4)):
-        decision = ThresholdField.constant(0.4, 2, groups) if t == 2 else LevelField.constant(2 + t % 2, 2, groups)
+        decision: Field = (
+            ThresholdField.constant(0.4, 2, groups) if t == 2 else LevelField.constant(2 + t % 2, 2, groups)
+        )
         refresh = everywhere(2, t == 0)
         plain, fast = (
             list(tensors_of(m.step(x, state, refresh, decision)[0]))
@@ -98,11 +100,10 @@ def test_steps_equal_an_independent_replay(name: str) -> None:
 
 
 @pytest.fixture
-def every_value(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def every_value(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calibration sees all values, so that no range clips."""
     monkeypatch.setattr(calibration, "PIXELS_PER_FRAME", 4000)
     monkeypatch.setattr(calibration, "MOST_VALUES", 10_000_000)
-    yield
 
 
 @pytest.mark.usefixtures("every_value")
@@ -113,7 +114,8 @@ def test_at_full_bits_the_stream_equals_the_float_network(name: str) -> None:
     )
     clips = byte_clips(2, 4, 3, SIZE)
     model = ResQModel(made(name), frames(1)[0], config).calibrate(clips)
-    for reference in ("previous", "keyframe"):
+    references: tuple[Reference, ...] = ("previous", "keyframe")
+    for reference in references:
         network = made(name, reference=True)
         state, decision = model.new_state(2, reference), LevelField.constant(1, 2, len(model.groups))
         for t in range(4):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from resq_rl.quantization.graph.tracing import multiplies
+from resq_rl.quantization.graph.dependence import multiplies
 
 MULTIPLY = """mm addmm bmm baddbmm addbmm mv addmv dot vdot convolution conv1d conv3d linear matmul _trilinear _int_mm
     conv_tbc _scaled_dot_product_flash_attention_for_cpu _native_multi_head_attention _transformer_encoder_layer_fwd

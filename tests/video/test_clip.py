@@ -38,10 +38,10 @@ def test_clip_without_a_pixel_is_refused(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "labels", [frames(4, 4, 6), frames(5, 6, 4), frames(5, 1, 4, 6), torch.zeros(5, 4, 6, dtype=torch.int64)]
+    "labels", [frames(4, 4, 6), frames(5, 0, 4), frames(5, 1, 4, 6), torch.zeros(5, 4, 6, dtype=torch.int64)]
 )
 def test_labels_that_do_not_fit_are_refused(labels: torch.Tensor, unchecked_types: None) -> None:
-    with pytest.raises(VideoError, match=r"must be uint8 of shape \(5, 4, 6\).*got torch"):
+    with pytest.raises(VideoError, match=r"must be uint8 of shape \(5, h, w\).*got torch"):
         Clip(frames(5, 3, 4, 6), labels, 24.0, "a", "here")
 
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -56,16 +57,12 @@ def run_job(
         overrides: Hydra's overrides, from which `config` was composed.
         sweep: the folder of the sweep that the job is one of, if any.
     """
-    run_dir, values = record.path.parent, plain(config)
-    resume = (values.get("training") or {}).get("resume") is not None
+    run_dir, composed = record.path.parent, plain(config)
+    resume = (composed.get("training") or {}).get("resume") is not None
     if resume and not command.resume:
         raise SettingsError(f"`resq-rl {name}` cannot go on from a run: leave training.resume out.")
-    if resume:
-        values = with_kept_settings(run_dir, command.config, values, overrides)
-        overrides = merged_overrides(record.overrides, overrides)
-    elif values.get("policy") is not None:
-        folder = policy_folder(values["policy"])
-        values = with_policy_settings(saved_settings(folder), folder, command.config, values, overrides)
+    values = _with_earlier_settings(command, run_dir, composed, overrides, resume=resume)
+    overrides = merged_overrides(record.overrides, overrides) if resume else overrides
     settings = make_settings(values)
     values = values | {"training": values["training"] | {"resume": None}, "trusted": False}  # how to go on is not kept
     text = OmegaConf.to_yaml(OmegaConf.create(values))
@@ -101,6 +98,18 @@ def run_job(
         log.info("Tracking: %s", tracker.hint)
     if following:
         log.info("Next: %s", following)
+
+
+def _with_earlier_settings(
+    command: Command, run_dir: Path, composed: dict[str, Any], overrides: Sequence[str], *, resume: bool
+) -> dict[str, Any]:
+    """The composed settings, after those of the run that goes on or of the policy's training."""
+    if resume:
+        return with_kept_settings(run_dir, command.config, composed, overrides)
+    if composed.get("policy") is not None:
+        folder = policy_folder(composed["policy"])
+        return with_policy_settings(saved_settings(folder), folder, command.config, composed, overrides)
+    return composed
 
 
 @contextmanager

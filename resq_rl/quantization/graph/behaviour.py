@@ -161,7 +161,8 @@ def _difference(expected: Tensor, found: Tensor) -> tuple[float, float]:
 def _random_state() -> list[Any]:
     """The states of torch's and NumPy's global generators (Python's own is drawn from by run-time type checks)."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return [torch.get_rng_state(), *cuda, torch.from_numpy(np.random.get_state()[1].astype(np.int64))]  # noqa: NPY002
+    numpy: Any = np.random.get_state()  # noqa: NPY002
+    return [torch.get_rng_state(), *cuda, torch.from_numpy(numpy[1].astype(np.int64)), torch.tensor(numpy[2])]
 
 
 @contextmanager

@@ -336,7 +336,7 @@ class Exposure(TorchFunctionMode):
 
 def block_of(t: Tensor) -> int:
     """Identity of the block of memory that a tensor lies in."""
-    return t.untyped_storage()._cdata
+    return int(t.untyped_storage()._cdata)
 
 
 def _length(t: Tensor) -> int:
@@ -345,7 +345,7 @@ def _length(t: Tensor) -> int:
 
 def _base(func: OpOverload) -> str:
     """The operator's name without namespace and overload, and without the sign of one that works in place."""
-    name = func.name().split(".")[0].partition("::")[2]
+    name = str(func.name()).split(".")[0].partition("::")[2]
     return name[:-1] if name.endswith("_") else name
 
 

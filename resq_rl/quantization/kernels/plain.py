@@ -1,6 +1,6 @@
-"""What runs around and in an operator: magnitudes, codes, references and products of codes.
+"""The arithmetic around and in an operator: magnitudes, codes, references and products of codes.
 
-`Kernels` is plain PyTorch, for any device; native.py does the same in C on a CPU. Both give the same numbers bit for
+`Kernels` is plain PyTorch, for any device; compiled.py does the same in C on a CPU. Both give the same numbers bit for
 bit: every step rounds once, and so do the multiply-adds.
 """
 
@@ -48,13 +48,13 @@ def affine_codes(x: Float[Tensor, "*n"], step: float, low: float, high: float) -
 
 @dataclass(frozen=True)
 class Product:
-    """An operator with integer weights, by which codes are multiplied.
+    """An operator with the integer weights that codes are multiplied by.
 
     Attributes:
         codes, scale: the weights as integers in float32, and the step of each output channel, which broadcasts over the
             output.
-        precision: in which products of codes and weights are exact and fastest.
-        tiles: the weights as kernels in C multiply them, where they do.
+        precision: the fastest precision in which products of codes and weights are exact.
+        tiles: the weights in the layout that the compiled kernels multiply, or None.
     """
 
     geometry: Geometry
@@ -65,7 +65,7 @@ class Product:
 
 
 class Kernels:
-    """How the elementwise work and the products of codes are run."""
+    """The elementwise work and the products of codes, in PyTorch."""
 
     def __reduce__(self) -> str | tuple[object, ...]:
         return "PLAIN"  # there is one
@@ -102,7 +102,7 @@ class Kernels:
             step: with it the reference moves by codes * step, in place (the closed loop).
             tau, sigma, kappa: thresholds, under which `choose` picks the entry for the largest magnitude over the
                 channels.
-            product: what the codes are for; they lie as its `accumulate` takes them.
+            product: the product that the codes are for, which decides their layout in memory.
         """
         shape = (-1, 1, *index.shape[1:]) if x.dim() == 4 else (-1, *[1] * (x.dim() - 1))
         residual = x - reference

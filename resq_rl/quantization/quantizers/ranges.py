@@ -24,7 +24,7 @@ _PERCENTILE = 0.9999
 _SHRINK = torch.logspace(0, -6, 73, base=2.0)
 _SMALLEST_RANGE = 1e-8
 _AT_ONCE = 1_000_000
-# From so many samples for each code on, sorting them is faster than quantizing them with every candidate.
+# Samples per code from which sorting them is faster than quantizing them with every candidate.
 _MANY = 2
 
 

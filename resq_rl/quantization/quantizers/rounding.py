@@ -23,7 +23,7 @@ from resq_rl.quantization.specification.config import RangeEstimator
 
 __all__ = ["FINE", "WIDEST", "IntegerWeight", "integer_weight", "positions_of", "second_moment"]
 
-# Weights of so many bits or more lose next to nothing when rounded to nearest.
+# From this many bits on, rounding to nearest loses next to nothing.
 FINE = 8
 
 POSITIONS_PER_FRAME = 64

@@ -34,15 +34,16 @@ class SiteRanges:
 
 @dataclass
 class SiteRecorder:
-    """Collects what one operator call sees over the calibration clips.
+    """Collects samples of the inputs of one operator call over the calibration clips.
 
     Rows are the channel vectors of randomly drawn pixels; sums of squares are over all values.
 
     Attributes:
         site: the call.
         parts: the weights to be rounded by second moments.
-        moments: second moments of what they multiply: patches of inputs for keyframes; for residuals their change since
-            the keyframe, which in the closed loop the difference between residual and keyframe weights multiplies.
+        moments: second moments of the patches that the weights multiply: of the inputs for keyframes; for residuals of
+            their change since the keyframe, which in the closed loop the difference between residual and keyframe
+            weights multiplies.
     """
 
     site: Site
@@ -103,7 +104,7 @@ class SiteRecorder:
         level_bits: Sequence[int],
         estimator: RangeEstimator,
     ) -> SiteRanges:
-        """Quantizers for what was recorded."""
+        """Quantizers for the recorded samples."""
         if not all(self.count.values()):
             raise CalibrationError("Calibration saw no residual frame: give at least one clip with two frames or more.")
         values = torch.cat(

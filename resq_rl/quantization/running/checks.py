@@ -1,4 +1,4 @@
-"""Checks of what callers give to a model."""
+"""Checks of the clips, decisions and frames that callers give to a model."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""One quantized forward pass: what every operator does while a frame runs."""
+"""One quantized forward pass: the keyframe or residual arithmetic of every operator call, and its cost."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from resq_rl.errors import NetworkError
+from resq_rl.errors import NetworkError, PolicyError
 from resq_rl.quantization.graph.operators import Geometry, Pair, ResidualOperator, own_types
 from resq_rl.quantization.graph.tracing import Site
 from resq_rl.quantization.kernels.plain import Kernels, Product
@@ -25,17 +25,17 @@ __all__ = ["Execution", "SitePlan", "check_order", "plan_site"]
 
 # Codes of so many bits have no more significant bits than bfloat16.
 EXACT_IN_BFLOAT16 = 8
-# With fewer channels under a tap, converting to bfloat16 costs more than its products save.
+# With fewer channels under a tap, converting to bfloat16 takes longer than its products save.
 WORTH_CONVERTING = 16
 
 
 @dataclass(frozen=True)
 class SitePlan:
-    """What all passes of a calibrated model share at one operator call.
+    """The data that all passes of a calibrated model share at one operator call.
 
     Attributes:
         group: index of its layer group.
-        keyframe, residual: by what codes are multiplied.
+        keyframe, residual: the integer weights that codes are multiplied by.
         costs: BOPs of one multiply-accumulate by level, under residual weights.
     """
 
@@ -83,10 +83,10 @@ class Execution:
     """Runs every operator of one pass, as a keyframe where `refresh`, else as a residual under `decision`.
 
     Args:
-        plans: of the sites, in order.
-        config: of the model.
-        kernels: how elementwise work is run.
-        state: of the clips; changed in place.
+        plans: the plans of all sites, in order of execution.
+        config: the configuration of the model.
+        kernels: the kernels that run the arithmetic.
+        state: the state of the clips; changed in place.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Execution:
         self._rows: Tensor | None = None  # of thresholds in the residual tables
 
     def __call__(self, operator: ResidualOperator, x: Tensor) -> Tensor:
-        """The operator's quantized output; its cost is kept."""
+        """Compute the operator's quantized output and record its cost."""
         check_order(self.sites, self.position, operator)
         plan = self.plans[self.position]
         with own_types():
@@ -145,6 +145,12 @@ class Execution:
             state.outputs.append(x.new_empty(0))
             state.versions.append(0)
         elif len(self.rest):
+            if state.inputs[self.position].shape != x.shape or state.inputs[self.position].dtype != x.dtype:
+                raise PolicyError(
+                    f"The state holds {state.inputs[self.position].dtype} of shape "
+                    f"{tuple(state.inputs[self.position].shape)} for layer {plan.site.name!r}, which takes shape "
+                    f"{tuple(x.shape)}: it is of another model. Make one with new_state."
+                )
             self._check_untouched(plan.site, self.position)
         if not len(self.rest):
             y = self._keyframe(plan, x, slice(None))
@@ -217,7 +223,7 @@ class Execution:
         state.versions[self.position] = state.outputs[self.position]._version
 
     def finish(self) -> FrameCost:
-        """Check that the pass was whole and left the stored references alone; the cost of the pass."""
+        """Check that the pass made every call and changed no stored reference, and return its cost."""
         if self.position != len(self.plans):
             raise NetworkError(
                 f"The network made {self.position} operator calls instead of the {len(self.plans)} seen when it "
@@ -264,7 +270,7 @@ class Execution:
 
 @dataclass(frozen=True)
 class _Pooling:
-    """Coverage of an input, and what sums it over regions from the left and the right."""
+    """Coverage of an input, and the matrices that sum it over regions when multiplied from the left and the right."""
 
     coverage: Tensor
     rows: Tensor

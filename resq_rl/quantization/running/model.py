@@ -45,8 +45,8 @@ class ResQModel:
 
     Args:
         network: any `nn.Module` or the module of an exported program; it is copied and frozen, never changed.
-        example: frames the network accepts, (1 or more, C, H, W), float in 0..1, or a tuple of frames and what else it
-            takes by position, such as the previous mask; sets the resolution of all inputs.
+        example: frames that the network accepts, (1 or more, C, H, W), float in 0..1, or a tuple of frames and the
+            network's further inputs by position, such as the previous mask; sets the shape and type of all inputs.
         config: bit-widths, ranges, cost convention and layer groups.
 
     Raises:
@@ -111,7 +111,7 @@ class ResQModel:
         self._plan()
 
     def _plan(self) -> None:
-        """Gather what passes need of every site, once it is calibrated."""
+        """Make the plan of every site, once it is calibrated."""
         self._plans: list[SitePlan] = [
             plan_site(
                 site,
@@ -250,7 +250,7 @@ class ResQModel:
         """Run one frame of every clip: as a keyframe where `refresh`, else as a residual under `decision`.
 
         Args:
-            inputs: one frame per clip, in 0..1, with what else the network takes.
+            inputs: one frame per clip, in 0..1, with the network's further inputs.
             state: changed in place.
             refresh: which clips run a keyframe; it must be all of them on the first step.
             decision: levels or thresholds by clip, layer group or layer (operator call), and region; ignored where
@@ -330,7 +330,7 @@ class ResQModel:
 
     @property
     def simulation_bytes(self) -> int:
-        """About how much memory each clip that steps takes in this simulation: references, and the work of one site.
+        """An estimate of the memory that each clip takes in this simulation: its references and the work of one site.
 
         Unlike `state_bytes`, which a device needs, all is float32 here.
         """

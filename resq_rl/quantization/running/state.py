@@ -1,4 +1,4 @@
-"""What a device keeps between the frames of a batch of clips."""
+"""State that a device keeps from one frame to the next, for a batch of clips."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,10 +14,10 @@ __all__ = ["StreamState"]
 
 @dataclass
 class StreamState:
-    """What a device keeps between frames, for a batch of clips: per operator call the input and output reference.
+    """State kept from one frame to the next: the input and output reference of every operator call, per clip.
 
     Attributes:
-        reference: what residuals are taken against.
+        reference: the kind of reference that residuals are taken against.
         inputs: x^_ref of each site, (clips, ...).
         outputs: y_ref of each site, (clips, ...).
         age: frames since each clip's keyframe; -1 before the first.
@@ -30,7 +30,7 @@ class StreamState:
     versions: list[int] = field(default_factory=list)
 
     def clone(self) -> "StreamState":
-        """A copy that runs on by itself."""
+        """An independent copy: stepping one leaves the other unchanged."""
         inputs, outputs = [x.clone() for x in self.inputs], [y.clone() for y in self.outputs]
         return StreamState(self.reference, self.age.clone(), inputs, outputs, [y._version for y in outputs])
 
@@ -40,16 +40,16 @@ class StreamState:
         self.versions = [y._version for y in self.outputs]
 
     def snapshot(self) -> dict[str, Any]:
-        """What `restore` needs; not a copy."""
+        """The tensors that `restore` takes; they share memory with this state."""
         return {"age": self.age, "inputs": list(self.inputs), "outputs": list(self.outputs)}
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
-        """Go on from a snapshot, which then belongs to this state."""
+        """Continue from a snapshot, whose tensors then belong to this state."""
         self.age, self.inputs, self.outputs = snapshot["age"], list(snapshot["inputs"]), list(snapshot["outputs"])
         self.versions = [y._version for y in self.outputs]
 
     def put(self, rows: Tensor, other: "StreamState") -> None:
-        """Replace the clips in `rows` by those of `other`, in order; `other` may share memory and must not run on."""
+        """Replace the clips in `rows` by those of `other`, which may share memory and must not be stepped again."""
         self.age[rows] = other.age
         if len(rows) == len(self.age) and bool((rows == torch.arange(len(rows))).all()):
             self.inputs, self.outputs = other.inputs, other.outputs
@@ -64,7 +64,7 @@ class StreamState:
 
 
 def _zeros(clips: int, like: Tensor) -> Tensor:
-    """Zeros for so many clips, in the memory layout of `like`."""
+    """Zeros for `clips` clips, in the memory layout of `like`."""
     zeros = like.new_zeros(clips, *like.shape[1:])
     if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last):
         return zeros.contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""A calibrated model in two files: integers and steps as safetensors, all else as JSON. Nothing in them is ever run."""
+"""A calibrated model in two files: integers and steps as safetensors, the rest as JSON. Loading them runs no code."""
 
 import json
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from resq_rl.sealed import checksum
 __all__ = ["load_model", "save_model"]
 
 FORMAT = "resq_rl model 2"
-# By how much sums over a network's parameters may differ from those it was saved with, as a share of their magnitude:
+# Largest difference of the sums over a network's parameters from the saved ones, as a share of their magnitude:
 # another version of torch may fold BatchNorm with another rounding, another network differs far more.
 SAME = 1e-4
 
@@ -66,7 +66,7 @@ def load_model(folder: Path, network: nn.Module) -> ResQModel:
     """The calibrated model of a folder that `save_model` wrote: its steps equal those of the saved one bit for bit.
 
     Args:
-        network: the float network that was calibrated; what lies between its operators is code, which no file holds.
+        network: the float network that was calibrated; the code between its operators is in no file.
 
     Raises:
         CalibrationError: the files are missing, damaged, changed or of another version.

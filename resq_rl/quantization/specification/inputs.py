@@ -1,4 +1,4 @@
-"""What a network takes for one frame of every clip: the frame alone, or the frame and further tensors."""
+"""Inputs of a network for one frame of every clip: the frame alone, or the frame and further tensors."""
 
 from collections.abc import Iterator
 
@@ -9,8 +9,8 @@ from torch import Tensor
 __all__ = ["Inputs", "as_tuple", "float_frames", "to_float"]
 
 Inputs = Tensor | tuple[Tensor, ...]
-"""A frame of every clip, or a tuple of it and what else the network takes by position, such as the previous mask; each
-with the clips leading. For a clip of video the frames lead instead."""
+"""A frame of every clip, or a tuple of the frame and the network's further inputs by position, such as the previous
+mask. The first dimension is the clip; in a clip of video it is the frame."""
 
 
 def to_float(frames: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -24,7 +24,7 @@ def as_tuple(inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def float_frames(clip: Inputs, most: int, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
-    """What a network takes for each of the first `most` frames of a clip of bytes, in 0..1, as a batch of one."""
+    """The inputs of the first `most` frames of a clip of bytes, converted to 0..1, each as a batch of one."""
     parts = as_tuple(clip)
     for t in range(min(most, len(parts[0]))):
         yield tuple(to_float(part[t : t + 1].to(device)) for part in parts)

@@ -38,7 +38,7 @@ def bit_cost(weight_bits: int, activation_bits: int, convention: BopsConvention 
 
 @dataclass(frozen=True)
 class FrameCost:
-    """What one frame of each clip cost.
+    """The cost of one frame of each clip.
 
     Attributes:
         bops: BOPs of each clip, site (operator call, in order of execution), and region.

@@ -129,7 +129,7 @@ class LabelledVideo(ABC):
     @property
     def framing(self) -> Framing:
         """How frames and labels are brought to the clips: whole, and stretched to `size`."""
-        return Framing(self.size, reader=self._reader)
+        return Framing(self.size, label_size=getattr(self, "label_size", None), reader=self._reader)
 
     def clips(self, split: Split) -> list[Clip]:
         """Decode the clips of a split.

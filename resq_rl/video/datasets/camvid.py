@@ -56,6 +56,8 @@ class CamVidVideo(LabelledVideo):
         splits: for each split "FOLDER" for all drives of it, "FOLDER/DRIVE" for one, or "FOLDER/DRIVE[start:stop]" for
             some of its images, counted from 0 in order; None for those of train, val and test that are there.
         size: height and width in pixels that frames and labels are brought to; None for the size of the source.
+        label_size: height and width in pixels of the labels where that is not the frames', to measure at it, such as
+            their own; None for the frames'.
         frames: most frames taken from each drive; None for all.
         clip_frames: cuts each clip into clips of this many frames, and drops a shorter rest; None leaves them whole.
 
@@ -64,6 +66,7 @@ class CamVidVideo(LabelledVideo):
         VideoError: a missing root, folder or drive, or splits that overlap.
     """
 
+    label_size: tuple[int, int] | None = None
     frames: int | None = None
     clip_frames: int | None = None
 

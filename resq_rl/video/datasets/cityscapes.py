@@ -63,6 +63,8 @@ class CityscapesVideo(LabelledVideo):
         splits: for each split "SET" for all cities of a published set, "SET/CITY" for one, or "SET/CITY[start:stop]"
             for some of its snippets, counted from 0 in order; None for the published ones.
         size: height and width in pixels that frames and labels are brought to; None for 1024x2048.
+        label_size: height and width in pixels of the labels where that is not the frames', to measure at it, such as
+            their own; None for the frames'.
         before: frames of a clip before the labelled one, at most 19.
         after: frames of a clip after the labelled one, at most 10.
 
@@ -71,6 +73,7 @@ class CityscapesVideo(LabelledVideo):
         VideoError: a missing root, set or city, or splits that overlap.
     """
 
+    label_size: tuple[int, int] | None = None
     before: int = 19
     after: int = 0
 

@@ -33,6 +33,8 @@ class DavisVideo(LabelledVideo):
             the official lists.
         size: height and width in pixels that frames and labels are brought to; None for the size of the
             source.
+        label_size: height and width in pixels of the labels where that is not the frames', to measure at it, such as
+            their own; None for the frames'.
         crop: height of a window around the labelled objects as a multiple of theirs, such as 1.3; it follows
             them smoothly, has the proportions of `size`, repeats the edge of frames that it leaves, and is
             unlabelled there. None for full frames.
@@ -51,6 +53,7 @@ class DavisVideo(LabelledVideo):
         VideoError: a missing root, list or sequence, or splits that overlap.
     """
 
+    label_size: tuple[int, int] | None = None
     crop: float | None = None
     crop_thickness: int = 1
     objects: int | None = None
@@ -89,7 +92,7 @@ class DavisVideo(LabelledVideo):
     @property
     def framing(self) -> Framing:
         """Whole frames stretched to `size`, or windows that follow the labelled objects."""
-        return Framing(self.size, crop=self.crop, reader=self._reader)
+        return Framing(self.size, crop=self.crop, label_size=self.label_size, reader=self._reader)
 
     @property
     def _frames_root(self) -> Path:

@@ -129,6 +129,11 @@ class WarpedVideo:
         """The clip of one frame."""
         if clip.labels is None:
             raise VideoError(f"Clip {clip.name!r} ({clip.origin}) has no labels to move along. Use a labelled source.")
+        if clip.labels.shape[1:] != clip.frames.shape[2:]:
+            raise VideoError(
+                f"Labels of clip {clip.name!r} must be of the size of its frames to move along: set label_size of the "
+                "source to None."
+            )
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number * len(SPLITS) + SPLITS.index(split))
         grid = self._draw(generator).grid(clip.size)
         frame = clip.frames[time].float().expand(self.frames, -1, -1, -1)

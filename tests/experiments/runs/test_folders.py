@@ -46,7 +46,7 @@ def command(folder: str, log: str, arguments: list[str]) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    hydra.core.utils.datetime = SimpleNamespace(now=lambda: datetime(2026, 1, 2, 3, 4, 5))  # type: ignore[assignment]
+    hydra.core.utils.datetime = SimpleNamespace(now=lambda: datetime(2026, 1, 2, 3, 4, 5))  # type: ignore[assignment,attr-defined]
     raise SystemExit(main(["train", *arguments, *PLAIN], COMMANDS))
 
 

@@ -17,7 +17,7 @@ from resq_rl.errors import SettingsError
 from resq_rl.experiments.config.composition import compose_config
 from resq_rl.experiments.config.settings import make_settings, plain
 from resq_rl.experiments.runs.record import RunRecord
-from resq_rl.experiments.runs.resume import merged_overrides, with_kept_settings
+from resq_rl.experiments.runs.resume import merged_overrides, with_kept_settings, with_policy_settings
 from tests.experiments.killing import Runs, differences
 
 Make = Callable[..., Runs]
@@ -184,3 +184,40 @@ def test_the_record_keeps_what_was_asked_for(tmp_path: Path) -> None:
     assert asked == ["+experiment=demo", "seed=4"]
     RunRecord(tmp_path).begin(["resq-rl"], asked, make_settings(values_of()), resume=False)
     assert RunRecord(tmp_path).command_line("train") == "resq-rl train +experiment=demo seed=4"
+
+
+# Settings of a policy ------------------------------------------------------------------------------------------------
+
+
+def settings_for_policy(overrides: list[str], saved: dict[str, Any]) -> dict[str, Any]:
+    given = plain(compose_config("evaluate", overrides))
+    return with_policy_settings(saved, Path("policy"), "evaluate", given, overrides)
+
+
+def trained_under(*overrides: str) -> dict[str, Any]:
+    values = plain(compose_config("train", list(overrides)))
+    return {name: values[name] for name in ("model", "task", "video", "quantization", "environment", "training")}
+
+
+def test_a_policy_is_used_with_the_settings_of_its_training(caplog: pytest.LogCaptureFixture) -> None:
+    saved = trained_under("video.speed=2.0", "quantization.residual_weight_bits=8", "environment.grid=[3,5]")
+    values = settings_for_policy([], saved)
+    assert {name: values[name] for name in saved} == saved
+    assert caplog.text == ""
+
+
+def test_what_differs_from_training_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    saved = trained_under("video.speed=2.0", "quantization.residual_weight_bits=8")
+    values = settings_for_policy(["video.noise=0.05", "quantization.residual_weight_bits=4"], saved)
+    assert (values["video"]["speed"], values["video"]["noise"]) == (2.0, 0.05)
+    assert values["quantization"]["residual_weight_bits"] == 4  # named, though it is the default
+    assert "quantization.residual_weight_bits was 8 and is 4" in caplog.text
+    assert "video.noise was 0.02 and is 0.05" in caplog.text
+    assert "speed" not in caplog.text
+
+
+def test_a_policy_may_bring_no_code_of_its_own() -> None:
+    saved = trained_under() | {"model": {"_target_": "os.getcwd"}}
+    with pytest.raises(SettingsError, match=r"policy.*trusted=true"):
+        settings_for_policy([], saved)
+    assert settings_for_policy(["trusted=true"], saved)["model"] == {"_target_": "os.getcwd"}

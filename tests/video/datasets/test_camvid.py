@@ -51,6 +51,13 @@ def test_drives_become_clips(tree: Path) -> None:
     assert (len(clip), clip.fps, clip.size) == (6, 15.0, (24, 36))
 
 
+def test_labels_keep_a_size_of_their_own(tree: Path) -> None:
+    (clip,) = CamVidVideo(tree, size=(12, 18), label_size=(24, 36)).clips("validation")
+    written = np.arange(24 * 36).reshape(24, 36) % 12
+    assert clip.size == (12, 18)
+    assert np.array_equal(torch.as_tensor(clip.labels)[0].numpy(), np.where(written == 11, IGNORE, written))
+
+
 def test_void_is_ignored_and_other_labels_are_kept(tree: Path) -> None:
     (clip,) = CamVidVideo(tree).clips("validation")
     written = np.arange(24 * 36).reshape(24, 36) % 12
