@@ -32,6 +32,7 @@ def whole(output: object) -> Tensor:
     return torch.cat([part.flatten(1) for part in parts], 1)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch's own, once
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("reference", REFERENCES)
 @pytest.mark.parametrize("name", NETWORKS)
@@ -121,10 +122,10 @@ def test_detached_references_end_the_reach_of_gradients() -> None:
 @pytest.mark.parametrize(
     ("decision", "sharpness", "error", "message"),
     [
-        (LevelField.constant(1, 1, 5), 3.0, PolicyError, "give a field of positive ones"),
-        (ThresholdField.constant(0.0, 1, 5), 3.0, PolicyError, "give a field of positive ones"),
-        (ThresholdField.constant(1.0, 1, 4), 3.0, PolicyError, "5 layer groups or 7 layers"),
-        (ThresholdField.constant(1.0, 1, 5), 0.0, SettingsError, "sharpness of a gate must be positive, got 0.0"),
+        (LevelField.constant(1, 1, 6), 3.0, PolicyError, "give a field of positive ones"),
+        (ThresholdField.constant(0.0, 1, 6), 3.0, PolicyError, "give a field of positive ones"),
+        (ThresholdField.constant(1.0, 1, 4), 3.0, PolicyError, "6 layer groups or 8 layers"),
+        (ThresholdField.constant(1.0, 1, 6), 0.0, SettingsError, "sharpness of a gate must be positive, got 0.0"),
     ],
 )
 def test_what_cannot_have_gradients(decision: Field, sharpness: float, error: type[Exception], message: str) -> None:
