@@ -114,13 +114,13 @@ def learn_thresholds(
     """
     settings = settings or GradientSettings()
     first = GroupThresholds(reference, interval, taus=(1.0,) * len(problem.model.sites), kappa=kappa)
-    clips = _Clips(problem, first, settings, seed)
-    points = _constants(clips, progress)
+    clips = _Clips(problem, first, settings, seed, progress)
+    points = _constants(clips)
     low, high = trade_offs or _trade_offs(points)
     knots = np.geomspace(low, high, settings.knots) if high > low else np.array([low])
     best = [min(points, key=lambda p: p[1] + float(t) * p[0])[2] for t in knots]
     log_taus = torch.tensor(best).log()[:, None].repeat(1, len(first.taus)).requires_grad_()
-    _descend(clips, knots, log_taus, progress)
+    _descend(clips, knots, log_taus)
     learned = tuple(_with_taus(first, row) for row in log_taus.detach().exp().double().numpy())
     return LearnedThresholds(tuple(map(float, knots)), learned, clips.frames)
 
@@ -133,13 +133,20 @@ class _Clips:
         left: frames of the clips that were not run yet; 0 before any begin.
     """
 
-    def __init__(self, problem: Problem, policy: GroupThresholds, settings: GradientSettings, seed: int) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        policy: GroupThresholds,
+        settings: GradientSettings,
+        seed: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
         self.lengths = np.array([len(clip) for clip in problem.clips])
         self.usable = np.flatnonzero(self.lengths > 1)
         if not len(self.usable):
             raise SettingsError("Thresholds are learned on residual frames: give training clips of 2 frames or more.")
         self.problem, self.engine, self.policy, self.settings = problem, NetworkEngine(problem), policy, settings
-        self.generator = np.random.default_rng(seed)
+        self.generator, self._progress = np.random.default_rng(seed), progress
         self.count = min(settings.clips, len(self.usable))
         self.frames, self.left = 0, 0
 
@@ -169,22 +176,22 @@ class _Clips:
         output, cost = self.engine.unrolled(inputs, self.state, decision, sharpness)
         divergence = self.problem.task.divergence(output, self.engine.float_output(self.clip, times))
         self.time, self.left = self.time + 1, self.left - 1
-        self.frames += self.count * (BACKWARD_FRAMES if log_taus.requires_grad else 1)
+        spent = self.count * (BACKWARD_FRAMES if log_taus.requires_grad else 1)
+        self.frames += spent
+        if self._progress is not None:
+            self._progress(spent)
         return torch.stack([divergence, (cost.total / self.problem.reference_bops).float()])
 
 
-def _constants(clips: _Clips, progress: Callable[[int], None] | None) -> list[tuple[float, float, float]]:
+def _constants(clips: _Clips) -> list[tuple[float, float, float]]:
     """BOPs, divergence and threshold of constant thresholds on the same frames, from many BOPs to few."""
     drawn, points = clips.draw(), []
     for tau in CONSTANTS:
-        before = clips.frames
         clips.start(drawn)
         log_taus = torch.full((clips.count, len(clips.policy.taus)), tau).log()
         windows = [clips.window(log_taus) for _ in range(FIRST_WINDOWS) if clips.left]
         divergence, bops = torch.stack(windows).mean((0, 2)).tolist()
         points.append((bops, divergence, tau))
-        if progress is not None:
-            progress(clips.frames - before)
     return points
 
 
@@ -203,12 +210,7 @@ def _trade_offs(points: list[tuple[float, float, float]]) -> tuple[float, float]
     return min(slopes), max(slopes)
 
 
-def _descend(
-    clips: _Clips,
-    knots: np.ndarray,
-    log_taus: Float[Tensor, "k s"],
-    progress: Callable[[int], None] | None,
-) -> None:
+def _descend(clips: _Clips, knots: np.ndarray, log_taus: Float[Tensor, "k s"]) -> None:
     """Step the logarithms of the thresholds down their gradient, window by window."""
     settings, begun = clips.settings, clips.frames
     optimizer = torch.optim.Adam([log_taus], lr=settings.learning_rate)
@@ -217,7 +219,7 @@ def _descend(
         weights = _weights(clips, len(knots))
         trade_offs = (weights @ torch.from_numpy(knots).float().log()).exp()
         while clips.left and clips.frames < settings.frames:
-            before, done = clips.frames, (clips.frames - begun) / (settings.frames - begun)
+            done = (clips.frames - begun) / (settings.frames - begun)
             divergence, bops = clips.window(weights @ log_taus)
             loss = (divergence / trade_offs + bops).mean()  # scaled so that every lambda moves thresholds alike
             if loss.requires_grad:  # not where all frames of the window are keyframes
@@ -225,8 +227,6 @@ def _descend(
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-            if progress is not None:
-                progress(clips.frames - before)
 
 
 def _weights(clips: _Clips, knots: int) -> Float[Tensor, "b k"]:

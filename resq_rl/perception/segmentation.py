@@ -20,6 +20,7 @@ __all__ = ["OutputKind", "Segmentation", "class_iou", "mean_iou", "segmentation_
 
 DEFAULT_THRESHOLD: Final = 0.5
 ONE_CLASS: Final = 0.9999  # share of a frame's pixels from which the frame counts as of one class
+LEAST_PROBABILITY: Final = 1e-6  # whose logarithm a divergence takes
 
 OutputKind = Literal["logits", "probability", "logit"]
 """`logits`: one channel per class; `probability` or `logit`: one channel, of the foreground."""
@@ -262,8 +263,8 @@ class Segmentation:
     def _log_probabilities(self, output: Float[Tensor, "b k h w"]) -> Float[Tensor, "b c h w"]:
         if self.kind == "logits":
             return output.log_softmax(1)
-        logit = output if self.kind == "logit" else torch.logit(output, eps=1e-6)
-        return torch.cat([F.logsigmoid(-logit), F.logsigmoid(logit)], 1)
+        p = output.clamp(LEAST_PROBABILITY, 1 - LEAST_PROBABILITY)
+        return torch.cat([(-p).log1p(), p.log()], 1)
 
     def overlay(self, frame: Float[Tensor, "3 h w"], prediction: UInt8[Tensor, "_ _"]) -> Float[Tensor, "3 h w"]:
         """The frame in grey, tinted where the predicted class is not 0."""

@@ -28,8 +28,8 @@ class Method:
     Attributes:
         key: name in `comparison.json`.
         title: name in tables and figures.
-        colour: hexadecimal RGB. The colours are Okabe and Ito's palette, a grey, and Paul Tol's wine and indigo, which the
-            colour-blind can tell apart.
+        colour: hexadecimal RGB. The colours are Okabe and Ito's palette, a grey, and Paul Tol's wine and indigo, which
+            the colour-blind can tell apart.
         marker: Matplotlib's code of the marker.
         candidates: the policies that are tried on the validation clips, for a method that is tuned so.
         refinements: by name, for each of the best candidates, what is tried next.

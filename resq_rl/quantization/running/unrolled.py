@@ -60,7 +60,7 @@ class UnrolledExecution(Execution):
         reference, before = state.inputs[position][rows], state.outputs[position][rows]
         shape = x.shape if operator.channel_axis == 1 else (len(x), -1, 1, 1)  # a linear layer has one level
         gates = self._gates(plan, table, (shape[-2], shape[-1]) if operator.channel_axis == 1 else (1, 1))
-        codes, cost = _Gated.apply((x - reference).reshape(shape), gates.tau, gates)
+        codes, cost = _Gated.apply((x - reference).reshape(shape), gates.tau, gates)  # type: ignore[no-untyped-call]
         codes = codes.reshape(x.shape)
         self._costs.append(cost)
         if state.reference == "previous":
