@@ -81,7 +81,7 @@ class Softened(nn.Module):
 
 def made(problem: Problem, network: nn.Module) -> ResQModel:
     """A model of another network, calibrated as the problem's."""
-    model = ResQModel(network, torch.zeros(1, *problem.model.frame_shape))
+    model = ResQModel(network, torch.zeros(1, 3, *problem.model.frame_size))
     clips = [moving_frames(6, problem.model.frame_size, seed=50 + i, speed=1 + i) for i in range(3)]
     return model.calibrate(clips, interval=3)
 
