@@ -150,7 +150,7 @@ def _declarations() -> str:
         f"struct arguments_{name} {{\n" + "".join(f"    {kind} {field};\n" for field, kind in fields.items()) + "};\n"
         for name, fields in _ARGUMENTS.items()
     ]
-    return "#include <stdint.h>\n" + "".join(structs)
+    return "#define _GNU_SOURCE\n#include <stdint.h>\n" + "".join(structs)  # the macro must come before any header
 
 
 def _found(*names: str) -> str:
