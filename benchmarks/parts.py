@@ -10,17 +10,18 @@ from torch import Tensor
 from resq_rl.envs import (
     ActionScheme,
     BatchedEnvironment,
-    ClipStore,
+    Decision,
     EpisodeSettings,
-    FrameView,
-    Simulator,
-    TableSimulator,
+    NetworkEngine,
+    Problem,
+    Streams,
+    TableEngine,
     respond,
 )
 from resq_rl.envs.sb3 import AgentsVecEnv
 from resq_rl.perception import Segmentation, compact_ddrnet
 from resq_rl.policies.ppo import PPOSettings, deployed, untrained
-from resq_rl.quantization import QuantizationConfig, ResQModel, ThresholdField, to_float
+from resq_rl.quantization import FrameCost, QuantizationConfig, ResQModel, ThresholdField
 from resq_rl.quantization.graph.operators import Geometry
 from resq_rl.quantization.kernels import PLAIN, Kernels, native
 from resq_rl.quantization.running.execution import Execution
@@ -43,22 +44,22 @@ def model() -> ResQModel:
 
 
 @pytest.fixture(scope="module")
-def store(model: ResQModel) -> ClipStore:
+def problem(model: ResQModel) -> Problem:
     video = GeneratedVideo(frames=FRAMES)
-    return ClipStore.prepare(model, Segmentation(), [video.clip("train", i) for i in range(4)])
+    return Problem.prepare(model, Segmentation(), [video.clip("train", i) for i in range(4)], grid=GRID)
 
 
 @pytest.fixture
-def simulator(model: ResQModel, store: ClipStore) -> Simulator:
-    simulator = Simulator(model, Segmentation(), store, slots=CLIPS, grid=GRID)
-    simulator.start(range(CLIPS), [i % len(store) for i in range(CLIPS)])
-    return simulator
+def streams(problem: Problem) -> Streams:
+    streams = Streams(NetworkEngine(problem), slots=CLIPS)
+    streams.start(range(CLIPS), [i % len(problem) for i in range(CLIPS)])
+    return streams
 
 
 @pytest.fixture
-def agents(simulator: Simulator) -> AgentsVecEnv:
-    scheme = ActionScheme("region_thresholds", "region", simulator.groups, GRID)
-    environment = AgentsVecEnv(BatchedEnvironment(simulator, scheme, EpisodeSettings()))
+def agents(streams: Streams) -> AgentsVecEnv:
+    scheme = ActionScheme("region_thresholds", "region", streams.problem.groups, GRID)
+    environment = AgentsVecEnv(BatchedEnvironment(streams, scheme, EpisodeSettings()))
     environment.seed(0)
     environment.reset()
     return environment
@@ -102,18 +103,23 @@ def test_a_residual_operator(benchmark: Timed, kernels: Kernels) -> None:
     benchmark(run)
 
 
-def test_ledger(benchmark: Timed, model: ResQModel, simulator: Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ledger(benchmark: Timed, streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[Execution] = []
     finish = Execution.finish
-    monkeypatch.setattr(Execution, "finish", lambda own: passes.append(own) or finish(own))
-    field = ThresholdField.constant(0.5, CLIPS, len(model.groups), GRID)
-    model.step(to_float(simulator.seen().frame), simulator.state, torch.zeros(CLIPS, dtype=torch.bool), field)
+
+    def recorded(own: Execution) -> FrameCost:
+        passes.append(own)
+        return finish(own)
+
+    monkeypatch.setattr(Execution, "finish", recorded)
+    field = ThresholdField.constant(0.5, CLIPS, streams.problem.groups, GRID)
+    streams.step(Decision(torch.zeros(CLIPS, dtype=torch.bool), field))
     monkeypatch.undo()
     benchmark(passes[0].finish)
 
 
-def test_observation(benchmark: Timed, simulator: Simulator) -> None:
-    benchmark(simulator.observe)
+def test_observation(benchmark: Timed, streams: Streams) -> None:
+    benchmark(streams.observe)
 
 
 def test_a_step_of_region_agents(benchmark: Timed, agents: AgentsVecEnv) -> None:
@@ -121,12 +127,12 @@ def test_a_step_of_region_agents(benchmark: Timed, agents: AgentsVecEnv) -> None
     benchmark(agents.step, actions)
 
 
-def test_a_step_of_the_table_environment(benchmark: Timed, model: ResQModel, store: ClipStore) -> None:
-    few = store.subset([0, 1])
-    tables = [respond(model, few.task, few, i, grid=GRID) for i in range(len(few))]
-    simulator = TableSimulator(model, few.task, few, tables, slots=SLOTS)
-    scheme = ActionScheme("frame_level", "frame", simulator.groups, GRID, len(model.config.levels))
-    environment = AgentsVecEnv(BatchedEnvironment(simulator, scheme, EpisodeSettings()))
+def test_a_step_of_the_table_environment(benchmark: Timed, problem: Problem) -> None:
+    few = problem.subset([0, 1])
+    engine = TableEngine(few, [respond(few, i) for i in range(len(few))])
+    streams = Streams(engine, slots=SLOTS, reference="keyframe")
+    scheme = ActionScheme("frame_level", "frame", few.groups, GRID, len(few.model.config.levels))
+    environment = AgentsVecEnv(BatchedEnvironment(streams, scheme, EpisodeSettings()))
     environment.seed(0)
     environment.reset()
     benchmark(environment.step, np.tile(np.array([[1, 0]]), (SLOTS, 1)))
@@ -135,4 +141,4 @@ def test_a_step_of_the_table_environment(benchmark: Timed, model: ResQModel, sto
 def test_choices_of_a_policy(benchmark: Timed, agents: AgentsVecEnv) -> None:
     settings = PPOSettings()
     policy = deployed(untrained(agents, settings, seed=0), agents, settings)
-    benchmark(lambda: policy.decide(FrameView(agents.core.simulator)))
+    benchmark(lambda: policy.decide(agents.core.streams.view()))

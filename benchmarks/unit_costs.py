@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from resq_rl.envs import ClipStore, measure
+from resq_rl.envs import Problem, measure
 from resq_rl.perception import Segmentation, compact_ddrnet, ddrnet23_slim
 from resq_rl.policies import DynamicResQ
 from resq_rl.quantization import QuantizationConfig, ResQModel
@@ -33,14 +33,14 @@ def measured(name: str, size: tuple[int, int]) -> str:
     model = ResQModel(network, torch.zeros(1, 3, *size), QuantizationConfig(weight_rounding="nearest"))
     model.compile().calibrate([clip.frames[:2]])
     started = time.process_time()
-    store = ClipStore.prepare(model, task, [clip], source="teacher")
+    problem = Problem.prepare(model, task, [clip], source="teacher")
     forward = (time.process_time() - started) / FRAMES
     policy = DynamicResQ("previous", 0, tau=0.7)
-    measure(model, task, store, policy, slots=1)  # the first compiles
+    measure(problem, policy, slots=1)  # the first compiles
     started = time.process_time()
-    measure(model, task, store, policy, slots=1)
+    measure(problem, policy, slots=1)
     step = (time.process_time() - started) / FRAMES
-    kept = (clip.frames, *store.targets, *store.teacher)
+    kept = (clip.frames, *problem.targets, *problem.teacher)
     bytes_kept = sum(tensor.numel() * tensor.element_size() for tensor in kept) / FRAMES
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     return (

@@ -9,7 +9,7 @@ Python's path.
 import torch
 from torch import Tensor, nn
 
-from resq_rl.envs import ClipStore, measure
+from resq_rl.envs import Problem, measure
 from resq_rl.perception import Segmentation
 from resq_rl.policies import DynamicResQ, PerFrame, StaticResQ
 from resq_rl.quantization import QuantizationConfig, ResQModel
@@ -62,9 +62,9 @@ def main() -> None:
     print(f"W8A8: {model.reference_bops():,.0f} bit-operations a frame")
 
     task = Segmentation(classes=CLASSES)
-    store = ClipStore.prepare(model, task, video.clips("test"), source="teacher")  # there are no labels for it
+    problem = Problem.prepare(model, task, video.clips("test"), source="teacher")  # there are no labels for it
     for policy in (PerFrame(), StaticResQ(interval=4, level=2), DynamicResQ(interval=4, tau=0.5)):
-        result = measure(model, task, store, policy)
+        result = measure(problem, policy)
         name = type(policy).__name__
         print(f"{name:12} {result.bops:.3f} of W8A8, agreement with float {result.accuracy:.3f} (mean IoU)")
 

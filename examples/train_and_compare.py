@@ -11,17 +11,18 @@ import torch
 from resq_rl.envs import (
     ActionScheme,
     BatchedEnvironment,
-    ClipStore,
     EpisodeSettings,
     Measurement,
+    NetworkEngine,
     Policy,
-    Simulator,
+    Problem,
+    Streams,
     measure,
 )
 from resq_rl.envs.sb3 import AgentsVecEnv
 from resq_rl.experiments.results.statistics import bd_bops
 from resq_rl.perception import Segmentation, compact_ddrnet
-from resq_rl.policies import best_policies, dynamic_resq_settings
+from resq_rl.policies import DynamicResQ, best_policies
 from resq_rl.policies.ppo import FirstChoice, PPOSettings, train_ppo
 from resq_rl.quantization import ResQModel
 from resq_rl.video import SPLITS, GeneratedVideo, Split
@@ -39,13 +40,13 @@ def main(frames: int = 400) -> None:
     model = ResQModel(compact_ddrnet(), torch.zeros(1, 3, *SIZE)).compile()
     clips = {split: video.clips(split) for split in SPLITS}
     model.calibrate([clip.frames for clip in clips["train"][:2]])
-    stores = {split: ClipStore.prepare(model, task, clips[split]) for split in SPLITS}
+    problems = {split: Problem.prepare(model, task, clips[split], grid=GRID) for split in SPLITS}
 
     def measured(policy: Policy, split: Split) -> Measurement:
-        return measure(model, task, stores[split], policy, grid=GRID)
+        return measure(problems[split], policy)
 
     # The heuristic, tuned on validation clips, measured on test clips.
-    settings = dynamic_resq_settings(intervals=(0, 4), references=("previous",), taus=(0.3, 0.7, 1.4))
+    settings = [DynamicResQ("previous", interval, tau=tau) for interval in (0, 4) for tau in (0.3, 0.7, 1.4)]
     tuned = [policy for policy, _ in best_policies(settings, lambda p: measured(p, "validation"))]
     heuristic = [measured(policy, "test") for policy in tuned]
 
@@ -53,9 +54,9 @@ def main(frames: int = 400) -> None:
     scheme = ActionScheme(
         "region_thresholds", "region", len(model.groups), GRID, len(model.config.levels), by_group=True
     )
-    simulator = Simulator(model, task, stores["train"], slots=4, grid=GRID, trade_off_range=TRADE_OFFS)
+    streams = Streams(NetworkEngine(problems["train"]), slots=4, trade_off_range=TRADE_OFFS)
     episodes = EpisodeSettings(trade_off=TRADE_OFFS, intervals=(0, 4), reward_scale=3.0, relative=True)
-    agents = AgentsVecEnv(BatchedEnvironment(simulator, scheme, episodes))
+    agents = AgentsVecEnv(BatchedEnvironment(streams, scheme, episodes))
     begin = FirstChoice(scheme.thresholds.index(0.7), interval=4)
     ppo = PPOSettings(frames=frames, n_steps=7, batch_size=672, learning_rate=2e-3, ent_coef=3e-4)
     policy, report = train_ppo(agents, ppo, seed=0, warm_start=lambda trade_off: begin)
@@ -66,12 +67,12 @@ def main(frames: int = 400) -> None:
     chosen = [p for p, _ in best_policies(candidates, lambda p: measured(p, "validation"))]
     learned = [measured(p, "test") for p in chosen]
 
-    print(f"float mean IoU {stores['test'].float_accuracy:.3f}")
+    print(f"float mean IoU {problems['test'].float_accuracy:.3f}")
     for name, front in (("Dynamic ResQ", heuristic), ("PPO", learned)):
         for point in front:
             print(f"{name:12} {point.bops:.3f} of W8A8, mean IoU {point.accuracy:.3f}")
     rows = [[(m.accuracy, m.bops) for m in front] for front in (learned, heuristic)]
-    change = bd_bops(*rows, float_accuracy=stores["test"].float_accuracy)
+    change = bd_bops(*rows, float_accuracy=problems["test"].float_accuracy)
     print("BOPs at equal accuracy:", change.reason if change.value is None else f"{change.value:+.1f}%")
 
 

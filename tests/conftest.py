@@ -40,7 +40,11 @@ def _fixed_global_seeds() -> None:
 
 @pytest.fixture
 def unchecked_types() -> Iterator[None]:
-    """Switch off the run-time type checks, for tests of what a user sees who passes a wrong type or shape."""
+    """Switch off the run-time type checks.
+
+    For tests of what a user sees who passes a wrong type or shape, and for those that run what others run with checks,
+    but so often that the checks would take most of the time.
+    """
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

@@ -137,6 +137,12 @@ class EnvContract:
 
     kind: ClassVar[ActionKind]
 
+    @pytest.fixture(autouse=True)
+    def _checked_once(self, request: pytest.FixtureRequest) -> None:
+        """Types are checked at run time in the first test, which runs what all others run again and again."""
+        if request.function.__name__ != "test_spaces_shapes_and_types":
+            request.getfixturevalue("unchecked_types")
+
     def make(self, problem: Problem, **settings: Any) -> Face:
         """An environment of `kind` in `problem`, of lambda 0.3 unless `settings` say otherwise."""
         raise NotImplementedError
@@ -161,7 +167,7 @@ class EnvContract:
         return observations, taken
 
     def test_spaces_shapes_and_types(self, problem: Problem) -> None:
-        face = self.make(problem)
+        face = self.make(problem, trade_off=(0.1, 1.0), budget=0.4)
         agents = face.core.agents
         size = len(face.core.scheme.feature_names)
         assert face.observation_space.shape == (size,)
@@ -306,9 +312,7 @@ class EnvContract:
             face.step(self.actions(face, 0)())
 
     @pytest.mark.parametrize("wrong", ["above", "below", "float", "long", "short", "missing agent"])
-    def test_wrong_actions_are_refused_and_change_nothing(
-        self, problem: Problem, wrong: str, unchecked_types: None
-    ) -> None:
+    def test_wrong_actions_are_refused_and_change_nothing(self, problem: Problem, wrong: str) -> None:
         face, twin = self.make(problem), self.make(problem)
         act = self.actions(face, 0)
         face.reset(0)

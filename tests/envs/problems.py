@@ -157,13 +157,13 @@ def make_recurrent_problem(lengths: Sequence[int] = (5, 7, 6)) -> Problem:
 
 def make_pose_problem() -> Problem:
     """A network of points with random weights: predictions are wrong, and change with every frame."""
-    clips = FigureVideo(size=SIZE, frames=4, speed=8, cuts=0.0).clips
+    clips = FigureVideo(size=SIZE, frames=4, speed=8, cuts=0.0, train=2, test=3).clips
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1)
         network = CompactPose(width=8)
         list(network.head.parameters())[-2].mul_(30.0)  # weights of the last convolution
-    model = ResQModel(load_network(network), torch.zeros(1, 3, *SIZE)).calibrate([c.frames for c in clips("train")[:2]])
-    return Problem.prepare(model, Pose(), clips("test")[:3], grid=GRID)
+    model = ResQModel(load_network(network), torch.zeros(1, 3, *SIZE)).calibrate([c.frames for c in clips("train")])
+    return Problem.prepare(model, Pose(), clips("test"), grid=GRID)
 
 
 @lru_cache(maxsize=16)

@@ -17,7 +17,7 @@ from resq_rl.envs.table_cache import fingerprint, fingerprints
 from resq_rl.perception import Segmentation
 from resq_rl.quantization import ResQModel
 from resq_rl.sealed import ContentStore
-from tests.envs.problems import CLASSES, moving_frames, tiny_network
+from tests.envs.problems import CLASSES, SIZE, moving_frames, tiny_network
 
 
 def identical(mine: ResponseTable, expected: ResponseTable) -> bool:
@@ -81,7 +81,7 @@ class Softened(nn.Module):
 
 def made(problem: Problem, network: nn.Module) -> ResQModel:
     """A model of another network, calibrated as the problem's."""
-    model = ResQModel(network, torch.zeros(1, *problem.model.frame_shape))
+    model = ResQModel(network, torch.zeros(1, 3, *problem.model.frame_size))
     clips = [moving_frames(6, problem.model.frame_size, seed=50 + i, speed=1 + i) for i in range(3)]
     return model.calibrate(clips, interval=3)
 
@@ -103,7 +103,7 @@ def test_the_name_follows_from_all_that_the_table_depends_on(problem: Problem) -
         fingerprint(replace(problem, targets=changed(problem.targets)), 0),
         fingerprint(replace(problem, teacher=changed(problem.teacher)), 0),
         fingerprint(replace(problem, error_table=2 * problem.error_table), 0),
-        fingerprint(replace(problem, task=Segmentation(CLASSES, threshold=0.25)), 0),
+        fingerprint(replace(problem, task=Segmentation(CLASSES, label_size=SIZE)), 0),
         fingerprint(replace(problem, model=made(problem, tiny_network(seed=1))), 0),
         fingerprint(replace(problem, model=made(problem, Softened())), 0),
     ]

@@ -18,11 +18,17 @@ from resq_rl.perception.weight_files import read_weights
 from resq_rl.sealed import checksum
 
 PRELOADED = [f"resq_rl.experiments.jobs.{command}" for command in ("compare", "pretrain", "train")]
-PRELOADED += ["tests.experiments.killing", "tests.envs.worlds", "mlflow.tracking", "torch._dynamo", "matplotlib.figure"]
+PRELOADED += [
+    "tests.experiments.killing",
+    "tests.envs.problems",
+    "mlflow.tracking",
+    "torch._dynamo",
+    "matplotlib.figure",
+]
 SMALL = [
     "threads=1",
     "model=custom",
-    "model._target_=tests.envs.worlds.tiny_network",
+    "model._target_=tests.envs.problems.tiny_network",
     "task.classes=3",
     "environment.accuracy=teacher",
     "video.size=[32,48]",

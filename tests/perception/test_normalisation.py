@@ -15,7 +15,7 @@ from resq_rl.experiments.config.targets import make_target
 from resq_rl.perception import CompactDDRNet, Normalised, compact_ddrnet, ddrnet23_slim, load_network, load_weights
 from resq_rl.perception.weight_files import save_weights
 from resq_rl.quantization import LevelField, QuantizationConfig, ResQModel
-from resq_rl.quantization.storage import load_model, save_model
+from resq_rl.quantization.running.storage import load_model, save_model
 from resq_rl.video import GeneratedVideo
 
 MEAN, STD = (103.53, 116.28, 123.675), (57.375, 57.12, 58.395)  # of BGR, 0..255

@@ -205,15 +205,18 @@ def test_skip_gate_uses_the_first_and_the_last_level_only(problem: Problem) -> N
 
 def test_random_levels_are_reproducible_and_uniform(problem: Problem) -> None:
     view = problems.view(problem, 4)
-    drawn = [levels_of(RandomLevels(4, seed=s).decide(view)) for s in (0, 0, 1)]
+    drawn = [levels_of(RandomLevels(levels=4, seed=s).decide(view)) for s in (0, 0, 1)]
     assert (drawn[0] == drawn[1]).all()
     assert (drawn[0] != drawn[2]).any()
     assert drawn[0].shape == (4, 3, *problem.grid)
-    policy = RandomLevels(4, seed=3)
+    policy = RandomLevels(levels=4, seed=3)
     many = torch.cat([levels_of(policy.decide(view)).flatten() for _ in range(50)])
     assert torch.bincount(many).tolist() == pytest.approx([len(many) / 4] * 4, rel=0.1)
     assert (
-        first_difference(measure(problem, RandomLevels(4)).residual, measure(problem, RandomLevels(4)).residual) is None
+        first_difference(
+            measure(problem, RandomLevels(levels=4)).residual, measure(problem, RandomLevels(levels=4)).residual
+        )
+        is None
     )
 
 
@@ -236,7 +239,7 @@ def test_random_levels_are_reproducible_and_uniform(problem: Problem) -> None:
             GroupThresholds(interval=0, taus=(1.0,)),
             {"reference": "previous", "interval": 0, "taus": [1.0], "kappa": [1.0, 2.0, 8.0]},
         ),
-        (RandomLevels(4, seed=2, interval=16), {"reference": "previous", "interval": 16, "seed": 2}),
+        (RandomLevels(levels=4, seed=2, interval=16), {"reference": "previous", "interval": 16, "seed": 2}),
     ],
 )
 def test_settings_identify_a_policy_that_costs_nothing(policy: Policy, settings: dict[str, Any]) -> None:
@@ -258,5 +261,5 @@ def test_the_observation_is_not_computed_for_policies_that_do_not_look(
         raise AssertionError("a fixed policy looked at the observation")
 
     monkeypatch.setattr(FrameView, "observation", property(looked))
-    for policy in (PerFrame(), StaticResQ(), DynamicResQ(), SkipGate(), RandomLevels(4)):
+    for policy in (PerFrame(), StaticResQ(), DynamicResQ(), SkipGate(), RandomLevels(levels=4)):
         measure(problem, policy)

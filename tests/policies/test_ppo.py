@@ -81,6 +81,7 @@ CASES: list[tuple[ActionKind, Agents]] = [
 ]
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(("kind", "agents"), CASES)
 def test_where_bits_are_dear_ppo_learns_to_skip(kind: ActionKind, agents: Agents, moving: Problem) -> None:
     env = agents_of(moving, 30.0, kind=kind, agents=agents, slots=8, reward_scale=0.1)
@@ -94,6 +95,7 @@ def test_where_bits_are_dear_ppo_learns_to_skip(kind: ActionKind, agents: Agents
     assert bops_without_policy(moving, policy) == pytest.approx(1 / 8, rel=0.02), "the forced keyframes alone"
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(("kind", "agents"), CASES)
 def test_where_errors_are_dear_ppo_learns_to_spend(kind: ActionKind, agents: Agents, moving: Problem) -> None:
     env = agents_of(moving, 0.001, kind=kind, agents=agents, slots=8, reward_scale=20.0)
@@ -106,6 +108,7 @@ def test_where_errors_are_dear_ppo_learns_to_spend(kind: ActionKind, agents: Age
     assert result.accuracy > 0.9 > 0.7 > skipping.accuracy
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_one_policy_serves_a_range_of_lambda(moving: Problem) -> None:
     env = agents_of(moving, (0.003, 30.0), kind="region_bits", slots=8, relative=True)
     policy, _ = train_ppo(env, replace(FAST, frames=4000), seed=0)
@@ -134,6 +137,7 @@ def skipping(problem: Problem, trade_off: float) -> LearnedPolicy:
     return LearnedPolicy((weight,), (bias,), scheme, trade_off, span, network=problem.model.groups)
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(("trade_off", "at_the_cut"), [(0.2, True), (30.0, False)])
 def test_ppo_learns_to_run_a_keyframe_at_a_cut_where_it_pays(
     trade_off: float, at_the_cut: bool, problem: Problem
@@ -157,6 +161,7 @@ def test_ppo_learns_to_run_a_keyframe_at_a_cut_where_it_pays(
 # Warm start --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(("kind", "agents"), CASES)
 def test_a_warm_start_begins_as_the_constant_field_for_every_lambda(
     kind: ActionKind, agents: Agents, moving: Problem
@@ -314,6 +319,7 @@ def test_figures_of_choices_belong_to_the_observations_they_were_made_for(
     assert 0.9 < row["entropy"] < 1.05, "a new network chooses almost evenly"
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_a_collapsed_policy_shows(moving: Problem) -> None:
     """One choice has all of the share, nothing is left of the entropy, and a correlation is undefined."""
     scheme = problems.scheme(moving)

@@ -7,13 +7,8 @@ from hypothesis import strategies as st
 from resq_rl.envs import Measurement
 from resq_rl.perception import Segmentation
 from resq_rl.policies import (
-    DynamicResQ,
-    SkipGate,
     StaticResQ,
     best_policies,
-    dynamic_resq_settings,
-    skip_gate_settings,
-    static_resq_settings,
     thinned,
 )
 
@@ -62,17 +57,6 @@ def test_every_policy_is_evaluated_once() -> None:
 
     best_policies([StaticResQ(level=i) for i in range(4)], evaluate)
     assert sorted(calls) == [0, 1, 2, 3]
-
-
-def test_settings_are_all_combinations() -> None:
-    dynamic = dynamic_resq_settings([8, 0], ["previous", "keyframe"], [0.5, 1.0, 2.0], (1.0, 3.0, 9.0))
-    assert len(set(dynamic)) == 12
-    assert DynamicResQ("keyframe", 0, tau=2.0, kappa=(1.0, 3.0, 9.0)) in dynamic
-    static = static_resq_settings([8, 16], ["previous"], 4)
-    assert len(set(static)) == 8
-    assert StaticResQ("previous", 16, level=3) in static
-    gates = skip_gate_settings([8], [0.5, 1.0], 3)
-    assert gates == [SkipGate("previous", 8, tau=0.5, levels=3), SkipGate("previous", 8, tau=1.0, levels=3)]
 
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=30, unique=True), st.integers(2, 8))

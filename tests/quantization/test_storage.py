@@ -22,7 +22,7 @@ from resq_rl.quantization import (
     to_float,
 )
 from resq_rl.sealed import checksum
-from tests.envs.worlds import moving_frames, tiny_network
+from tests.envs.problems import moving_frames, tiny_network
 
 CONFIGS = {
     "default": QuantizationConfig(),

@@ -1,8 +1,6 @@
 """Training a policy with progress, tracking and checkpoints; used by `train` and `compare`."""
 
-import hashlib
 import logging
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +13,6 @@ from resq_rl.experiments.study.deployment import FILES, save_deployment
 from resq_rl.experiments.study.start import Start, first_choices
 from resq_rl.experiments.study.study import Study
 from resq_rl.experiments.tracking.tracker import Tracker
-from resq_rl.files import write_atomic
 from resq_rl.policies import LearnedPolicy
 from resq_rl.policies.ppo import FirstChoice, PPOSettings, Progress, TrainingReport, train_ppo
 
@@ -55,12 +52,11 @@ def train_policy(
     """
     training, settings = study.settings.training, study.settings.training.ppo()
     first = first_choices(study, start)
-    run = _Run(seed, tracker, resume)
+    run = _Trainings(seed, tracker, resume)
     policy = run.train(f"training PPO, seed {seed}", study.agents(), settings, folder / "checkpoints", first)
     policy.save(folder)
     save_deployment(study, folder)
     if training.keyframe_frames:
-        _forget_other_keyframes(folder / "keyframes", policy)
         few = None if training.warm_start == "none" else lambda _: FirstChoice(0)
         agents, ppo = study.agents(policy), keyframe_settings(study.settings)
         keyframes = run.train(f"training keyframes, seed {seed}", agents, ppo, folder / "keyframes", few)
@@ -72,17 +68,7 @@ def train_policy(
     return policy, run.report
 
 
-def _forget_other_keyframes(checkpoints: Path, policy: LearnedPolicy) -> None:
-    """Remove checkpoints of keyframes that were learned beside other region agents."""
-    weights = b"".join(tensor.numpy().tobytes() for tensor in (*policy.weights, *policy.biases))
-    mark, digest = checkpoints / "beside.txt", hashlib.sha256(weights).hexdigest()
-    if not mark.exists() or mark.read_text() != digest:
-        if checkpoints.exists():
-            shutil.rmtree(checkpoints)
-        write_atomic(mark, digest)
-
-
-class _Run:
+class _Trainings:
     """One or more trainings in turn, tracked and reported as one."""
 
     def __init__(self, seed: int, tracker: Tracker, resume: bool) -> None:

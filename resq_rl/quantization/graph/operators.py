@@ -5,7 +5,7 @@ linear.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -249,14 +249,15 @@ def products_in(precision: Literal["bf16", "ieee"], geometry: Geometry, device: 
         setting.fp32_precision = before
 
 
-@contextmanager
-def own_types() -> Iterator[None]:
+def own_types() -> AbstractContextManager[Any]:
     """Within, tensors keep the types they have: an autocast around the call has no effect."""
-    with ExitStack() as stack:
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
+    active = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+    if not active:
+        return nullcontext()
+    stack = ExitStack()
+    for device in active:
+        stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
 
 
 @contextmanager

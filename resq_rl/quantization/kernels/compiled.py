@@ -150,7 +150,7 @@ def _declarations() -> str:
         f"struct arguments_{name} {{\n" + "".join(f"    {kind} {field};\n" for field, kind in fields.items()) + "};\n"
         for name, fields in _ARGUMENTS.items()
     ]
-    return "#include <stdint.h>\n" + "".join(structs)
+    return "#define _GNU_SOURCE\n#include <stdint.h>\n" + "".join(structs)  # the macro must come before any header
 
 
 def _found(*names: str) -> str:
@@ -174,6 +174,7 @@ class _Function:
 
     def __init__(self, library: ctypes.CDLL, name: str) -> None:
         self.name, self.fields = name, _ARGUMENTS[name]
+        self.tensors = {field: _HOLDS[kind] for field, kind in self.fields.items() if kind in _HOLDS}
         kinds = {_INTEGER: c_int64, _NUMBER: c_float}
         members = [(field, kinds.get(kind, c_void_p)) for field, kind in self.fields.items()]
         self.struct: Any = type(f"arguments_{name}", (ctypes.Structure,), {"_fields_": members})
@@ -188,16 +189,16 @@ class _Function:
         """
         if values.keys() != self.fields.keys():
             raise NetworkError(f"{self.name} takes {sorted(self.fields)}, got {sorted(values)}.")
-        given = {field: self._passed(field, kind, values[field]) for field, kind in self.fields.items()}
-        self.run(ctypes.byref(self.struct(**given)))
+        for field, types in self.tensors.items():
+            values[field] = self._address(field, types, values[field])
+        self.run(ctypes.byref(self.struct(**values)))
 
-    def _passed(self, field: str, kind: str, value: Any) -> Any:
-        if kind not in _HOLDS:
-            return value
+    def _address(self, field: str, types: tuple[torch.dtype, ...], value: Any) -> int | None:
         if value is None and field in _MAY_LACK:
             return None
-        if not isinstance(value, Tensor) or value.dtype not in _HOLDS[kind] or not _dense(value):
+        if not isinstance(value, Tensor) or value.dtype not in types or not _dense(value):
             what = f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+            kind = self.fields[field]
             raise NetworkError(f"{self.name} reads {field} as {kind} of a dense tensor on the CPU, got {what}.")
         return value.data_ptr()
 
@@ -355,13 +356,13 @@ class _Native(Kernels):
 
 def _read(x: Tensor) -> bool:
     """Whether the functions can read a tensor: plain float32 in this machine's memory."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and x.layout == torch.strided and not x.is_neg()
+    return x.dtype == torch.float32 and x.is_cpu and x.layout == torch.strided and not x.is_neg()
 
 
 def _dense(x: Tensor) -> bool:
     """Whether a tensor lies on the CPU without gaps, in one of the two layouts."""
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return x.device.type == "cpu" and (last or x.is_contiguous()) and not x.is_neg()
+    dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+    return dense and x.is_cpu and not x.is_neg()
 
 
 def _tiles(codes: Float[Tensor, "o c h w"]) -> BFloat16[Tensor, "blocks h steps 16 16 2"]:

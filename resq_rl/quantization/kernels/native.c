@@ -12,7 +12,6 @@
 // Codes for `resq_convolve` lie in a room instead: in bfloat16, which holds them exactly, channels last, with the
 // convolution's padding around them.
 
-#define _GNU_SOURCE
 #include <math.h>
 #include <stdint.h>
 #include <string.h>

@@ -23,7 +23,7 @@ from resq_rl.experiments.cli.commands import COMMANDS
 from resq_rl.experiments.config.composition import load_settings
 from resq_rl.perception import compact_ddrnet, save_weights
 from resq_rl.video import stream
-from tests.envs.worlds import moving_frames
+from tests.envs.problems import moving_frames
 from tests.experiments.conftest import free_port, wait_for
 from tests.experiments.jobs.test_jobs import write_video
 from tests.perception.test_ddrnet23 import cityscapes_checkpoint

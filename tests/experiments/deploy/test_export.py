@@ -16,19 +16,19 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from resq_rl.envs import ActionKind, Agents
+from resq_rl.envs import ActionKind, Agents, Problem
 from resq_rl.experiments.cli.app import main
 from resq_rl.experiments.deploy.served import choices_of
 from resq_rl.perception import Segmentation
 from resq_rl.policies import LearnedPolicy, Runner
 from resq_rl.policies.threshold_table import ThresholdTable
 from resq_rl.quantization import save_model
-from tests.envs.worlds import CLASSES, World, moving_frames, tiny_network
+from tests.envs.problems import CLASSES, moving_frames, scheme, tiny_network
 from tests.experiments.conftest import free_port
 from tests.policies.test_learned import made
 
 VIDEO = {"_target_": "tests.experiments.deploy.test_export.TinyVideo"}
-MODEL = {"_target_": "tests.envs.worlds.tiny_network"}
+MODEL = {"_target_": "tests.envs.problems.tiny_network"}
 TASK = {"_target_": "resq_rl.perception.Segmentation", "classes": CLASSES}
 
 
@@ -44,10 +44,11 @@ class TinyVideo:
         return [Clip(moving_frames(6, seed=start + i), None, 25.0, f"{split}{i}", "test") for i in range(2)]
 
 
-def deploy(world: World, folder: Path, kind: ActionKind = "region_thresholds", agents: Agents = "region") -> Path:
-    policy = made(world.scheme(kind, agents), network=world.model.groups, frame_size=world.model.frame_size, interval=4)
+def deploy(problem: Problem, folder: Path, kind: ActionKind = "region_thresholds", agents: Agents = "region") -> Path:
+    model = problem.model
+    policy = made(scheme(problem, kind, agents), network=model.groups, frame_size=model.frame_size, interval=4)
     policy.save(folder)
-    save_model(world.model, folder)
+    save_model(problem.model, folder)
     (folder / "network.json").write_text(json.dumps({"model": MODEL, "task": TASK, "video": VIDEO}))
     return folder
 
@@ -59,10 +60,10 @@ def export(tmp_path: Path, *words: str, code: int = 0) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory, world: World, empty_store: Path) -> Path:
+def exported(tmp_path_factory: pytest.TempPathFactory, problem: Problem, empty_store: Path) -> Path:
     """The results of an export in all formats, registered in a store."""
     folder = tmp_path_factory.mktemp("export")
-    policy = deploy(world, folder / "policy")
+    policy = deploy(problem, folder / "policy")
     (folder / "results").mkdir()
     shutil.copy(empty_store, folder / "results" / "mlflow.db")
     return export(folder, f"policy={policy}", "exporting.trade_offs=2", "exporting.name=tiny")
@@ -73,11 +74,11 @@ def summary(folder: Path) -> dict[str, Any]:
     return values
 
 
-def test_all_that_a_runner_needs_is_exported(exported: Path, world: World) -> None:
+def test_all_that_a_runner_needs_is_exported(exported: Path, problem: Problem) -> None:
     assert summary(exported)["portable"]["equal"] is True
     assert not [p for p in (exported / "policy").iterdir() if p.suffix not in (".json", ".safetensors")]
     runner = Runner.load(exported / "policy", tiny_network(), Segmentation(CLASSES))
-    assert runner(world.store.clips[0].frames[0])[1].bops == 1.0
+    assert runner(problem.clips[0].frames[0])[1].bops == 1.0
 
 
 def test_the_graph_is_equal_on_the_clip(exported: Path) -> None:
@@ -98,9 +99,9 @@ def test_the_table_tells_its_loss(exported: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "agents"), [("region_bits", "region"), ("frame_bits", "frame")])
 def test_policies_that_choose_bits_have_no_table(
-    kind: ActionKind, agents: Agents, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: ActionKind, agents: Agents, problem: Problem, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    policy = deploy(world, tmp_path / "policy", kind, agents)
+    policy = deploy(problem, tmp_path / "policy", kind, agents)
     folder = export(tmp_path, f"policy={policy}", "tracking=disabled")
     shipped = os.path.relpath(folder / "policy")
     last = capsys.readouterr().err.splitlines()[-1]
@@ -112,10 +113,10 @@ def test_policies_that_choose_bits_have_no_table(
 
 
 def test_without_the_extra_the_graph_is_skipped_with_the_reason(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
-    policy = deploy(world, tmp_path / "policy")
+    policy = deploy(problem, tmp_path / "policy")
     folder = export(tmp_path, f"policy={policy}", "tracking=disabled", "exporting.formats=[onnx,portable]")
     assert "resq-rl[onnx]" in summary(folder)["onnx"]["skipped"]
     assert not (folder / "policy.onnx").exists()
@@ -123,9 +124,9 @@ def test_without_the_extra_the_graph_is_skipped_with_the_reason(
 
 
 def test_a_policy_without_its_model_is_one_error(
-    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    problem: Problem, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    policy = deploy(world, tmp_path / "policy")
+    policy = deploy(problem, tmp_path / "policy")
     (policy / "model.safetensors").unlink()
     export(tmp_path, f"policy={policy}", "tracking=disabled", code=2)
     assert "No calibrated model" in capsys.readouterr().err

@@ -17,15 +17,14 @@ import torch
 from PIL import Image
 from torch import nn
 
+from resq_rl.envs import Problem
 from resq_rl.experiments.cli.app import main
 from resq_rl.perception import Segmentation
 from resq_rl.policies import Runner
 from resq_rl.quantization import save_model
 from resq_rl.video import VideoFiles, VideoStream, stream
-from tests.envs.test_recurrent import Follower
-from tests.envs.worlds import CLASSES, World, moving_frames, tiny_network
+from tests.envs.problems import CLASSES, Follower, make_recurrent_problem, moving_frames, scheme, tiny_network
 from tests.policies.test_learned import made
-from tests.policies.test_runner import follower_world
 
 Capture = pytest.CaptureFixture[str]
 SIZE = (32, 48)
@@ -33,12 +32,12 @@ TINY = ["tracking=disabled", "threads=1", "trusted=true"]  # the networks are co
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, world: World) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, problem: Problem) -> Path:
     """The folder of a run, as `resq-rl train` leaves it, of a tiny network for frames of 32x48."""
     folder = tmp_path_factory.mktemp("trained")
-    made(world.scheme(), network=world.model.groups, interval=3).save(folder / "seed0")
-    save_model(world.model, folder / "seed0")
-    model = {"_target_": "tests.envs.worlds.tiny_network"}
+    made(scheme(problem), network=problem.model.groups, interval=3).save(folder / "seed0")
+    save_model(problem.model, folder / "seed0")
+    model = {"_target_": "tests.envs.problems.tiny_network"}
     task = {"_target_": "resq_rl.perception.Segmentation", "classes": CLASSES}
     (folder / "seed0" / "network.json").write_text(json.dumps({"model": model, "task": task}))
     return folder
@@ -84,7 +83,7 @@ def test_lines_and_summary_are_what_the_runner_gives(trained: Path, video: Path,
         (c.bops, c.keyframe, c.policy) for c in costs
     ]
     total = sum(c.bops for c in costs)
-    assert found[-1]["total_bops"] == pytest.approx(total * runner.model.reference_bops())
+    assert found[-1]["total_bops"] == pytest.approx(total * runner.problem.reference_bops)
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["frames"], summary["keyframes"], summary["ended"]) == (9, 3, "finished")
     assert summary["bops"] == pytest.approx(total / 9)
@@ -214,13 +213,13 @@ def test_mistakes_are_one_line(
 
 
 def test_a_mask_to_follow_is_read_from_an_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    world, folder = follower_world(), tmp_path / "policy"
-    made(world.scheme(), network=world.model.groups).save(folder)
-    save_model(world.model, folder)
+    problem, folder = make_recurrent_problem(), tmp_path / "policy"
+    made(scheme(problem), network=problem.model.groups).save(folder)
+    save_model(problem.model, folder)
     making = {"model": {"_target_": "tests.experiments.deploy.test_run.follower"}}
     making["task"] = {"_target_": "resq_rl.perception.MaskPropagation"}
     (folder / "network.json").write_text(json.dumps(making))
-    clip = world.store.clips[0]
+    clip = problem.clips[0]
     assert clip.labels is not None
     (tmp_path / "frames").mkdir()
     for t, frame in enumerate(clip.frames):

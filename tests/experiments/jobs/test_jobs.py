@@ -15,7 +15,7 @@ from resq_rl.perception import load_weights
 from resq_rl.perception.compact_networks import CompactDDRNet
 from resq_rl.policies import LearnedPolicy
 from resq_rl.sealed import Checkpoints
-from tests.envs.worlds import moving_frames
+from tests.envs.problems import moving_frames
 
 TINY = [
     "tracking=disabled",

@@ -27,7 +27,7 @@ from resq_rl.experiments.results.fronts import points_of
 from resq_rl.experiments.results.methods import method_of
 from resq_rl.experiments.runs.record import RunRecord
 from resq_rl.experiments.study.decisions import Pair, trace_pair
-from resq_rl.experiments.study.world import World, build_world
+from resq_rl.experiments.study.study import Study, build_study
 from resq_rl.policies import DynamicResQ, PerFrame, StaticResQ
 from resq_rl.video import Clip
 
@@ -42,22 +42,22 @@ CURVES = {
 
 
 @pytest.fixture(scope="module")
-def world() -> World:
-    return build_world(load_settings("compare", TINY), ["train", "test"])
+def study() -> Study:
+    return build_study(load_settings("compare", TINY), ["train", "test"])
 
 
-def pair_of(world: World, heuristic: Policy, learned: Policy) -> Pair:
-    measured = [(policy, world.measure(policy, "test")) for policy in (heuristic, learned)]
-    return trace_pair(world, "dynamic_resq", measured[0], measured[1])
-
-
-@pytest.fixture(scope="module")
-def pair(world: World) -> Pair:
-    return pair_of(world, DynamicResQ("previous", 4, tau=0.3), DynamicResQ("previous", 0, tau=1.0))
+def pair_of(study: Study, heuristic: Policy, learned: Policy) -> Pair:
+    measured = [(policy, study.measure(policy, "test")) for policy in (heuristic, learned)]
+    return trace_pair(study, "dynamic_resq", measured[0], measured[1])
 
 
 @pytest.fixture(scope="module")
-def comparison(world: World, pair: Pair) -> Comparison:
+def pair(study: Study) -> Pair:
+    return pair_of(study, DynamicResQ("previous", 4, tau=0.3), DynamicResQ("previous", 0, tau=1.0))
+
+
+@pytest.fixture(scope="module")
+def comparison(study: Study, pair: Pair) -> Comparison:
     policies: dict[str, list[Policy]] = {
         "per_frame": [PerFrame("previous")],
         "static_resq": [StaticResQ("previous", 4, level=n) for n in (0, 2)],
@@ -65,30 +65,30 @@ def comparison(world: World, pair: Pair) -> Comparison:
         "ppo": [DynamicResQ("previous", 0, tau=tau) for tau in (0.5, 1.0)],
     }
     fronts = {
-        method: points_of([replace(world.measure(p, "test"), settings={**p.settings, "seed": 0}) for p in own], seed=0)
+        method: points_of([replace(study.measure(p, "test"), settings={**p.settings, "seed": 0}) for p in own], seed=0)
         for method, own in policies.items()
     }
-    store = world.stores["test"]
-    fronts["random"] = [replace(fronts["per_frame"][0], accuracy=store.float_accuracy - 0.25, settings={"seed": 0})]
+    problem = study.problems["test"]
+    fronts["random"] = [replace(fronts["per_frame"][0], accuracy=problem.float_accuracy - 0.25, settings={"seed": 0})]
     deltas = {
         "ppo_vs_dynamic_resq": BdEntry(-31.24, (-40.06, -20.55), (0.66, 0.715)),
         "ppo_vs_static_resq": BdEntry(None, None, None, HOSTILE),
     }
     return Comparison(
-        "segmentation", HOSTILE, "test", 3, 18, "mean IoU", store.float_accuracy, "product",
-        float(world.model.reference_bops()), 600, 61.0, fronts, deltas,
+        "segmentation", HOSTILE, "test", 3, 18, "mean IoU", problem.float_accuracy, "product",
+        float(study.model.reference_bops()), 600, 61.0, fronts, deltas,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def report(world: World, comparison: Comparison, pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def report(study: Study, comparison: Comparison, pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report whose video, clips and settings have names that try to break out of it."""
     folder = tmp_path_factory.mktemp("run")
-    RunRecord(folder).begin([], ["video.frames=6", "heuristic.taus=[0.3, 1.0]"], world.settings, resume=False)
+    RunRecord(folder).begin([], ["video.frames=6", "heuristic.taus=[0.3, 1.0]"], study.settings, resume=False)
     (folder / "config.yaml").write_text(f"video: {HOSTILE}\n")
-    store = world.stores["test"]
-    clips = [Clip(c.frames, c.labels, c.fps, f"{HOSTILE}{i}", c.origin) for i, c in enumerate(store.clips)]
-    renamed = replace(world, stores={"test": replace(store, clips=tuple(clips))})
+    problem = study.problems["test"]
+    clips = [Clip(c.frames, c.labels, c.fps, f"{HOSTILE}{i}", c.origin) for i, c in enumerate(problem.clips)]
+    renamed = replace(study, problems={"test": replace(problem, clips=tuple(clips))})
     comparison.write(folder / "comparison.json")
     return write_report(folder, renamed, comparison, curves=CURVES, pair=pair)
 
@@ -160,14 +160,14 @@ def test_the_parts_of_the_cost_add_up(comparison: Comparison) -> None:
         assert row["residual"] > 0
 
 
-def test_a_level_everywhere_is_its_bits_in_every_layer_and_region(world: World) -> None:
+def test_a_level_everywhere_is_its_bits_in_every_layer_and_region(study: Study) -> None:
     """By hand: 4 of 8 weight bits and level 2, 4 of 8 activation bits, are a quarter of W8A8, wherever one looks."""
     policy = StaticResQ("previous", 0, level=2)
-    assert (world.model.config.levels[2], world.model.config.residual_weight_bits) == (4, 4)
-    nothing = pair_of(world, policy, PerFrame("previous"))
-    groups, layers = layer_rows(world.model, nothing)
-    assert [row["name"] for row in groups] == list(world.model.groups)
-    assert sum(row["layers"] for row in groups) == len(layers) == len(world.model.sites)
+    assert (study.model.config.levels[2], study.model.config.residual_weight_bits) == (4, 4)
+    nothing = pair_of(study, policy, PerFrame("previous"))
+    groups, layers = layer_rows(study.model, nothing)
+    assert [row["name"] for row in groups] == list(study.model.groups)
+    assert sum(row["layers"] for row in groups) == len(layers) == len(study.model.sites)
     for rows in (groups, layers):
         assert sum(row["part"] for row in rows) == pytest.approx(1)
         for row in rows:
@@ -418,10 +418,10 @@ def test_everything_that_can_be_used_has_a_name(opened: tuple[Page, list[str]]) 
 
 
 def test_a_report_without_a_learned_policy_or_curves_is_still_a_page(
-    browser: Browser, world: World, comparison: Comparison, tmp_path: Path
+    browser: Browser, study: Study, comparison: Comparison, tmp_path: Path
 ) -> None:
     bare = replace(comparison, fronts={"per_frame": comparison.fronts["per_frame"], "ppo": []}, bd_bops={})
-    path = write_report(tmp_path, world, bare, curves={}, pair=None)
+    path = write_report(tmp_path, study, bare, curves={}, pair=None)
     page = browser.new_page()
     trouble = watched(page)
     page.goto(path.as_uri())

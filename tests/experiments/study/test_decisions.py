@@ -9,20 +9,21 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from resq_rl.envs import Measurement, Trace, trace
+from resq_rl.envs import Measurement, Problem, Trace, trace
 from resq_rl.experiments.results.plots import plot_decisions, save_figure
-from resq_rl.experiments.study.decisions import Measured, comparable_pair
+from resq_rl.experiments.study.decisions import comparable_pair
 from resq_rl.perception import Segmentation
 from resq_rl.policies import DynamicResQ, PerFrame
-from tests.envs.worlds import World, make_world
+from resq_rl.policies.tuning import Measured
+from tests.envs.problems import make_problem
 
 TASK = Segmentation(classes=2)
 GROUPS = ("stem", "body", "head")
 
 
 @pytest.fixture(scope="module")
-def world() -> World:
-    return make_world((6, 2))
+def problem() -> Problem:
+    return make_problem((6, 2))
 
 
 def at(accuracy: float) -> Measured:
@@ -61,22 +62,24 @@ def test_without_accuracies_there_is_no_pair() -> None:
     assert comparable_pair([at(0.8)], [at(0.7)], math.nan) is None
 
 
-def traced(world: World, policy: DynamicResQ | PerFrame, clip: int = 0) -> Trace:
-    return trace(world.model, world.task, world.store, policy, clip=clip, grid=world.grid)
+def traced(problem: Problem, policy: DynamicResQ | PerFrame, clip: int = 0) -> Trace:
+    return trace(problem, policy, clip=clip)
 
 
-def drawn(world: World, traces: dict[str, tuple[str, Trace]], clip: int = 0) -> Figure:
-    frames = world.store.clips[clip].frames
+def drawn(problem: Problem, traces: dict[str, tuple[str, Trace]], clip: int = 0) -> Figure:
+    frames = problem.clips[clip].frames
     choices = (0.5, 1.0)
-    return plot_decisions(world.task, frames, traces, choices=choices, meaning="threshold", groups=GROUPS, title="tiny")
+    return plot_decisions(
+        problem.task, frames, traces, choices=choices, meaning="threshold", groups=GROUPS, title="tiny"
+    )
 
 
-def test_the_figure_shows_what_the_traces_hold(world: World) -> None:
+def test_the_figure_shows_what_the_traces_hold(problem: Problem) -> None:
     traces = {
-        "dynamic_resq": ("the heuristic", traced(world, DynamicResQ("previous", 0, tau=1.0))),
-        "ppo": ("the learned", traced(world, DynamicResQ("previous", 4, tau=0.5))),
+        "dynamic_resq": ("the heuristic", traced(problem, DynamicResQ("previous", 0, tau=1.0))),
+        "ppo": ("the learned", traced(problem, DynamicResQ("previous", 4, tau=0.5))),
     }
-    figure = drawn(world, traces)
+    figure = drawn(problem, traces)
     images = [ax.images[0] for ax in figure.axes if ax.images]
     times = (1, 2, 4, 5)
     assert [ax.get_title() for ax in figure.axes[:4]] == [f"frame {t}" for t in times]
@@ -98,8 +101,8 @@ def test_the_figure_shows_what_the_traces_hold(world: World) -> None:
         assert np.asarray(line.get_ydata()).tolist() == own.bops.tolist()
 
 
-def test_a_clip_of_keyframes_and_one_of_few_frames_can_be_drawn(world: World, tmp_path: Path) -> None:
+def test_a_clip_of_keyframes_and_one_of_few_frames_can_be_drawn(problem: Problem, tmp_path: Path) -> None:
     for clip in (0, 1):
-        found = traced(world, PerFrame(), clip)
-        figure = drawn(world, {"per_frame": ("all keyframes", found), "ppo": ("the same", found)}, clip)
+        found = traced(problem, PerFrame(), clip)
+        figure = drawn(problem, {"per_frame": ("all keyframes", found), "ppo": ("the same", found)}, clip)
         assert save_figure(figure, tmp_path / str(clip))[0].is_file()

@@ -1,4 +1,4 @@
-"""Frame-level decisions: the share of the oracle's gap, on hand-made numbers, a tiny world, and the command line."""
+"""Frame-level decisions: the share of the oracle's gap, on hand-made numbers, a tiny study, and the command line."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,35 +9,31 @@ import numpy as np
 import pytest
 import torch
 
-from resq_rl.envs import ClipStore, Measurement, Policy, Simulator, TableSimulator, frames_of
+from resq_rl.envs import Measurement, NetworkEngine, Policy, Problem, Streams, TableEngine
 from resq_rl.errors import SettingsError
 from resq_rl.experiments.cli.app import main
 from resq_rl.experiments.config.composition import load_settings
-from resq_rl.experiments.jobs import compare
 from resq_rl.experiments.results.comparison import BdEntry, Comparison
+from resq_rl.experiments.results.methods import tuned_methods
+from resq_rl.experiments.study import measuring
 from resq_rl.experiments.study.frame_level import (
-    frame_heuristics,
     gap_closed,
     is_frame_level,
     oracle_front,
     share_of_gap,
     tabulated,
 )
-from resq_rl.experiments.study.world import World
+from resq_rl.experiments.study.study import Study
 from resq_rl.policies import (
-    FrameMagnitude,
     LearnedPolicy,
     PerFrame,
-    Scheduled,
-    StaticResQ,
     best_schedule,
     oracle_measurement,
 )
-from resq_rl.video import IGNORE, Split
-from tests.envs.worlds import World as Parts
-from tests.envs.worlds import tiny_network
+from resq_rl.video import IGNORE, Framing, Split
+from tests.envs.problems import scheme, tiny_network, with_clips
 from tests.policies.test_learned import made
-from tests.policies.test_oracle import same
+from tests.policies.test_oracle import Replay, same
 
 Array = np.ndarray[Any, Any]
 TRADE_OFFS = (0.02, 0.3)
@@ -121,7 +117,7 @@ def test_the_interval_holds_the_share_and_shrinks_with_clips(seed: int) -> None:
 # On a tiny network -------------------------------------------------------------------------------------------------
 
 
-def world_of(parts: Parts, *overrides: str, unlabelled: bool = False) -> World:
+def study_of(parts: Problem, *overrides: str, unlabelled: bool = False) -> Study:
     """The tiny network with three splits, labelled by itself in float; nearly two thirds of each frame may be not."""
     settings = load_settings(
         "compare",
@@ -138,64 +134,59 @@ def world_of(parts: Parts, *overrides: str, unlabelled: bool = False) -> World:
         ],
     )
 
-    def store(lengths: list[int], seed: int) -> ClipStore:
-        own = parts.with_clips(lengths, seed=seed, source="teacher").store
+    def on(lengths: list[int], seed: int) -> Problem:
+        own = with_clips(parts, lengths, seed=seed, source="teacher")
         if not unlabelled:
             return own
         labels = [teacher.clone() for teacher in own.teacher]
         for label in labels:
             label[:, :, :30] = IGNORE
         clips = [replace(clip, labels=label) for clip, label in zip(own.clips, labels, strict=True)]
-        return ClipStore.prepare(parts.model, parts.task, clips)
+        return Problem.prepare(parts.model, parts.task, clips, grid=parts.grid)
 
-    stores: dict[Split, ClipStore] = {
-        "train": store([4, 4, 4], 30),
-        "validation": store([3, 4, 3], 40),
-        "test": store([6, 4, 7], 50),
+    problems: dict[Split, Problem] = {
+        "train": on([4, 4, 4], 30),
+        "validation": on([3, 4, 3], 40),
+        "test": on([6, 4, 7], 50),
     }
-    calibration = stores["train"].frame_tensors
-    return World(settings, tiny_network(), parts.model, parts.task, stores, calibration, "tiny")
+    calibration = problems["train"].frame_tensors
+    return Study(settings, tiny_network(), problems, calibration, "tiny", Framing(parts.model.frame_size))
 
 
-def learned(parts: Parts, seed: int) -> LearnedPolicy:
-    policy = made(parts.scheme("frame_level", "frame"), seed=seed, reference="keyframe")
+def heuristics_of(study: Study) -> list[Any]:
+    """All candidates of the methods that are tuned."""
+    methods = tuned_methods(study.settings)
+    return [policy for method in methods if method.candidates for policy in method.candidates(study.settings)]
+
+
+def learned(parts: Problem, seed: int) -> LearnedPolicy:
+    policy = made(scheme(parts, "frame_level", "frame"), seed=seed, reference="keyframe")
     return replace(policy, trade_off_range=TRADE_OFFS)
 
 
 @dataclass(frozen=True)
 class Tiny:
-    parts: Parts
-    plain: World
-    tabulated: World
+    parts: Problem
+    plain: Study
+    tabulated: Study
 
 
 @pytest.fixture(scope="module")
-def tiny(world: Parts) -> Tiny:
-    plain = world_of(world)
-    return Tiny(world, plain, tabulated(plain))
+def tiny(problem: Problem) -> Tiny:
+    plain = study_of(problem)
+    return Tiny(problem, plain, tabulated(plain))
 
 
-def test_only_agents_of_frame_levels_have_an_oracle(world: Parts) -> None:
-    assert is_frame_level(world_of(world))
-    assert not is_frame_level(world_of(world, "environment=region_thresholds"))
-    assert not is_frame_level(world_of(world, "environment=region_thresholds", "environment.reference=previous"))
+def test_only_agents_of_frame_levels_have_an_oracle(problem: Problem) -> None:
+    assert is_frame_level(study_of(problem))
+    assert not is_frame_level(study_of(problem, "environment=region_thresholds"))
+    assert not is_frame_level(study_of(problem, "environment=region_thresholds", "environment.reference=previous"))
     with pytest.raises(SettingsError, match=r"'environment.reference' must be keyframe .* received 'previous'"):
-        world_of(world, "environment.reference=previous")
+        study_of(problem, "environment.reference=previous")
 
 
-def test_the_heuristics_tried_are_all_combinations(tiny: Tiny) -> None:
-    found = frame_heuristics(tiny.plain)
-    assert set(found) == {"static_resq", "frame_magnitude"}
-    assert len(set(found["static_resq"])) == 2 * 4
-    assert len(set(found["frame_magnitude"])) == 2 * 1 * 2
-    assert StaticResQ("keyframe", 3, level=2) in found["static_resq"]
-    for scene_change in (0.4, float("inf")):
-        policy = FrameMagnitude("keyframe", 0, tau=0.3, kappa=(0.5, 1.0, 1.4), scene_change=scene_change)
-        assert policy in found["frame_magnitude"]
-
-
-def test_tables_give_a_world_what_the_network_does(tiny: Tiny) -> None:
-    policies = [PerFrame("keyframe"), *(p for own in frame_heuristics(tiny.plain).values() for p in own)]
+def test_tables_give_a_study_what_the_network_does(tiny: Tiny) -> None:
+    policies = [PerFrame("keyframe"), *heuristics_of(tiny.plain)]
     for policy in (*policies, learned(tiny.parts, 1)):
         done: list[int] = []
         same(tiny.tabulated.measure(policy, "validation", done.append), tiny.plain.measure(policy, "validation"))
@@ -203,12 +194,12 @@ def test_tables_give_a_world_what_the_network_does(tiny: Tiny) -> None:
 
 
 def test_agents_train_on_tables_where_there_are_some(tiny: Tiny) -> None:
-    on_tables, on_network = (world.agents().simulator for world in (tiny.tabulated, tiny.plain))
-    assert isinstance(on_tables, TableSimulator)
-    assert not isinstance(on_network, TableSimulator)
-    for simulator in (on_tables, on_network):
-        assert (simulator.slots, simulator.grid, simulator.reference) == (3, (2, 3), "keyframe")
-        assert simulator.trade_off_range == TRADE_OFFS
+    on_tables, on_network = (study.agents().streams for study in (tiny.tabulated, tiny.plain))
+    assert isinstance(on_tables.engine, TableEngine)
+    assert isinstance(on_network.engine, NetworkEngine)
+    for streams in (on_tables, on_network):
+        assert (streams.slots, streams.problem.grid, streams.reference) == (3, (2, 3), "keyframe")
+        assert streams.trade_off_range == TRADE_OFFS
 
 
 def test_the_oracle_has_a_point_for_each_lambda(tiny: Tiny) -> None:
@@ -224,48 +215,49 @@ def test_the_oracle_has_a_point_for_each_lambda(tiny: Tiny) -> None:
 # The gap, from rewards ---------------------------------------------------------------------------------------------
 
 
-def objective(world: World, policy: Policy, split: Split) -> Array:
-    """Mean of error + lambda * BOPs per frame on the network, deciding included, by lambda and clip."""
-    store = world.stores[split]
-    share = policy.macs * policy.bits**2 / world.model.reference_bops()
+def objective(study: Study, policies: Policy | Sequence[Policy], split: Split) -> Array:
+    """Mean of error + lambda * BOPs per frame on the network, deciding included, by lambda and clip.
+
+    `policies` are one for all clips, or one for each.
+    """
+    problem = study.problems[split]
+    by_clip = [policies] * len(problem) if isinstance(policies, Policy) else policies
     values = []
-    for index, clip in enumerate(store.clips):
-        simulator = Simulator(
-            world.model,
-            world.task,
-            store.subset([index]),
+    for index, (clip, policy) in enumerate(zip(problem.clips, by_clip, strict=True)):
+        share = policy.macs * policy.bits**2 / study.model.reference_bops()
+        streams = Streams(
+            NetworkEngine(problem.subset([index])),
             slots=1,
-            grid=(2, 3),
             reference="keyframe",
             trade_off_range=policy.trade_off_range,
         )
-        results = list(frames_of(simulator, policy))
+        results = [result for _, result in streams.run(policy)]
         rewards = torch.cat([result.reward(torch.tensor(TRADE_OFFS)) for result in results]).view(-1, len(TRADE_OFFS))
         deciding = share * (len(clip) - 1) / len(clip)
         values.append(1 - rewards.double().mean(0).numpy() + deciding * np.array(TRADE_OFFS))
     return np.stack(values, 1)
 
 
-def at_each(world: World, policies: Sequence[Policy], split: Split) -> Array:
-    """The objective of one policy for each lambda."""
-    return np.stack([objective(world, policy, split)[i] for i, policy in enumerate(policies)])
+def at_each(study: Study, policies: Sequence[Policy | Sequence[Policy]], split: Split) -> Array:
+    """The objective of one policy, or of one for each clip, for each lambda."""
+    return np.stack([objective(study, policy, split)[i] for i, policy in enumerate(policies)])
 
 
 @pytest.mark.parametrize(
     "unlabelled",
     [False, True],
 )
-def test_the_share_closed_follows_from_rewards_on_the_network(unlabelled: bool, world: Parts) -> None:
-    own = tabulated(world_of(world, unlabelled=unlabelled))
-    store, tables = own.stores["test"], own.responses["test"].tables
-    policies = {seed: learned(world, seed) for seed in (1, 3)}
-    heuristics = [p for found in frame_heuristics(own).values() for p in found]
+def test_the_share_closed_follows_from_rewards_on_the_network(unlabelled: bool, problem: Problem) -> None:
+    own = tabulated(study_of(problem, unlabelled=unlabelled))
+    tables = own.tables["test"].tables
+    policies = {seed: learned(problem, seed) for seed in (1, 3)}
+    heuristics = heuristics_of(own)
     tuned = np.stack([objective(own, p, "validation").mean(1) for p in heuristics]).argmin(0)
     tried = np.stack([objective(own, p, "test") for p in heuristics])
     assert unlabelled or (tuned != tried.mean(2).argmin(0)).any(), "the test clips would choose the same heuristics"
     base = np.stack([tried[chosen, i] for i, chosen in enumerate(tuned)])
     reached = np.stack([at_each(own, [p.at(t) for t in TRADE_OFFS], "test") for p in policies.values()])
-    replays = [Scheduled(store, tuple(best_schedule(table, t) for table in tables)) for t in TRADE_OFFS]
+    replays = [[Replay([best_schedule(table, t)]) for table in tables] for t in TRADE_OFFS]
     best = at_each(own, replays, "test")
     assert (best <= np.concatenate([tried, reached]) + 1e-6).all()
     gaps = (base - best).sum(1)
@@ -306,21 +298,21 @@ class Compared:
     """What the command wrote, and what it measured the gap with."""
 
     comparison: Comparison
-    world: World
+    study: Study
     policies: Mapping[int, LearnedPolicy]
 
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Compared:
     folder: Path = tmp_path_factory.mktemp("results")
-    seen: list[tuple[World, Mapping[int, LearnedPolicy]]] = []
+    seen: list[tuple[Study, Mapping[int, LearnedPolicy]]] = []
 
-    def watched(world: World, policies: Mapping[int, LearnedPolicy], split: Split) -> BdEntry:
-        seen.append((world, policies))
-        return gap_closed(world, policies, split)
+    def watched(study: Study, policies: Mapping[int, LearnedPolicy], split: Split) -> BdEntry:
+        seen.append((study, policies))
+        return gap_closed(study, policies, split)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "gap_closed", watched)
+        patch.setattr(measuring, "gap_closed", watched)
         assert main(["compare", *TINY, f"results={folder}"]) == 0
     (run,) = (folder / "compare").iterdir()
     (arguments,) = seen
@@ -341,29 +333,28 @@ def test_compare_has_fronts_of_frame_level_methods_only(compared: Compared) -> N
 
 def test_compare_reports_the_gap_or_why_not(compared: Compared) -> None:
     entry = compared.comparison.bd_bops["gap_to_oracle_closed_by_ppo"]
-    assert entry == gap_closed(compared.world, compared.policies, "test")
+    assert entry == gap_closed(compared.study, compared.policies, "test")
     assert entry.reason if entry.value is None else entry.value <= 100
     assert set(compared.policies) == {0}
 
 
 @pytest.mark.parametrize("trade_off", [0.05, 1.0])
 def test_nothing_comes_below_the_oracle(trade_off: float, compared: Compared) -> None:
-    world = compared.world
-    table = world.stores["test"].error_table.double()
+    study = compared.study
+    table = study.problems["test"].error_table.double()
 
     def total(result: Measurement) -> float:
         pixels = result.counts.double()
         assert int(pixels.sum()) == 3 * 6 * 48 * 64
         return float((pixels * table).sum()) / (48 * 64) + trade_off * float(result.clip_bops.sum())
 
-    least = total(oracle_measurement(world.task, world.responses["test"].tables, trade_off))
-    heuristics = [p for own in frame_heuristics(world).values() for p in own]
-    for policy in (*heuristics, *(p.at(trade_off) for p in compared.policies.values()), PerFrame("keyframe")):
-        assert least <= total(world.measure(policy, "test")) + 1e-6, f"{policy.settings}"
+    least = total(oracle_measurement(study.task, study.tables["test"].tables, trade_off))
+    for policy in (*heuristics_of(study), *(p.at(trade_off) for p in compared.policies.values()), PerFrame("keyframe")):
+        assert least <= total(study.measure(policy, "test")) + 1e-6, f"{policy.settings}"
 
 
 def test_the_points_of_ppo_are_what_the_network_gives(compared: Compared) -> None:
-    on_network = replace(compared.world, responses={})
+    on_network = replace(compared.study, tables={})
     for point in compared.comparison.fronts["ppo"]:
         policy = compared.policies[point.settings["seed"]].at(point.settings["trade_off"])
         result = on_network.measure(policy, "test")

@@ -10,7 +10,7 @@ from resq_rl.errors import SettingsError
 from resq_rl.experiments.config.composition import load_settings
 from resq_rl.experiments.runs.progress import Advance
 from resq_rl.experiments.study.start import Start, first_choice, first_choices, prepare_training
-from resq_rl.experiments.study.world import World, build_world
+from resq_rl.experiments.study.study import Study, build_study
 from resq_rl.policies import GroupThresholds, StaticResQ, Tried
 from resq_rl.video import Split
 
@@ -95,7 +95,7 @@ def test_constants_are_spread_evenly_from_most_to_fewest_bops() -> None:
     assert [p.taus[0] for p in places if isinstance(p, GroupThresholds)] == [0.5, 0.5, 1.0, 1.0, 1.0, 2.0, 2.0]
 
 
-# On a world --------------------------------------------------------------------------------------------------------
+# On a study --------------------------------------------------------------------------------------------------------
 
 SMALL = [
     "threads=1",
@@ -124,28 +124,28 @@ CASES = {
 def test_what_training_begins_from(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     changes, settings = CASES[case]
     simulated = 0
-    measure = World.measure
+    measure = Study.measure
 
-    def counted(self: World, policy: Policy, split: Split, advance: Advance | None = None) -> Measurement:
+    def counted(self: Study, policy: Policy, split: Split, advance: Advance | None = None) -> Measurement:
         nonlocal simulated
-        simulated += self.stores[split].frames
+        simulated += self.problems[split].frames
         return measure(self, policy, split, advance)
 
-    monkeypatch.setattr(World, "measure", counted)
-    world, start = prepare_training(build_world(load_settings("train", [*SMALL, *changes]), ["train"]))
+    monkeypatch.setattr(Study, "measure", counted)
+    study, start = prepare_training(build_study(load_settings("train", [*SMALL, *changes]), ["train"]))
     assert start is not None
     assert start.frames == simulated == settings * 2 * 6
-    first = first_choices(world, start)
+    first = first_choices(study, start)
     assert first is not None
-    scheme = world.scheme()
+    scheme = study.scheme()
     for trade_off in (0.05, 0.3, 1.0):
         assert scheme.uniform_action(first(trade_off).choices) is not None
         assert first(trade_off).interval in (4, 0)
 
 
 def test_at_random_without_a_warm_start() -> None:
-    world, start = prepare_training(
-        build_world(load_settings("train", [*SMALL, "training.warm_start=none"]), ["train"])
+    study, start = prepare_training(
+        build_study(load_settings("train", [*SMALL, "training.warm_start=none"]), ["train"])
     )
     assert start is None
-    assert first_choices(world, start) is None
+    assert first_choices(study, start) is None

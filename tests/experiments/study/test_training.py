@@ -1,4 +1,4 @@
-"""Training region agents and then their keyframes, on a tiny world without the command line."""
+"""Training region agents and then their keyframes, on a tiny study without the command line."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,14 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from resq_rl.envs import Problem
+from resq_rl.errors import PolicyError
 from resq_rl.experiments.config.composition import load_settings
+from resq_rl.experiments.study.study import Study
 from resq_rl.experiments.study.training import front_candidates, keyframe_settings, train_policy
-from resq_rl.experiments.study.world import World
 from resq_rl.experiments.tracking.tracker import NullTracker
 from resq_rl.policies import LearnedPolicy
 from resq_rl.policies.ppo import TrainingReport
-from tests.envs.worlds import GRID, tiny_network
-from tests.envs.worlds import World as Parts
+from resq_rl.video import Framing, Split
+from tests.envs.problems import GRID, tiny_network
 
 FRAMES = (80, 150)  # of the region agents and of their keyframes
 SETTINGS = [
@@ -29,21 +31,21 @@ SETTINGS = [
 
 
 @pytest.fixture
-def tiny(world: Parts) -> World:
-    """A small world that asks for learned keyframes."""
-    stores = {"train": world.store, "validation": world.store}
-    settings = load_settings("train", SETTINGS)
-    return World(settings, tiny_network(), world.model, world.task, stores, (), "tiny")  # type: ignore[arg-type]
+def tiny(problem: Problem) -> Study:
+    """A small study that asks for learned keyframes."""
+    problems: dict[Split, Problem] = {"train": problem, "validation": problem}
+    framing = Framing(problem.model.frame_size)
+    return Study(load_settings("train", SETTINGS), tiny_network(), problems, (), "tiny", framing)
 
 
-def of_frames(world: World, frames: int, keyframe_frames: int) -> World:
-    """The same world that trains for other numbers of frames."""
-    training = replace(world.settings.training, frames=frames, keyframe_frames=keyframe_frames)
-    return replace(world, settings=replace(world.settings, training=training))
+def of_frames(study: Study, frames: int, keyframe_frames: int) -> Study:
+    """The same study that trains for other numbers of frames."""
+    training = replace(study.settings.training, frames=frames, keyframe_frames=keyframe_frames)
+    return replace(study, settings=replace(study.settings, training=training))
 
 
-def train(world: World, folder: Path, *, resume: bool = False) -> tuple[LearnedPolicy, TrainingReport]:
-    return train_policy(world, 0, folder, NullTracker(folder), start=None, resume=resume)
+def train(study: Study, folder: Path, *, resume: bool = False) -> tuple[LearnedPolicy, TrainingReport]:
+    return train_policy(study, 0, folder, NullTracker(folder), start=None, resume=resume)
 
 
 def same(a: LearnedPolicy | None, b: LearnedPolicy | None) -> bool:
@@ -52,7 +54,7 @@ def same(a: LearnedPolicy | None, b: LearnedPolicy | None) -> bool:
     return all(torch.equal(x, y) for x, y in zip((*a.weights, *a.biases), (*b.weights, *b.biases), strict=True))
 
 
-def test_keyframes_are_learned_beside_agents_that_stay_as_they_are(tiny: World, tmp_path: Path) -> None:
+def test_keyframes_are_learned_beside_agents_that_stay_as_they_are(tiny: Study, tmp_path: Path) -> None:
     alone, before = train(of_frames(tiny, FRAMES[0], 0), tmp_path / "alone")
     joint, report = train(tiny, tmp_path / "joint")
     assert alone.keyframes is None
@@ -68,7 +70,7 @@ def test_keyframes_are_learned_beside_agents_that_stay_as_they_are(tiny: World, 
     assert (frames[-1], len(frames)) == (report.frames, report.rollouts)
 
 
-def test_keyframes_are_added_to_a_finished_run(tiny: World, tmp_path: Path) -> None:
+def test_keyframes_are_added_to_a_finished_run(tiny: Study, tmp_path: Path) -> None:
     alone, _ = train(of_frames(tiny, FRAMES[0], 0), tmp_path / "later")
     later, _ = train(tiny, tmp_path / "later", resume=True)
     at_once, _ = train(tiny, tmp_path / "at once")
@@ -76,7 +78,7 @@ def test_keyframes_are_added_to_a_finished_run(tiny: World, tmp_path: Path) -> N
     assert same(later.keyframes, at_once.keyframes)
 
 
-def test_a_finished_run_comes_back_with_its_keyframes(tiny: World, tmp_path: Path) -> None:
+def test_a_finished_run_comes_back_with_its_keyframes(tiny: Study, tmp_path: Path) -> None:
     policy, report = train(tiny, tmp_path)
     again, twin = train(tiny, tmp_path, resume=True)
     assert same(policy, again)
@@ -84,15 +86,14 @@ def test_a_finished_run_comes_back_with_its_keyframes(tiny: World, tmp_path: Pat
     assert twin == report
 
 
-def test_keyframes_are_learned_anew_for_agents_that_went_on(tiny: World, tmp_path: Path) -> None:
-    before, _ = train(tiny, tmp_path)
-    longer, report = train(of_frames(tiny, 3 * FRAMES[0], FRAMES[1]), tmp_path, resume=True)
-    assert not same(before, longer)
-    assert not same(before.keyframes, longer.keyframes)
-    assert report.frames >= 3 * FRAMES[0] + FRAMES[1]
+def test_a_finished_training_goes_on_with_no_more_frames(tiny: Study, tmp_path: Path) -> None:
+    """The learning rate falls over the whole length, so more frames would be another run from its first step on."""
+    train(tiny, tmp_path)
+    with pytest.raises(PolicyError, match=r"settings.frames was 80 and is 240"):
+        train(of_frames(tiny, 3 * FRAMES[0], FRAMES[1]), tmp_path, resume=True)
 
 
-def test_validation_chooses_among_learned_and_fixed_timing(tiny: World, tmp_path: Path) -> None:
+def test_validation_chooses_among_learned_and_fixed_timing(tiny: Study, tmp_path: Path) -> None:
     joint, _ = train(tiny, tmp_path)
     lambdas = [pytest.approx(0.1), pytest.approx(10**-0.5), pytest.approx(1.0)]
     found = front_candidates(tiny, joint)
@@ -105,7 +106,7 @@ def test_validation_chooses_among_learned_and_fixed_timing(tiny: World, tmp_path
     assert len(front_candidates(tiny, joint.at(0.2, 0))) == 6
 
 
-def test_the_keyframe_policy_looks_further_ahead(tiny: World) -> None:
+def test_the_keyframe_policy_looks_further_ahead(tiny: Study) -> None:
     regions, keyframes = tiny.settings.training.ppo(), keyframe_settings(tiny.settings)
     assert keyframes.frames == FRAMES[1]
     assert keyframes.gamma > regions.gamma
