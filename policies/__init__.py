@@ -11,6 +11,7 @@ from resq_rl.policies.fixed import (
     StaticResQ,
     periodic,
 )
+from resq_rl.policies.gradient import GradientSettings, LearnedThresholds, learn_thresholds
 from resq_rl.policies.learned import LearnedPolicy
 from resq_rl.policies.oracle import (
     Schedule,
@@ -31,8 +32,10 @@ __all__ = [
     "Clairvoyant",
     "DynamicResQ",
     "FrameMagnitude",
+    "GradientSettings",
     "GroupThresholds",
     "LearnedPolicy",
+    "LearnedThresholds",
     "PerFrame",
     "RandomLevels",
     "RunCost",
@@ -45,6 +48,7 @@ __all__ = [
     "best_of",
     "best_policies",
     "best_schedule",
+    "learn_thresholds",
     "measure_on_tables",
     "measure_schedules",
     "oracle_measurement",

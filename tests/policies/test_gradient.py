@@ -14,6 +14,7 @@ from resq_rl.policies.gradient import GradientSettings, LearnedThresholds, learn
 from resq_rl.quantization import Reference, ThresholdField
 from tests.envs.problems import make_problem, tiny_clips, view
 
+FEW = GradientSettings(frames=80, window=2, clips=1)
 QUICK = GradientSettings(frames=300, window=3, clips=3)
 
 
@@ -113,7 +114,7 @@ def test_the_range_of_lambda_may_be_given(problem: Problem) -> None:
 @pytest.mark.parametrize("name", ["recurrent_problem", "pose_problem", "uneven_problem"])
 def test_every_kind_of_task_is_learned(name: str, request: pytest.FixtureRequest) -> None:
     problem: Problem = request.getfixturevalue(name)
-    policies: list[Policy] = list(learn_thresholds(problem, QUICK).spread(2))
+    policies: list[Policy] = list(learn_thresholds(problem, FEW).spread(2))
     results = [measure(problem, policy, slots=len(problem)) for policy in policies]
     assert results[0].bops > results[1].bops
 

@@ -54,6 +54,7 @@ SHORT = {
 }
 INTERVALS = {0: "first keyframe only", 1: "every frame a keyframe"}
 ROWS_PER_METHOD = 6
+MOST_LISTED = 8  # values of one setting in tables; of more, their range
 
 
 @dataclass(frozen=True)
@@ -298,6 +299,8 @@ def _half(interval: Range | None) -> str:
 
 def _short(value: Any) -> str:
     if isinstance(value, list | tuple):
+        if len(value) > MOST_LISTED:
+            return f"{_short(min(value))} to {_short(max(value))} ({len(value)} values)"
         return " ".join(map(_short, value))
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from resq_rl.envs import Measurement
+from resq_rl.errors import SettingsError
 from resq_rl.experiments.results.fronts import bops_step
 from resq_rl.experiments.results.methods import Method, tuned_methods
 from resq_rl.experiments.runs.progress import stage
@@ -16,8 +17,14 @@ from resq_rl.experiments.study.frame_level import gap_closed, oracle_front
 from resq_rl.experiments.study.scoreboard import FRONT_POINTS, Scoreboard
 from resq_rl.experiments.study.start import Start, measure_constants, search
 from resq_rl.experiments.study.training import front_candidates, train_policy
-from resq_rl.policies import Clairvoyant, GroupThresholds, LearnedPolicy, PerFrame
-from resq_rl.policies.gradient import GradientSettings, learn_thresholds
+from resq_rl.policies import (
+    Clairvoyant,
+    GradientSettings,
+    GroupThresholds,
+    LearnedPolicy,
+    PerFrame,
+    learn_thresholds,
+)
 from resq_rl.policies.search import Strategy, Tried, best_for
 from resq_rl.policies.tuning import best_of, thinned
 
@@ -132,16 +139,20 @@ def _measure_gradient(board: Scoreboard) -> None:
     study, method = board.study, "gradient_thresholds"
     environment, frames = study.settings.environment, max(1, board.training_frames)
     intervals, begun = environment.keyframe_intervals, time.monotonic()
-    with stage("gradient thresholds", frames) as advance:
-        learned = learn_thresholds(
-            study.problems["train"],
-            GradientSettings(frames),
-            interval=0 if 0 in intervals else max(intervals),
-            reference=environment.reference,
-            kappa=study.settings.heuristic.kappa,
-            seed=study.settings.seed,
-            progress=advance,
-        )
+    try:
+        with stage("gradient thresholds", frames) as advance:
+            learned = learn_thresholds(
+                study.problems["train"],
+                GradientSettings(frames),
+                interval=0 if 0 in intervals else max(intervals),
+                reference=environment.reference,
+                kappa=study.settings.heuristic.kappa,
+                seed=study.settings.seed,
+                progress=advance,
+            )
+    except SettingsError as error:  # what was measured so far is still worth a report
+        log.warning("No gradient thresholds: %s", error)
+        return
     seconds = time.monotonic() - begun
     log.info("gradient thresholds: %d environment frames in %.0f s", learned.frames, seconds)
     board.tracker.log_metrics({f"{method}/seconds": seconds, f"{method}/frames": float(learned.frames)})

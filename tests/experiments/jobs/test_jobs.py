@@ -14,6 +14,7 @@ from resq_rl.experiments.results.comparison import Comparison
 from resq_rl.perception import load_weights
 from resq_rl.perception.compact_networks import CompactDDRNet
 from resq_rl.policies import LearnedPolicy
+from resq_rl.quantization import ResQModel
 from resq_rl.sealed import Checkpoints
 from tests.envs.problems import moving_frames
 
@@ -63,7 +64,7 @@ def test_compare_writes_every_promised_name(compared: Path) -> None:
         "reference_bops_per_frame", "env_frames_used_for_training", "wall_seconds", "fronts", "bd_bops",
     } == set(values)  # fmt: skip
     assert (values["clips"], values["frames"]) == (3, 18)
-    for method in ("per_frame", "static_resq", "dynamic_resq", "ppo"):
+    for method in ("per_frame", "static_resq", "dynamic_resq", "searched_thresholds", "gradient_thresholds", "ppo"):
         assert values["fronts"][method], method
     for points in values["fronts"].values():
         for point in points:
@@ -92,6 +93,15 @@ def test_the_same_settings_give_the_same_comparison_twice(compared: Path, tmp_pa
 def test_the_bound_of_regions_spans_the_range_of_lambda(compared: Path) -> None:
     settings = [point.settings for point in Comparison.read(compared / "comparison.json").fronts["oracle"]]
     assert [(s["trade_off"], s["horizon"]) for s in settings] == [(pytest.approx(0.05), 2), (pytest.approx(1.0), 2)]
+
+
+def test_gradient_thresholds_are_of_layers_and_tried_at_the_intervals(compared: Path) -> None:
+    points = Comparison.read(compared / "comparison.json").fronts["gradient_thresholds"]
+    layers = len(ResQModel(CompactDDRNet(), torch.zeros(1, 3, 32, 48)).sites)
+    assert points
+    for settings in (point.settings for point in points):
+        assert len(settings["taus"]) == layers
+        assert settings["interval"] in (4, 0)
 
 
 def test_per_frame_is_the_unit_of_all_bops(compared: Path) -> None:

@@ -182,6 +182,7 @@ def test_table_takes_names_as_they_are(comparison: Comparison) -> None:
             "lambda 0.0123, learned keyframes, seed 0",
         ),
         ({"taus": [0.45, 0.7], "kappa": [1, 2, 8], "scene_change": None}, "tau 0.45 0.7"),
+        ({"taus": [float(tau) for tau in range(3, 12)], "interval": 4}, "tau 3 to 11 (9 values), keyframe every 4"),
         ({}, ""),
     ],
 )
