@@ -143,14 +143,19 @@ def clips_of_objects(lengths: Sequence[int], seed: int = 0) -> list[Clip]:
     return clips
 
 
-def make_recurrent_problem(lengths: Sequence[int] = (5, 7, 6)) -> Problem:
-    """A network that is given its own last mask, on which its logits depend."""
-    task = MaskPropagation()
+def follower_network() -> nn.Module:
+    """A random network whose output depends on the last mask."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1)
         network = Follower()
         next(network.stem.parameters())[:, 3] += 0.3
-    model = ResQModel(network, (torch.zeros(1, 3, *SIZE), torch.zeros(1, 1, *SIZE), torch.zeros(1, 6, 1, 1)))
+    return network
+
+
+def make_recurrent_problem(lengths: Sequence[int] = (5, 7, 6)) -> Problem:
+    """A network that is given its own last mask, on which its logits depend."""
+    task = MaskPropagation()
+    model = ResQModel(follower_network(), (torch.zeros(1, 3, *SIZE), torch.zeros(1, 1, *SIZE), torch.zeros(1, 6, 1, 1)))
     model.calibrate([clip_inputs(model.float_forward, task, clip) for clip in clips_of_objects([6, 6], seed=50)])
     return Problem.prepare(model, task, clips_of_objects(lengths), grid=GRID)
 

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 from resq_rl.envs import Problem
 from resq_rl.experiments.cli.app import main
@@ -23,7 +22,7 @@ from resq_rl.perception import Segmentation
 from resq_rl.policies import Runner
 from resq_rl.quantization import save_model
 from resq_rl.video import Framing, VideoFiles, VideoStream, stream
-from tests.envs.problems import CLASSES, Follower, make_recurrent_problem, moving_frames, scheme, tiny_network
+from tests.envs.problems import CLASSES, make_recurrent_problem, moving_frames, scheme, tiny_network
 from tests.policies.test_learned import made
 
 Capture = pytest.CaptureFixture[str]
@@ -217,7 +216,7 @@ def test_a_mask_to_follow_is_read_from_an_image(tmp_path: Path, capsys: pytest.C
     problem, folder = make_recurrent_problem(), tmp_path / "policy"
     made(scheme(problem), network=problem.model.groups).save(folder)
     save_model(problem.model, folder)
-    making = {"model": {"_target_": "tests.experiments.deploy.test_run.follower"}}
+    making = {"model": {"_target_": "tests.envs.problems.follower_network"}}
     making["task"] = {"_target_": "resq_rl.perception.MaskPropagation"}
     (folder / "network.json").write_text(json.dumps(making | {"framing": FRAMING}))
     clip = problem.clips[0]
@@ -231,12 +230,6 @@ def test_a_mask_to_follow_is_read_from_an_image(tmp_path: Path, capsys: pytest.C
     assert len(records(done)) == len(pictures(done / "overlay.mp4")) == len(clip)
     run(tmp_path / "without", *words, code=2)
     assert "begins with the label" in capsys.readouterr().err
-
-
-def follower() -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        return Follower().eval()
 
 
 @pytest.mark.parametrize(
