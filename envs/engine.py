@@ -272,15 +272,11 @@ class NetworkEngine:
             PolicyError: the decision does not fit. NetworkError: an output is not finite.
         """
         problem, task = self.problem, self.problem.task
-        field = _on_grid(decision.field, problem.grid)
-        raw, cost = problem.model.step(self._network_inputs(inputs, state), state.references, decision.refresh, field)
+        given, field = self._network_inputs(inputs, state.previous), _on_grid(decision.field, problem.grid)
+        raw, cost = problem.model.step(given, state.references, decision.refresh, field)
         output = task.output(raw, problem.model.frame_size)
         self._check_finite(output, inputs, state)
-        prediction = task.predict(output).cpu()
-        if self._sequence is not None:  # a recurrent task is given the prediction of a clip's first frame
-            for row in torch.nonzero(inputs.first)[:, 0].tolist():
-                prediction[row] = inputs.starts[row].prediction
-            state.previous = prediction.clone()
+        prediction = self._predicted(output, inputs, state)
         maps = task.features(output, prediction)
         state.output = torch.stack([pool_mean(values.cpu(), problem.grid) for values in maps], -1)
         state.frame = inputs.pixels
@@ -290,11 +286,45 @@ class NetworkEngine:
             prediction, self._error(prediction, inputs), cost, share, cost.total / problem.reference_bops
         )
 
-    def _network_inputs(self, inputs: FrameInputs, state: NetworkState) -> Inputs:
-        """The network's inputs: the frames, and those that a recurrent task adds."""
+    def unrolled(
+        self, inputs: FrameInputs, state: NetworkState, decision: Decision, sharpness: float
+    ) -> tuple[Float[Tensor, "b *o"], FrameCost]:
+        """The task's output for a frame of each clip and its cost, with gradients to thresholds.
+
+        It runs as `step` does (`ResQModel.unrolled_step`), and keeps no values for observations. No gradient leads
+        through the predictions that a recurrent task is fed.
+
+        Raises:
+            PolicyError: the decision does not fit. NetworkError: an output is not finite.
+        """
+        problem, field = self.problem, decision.field
+        given = self._network_inputs(inputs, state.previous)
+        raw, cost = problem.model.unrolled_step(given, state.references, decision.refresh, field, sharpness=sharpness)
+        output = problem.task.output(raw, problem.model.frame_size)
+        self._check_finite(output.detach(), inputs, state)
+        self._predicted(output.detach(), inputs, state)
+        return output, cost
+
+    def float_output(self, clips: Int64[Tensor, " b"], times: Int64[Tensor, " b"]) -> Float[Tensor, "b *o"]:
+        """The float network's output for frames of the problem's clips, on its own predictions if it is fed any."""
+        problem = self.problem
+        previous = gather(problem.teacher, clips, (times - 1).clamp_min(0))
+        raw = problem.model.float_forward(self._network_inputs(self.inputs(clips, times), previous))
+        return problem.task.output(raw, problem.model.frame_size)
+
+    def _predicted(self, output: Float[Tensor, "b *o"], inputs: FrameInputs, state: NetworkState) -> Tensor:
+        """The predictions that follow from the output; a recurrent task is given that of a clip's first frame."""
+        prediction = self.problem.task.predict(output).cpu()
+        if self._sequence is not None:
+            for row in torch.nonzero(inputs.first)[:, 0].tolist():
+                prediction[row] = inputs.starts[row].prediction
+            state.previous = prediction.clone()
+        return prediction
+
+    def _network_inputs(self, inputs: FrameInputs, previous: Num[Tensor, "b *p"]) -> Inputs:
+        """The network's inputs: the frames, and those that a recurrent task adds from its previous predictions."""
         given: Inputs = inputs.pixels
         if self._sequence is not None:
-            previous = state.previous
             if bool(inputs.first.any()):
                 starts = torch.stack([start.prediction for start in inputs.starts])
                 every = bool(inputs.first.all())

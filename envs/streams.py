@@ -55,7 +55,7 @@ class FrameView:
         self._engine, self._inputs, self._state, self._streams = engine, inputs, state, streams
         problem = engine.problem
         self.conditions = conditions
-        self.groups, self.grid = problem.groups, problem.grid
+        self.groups, self.layers, self.grid = problem.groups, len(problem.model.sites), problem.grid
         self.network: tuple[str, ...] = problem.model.groups
         self.trade_off_range = conditions.trade_off_range
         self.age: Int64[Tensor, " b"] = state.age

@@ -158,7 +158,7 @@ class SkipGate(_Free):
 
 @dataclass(frozen=True)
 class GroupThresholds(_Free):
-    """Static thresholds, one per layer group."""
+    """Static thresholds, one per layer group or one per layer (operator call)."""
 
     taus: tuple[float, ...] = ()
     kappa: tuple[float, ...] = DEFAULT_KAPPA
@@ -170,8 +170,10 @@ class GroupThresholds(_Free):
 
     def decide(self, view: FrameView) -> Decision:
         """The same thresholds in every region and frame."""
-        if len(self.taus) != view.groups:
-            raise PolicyError(f"{view.groups} layer groups need as many thresholds, got {len(self.taus)}.")
+        if len(self.taus) not in (view.groups, view.layers):
+            raise PolicyError(
+                f"{view.groups} layer groups, or {view.layers} layers, need as many thresholds, got {len(self.taus)}."
+            )
         taus = torch.tensor(self.taus)[None, :, None, None].expand(view.clips, -1, 1, 1)
         return Decision(periodic(view, self.interval), ThresholdField(taus, self.kappa))
 

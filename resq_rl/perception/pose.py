@@ -293,6 +293,16 @@ class Pose:
         steep[:, :-1] += (strongest[:, 1:] - strongest[:, :-1]).abs()
         return (heat * unsure[..., None, None]).amax(1), steep.clamp(0, 1), strongest
 
+    def divergence(self, output: Float[Tensor, "b k h w"], teacher: Float[Tensor, "b k h w"]) -> Float[Tensor, " b"]:
+        """Divergence of the place of a point from the float network's, averaged over the points.
+
+        KL(p || q) = sum over cells of p (log p - log q), with p = softmax over the cells of the teacher's map and q of
+        the output's (Kullback and Leibler 1951; the loss of distillation, Hinton et al., arXiv 1503.02531). Of
+        landmarks, which are drawn as Gaussian heat, it is d^2 / (2 SPREAD^2) inside the frame, d the distance in cells.
+        """
+        log_p, log_q = (maps.flatten(2).log_softmax(2) for maps in (teacher, output))
+        return (log_p.exp() * (log_p - log_q)).sum(2).mean(1)
+
     def overlay(self, frame: Float[Tensor, "3 h w"], prediction: Float[Tensor, "k 3"]) -> Float[Tensor, "3 h w"]:
         """The darkened frame with points and limbs, in one colour each for the left, the right and the middle."""
         height, width = frame.shape[1:]

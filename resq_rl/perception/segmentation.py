@@ -20,6 +20,7 @@ __all__ = ["OutputKind", "Segmentation", "class_iou", "mean_iou", "segmentation_
 
 DEFAULT_THRESHOLD: Final = 0.5
 ONE_CLASS: Final = 0.9999  # share of a frame's pixels from which the frame counts as of one class
+LEAST_PROBABILITY: Final = 1e-6  # whose logarithm a divergence takes
 
 OutputKind = Literal["logits", "probability", "logit"]
 """`logits`: one channel per class; `probability` or `logit`: one channel, of the foreground."""
@@ -249,6 +250,21 @@ class Segmentation:
         edge[:, :, :-1] |= prediction[:, :, 1:] != prediction[:, :, :-1]
         edge[:, :-1] |= prediction[:, 1:] != prediction[:, :-1]
         return self.uncertainty(output), edge.float(), (prediction != 0).float()
+
+    def divergence(self, output: Float[Tensor, "b k h w"], teacher: Float[Tensor, "b k h w"]) -> Float[Tensor, " b"]:
+        """Divergence of the classes at a pixel from the float network's, averaged over the pixels.
+
+        KL(p || q) = sum over classes of p (log p - log q), with p of the teacher and q of the output (Kullback and
+        Leibler 1951; the loss of distillation, Hinton et al., arXiv 1503.02531).
+        """
+        log_p, log_q = self._log_probabilities(teacher), self._log_probabilities(output)
+        return (log_p.exp() * (log_p - log_q)).sum(1).mean((1, 2))
+
+    def _log_probabilities(self, output: Float[Tensor, "b k h w"]) -> Float[Tensor, "b c h w"]:
+        if self.kind == "logits":
+            return output.log_softmax(1)
+        p = output.clamp(LEAST_PROBABILITY, 1 - LEAST_PROBABILITY)
+        return torch.cat([(-p).log1p(), p.log()], 1)
 
     def overlay(self, frame: Float[Tensor, "3 h w"], prediction: UInt8[Tensor, "_ _"]) -> Float[Tensor, "3 h w"]:
         """The frame in grey, tinted where the predicted class is not 0."""

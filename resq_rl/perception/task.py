@@ -80,6 +80,13 @@ class Task(Protocol):
     ) -> Float[Tensor, "b h w"]:
         """Cost of the errors at every pixel of frames of `size`. Its mean is the frame's error, 0 if all is right."""
 
+    def divergence(self, output: Float[Tensor, "b *o"], teacher: Float[Tensor, "b *o"]) -> Float[Tensor, " b"]:
+        """How far outputs are from those of the float network: 0 where they are equal, else above, and differentiable.
+
+        Thresholds that are learned by gradients are learned from it, so it should grow with the errors that `accuracy`
+        counts.
+        """
+
     def features(
         self, output: Float[Tensor, "b *o"], prediction: Num[Tensor, "b *p"]
     ) -> tuple[Float[Tensor, "b _ _"], Float[Tensor, "b _ _"], Float[Tensor, "b _ _"]]:

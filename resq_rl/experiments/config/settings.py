@@ -220,8 +220,8 @@ class HeuristicSettings(Checked):
         frame_taus: for frame-level decisions, mean residuals of a frame (square root, 0..1) at which it takes a higher
             level.
         frame_kappa: for frame-level decisions, factor of frame_taus for each level.
-        searches: how static thresholds per layer group are searched, "greedy" or "random" or both, each with as many
-            frames as the training of one policy.
+        searches: how static thresholds are found, each way with as many environment frames as the training of one
+            policy: "greedy" or "random" search of one for each layer group, "gradient" descent of one for each layer.
         clairvoyant_points: values of lambda for which an oracle by region, which knows the errors ahead, is measured
             beside the greedy search; each takes (fields x horizon) times as long as a policy.
         clairvoyant_horizon: frames that this oracle looks ahead; 0 for all to the end of the clip.
@@ -237,7 +237,7 @@ class HeuristicSettings(Checked):
     scene_changes: tuple[Positive, ...] = (0.4,)
     frame_taus: Annotated[tuple[Positive, ...], ONE_OR_MORE] = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
     frame_kappa: Ascending = FrameMagnitude.kappa
-    searches: tuple[Literal["greedy", "random"], ...] = ("greedy",)
+    searches: tuple[Literal["greedy", "random", "gradient"], ...] = ("greedy", "gradient")
     clairvoyant_points: NotNegative = 0
     clairvoyant_horizon: NotNegative = 0
 

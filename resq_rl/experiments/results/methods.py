@@ -28,8 +28,8 @@ class Method:
     Attributes:
         key: name in `comparison.json`.
         title: name in tables and figures.
-        colour: hexadecimal RGB. The colours are Okabe and Ito's palette, a grey and Paul Tol's wine, which the
-            colour-blind can tell apart.
+        colour: hexadecimal RGB. The colours are Okabe and Ito's palette, a grey, and Paul Tol's wine and indigo, which
+            the colour-blind can tell apart.
         marker: Matplotlib's code of the marker.
         candidates: the policies that are tried on the validation clips, for a method that is tuned so.
         refinements: by name, for each of the best candidates, what is tried next.
@@ -112,12 +112,20 @@ METHODS: Final = (
     Method("frame_magnitude", "frame magnitude", "#56B4E9", "h", _frame_magnitude, frame_level=True),
     Method("searched_thresholds", "searched thresholds", "#009E73", "D"),
     Method("random_search", "random search", "#882255", "<"),
+    Method("gradient_thresholds", "gradient thresholds", "#332288", ">"),
     Method(
         "ppo",
         "PPO",
         "#D55E00",
         "*",
-        against=("dynamic_resq", "searched_thresholds", "random_search", "frame_magnitude", "static_resq"),
+        against=(
+            "dynamic_resq",
+            "searched_thresholds",
+            "random_search",
+            "gradient_thresholds",
+            "frame_magnitude",
+            "static_resq",
+        ),
     ),
     Method("oracle", "oracle", "#CC79A7", "P", against=("searched_thresholds",)),
 )

@@ -1,5 +1,7 @@
 """How each method of a comparison is measured: tuned on validation clips, searched for, trained, or known exactly."""
 
+import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -9,11 +11,13 @@ import numpy as np
 from resq_rl.envs import Measurement
 from resq_rl.experiments.results.fronts import bops_step
 from resq_rl.experiments.results.methods import Method, tuned_methods
+from resq_rl.experiments.runs.progress import stage
 from resq_rl.experiments.study.frame_level import gap_closed, oracle_front
 from resq_rl.experiments.study.scoreboard import FRONT_POINTS, Scoreboard
 from resq_rl.experiments.study.start import Start, measure_constants, search
 from resq_rl.experiments.study.training import front_candidates, train_policy
 from resq_rl.policies import Clairvoyant, GroupThresholds, LearnedPolicy, PerFrame
+from resq_rl.policies.gradient import GradientSettings, learn_thresholds
 from resq_rl.policies.search import Strategy, Tried, best_for
 from resq_rl.policies.tuning import best_of, thinned
 
@@ -25,6 +29,8 @@ __all__ = [
     "measure_per_frame",
     "measure_searches",
 ]
+
+log = logging.getLogger(__name__)
 
 SEARCHES: Final[Mapping[Strategy, str]] = {"greedy": "searched_thresholds", "random": "random_search"}
 HALF_BITS = 4
@@ -99,14 +105,15 @@ def measure_learned(board: Scoreboard, start: Start | None, given: Mapping[int, 
 
 
 def measure_searches(board: Scoreboard, start: Start | None) -> None:
-    """Searched thresholds, with as many environment frames as the training of one policy.
+    """Searched and learned thresholds, with as many environment frames as the training of one policy.
 
     The greedy search goes on from what training began with, whose frames count for both.
     """
     study, settings = board.study, board.study.settings
-    if settings.heuristic.searches and (start is None or not study.scheme().by_threshold):
+    strategies = [strategy for strategy in SEARCHES if strategy in settings.heuristic.searches]
+    if strategies and (start is None or not study.scheme().by_threshold):
         start = measure_constants(study, replace(study.scheme(), kind="region_thresholds"))
-    for strategy in settings.heuristic.searches:
+    for strategy in strategies:
         assert start is not None  # as it was just measured
         known = start if strategy == "greedy" else replace(start, searched=())
         known = search(study, known, max(0, board.training_frames - known.frames), strategy)
@@ -116,6 +123,32 @@ def measure_searches(board: Scoreboard, start: Start | None) -> None:
         board.add(method, board.measure(method, chosen))
         if strategy == "greedy" and settings.heuristic.clairvoyant_points:
             _measure_clairvoyant(board, found)
+    if "gradient" in settings.heuristic.searches:
+        _measure_gradient(board)
+
+
+def _measure_gradient(board: Scoreboard) -> None:
+    """Thresholds per layer that are learned by gradients, tried with every keyframe interval."""
+    study, method = board.study, "gradient_thresholds"
+    environment, frames = study.settings.environment, max(1, board.training_frames)
+    intervals, begun = environment.keyframe_intervals, time.monotonic()
+    with stage("gradient thresholds", frames) as advance:
+        learned = learn_thresholds(
+            study.problems["train"],
+            GradientSettings(frames),
+            interval=0 if 0 in intervals else max(intervals),
+            reference=environment.reference,
+            kappa=study.settings.heuristic.kappa,
+            seed=study.settings.seed,
+            progress=advance,
+        )
+    seconds = time.monotonic() - begun
+    log.info("gradient thresholds: %d environment frames in %.0f s", learned.frames, seconds)
+    board.tracker.log_metrics({f"{method}/seconds": seconds, f"{method}/frames": float(learned.frames)})
+    spread = learned.spread(FRONT_POINTS)
+    tried = [replace(policy, interval=interval) for policy in spread for interval in intervals]
+    chosen = [policy for policy, _ in board.tune(method, tried)]
+    board.add(method, board.measure(method, chosen), chosen)
 
 
 def _measure_clairvoyant(board: Scoreboard, found: Sequence[Tried]) -> None:

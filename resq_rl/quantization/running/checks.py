@@ -31,15 +31,17 @@ def check_clips(clips: Sequence[Inputs], shapes: Sequence[tuple[int, ...]]) -> N
             )
 
 
-def check_decision(decision: Field, refresh: Tensor, state: StreamState, clips: int, groups: int, levels: int) -> None:
+def check_decision(
+    decision: Field, refresh: Tensor, state: StreamState, clips: int, groups: int, layers: int, levels: int
+) -> None:
     """Raise PolicyError unless decisions, refreshes and state fit a batch of clips."""
     values = decision.levels if isinstance(decision, LevelField) else decision.thresholds
-    fits = values.dim() == 4 and values.numel() and values.shape[:2] == (clips, groups)
+    fits = values.dim() == 4 and values.numel() and len(values) == clips and values.shape[1] in (groups, layers)
     if not fits or refresh.shape != (clips,) or refresh.dtype != torch.bool:
         raise PolicyError(
-            f"A field of shape ({clips} clips, {groups} layer groups, rows, columns) is needed and one boolean for "
-            f"each clip, got a field of shape {tuple(values.shape)} and refresh of shape {tuple(refresh.shape)}, "
-            f"{refresh.dtype}."
+            f"A field of shape ({clips} clips, {groups} layer groups or {layers} layers, rows, columns) is needed and "
+            f"one boolean for each clip, got a field of shape {tuple(values.shape)} and refresh of shape "
+            f"{tuple(refresh.shape)}, {refresh.dtype}."
         )
     if isinstance(decision, LevelField):
         if int(values.min()) < 0 or int(values.max()) >= levels:

@@ -106,8 +106,10 @@ class Execution:
         self.rest = torch.nonzero(~refresh)[:, 0].to(self.device)
         self.rest_decision = decision.rows(self.rest) if len(self.key) and len(self.rest) else decision
         self.position = 0
+        rows = (decision.levels if isinstance(decision, LevelField) else decision.thresholds).shape[1]
+        self._by_layer = rows > 1 + max(plan.group for plan in plans)
         self._costs: list[Tensor] = []
-        self._carried: dict[tuple[int, Pair], tuple[Tensor | None, Tensor]] = {}
+        self._carried: dict[tuple[int, Pair], tuple[Tensor | None, Tensor]] = {}  # by group or layer, and size
         self._rows: Tensor | None = None  # of thresholds in the residual tables
 
     def __call__(self, operator: ResidualOperator, x: Tensor) -> Tensor:
@@ -188,10 +190,7 @@ class Execution:
     ) -> tuple[Tensor, Float[Tensor, "b h w"]]:
         """Codes of the residual, and the cost of a multiply-accumulate by pixel (h = w = 1 for a linear layer)."""
         decision, site = self.rest_decision, plan.site
-        place = plan.group, site.map_size(x)
-        if place not in self._carried:
-            self._carried[place] = self._carry(*place)
-        tau, index = self._carried[place]
+        tau, index = self._carried_to(plan, site.map_size(x))
         kappa = None if isinstance(decision, LevelField) else tuple(decision.kappa)
         steps = table.lookup(kappa, plan.costs, x.device)
         shape = x.shape if site.operator.channel_axis == 1 else (len(x), -1, 1, 1)  # a linear layer has one level
@@ -199,14 +198,20 @@ class Execution:
         codes, cost = self.kernels.encode(*parts)
         return codes if site.operator.channel_axis == 1 else codes.view(x.shape), cost
 
-    def _carry(self, group: int, size: Pair) -> tuple[Tensor | None, Tensor]:
-        """At a layer's resolution, a group's thresholds and their rows in residual tables; or None and its levels."""
+    def _carried_to(self, plan: SitePlan, size: Pair) -> tuple[Tensor | None, Tensor]:
+        """At a layer's resolution, its thresholds and their rows in residual tables; or None and its levels."""
+        place = self.position if self._by_layer else plan.group, size
+        if place not in self._carried:
+            self._carried[place] = self._carry(*place)
+        return self._carried[place]
+
+    def _carry(self, index: int, size: Pair) -> tuple[Tensor | None, Tensor]:
         decision = self.rest_decision
         if isinstance(decision, LevelField):
-            return None, carry(decision.levels[:, group], size, "max").contiguous()
+            return None, carry(decision.levels[:, index], size, "max").contiguous()
         if self._rows is None:
             self._rows = threshold_row(decision.thresholds)
-        tau, row = (carry(x[:, group], size, "min").contiguous() for x in (decision.thresholds, self._rows))
+        tau, row = (carry(x[:, index], size, "min").contiguous() for x in (decision.thresholds, self._rows))
         return tau, row
 
     def _store_output(self, y: Tensor) -> None:

@@ -1,7 +1,8 @@
 """A frozen network under residual quantization, stepped frame by frame over a batch of clips."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from resq_rl.quantization.running.calibration import SiteRanges, SiteRecorder
 from resq_rl.quantization.running.checks import check_clips, check_decision, check_inputs
 from resq_rl.quantization.running.execution import Execution, SitePlan, check_order, plan_site
 from resq_rl.quantization.running.state import StreamState
+from resq_rl.quantization.running.unrolled import UnrolledExecution
 from resq_rl.quantization.specification.config import LayerKind, Part, QuantizationConfig, Reference
 from resq_rl.quantization.specification.fields import Field
 from resq_rl.quantization.specification.inputs import Inputs, as_tuple, float_frames
@@ -251,7 +253,8 @@ class ResQModel:
             inputs: one frame per clip, in 0..1, with the network's further inputs.
             state: changed in place.
             refresh: which clips run a keyframe; it must be all of them on the first step.
-            decision: levels or thresholds by clip, layer group and region; ignored where `refresh`.
+            decision: levels or thresholds by clip, layer group or layer (operator call), and region; ignored where
+                `refresh`. As many rows as there are layer groups are those of the groups.
 
         Returns:
             The network's output and the exact cost by clip, site and region of the decision's grid.
@@ -261,12 +264,53 @@ class ResQModel:
             VideoError: the frames do not fit the network, or hold NaN or infinity.
             PolicyError: the decision does not fit.
         """
+        return self._stepped(inputs, state, refresh, decision, Execution)
+
+    @undisturbed()
+    def unrolled_step(
+        self,
+        inputs: Inputs,
+        state: StreamState,
+        refresh: Bool[Tensor, " b"],
+        decision: Field,
+        *,
+        sharpness: float = 3.0,
+        smooth: bool = False,
+    ) -> tuple[Any, FrameCost]:
+        """Run one frame as `step` does, with gradients from output and cost to the thresholds (`UnrolledExecution`).
+
+        References keep their gradients, so that those of later frames lead back to here; `StreamState.detach` ends
+        that. Output, cost and state equal those of `step`, unless `smooth`.
+
+        Args:
+            inputs, state, refresh: as of `step`.
+            decision: positive thresholds by clip, layer group or layer, and region, that require gradients.
+            sharpness: slope of a level's gate over the logarithm of the magnitude, in the backward pass.
+            smooth: run the surrogate itself, of which the gradient is exact.
+
+        Raises:
+            CalibrationError, VideoError, PolicyError: as of `step`; or the decision has levels, or a threshold of 0.
+            SettingsError: the sharpness is not positive.
+        """
+        execution = partial(UnrolledExecution, sharpness=sharpness, smooth=smooth)
+        with torch.enable_grad():
+            return self._stepped(inputs, state, refresh, decision, execution)
+
+    def _stepped(
+        self,
+        inputs: Inputs,
+        state: StreamState,
+        refresh: Bool[Tensor, " b"],
+        decision: Field,
+        make: Callable[..., Execution],
+    ) -> tuple[Any, FrameCost]:
         if not self.ranges:
             raise CalibrationError("The model is not calibrated: call calibrate(clips) first.")
         given = as_tuple(inputs)
         check_inputs(given, self.input_shapes)
-        check_decision(decision, refresh, state, len(given[0]), len(self.groups), len(self.config.levels))
-        execution = Execution(self._plans, self.config, self.kernels, state, refresh, decision)
+        shape = len(given[0]), len(self.groups), len(self.sites)
+        check_decision(decision, refresh, state, *shape, levels=len(self.config.levels))
+        execution = make(self._plans, self.config, self.kernels, state, refresh, decision)
         output = self._run(laid_out(given, self.layout), execution)
         cost = execution.finish()
         state.age = torch.where(refresh, 0, state.age + 1)

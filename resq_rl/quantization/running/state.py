@@ -34,6 +34,11 @@ class StreamState:
         inputs, outputs = [x.clone() for x in self.inputs], [y.clone() for y in self.outputs]
         return StreamState(self.reference, self.age.clone(), inputs, outputs, [y._version for y in outputs])
 
+    def detach(self) -> None:
+        """End the reach of gradients: what comes next does not lead back beyond here."""
+        self.inputs, self.outputs = [x.detach() for x in self.inputs], [y.detach() for y in self.outputs]
+        self.versions = [y._version for y in self.outputs]
+
     def snapshot(self) -> dict[str, Any]:
         """The tensors that `restore` takes; they share memory with this state."""
         return {"age": self.age, "inputs": list(self.inputs), "outputs": list(self.outputs)}

@@ -17,7 +17,7 @@ DEFAULT_KAPPA = (1.0, 2.0, 8.0)
 
 @dataclass(frozen=True)
 class LevelField:
-    """The level (an index into the bit-widths) of every layer group and region: (clips, groups, rows, columns)."""
+    """The level (an index into the bit-widths) of every layer group, or layer, and region: (clips, g, rows, cols)."""
 
     levels: Int64[Tensor, "b g gh gw"]
 
@@ -38,7 +38,7 @@ class LevelField:
 
 @dataclass(frozen=True)
 class ThresholdField:
-    """The threshold tau of every layer group and region, from which levels follow pixel by pixel.
+    """The threshold tau of every layer group, or layer, and region, from which levels follow pixel by pixel.
 
     Pixel p of a layer takes level #{j : m(p) > tau * kappa_j} with m(p) = max over channels |r(c, p)| / sigma, where r
     is the layer's residual and sigma its calibrated standard deviation (Dynamic ResQ, arXiv 2308.09511). A constant
