@@ -1,6 +1,6 @@
 """Problems of a tiny network and tiny clips, so that environments step in a millisecond, and what is made of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from typing import Any
@@ -257,11 +257,11 @@ def values_of(result: StreamResult) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in parts.items()}
 
 
-def assert_same_values(mine: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
-    """Both hold the same names and, bit for bit, the same tensors."""
-    assert mine.keys() == expected.keys()
-    for name, value in mine.items():
-        difference = first_difference(value, expected[name])
+def assert_same(mine: Any, expected: Any, names: Iterable[str], where: str = "here") -> None:
+    """Two objects, or two mappings, hold the same arrays under some names, bit for bit."""
+    a, b = (own if isinstance(own, dict) else {name: getattr(own, name) for name in names} for own in (mine, expected))
+    for name in names:
+        difference = first_difference(a[name], b[name])
         assert difference is None, f"{where}, {name}: {difference}"
 
 
