@@ -13,7 +13,7 @@ from resq_rl.envs import ActionKind, BatchedEnvironment, Problem, ResQEnv, ResQV
 from resq_rl.envs.sb3 import AgentsVecEnv
 from resq_rl.errors import PolicyError
 from resq_rl.video import Clip
-from tests.envs.problems import first_difference
+from tests.envs.problems import assert_same, first_difference
 
 Array = np.ndarray[Any, Any]
 
@@ -262,9 +262,7 @@ class EnvContract:
             difference = first_difference(x, y)
             assert difference is None, f"observation {t}: {difference}"
         for t, (s, u) in enumerate(zip(a[1], b[1], strict=True)):
-            for name in ("rewards", "truncated", "error", "bops", "clip", "trade_off"):
-                difference = first_difference(getattr(s, name), getattr(u, name))
-                assert difference is None, f"step {t}, {name}: {difference}"
+            assert_same(s, u, ("rewards", "truncated", "error", "bops", "clip", "trade_off"), f"step {t}")
 
     def test_what_was_returned_is_not_changed_later(self, problem: Problem) -> None:
         face = self.make(problem)

@@ -1,6 +1,6 @@
 """Problems of a tiny network and tiny clips, so that environments step in a millisecond, and what is made of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from typing import Any
@@ -143,14 +143,19 @@ def clips_of_objects(lengths: Sequence[int], seed: int = 0) -> list[Clip]:
     return clips
 
 
-def make_recurrent_problem(lengths: Sequence[int] = (5, 7, 6)) -> Problem:
-    """A network that is given its own last mask, on which its logits depend."""
-    task = MaskPropagation()
+def follower_network() -> nn.Module:
+    """A random network whose output depends on the last mask."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1)
         network = Follower()
         next(network.stem.parameters())[:, 3] += 0.3
-    model = ResQModel(network, (torch.zeros(1, 3, *SIZE), torch.zeros(1, 1, *SIZE), torch.zeros(1, 6, 1, 1)))
+    return network
+
+
+def make_recurrent_problem(lengths: Sequence[int] = (5, 7, 6)) -> Problem:
+    """A network that is given its own last mask, on which its logits depend."""
+    task = MaskPropagation()
+    model = ResQModel(follower_network(), (torch.zeros(1, 3, *SIZE), torch.zeros(1, 1, *SIZE), torch.zeros(1, 6, 1, 1)))
     model.calibrate([clip_inputs(model.float_forward, task, clip) for clip in clips_of_objects([6, 6], seed=50)])
     return Problem.prepare(model, task, clips_of_objects(lengths), grid=GRID)
 
@@ -252,11 +257,11 @@ def values_of(result: StreamResult) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in parts.items()}
 
 
-def assert_same_values(mine: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
-    """Both hold the same names and, bit for bit, the same tensors."""
-    assert mine.keys() == expected.keys()
-    for name, value in mine.items():
-        difference = first_difference(value, expected[name])
+def assert_same(mine: Any, expected: Any, names: Iterable[str], where: str = "here") -> None:
+    """Two objects, or two mappings, hold the same arrays under some names, bit for bit."""
+    a, b = (own if isinstance(own, dict) else {name: getattr(own, name) for name in names} for own in (mine, expected))
+    for name in names:
+        difference = first_difference(a[name], b[name])
         assert difference is None, f"{where}, {name}: {difference}"
 
 

@@ -14,7 +14,7 @@ from resq_rl.perception import Segmentation
 from resq_rl.quantization import LevelField, Reference, ThresholdField, to_float
 from resq_rl.video import IGNORE
 from tests.envs import problems
-from tests.envs.problems import CLASSES, GRID, SIZE, first_difference, random_levels, run_random_levels
+from tests.envs.problems import CLASSES, GRID, SIZE, assert_same, first_difference, random_levels, run_random_levels
 
 
 def region_of(position: int, length: int, cells: int) -> int:
@@ -127,9 +127,7 @@ def test_a_decision_without_regions_is_one_for_all_regions(problem: Problem) -> 
     for streams in (a, b):
         streams.start([0, 1], [0, 1])
     first, second = a.step(Decision(refresh(False, False), taus)), b.step(Decision(refresh(False, False), spread))
-    for name in ("prediction", "error", "share"):
-        difference = first_difference(getattr(first, name).numpy(), getattr(second, name).numpy())
-        assert difference is None, f"{name}: {difference}"
+    assert_same(first, second, ("prediction", "error", "share"))
     assert first.share.shape == (2, *GRID)
     assert first.share.std() > 0
 

@@ -19,7 +19,7 @@ from resq_rl.quantization import LevelField, Reference
 from resq_rl.sealed import pack, unpack
 from tests.envs import problems
 from tests.envs.contract import AgentsFace, EnvContract, Face
-from tests.envs.problems import first_difference
+from tests.envs.problems import assert_same, first_difference
 
 EPISODE = ("trade_off", "reward_scale", "intervals", "frame_share", "relative")
 
@@ -90,9 +90,7 @@ def test_keyframe_agents_are_the_frame_agent_whose_fields_are_given(reference: A
         mine = timing.step(refresh)
         theirs = whole.step(np.concatenate([np.tile(whole.scheme.uniform_action(choices)[:-1], (2, 1)), refresh], 1))
         assert mine.result.cost.keyframe.tolist() == (refresh[:, 0] == 1).tolist(), f"step {t}"
-        for name in ("prediction", "error", "share", "clip", "last"):
-            difference = first_difference(getattr(mine.result, name).numpy(), getattr(theirs.result, name).numpy())
-            assert difference is None, f"step {t}, {name}: {difference}"
+        assert_same(mine.result, theirs.result, ("prediction", "error", "share", "clip", "last"), f"step {t}")
         assert first_difference(mine.rewards, theirs.rewards) is None, f"step {t}"
 
 
@@ -159,9 +157,7 @@ def test_region_agents_are_the_frame_agent_that_takes_the_same_actions(kind: Any
         actions = generator.integers(regions.scheme.nvec, size=(2 * count, len(regions.scheme.nvec)))
         joined = np.concatenate([actions.reshape(2, -1), np.zeros((2, 1), dtype=np.int64)], 1)
         mine, theirs = regions.step(actions), frame.step(joined)
-        for name in ("prediction", "error", "share", "clip", "last"):
-            difference = first_difference(getattr(mine.result, name).numpy(), getattr(theirs.result, name).numpy())
-            assert difference is None, f"step {t}, {name}: {difference}"
+        assert_same(mine.result, theirs.result, ("prediction", "error", "share", "clip", "last"), f"step {t}")
         np.testing.assert_allclose(mine.rewards.reshape(2, -1).mean(1), theirs.rewards, atol=1e-6)
         a, b = mine.observations, theirs.observations
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from resq_rl.envs import Decision, FrameView, Measurement, Policy, Problem, measure
+from resq_rl.envs import Decision, FrameView, Policy, Problem, measure
 from resq_rl.envs.observation import FRAME_FEATURES
 from resq_rl.errors import PolicyError
 from resq_rl.policies import (
@@ -21,13 +21,12 @@ from resq_rl.policies import (
 )
 from resq_rl.quantization import DEFAULT_KAPPA, LevelField, Reference, ThresholdField
 from tests.envs import problems
-from tests.envs.problems import first_difference
+from tests.envs.problems import assert_same, first_difference
 
 
-def assert_same(a: Measurement, b: Measurement) -> None:
-    for name in ("counts", "keyframe", "residual", "peak", "keyframes"):
-        difference = first_difference(getattr(a, name), getattr(b, name))
-        assert difference is None, f"{name}: {difference}"
+def measures_the_same(problem: Problem, one: Policy, other: Policy) -> None:
+    names = ("counts", "keyframe", "residual", "peak", "keyframes")
+    assert_same(measure(problem, one), measure(problem, other), names)
 
 
 def levels_of(decision: Decision) -> torch.Tensor:
@@ -76,7 +75,7 @@ def test_group_thresholds_differ_by_layer_group_only(problem: Problem) -> None:
 @pytest.mark.parametrize("reference", ["previous", "keyframe"])
 def test_dynamic_resq_is_group_thresholds_all_equal(reference: Reference, problem: Problem) -> None:
     dynamic = DynamicResQ(reference, 3, tau=0.6)
-    assert_same(measure(problem, dynamic), measure(problem, GroupThresholds(reference, 3, taus=(0.6, 0.6, 0.6))))
+    measures_the_same(problem, dynamic, GroupThresholds(reference, 3, taus=(0.6, 0.6, 0.6)))
 
 
 def test_raising_one_groups_threshold_saves_in_that_group(problem: Problem) -> None:
@@ -101,9 +100,7 @@ def test_dynamic_resq_is_the_constant_action_of_region_thresholds(by_group: bool
     next(heuristic)
     for t, (_, expected) in enumerate(heuristic):
         step = core.step(torch.tensor(action).expand(2, -1).numpy())
-        for name in ("prediction", "share", "error"):
-            difference = first_difference(getattr(step.result, name), getattr(expected, name))
-            assert difference is None, f"frame {t + 1}, {name}: {difference}"
+        assert_same(step.result, expected, ("prediction", "share", "error"), f"frame {t + 1}")
 
 
 def test_a_scene_change_runs_as_a_keyframe(problem: Problem) -> None:
@@ -176,9 +173,7 @@ def test_a_higher_threshold_of_frames_spends_less(problem: Problem) -> None:
 def test_one_magnitude_for_all_levels_is_static_resq(problem: Problem) -> None:
     for tau, level in ((0.01, 3), (1.0, 0)):
         static = StaticResQ("keyframe", 4, level=level)
-        assert_same(
-            measure(problem, FrameMagnitude("keyframe", 4, tau=tau, kappa=(1.0, 2.0, 3.0))), measure(problem, static)
-        )
+        measures_the_same(problem, FrameMagnitude("keyframe", 4, tau=tau, kappa=(1.0, 2.0, 3.0)), static)
 
 
 def test_a_higher_threshold_spends_less(problem: Problem) -> None:

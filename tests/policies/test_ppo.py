@@ -44,10 +44,36 @@ FAST = PPOSettings(
 TINY = replace(FAST, frames=200, n_steps=7, batch_size=84, epochs=2, checkpoint_every=2)
 
 
+@pytest.fixture(autouse=True)
+def _checked_seldom(request: pytest.FixtureRequest) -> None:
+    """Types are checked at run time in a few tests, which run what all others run again and again."""
+    checked = (
+        test_progress_comes_after_every_rollout,
+        test_a_killed_run_goes_on_as_if_nothing_had_happened,
+        test_a_warm_start_with_an_interval_begins_with_keyframes_at_it,
+    )
+    if request.function not in checked:
+        request.getfixturevalue("unchecked_types")
+
+
 @pytest.fixture(scope="module")
 def moving(problem: Problem) -> Problem:
     """Four clips of 8 frames, compared with the float network."""
     return problems.with_clips(problem, [8] * 4, source="teacher", weighting="pixel")
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[PPO]:
+    """The library's models, in the order in which they begin to learn."""
+    models: list[PPO] = []
+    original = PPO.learn
+
+    def learn(self: PPO, *args: Any, **kwargs: Any) -> PPO:
+        models.append(self)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(PPO, "learn", learn)
+    return models
 
 
 def agents_of(
@@ -81,7 +107,6 @@ CASES: list[tuple[ActionKind, Agents]] = [
 ]
 
 
-@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(("kind", "agents"), CASES)
 def test_where_bits_are_dear_ppo_learns_to_skip(kind: ActionKind, agents: Agents, moving: Problem) -> None:
     env = agents_of(moving, 30.0, kind=kind, agents=agents, slots=8, reward_scale=0.1)
@@ -95,7 +120,6 @@ def test_where_bits_are_dear_ppo_learns_to_skip(kind: ActionKind, agents: Agents
     assert bops_without_policy(moving, policy) == pytest.approx(1 / 8, rel=0.02), "the forced keyframes alone"
 
 
-@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(("kind", "agents"), CASES)
 def test_where_errors_are_dear_ppo_learns_to_spend(kind: ActionKind, agents: Agents, moving: Problem) -> None:
     env = agents_of(moving, 0.001, kind=kind, agents=agents, slots=8, reward_scale=20.0)
@@ -108,7 +132,6 @@ def test_where_errors_are_dear_ppo_learns_to_spend(kind: ActionKind, agents: Age
     assert result.accuracy > 0.9 > 0.7 > skipping.accuracy
 
 
-@pytest.mark.usefixtures("unchecked_types")
 def test_one_policy_serves_a_range_of_lambda(moving: Problem) -> None:
     env = agents_of(moving, (0.003, 30.0), kind="region_bits", slots=8, relative=True)
     policy, _ = train_ppo(env, replace(FAST, frames=4000), seed=0)
@@ -137,7 +160,6 @@ def skipping(problem: Problem, trade_off: float) -> LearnedPolicy:
     return LearnedPolicy((weight,), (bias,), scheme, trade_off, span, network=problem.model.groups)
 
 
-@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(("trade_off", "at_the_cut"), [(0.2, True), (30.0, False)])
 def test_ppo_learns_to_run_a_keyframe_at_a_cut_where_it_pays(
     trade_off: float, at_the_cut: bool, problem: Problem
@@ -161,7 +183,6 @@ def test_ppo_learns_to_run_a_keyframe_at_a_cut_where_it_pays(
 # Warm start --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(("kind", "agents"), CASES)
 def test_a_warm_start_begins_as_the_constant_field_for_every_lambda(
     kind: ActionKind, agents: Agents, moving: Problem
@@ -319,7 +340,6 @@ def test_figures_of_choices_belong_to_the_observations_they_were_made_for(
     assert 0.9 < row["entropy"] < 1.05, "a new network chooses almost evenly"
 
 
-@pytest.mark.usefixtures("unchecked_types")
 def test_a_collapsed_policy_shows(moving: Problem) -> None:
     """One choice has all of the share, nothing is left of the entropy, and a correlation is undefined."""
     scheme = problems.scheme(moving)
@@ -375,24 +395,15 @@ def test_observations_that_are_not_finite_end_the_training(moving: Problem, monk
 
 
 def test_weights_that_are_not_finite_end_the_training_and_the_last_good_checkpoint_stays(
-    moving: Problem, tmp_path: Path
+    trained: list[PPO], moving: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def spoil(progress: Progress) -> None:
         if progress.rollout == 4:  # the update that follows is spoiled, in which the checkpoint would be due
-            next(kept[0].policy.parameters()).data.fill_(float("nan"))
+            next(trained[0].policy.parameters()).data.fill_(float("nan"))
 
-    kept: list[Any] = []
-    original = PPO.learn
-
-    def learn(self: PPO, *args: Any, **kwargs: Any) -> PPO:
-        kept.append(self)
-        return original(self, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PPO, "learn", learn)
-        patch.setattr(PPO, "train", lambda self: None)
-        with pytest.raises(PolicyError, match=r"The update after rollout 4 .* not finite"):
-            train_ppo(agents_of(moving), TINY, seed=0, checkpoints=tmp_path, on_rollout=spoil)
+    monkeypatch.setattr(PPO, "train", lambda self: None)
+    with pytest.raises(PolicyError, match=r"The update after rollout 4 .* not finite"):
+        train_ppo(agents_of(moving), TINY, seed=0, checkpoints=tmp_path, on_rollout=spoil)
     assert [path.name for path in Checkpoints(tmp_path).paths()] == ["00000002.checkpoint"]
 
 
@@ -609,24 +620,13 @@ def test_a_trained_policy_survives_its_files(moving: Problem, tmp_path: Path) ->
     assert first_difference(policy.places(x), loaded.places(x)) is None
 
 
-def test_the_deployed_network_is_the_trained_one(moving: Problem) -> None:
+def test_the_deployed_network_is_the_trained_one(trained: list[PPO], moving: Problem) -> None:
     """In float its nearest choices are those that the library's own model predicts."""
-    kept: list[PPO] = []
     env = agents_of(moving)
-    original = PPO.learn
-
-    def learn(self: PPO, *args: Any, **kwargs: Any) -> PPO:
-        kept.append(self)
-        return original(self, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PPO, "learn", learn)
-        policy, _ = train_ppo(env, replace(TINY, policy_bits=32), seed=0)
+    policy, _ = train_ppo(env, replace(TINY, policy_bits=32), seed=0)
     observations = env.reset()
-    expected, _ = kept[0].predict(observations, deterministic=True)
-    places = policy.places(torch.from_numpy(observations)).numpy()
-    chosen = np.clip(np.rint(places), 0, np.array(policy.scheme.nvec) - 1)
-    assert first_difference(chosen, expected) is None
+    expected, _ = trained[0].predict(observations, deterministic=True)
+    assert first_difference(policy.choose(torch.from_numpy(observations)), expected) is None
 
 
 def test_the_worth_of_what_follows_a_clip_is_the_librarys(moving: Problem) -> None:

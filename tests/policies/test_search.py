@@ -36,6 +36,7 @@ def recorded(calls: list[GroupThresholds]) -> Callable[[GroupThresholds], Tried]
     return evaluate
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("trade_off", [0.05, 0.3, 2.0])
 def test_greedy_search_finds_the_optimum_that_brute_force_finds(trade_off: float) -> None:
     found = search_group_thresholds(measured, known(), THRESHOLDS, (16, 0), [trade_off], evaluations=100)
@@ -79,6 +80,7 @@ def recorded_small(calls: list[GroupThresholds]) -> Callable[[GroupThresholds], 
     return evaluate
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_all_evaluations_are_used_while_settings_are_left() -> None:
     """Neighbours of the best settings run out long before all settings do."""
     left = 2 * len(THRESHOLDS) ** GROUPS - len(known())

@@ -237,7 +237,7 @@ class HeuristicSettings(Checked):
     scene_changes: tuple[Positive, ...] = (0.4,)
     frame_taus: Annotated[tuple[Positive, ...], ONE_OR_MORE] = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
     frame_kappa: Ascending = FrameMagnitude.kappa
-    searches: tuple[Literal["greedy", "random", "gradient"], ...] = ("greedy", "gradient")
+    searches: tuple[Literal["greedy", "random", "gradient"], ...] = ("greedy",)
     clairvoyant_points: NotNegative = 0
     clairvoyant_horizon: NotNegative = 0
 

@@ -22,6 +22,8 @@ FOR_ONCE: Final = ("training.resume", "trusted")  # say how to go on and not wha
 LENGTHS: Final = ("training.frames", "training.keyframe_frames", "pretraining.steps")
 WORLD: Final = (*TARGETS, "environment", "quantization")
 
+TRAINED: Final = "resq_rl.experiments.study.deployment.trained_"  # options that read the policy's folder themselves
+
 log = logging.getLogger(__name__)
 
 
@@ -106,6 +108,7 @@ def with_policy_settings(
         SettingsError: the folder names code that the command line neither names nor trusts.
     """
     groups = [name for name in (*WORLD, "training") if isinstance(saved.get(name), Mapping) and name in given]
+    groups = [name for name in groups if not str(given[name].get(TARGET)).startswith(TRAINED)]
     known = {name: saved[name] for name in groups}
     named = {_setting(override) for override in overrides}
     default = plain(compose_config(config_name))

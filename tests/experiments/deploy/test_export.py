@@ -49,7 +49,9 @@ def deploy(problem: Problem, folder: Path, kind: ActionKind = "region_thresholds
     policy = made(scheme(problem, kind, agents), network=model.groups, frame_size=model.frame_size, interval=4)
     policy.save(folder)
     save_model(problem.model, folder)
-    (folder / "network.json").write_text(json.dumps({"model": MODEL, "task": TASK, "video": VIDEO}))
+    framing = Framing(model.frame_size).to_json()
+    making = {"model": MODEL, "task": TASK, "video": VIDEO, "framing": framing}
+    (folder / "network.json").write_text(json.dumps(making))
     return folder
 
 

@@ -15,19 +15,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 from resq_rl.envs import Problem
 from resq_rl.experiments.cli.app import main
 from resq_rl.perception import Segmentation
 from resq_rl.policies import Runner
 from resq_rl.quantization import save_model
-from resq_rl.video import VideoFiles, VideoStream, stream
-from tests.envs.problems import CLASSES, Follower, make_recurrent_problem, moving_frames, scheme, tiny_network
+from resq_rl.video import Framing, VideoFiles, VideoStream, stream
+from tests.envs.problems import CLASSES, make_recurrent_problem, moving_frames, scheme, tiny_network
 from tests.policies.test_learned import made
 
 Capture = pytest.CaptureFixture[str]
 SIZE = (32, 48)
+FRAMING = Framing(SIZE).to_json()
 TINY = ["tracking=disabled", "threads=1", "trusted=true"]  # the networks are code of the tests
 
 
@@ -39,7 +39,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, problem: Problem) -> Path:
     save_model(problem.model, folder / "seed0")
     model = {"_target_": "tests.envs.problems.tiny_network"}
     task = {"_target_": "resq_rl.perception.Segmentation", "classes": CLASSES}
-    (folder / "seed0" / "network.json").write_text(json.dumps({"model": model, "task": task}))
+    (folder / "seed0" / "network.json").write_text(json.dumps({"model": model, "task": task, "framing": FRAMING}))
     return folder
 
 
@@ -216,9 +216,9 @@ def test_a_mask_to_follow_is_read_from_an_image(tmp_path: Path, capsys: pytest.C
     problem, folder = make_recurrent_problem(), tmp_path / "policy"
     made(scheme(problem), network=problem.model.groups).save(folder)
     save_model(problem.model, folder)
-    making = {"model": {"_target_": "tests.experiments.deploy.test_run.follower"}}
+    making = {"model": {"_target_": "tests.envs.problems.follower_network"}}
     making["task"] = {"_target_": "resq_rl.perception.MaskPropagation"}
-    (folder / "network.json").write_text(json.dumps(making))
+    (folder / "network.json").write_text(json.dumps(making | {"framing": FRAMING}))
     clip = problem.clips[0]
     assert clip.labels is not None
     (tmp_path / "frames").mkdir()
@@ -230,12 +230,6 @@ def test_a_mask_to_follow_is_read_from_an_image(tmp_path: Path, capsys: pytest.C
     assert len(records(done)) == len(pictures(done / "overlay.mp4")) == len(clip)
     run(tmp_path / "without", *words, code=2)
     assert "begins with the label" in capsys.readouterr().err
-
-
-def follower() -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        return Follower().eval()
 
 
 @pytest.mark.parametrize(
@@ -263,7 +257,9 @@ def test_code_that_a_policy_folder_names_is_not_run(
     monkeypatch.chdir(tmp_path)
     folder = Path(shutil.copytree(trained / "seed0", tmp_path / "policy"))
     task = {"_target_": "resq_rl.perception.Segmentation", "classes": CLASSES}
-    (folder / "network.json").write_text(json.dumps({"model": making, "task": task}).replace("{folder}", str(folder)))
+    (folder / "network.json").write_text(
+        json.dumps({"model": making, "task": task, "framing": FRAMING}).replace("{folder}", str(folder))
+    )
     words = [*TINY[:2], "results=results", f"policy={folder}", f"source={video}"]
     assert main(["run", *words]) == 2
     error = capsys.readouterr().err
