@@ -288,8 +288,8 @@ class NetworkEngine:
 
     def unrolled(
         self, inputs: FrameInputs, state: NetworkState, decision: Decision, sharpness: float
-    ) -> tuple[Float[Tensor, "b *o"], FrameCost]:
-        """The task's output for a frame of each clip and its cost, with gradients to thresholds.
+    ) -> tuple[Float[Tensor, "b *o"], Num[Tensor, "b *p"], FrameCost]:
+        """The task's output for a frame of each clip, its prediction, and the cost, with gradients to thresholds.
 
         It runs as `step` does (`ResQModel.unrolled_step`), and keeps no values for observations. No gradient leads
         through the predictions that a recurrent task is fed.
@@ -302,8 +302,7 @@ class NetworkEngine:
         raw, cost = problem.model.unrolled_step(given, state.references, decision.refresh, field, sharpness=sharpness)
         output = problem.task.output(raw, problem.model.frame_size)
         self._check_finite(output.detach(), inputs, state)
-        self._predicted(output.detach(), inputs, state)
-        return output, cost
+        return output, self._predicted(output.detach(), inputs, state), cost
 
     def float_output(self, clips: Int64[Tensor, " b"], times: Int64[Tensor, " b"]) -> Float[Tensor, "b *o"]:
         """The float network's output for frames of the problem's clips, on its own predictions if it is fed any."""

@@ -10,10 +10,10 @@ backpropagation: a clip runs from its first frame in windows, whose state is car
 gradient. This is for learning only: what is learned is measured as every policy is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from resq_rl.checked import Checked, Count, Positive
 from resq_rl.envs import Decision, NetworkEngine, Problem
+from resq_rl.envs.problem import gather
 from resq_rl.errors import SettingsError
 from resq_rl.policies.fixed import GroupThresholds, periodic_at
 from resq_rl.quantization import DEFAULT_KAPPA, Reference, ThresholdField
@@ -29,8 +30,9 @@ from resq_rl.quantization import DEFAULT_KAPPA, Reference, ThresholdField
 __all__ = ["GradientSettings", "LearnedThresholds", "learn_thresholds"]
 
 BACKWARD_FRAMES = 3  # a frame of backpropagation counts as so many
-CONSTANTS = (0.2, 0.4, 0.7, 1.0, 1.4, 2.0, 2.8)  # tried first, for the range of lambda and to begin from
+CONSTANTS = (0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.4, 2.0, 2.8)  # tried first, for the range of lambda and to begin from
 FIRST_WINDOWS = 2  # that they run
+FREE, LOST = 0.01, 0.15  # what the finest constant of the range may lose in agreement, and the coarsest must
 
 
 @dataclass(frozen=True)
@@ -115,10 +117,10 @@ def learn_thresholds(
     settings = settings or GradientSettings()
     first = GroupThresholds(reference, interval, taus=(1.0,) * len(problem.model.sites), kappa=kappa)
     clips = _Clips(problem, first, settings, seed, progress)
-    points = _constants(clips)
-    low, high = trade_offs or _trade_offs(points)
+    constants = _constants(clips)
+    low, high = trade_offs or _trade_offs(constants)
     knots = np.geomspace(low, high, settings.knots) if high > low else np.array([low])
-    best = [min(points, key=lambda p: p[1] + float(t) * p[0])[2] for t in knots]
+    best = [min(constants, key=lambda c: c.divergence + t * c.bops).tau for t in knots.tolist()]
     log_taus = torch.tensor(best).log()[:, None].repeat(1, len(first.taus)).requires_grad_()
     _descend(clips, knots, log_taus)
     learned = tuple(_with_taus(first, row) for row in log_taus.detach().exp().double().numpy())
@@ -131,6 +133,7 @@ class _Clips:
     Attributes:
         frames: environment frames spent.
         left: frames of the clips that were not run yet; 0 before any begin.
+        counts: `Task.counts` of agreement with the float network, of each frame since the clips began.
     """
 
     def __init__(
@@ -159,6 +162,7 @@ class _Clips:
         self.clip, self.time = torch.from_numpy(drawn), 0
         self.left = int(self.lengths[drawn].min())
         self.state = self.engine.new_state(self.count, self.policy.reference)
+        self.counts: list[Tensor] = []
         self._step(torch.zeros(self.count, len(self.policy.taus)))
 
     def window(self, log_taus: Float[Tensor, "b s"]) -> Float[Tensor, "2 b"]:
@@ -173,7 +177,9 @@ class _Clips:
         field = ThresholdField(log_taus.exp()[:, :, None, None], self.policy.kappa)
         decision = Decision((age < 0) | periodic_at(age, self.policy.interval), field)
         inputs, sharpness = self.engine.inputs(self.clip, times), self.settings.sharpness
-        output, cost = self.engine.unrolled(inputs, self.state, decision, sharpness)
+        output, prediction, cost = self.engine.unrolled(inputs, self.state, decision, sharpness)
+        teacher = self.problem.task.target(gather(self.problem.teacher, self.clip, times))
+        self.counts.append(self.problem.task.counts(prediction, teacher).sum(0))
         divergence = self.problem.task.divergence(output, self.engine.float_output(self.clip, times))
         self.time, self.left = self.time + 1, self.left - 1
         spent = self.count * (BACKWARD_FRAMES if log_taus.requires_grad else 1)
@@ -183,31 +189,54 @@ class _Clips:
         return torch.stack([divergence, (cost.total / self.problem.reference_bops).float()])
 
 
-def _constants(clips: _Clips) -> list[tuple[float, float, float]]:
-    """BOPs, divergence and threshold of constant thresholds on the same frames, from many BOPs to few."""
-    drawn, points = clips.draw(), []
+class _Constant(NamedTuple):
+    """What one threshold for all layers gave."""
+
+    tau: float
+    bops: float
+    divergence: float
+    agreement: float
+
+
+def _constants(clips: _Clips) -> list[_Constant]:
+    """Constant thresholds on the same frames, from many BOPs to few."""
+    drawn, found = clips.draw(), []
     for tau in CONSTANTS:
         clips.start(drawn)
         log_taus = torch.full((clips.count, len(clips.policy.taus)), tau).log()
         windows = [clips.window(log_taus) for _ in range(FIRST_WINDOWS) if clips.left]
         divergence, bops = torch.stack(windows).mean((0, 2)).tolist()
-        points.append((bops, divergence, tau))
-    return points
+        agreement = float(clips.problem.task.accuracy(torch.stack(clips.counts).sum(0)))
+        found.append(_Constant(tau, bops, divergence, agreement))
+    return found
 
 
-def _trade_offs(points: list[tuple[float, float, float]]) -> tuple[float, float]:
-    """The range of lambda for which constant thresholds differ: the slopes of divergence over BOPs between them.
+def _trade_offs(constants: Sequence[_Constant]) -> tuple[float, float]:
+    """The range of lambda that matters: the slopes of divergence over BOPs between constant thresholds.
+
+    They are those from the last one that agrees with the float network as the best does, within FREE, to the first
+    one that LOST more than that; three of them at least.
 
     Raises:
         SettingsError: no threshold diverges less for more BOPs.
     """
-    slopes = [(b[1] - a[1]) / (a[0] - b[0]) for a, b in pairwise(points) if a[0] > b[0] and b[1] > a[1]]
+    best = max(c.agreement for c in constants)
+    first = max((i for i, c in enumerate(constants[:-2]) if c.agreement >= best - FREE), default=0)
+    lost = (i for i, c in enumerate(constants) if i > first + 1 and c.agreement < best - LOST)
+    last = next(lost, len(constants) - 1)
+    slopes = _slopes(constants[first : last + 1]) or _slopes(constants)
     if not slopes:
         raise SettingsError(
             "Thresholds cannot be learned: on the first training clips, no constant threshold brings the output nearer "
             "to the float network's for more BOPs. Look at the network and its task."
         )
     return min(slopes), max(slopes)
+
+
+def _slopes(constants: Sequence[_Constant]) -> list[float]:
+    """Divergence saved per BOPs spent from one to the next, where more BOPs save any."""
+    pairs = [(a, b) for a, b in pairwise(constants) if a.bops > b.bops and a.divergence < b.divergence]
+    return [(b.divergence - a.divergence) / (a.bops - b.bops) for a, b in pairs]
 
 
 def _descend(clips: _Clips, knots: np.ndarray, log_taus: Float[Tensor, "k s"]) -> None:

@@ -68,7 +68,7 @@ def test_dynamic_resq_decides_one_threshold(problem: Problem) -> None:
 def test_group_thresholds_differ_by_layer_group_only(problem: Problem) -> None:
     decision = GroupThresholds(taus=(0.5, 1.0, 2.0)).decide(problems.view(problem, 2))
     assert thresholds_of(decision).flatten(2).mean(2).tolist() == [[0.5, 1.0, 2.0], [0.5, 1.0, 2.0]]
-    with pytest.raises(PolicyError, match="3 layer groups need as many thresholds, got 2"):
+    with pytest.raises(PolicyError, match="3 layer groups, or 3 layers, need as many thresholds, got 2"):
         GroupThresholds(taus=(0.5, 1.0)).decide(problems.view(problem, 2))
 
 
