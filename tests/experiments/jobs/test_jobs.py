@@ -41,7 +41,7 @@ TINY = [
     "heuristic.taus=[0.3,1.0]",
     "quantization.calibration_clips=2",
 ]
-BOUND = ["heuristic.clairvoyant_points=2", "heuristic.clairvoyant_horizon=2"]
+BOUND = ["heuristic.clairvoyant_points=2", "heuristic.clairvoyant_horizon=2", "heuristic.searches=[greedy,gradient]"]
 STAGES = ("checkpoints", "keyframes")
 
 
