@@ -153,7 +153,7 @@ def taus(shape: tuple[int, ...], fill: float = 1.0, kappa: tuple[float, ...] = (
     ("make", "message"),
     [
         (lambda: levels((3, 2, 1, 1)), r"field of shape \(3, 2, 1, 1\)"),
-        (lambda: levels((2, 3, 1, 1)), "2 clips, 2 layer groups, rows, columns"),
+        (lambda: levels((2, 3, 1, 1)), "2 clips, 2 layer groups or 2 layers, rows, columns"),
         (lambda: levels((2, 2, 1)), r"field of shape \(2, 2, 1\)"),
         (lambda: levels((2, 2, 0, 1)), r"field of shape \(2, 2, 0, 1\)"),
         (lambda: levels((2, 2, 1, 1), -1), "Levels must be 0 to 3, got -1 to -1"),
