@@ -28,7 +28,7 @@ class Decoded:
     """
 
     frames: Sequence[UInt8[np.ndarray, "h w 3"]]
-    labels: Sequence[UInt8[np.ndarray, "h w"]] | Sequence[Float32[np.ndarray, "k 3"]] | None
+    labels: Sequence[UInt8[np.ndarray, "label_h label_w"]] | Sequence[Float32[np.ndarray, "k 3"]] | None
     part: Part
     first: int
     stride: int

@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 
 from resq_rl.errors import VideoError
-from resq_rl.experiments.cli.commands import Command
+from resq_rl.experiments.cli.commands import RESUME, Command
 from resq_rl.experiments.config.settings import Settings
 from resq_rl.experiments.tracking.tracker import Tracker
 
-COMMANDS = {"train": Command("train something", "train", "tests.experiments.sweeping:run")}
+COMMANDS = {"train": Command("train something", "train", "tests.experiments.sweeping:run", resume=RESUME)}
 BROKEN, ENDED, WAITING = 7, 8, 9
 
 

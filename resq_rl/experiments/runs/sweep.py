@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from resq_rl.checked import convert_dataclass
 from resq_rl.errors import ResqError
-from resq_rl.experiments.config import composition  # noqa: F401 - processes of launchers need its resolver
+from resq_rl.experiments.config.composition import explain  # processes of launchers need the resolver registered there
 from resq_rl.experiments.config.settings import TrackingSettings
 from resq_rl.experiments.runs.folders import claimed, new_folder
 from resq_rl.experiments.runs.progress import say_lines
@@ -172,7 +172,10 @@ def _claim(config: DictConfig, mode: Literal["run", "sweep"]) -> Path:
     Raises:
         SystemExit: another process writes to the folder; its cause says so.
     """
-    folder, setting = Path(config.hydra[mode].dir), f"hydra.{mode}.dir"
+    try:
+        folder, setting = Path(config.hydra[mode].dir), f"hydra.{mode}.dir"
+    except OmegaConfBaseException as error:
+        raise SystemExit(2) from explain(error, config.hydra.job.config_name, config.hydra.overrides.task)
     asked = [word.partition("=")[0].lstrip("+") for word in config.hydra.overrides.hydra]
     try:
         if config.training.resume is None and not {setting, "hydra.run.dir"} & set(asked):

@@ -144,7 +144,7 @@ def test_a_job_gets_its_settings_and_folder(run: Run, tmp_path: Path, capsys: py
     [
         (["sede=3"], "resq-rl train: Unknown setting 'sede'. Did you mean 'seed'?"),
         (["video=davsi"], "resq-rl train: Unknown option 'davsi' for 'video'. Did you mean 'davis'?"),
-        (["seed=x"], "resq-rl train: Setting 'seed' must be an integer; received 'x'."),
+        (["seed=x"], "resq-rl train: Setting 'seed' must be an integer of at least 0; received 'x'."),
         (["seed=1,2"], "resq-rl train: 'seed=1,2' gives several values"),
         (["seed"], "resq-rl train: Cannot read 'seed': write it as NAME=VALUE."),
         (["--multirun", "seed=1,2", "sede=3"], "resq-rl train: Unknown setting 'sede'. Did you mean 'seed'?"),

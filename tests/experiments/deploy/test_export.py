@@ -23,6 +23,7 @@ from resq_rl.perception import Segmentation
 from resq_rl.policies import LearnedPolicy, Runner
 from resq_rl.policies.threshold_table import ThresholdTable
 from resq_rl.quantization import save_model
+from resq_rl.video import Framing
 from tests.envs.problems import CLASSES, moving_frames, scheme, tiny_network
 from tests.experiments.conftest import free_port
 from tests.policies.test_learned import made
