@@ -3,9 +3,9 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import psutil
 import torch
 from jaxtyping import Bool, Float, Int64, Num, UInt8
 from torch import Tensor
@@ -38,8 +38,6 @@ __all__ = [
     "State",
     "clips_that_fit",
 ]
-
-MEMORY = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True)
@@ -381,8 +379,8 @@ class NetworkEngine:
         """Error of the float network on frames of the problem's clips."""
         return self.problem.float_error(clips, times)
 
-    def clips_that_fit(self) -> int | None:
-        """How many clips can step together in three quarters of the free memory; None where it is not known."""
+    def clips_that_fit(self) -> int:
+        """How many clips can step together in three quarters of the free memory."""
         return clips_that_fit(self.problem.model)
 
 
@@ -401,13 +399,8 @@ def _spread_over(rows: Bool[Tensor, " b"], values: Num[Tensor, "b *p"]) -> Bool[
     return rows.view(-1, *[1] * (values.dim() - 1))
 
 
-def clips_that_fit(model: ResQModel) -> int | None:
-    """How many clips can step together in three quarters of the free memory; None where the system does not tell."""
-    if model.device.type == "cuda":
-        free = torch.cuda.mem_get_info(model.device)[0]
-    elif MEMORY.exists():
-        free = next(int(line.split()[1]) for line in MEMORY.read_text().splitlines() if line.startswith("MemAvailable"))
-        free *= 1024
-    else:
-        return None
+def clips_that_fit(model: ResQModel) -> int:
+    """How many clips can step together in three quarters of the free memory."""
+    on_cuda = model.device.type == "cuda"
+    free = torch.cuda.mem_get_info(model.device)[0] if on_cuda else psutil.virtual_memory().available
     return 3 * free // (4 * model.simulation_bytes)

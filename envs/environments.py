@@ -122,7 +122,7 @@ class ResQEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         Of the frame that ran: `error` mean error cost, `bops` share of W8A8, `keyframe`, `clip` (its index), and the
         `trade_off` (lambda) that it was rewarded under; after `reset` only the last two.
 
-    Arguments:
+    Args:
         problem: network, task, clips and grid (`Problem`); `default_problem()` by default.
         reference: what residuals are taken against, "previous" (default) or "keyframe".
         trade_off: lambda, 0.3 by default, or a range it is drawn from log-uniformly for each clip.

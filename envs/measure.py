@@ -92,14 +92,12 @@ def measure(
     """
     if slots < 1:
         raise SettingsError(f"At least one clip must step at a time, got {slots}.")
-    clips = len(problem)
-    sums = {
-        k: torch.zeros(clips, dtype=torch.float64) for k in ("error", "keyframe", "residual", "elementwise", "peak")
-    }
-    frames, keyframes = torch.zeros(clips, dtype=torch.int64), torch.zeros(clips, dtype=torch.int64)
+    parts = ("error", "keyframe", "residual", "elementwise", "peak")
+    sums = {part: torch.zeros(len(problem), dtype=torch.float64) for part in parts}
+    frames, keyframes = (torch.zeros(len(problem), dtype=torch.int64) for _ in range(2))
     counts = torch.zeros_like(problem.float_counts)
     own = policy_share(problem, policy)
-    for batch in batches(problem, max(1, min(slots, clips_that_fit(problem.model) or slots))):
+    for batch in batches(problem, max(1, min(slots, clips_that_fit(problem.model)))):
         index = torch.tensor(batch)
         for time, (_, result) in enumerate(_streams(problem.subset(batch), policy).run(policy)):
             rows = index[result.clip]

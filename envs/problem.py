@@ -176,11 +176,7 @@ class Problem:
         targets, teachers, counts = [], [], []
         for clip in clips:
             teacher = predict_clip(model.float_forward, task, clip, device=model.device, progress=progress)
-            target = task.target(teacher)
-            if source == "labels" and clip.labels is not None:
-                task.check(clip)
-                target = _filled(task, teacher, clip.labels) if fill else clip.labels
-            target = judged_targets(task, target)
+            target = _target(task, clip, teacher, source, fill=fill)
             targets.append(target)
             teachers.append(teacher)
             counts.append(task.counts(teacher, target).sum(0))
@@ -194,6 +190,15 @@ class Problem:
             source=source,
             starts=tuple(beginning_of(task, clip) for clip in clips) if isinstance(task, Recurrent) else (),
         )
+
+
+def _target(task: Task, clip: Clip, teacher: Tensor, source: AccuracySource, *, fill: bool) -> Tensor:
+    """What the predictions on a clip are compared with."""
+    target = task.target(teacher)
+    if source == "labels" and clip.labels is not None:
+        task.check(clip)
+        target = _filled(task, teacher, clip.labels) if fill else clip.labels
+    return judged_targets(task, target)
 
 
 def gather(

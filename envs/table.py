@@ -1,7 +1,7 @@
 """Tabulated responses of a clip: against the keyframe, a residual frame depends on its keyframe and level alone."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Float, Float64, Int64, Num, UInt8
@@ -108,9 +108,8 @@ def respond(
     check_tabular(problem.task)
     if longest is not None and longest < 0:
         raise SettingsError(f"longest must be 0 frames or more, or None for the whole clip, got {longest}.")
-    grid = problem.grid
+    grid, pixels, levels = problem.grid, problem.clips[index].frames, len(problem.model.config.levels)
     clip = _AnyOrder(NetworkEngine(problem), index, progress)
-    pixels, levels = problem.clips[index].frames, len(problem.model.config.levels)
     frames = len(pixels)
     ages = frames if longest is None else min(longest + 1, frames)
     shape = problem.float_counts.shape[1:]
@@ -126,14 +125,15 @@ def respond(
         known = min(ages, frames - key)
         residual[key, :known], frame_residual[key, :known] = _residuals(pixels[key : key + known], pixels[key], grid)
         if not costs:
-            every = torch.arange(levels)
-            costs = [clip.run(references, torch.zeros(levels, dtype=torch.int64), every)[0].cost, own.cost]
+            costs = [
+                clip.run(references, torch.zeros(levels, dtype=torch.int64), torch.arange(levels))[0].cost,
+                own.cost,
+            ]
         later = torch.cartesian_prod(torch.arange(1, known), torch.arange(levels))
         for age, level in (part.T for part in later.split(CHUNK) if len(part)):
             result, counts[key, age, level], output[key, age, level] = clip.run(references, key + age, level)
             error[key, age, level] = result.error
-    names = ("bops", "keyframe", "elementwise")
-    cost = FrameCost(*(torch.cat([getattr(c, name) for c in costs]) for name in names))
+    cost = _joined(costs)
     return ResponseTable(
         counts,
         error,
@@ -146,6 +146,10 @@ def respond(
         cost.total / problem.reference_bops,
         problem.model.state_bytes("keyframe"),
     )
+
+
+def _joined(costs: Sequence[FrameCost]) -> FrameCost:
+    return FrameCost(*(torch.cat([getattr(cost, field.name) for cost in costs]) for field in fields(FrameCost)))
 
 
 def _residuals(

@@ -108,11 +108,10 @@ def measure_schedules(
     Raises:
         PolicyError: there are no tables, or not a schedule for each.
     """
-    frames = [table.frames for table in tables]
-    if not frames or frames != [len(schedule.levels) for schedule in schedules]:
+    frames, scheduled = [table.frames for table in tables], [len(schedule.levels) for schedule in schedules]
+    if not frames or frames != scheduled:
         raise PolicyError(
-            f"A schedule for each clip is needed, of as many frames; tables have {frames}, schedules "
-            f"{[len(schedule.levels) for schedule in schedules]}."
+            f"A schedule for each clip is needed, of as many frames; tables have {frames}, schedules {scheduled}."
         )
     counts, sums = [], []
     for table, schedule in zip(tables, schedules, strict=True):

@@ -121,7 +121,7 @@ class CompactDDRNet(nn.Module):
     | `context` | 1/16 and pooled | 2w, w | local, half-resolution and whole-frame context |
     | `head` | 1/4 | w, classes | one convolution and the classifier, on detail plus upsampled context |
 
-    Arguments:
+    Args:
         classes: number of output classes, 2 to 255.
         width: channels `w` of the fine branch, an even number of at least 8.
         planes: channels of the input.
@@ -169,7 +169,7 @@ class CompactDDRNet(nn.Module):
 class CompactPose(CompactDDRNet):
     """The same network for human pose: heatmaps of 1/4 of the frame, one for each point.
 
-    Arguments:
+    Args:
         points: number of points, 2 to 255.
         width: channels of the fine branch, an even number of at least 8.
 
@@ -191,7 +191,7 @@ class MaskPropagationNet(CompactDDRNet):
     In the manner of MaskTrack (Perazzi et al. 2017, arXiv 1612.02646) the mask is a fourth plane of the input; two more
     say how near each pixel is to two colours that the object has in the first frame, its memory of what to follow.
 
-    Arguments:
+    Args:
         width: channels of the fine branch.
 
     Input: frames `Float[Tensor, "b 3 h w"]`, RGB in 0..1; masks `Float[Tensor, "b 1 h w"]`, 1 inside the object, 0

@@ -49,7 +49,7 @@ class Block(nn.Module):
 
     The sum is not rectified; the layer that takes it does that. Layers are named `conv1`, `bn1`, `conv2` and so on.
 
-    Arguments:
+    Args:
         channels: of the input and after each convolution.
         kernels: size of each convolution.
         stride: of the first 3x3 convolution.
@@ -135,7 +135,7 @@ class Head(nn.Module):
 class DDRNet23Slim(nn.Module):
     """DDRNet-23-slim: 5.7 M parameters, 36.3 G multiply-accumulates for a frame of 1024x2048.
 
-    Arguments:
+    Args:
         classes: number of output classes, 2 to 255; the published weights have the 19 of Cityscapes.
 
         transform: what the layers take of the frames; None for the normalisation of ImageNet, on which the authors
@@ -202,7 +202,7 @@ def ddrnet23_slim(
 ) -> DDRNet23Slim:
     """A frozen `DDRNet23Slim`.
 
-    Arguments:
+    Args:
         weights: safetensors, or a checkpoint of PyTorch such as the published `best_val_smaller.pth` (Cityscapes); None
             for random ones, from torch's global generator.
         classes: number of output classes.

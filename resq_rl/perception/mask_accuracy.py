@@ -19,7 +19,7 @@ TOLERANCE = 0.008  # distance within which contours match, as a share of the fra
 def region_similarity(prediction: Masks, target: Masks) -> Float64[Tensor, " b"]:
     """J, intersection over union of each frame's masks: 1 where both are empty.
 
-    Arguments:
+    Args:
         prediction: 1 inside the object, 0 outside.
         target: likewise; pixels of 255 count in neither mask.
     """
@@ -36,7 +36,7 @@ def contour_accuracy(prediction: Masks, target: Masks, tolerance: float = TOLERA
     distance is `tolerance` times the frame's diagonal, rounded up, by a dilation with a disk. Where one contour is
     empty its share is 1 and the other 0; where both are, F is 1.
 
-    Arguments:
+    Args:
         prediction, target: as `region_similarity` takes them.
         tolerance: distance as a share of the frame's diagonal.
     """

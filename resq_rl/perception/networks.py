@@ -43,7 +43,7 @@ def load_network(
     It is given RGB frames in 0..1. A network that expects something else is given it by `Normalised`, which the other
     arguments describe.
 
-    Arguments:
+    Args:
         source: a module, which is changed in place, or the path of an exported program (`torch.export.save`,
             `.pt2`), which keeps the mode it was exported in. Programs of any device are brought to the CPU.
         mean, std, channels, value_range: what frames the network expects, see `Normalised`.
@@ -156,7 +156,7 @@ def _check_shapes_in(network: nn.Module, program: torch.export.ExportedProgram) 
 class _FixedSizes(nn.Module):
     """Checks the sizes of a program's inputs against those that it was exported with.
 
-    Arguments:
+    Args:
         sizes: of every input; None for a size, or an input, that may be anything.
     """
 
@@ -186,7 +186,7 @@ class _FixedSizes(nn.Module):
 def shipped_weights(name: str = "compact_ddrnet_generated") -> Path:
     """Path of weights that ship with the package.
 
-    Arguments:
+    Args:
         name: `compact_ddrnet_generated`, of `CompactDDRNet(6, 32)` trained on `GeneratedVideo`;
             `compact_pose_generated`, of `CompactPose(13, 24)` trained on `FigureVideo`; or
             `mask_propagation_generated`, of `MaskPropagationNet(20)` trained on `GeneratedObjects`.
@@ -199,7 +199,7 @@ def compact_ddrnet(
 ) -> CompactDDRNet:
     """A frozen `CompactDDRNet`.
 
-    Arguments:
+    Args:
         pretrained: load weights; otherwise they are random, from torch's global generator.
         classes: number of output classes; the shipped weights have 6.
         width: channels of the fine branch; the shipped weights have 32.
@@ -220,7 +220,7 @@ def compact_pose(
 ) -> CompactPose:
     """A frozen `CompactPose`.
 
-    Arguments:
+    Args:
         pretrained, weights: as for `compact_ddrnet`.
         points: number of points; the shipped weights have the 13 of `resq_rl.video.JOINTS`.
         width: channels of the fine branch; the shipped weights have 24.
@@ -238,7 +238,7 @@ def mask_propagation_net(
 ) -> MaskPropagationNet:
     """A frozen `MaskPropagationNet`.
 
-    Arguments:
+    Args:
         pretrained, weights: as for `compact_ddrnet`.
         width: channels of the fine branch; the shipped weights have 20.
 

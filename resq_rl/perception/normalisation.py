@@ -26,7 +26,7 @@ class InputTransform(nn.Module):
         x = value_range * frames, with the channels in the network's order
         output = (x - mean) / std
 
-    Arguments:
+    Args:
         mean, std: what is subtracted and divided by, one number or one for each channel, in the network's own order of
             channels and range of values. None for 0 and 1.
         channels: order of the channels that the network expects: "rgb", or "bgr" as in OpenCV and Caffe.
@@ -79,7 +79,7 @@ class Normalised(nn.Module):
     0.225); those of OpenMMLab take the same as mean (123.675, 116.28, 103.53), std (58.395, 57.12, 57.375) and
     value_range 255; Caffe's take BGR with mean (103.939, 116.779, 123.68) and value_range 255.
 
-    Arguments:
+    Args:
         network: takes frames first; whatever else it takes is passed on unchanged.
         mean, std, channels, value_range: see `InputTransform`.
 

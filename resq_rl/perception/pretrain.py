@@ -107,7 +107,7 @@ def pretrain(
     The frames and augmentation of a step depend on the seed and the step alone, so a resumed run equals one
     that was never stopped (on the same machine, with the same number of threads).
 
-    Arguments:
+    Args:
         network: takes RGB frames in 0..1 of shape (b, 3, h, w).
         train: labelled clips of one size.
         validation: labelled clips on which the best weights are chosen.
@@ -131,17 +131,21 @@ def pretrain(
     checkpoints = None if checkpoint is None else Checkpoints(Path(checkpoint))
     if checkpoints is not None:
         run.resume(checkpoints)
-    while run.step < settings.steps:
+    _train(run, checkpoints, progress)
+    report = run.finish(time.monotonic() - started)
+    if weights is not None:
+        save_weights(network, weights, _metadata(run, report))
+    return report
+
+
+def _train(run: "_Run", checkpoints: Checkpoints | None, progress: Callable[[PretrainProgress], None] | None) -> None:
+    while run.step < run.settings.steps:
         loss, rate = run.advance()
         accuracy = run.validate() if run.measures() else None
         if progress is not None:
             progress(PretrainProgress(run.step, loss, rate, accuracy))
         if accuracy is not None and checkpoints is not None:
             run.save(checkpoints)  # after `progress`, so that nothing it records is missing in a run that goes on
-    report = run.finish(time.monotonic() - started)
-    if weights is not None:
-        save_weights(network, weights, _metadata(run, report))
-    return report
 
 
 class _Run:

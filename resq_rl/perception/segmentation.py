@@ -110,7 +110,7 @@ class Segmentation:
     def output(self, raw: object, size: tuple[int, int] | None = None) -> Float[Tensor, "b k h w"]:
         """The scores in whatever the network returned, in float32.
 
-        Arguments:
+        Args:
             raw: a tensor, or a list, tuple or dictionary of tensors, from which `output_key` chooses.
             size: height and width of the frames in pixels, to which scores of another size are resized bilinearly; with
                 `label_size` they are resized to that.

@@ -152,7 +152,7 @@ def load_weights(
 ) -> dict[str, str]:
     """Load a safetensors file or a checkpoint of PyTorch into a network, in place, and return the file's metadata.
 
-    Arguments:
+    Args:
         network: the network.
         path: the file.
         ignored: patterns of names in the file that the network does not need.

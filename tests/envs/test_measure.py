@@ -1,7 +1,7 @@
 """Measuring a policy against a plain loop over clips."""
 
 from dataclasses import dataclass
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -227,13 +227,10 @@ def test_levels_that_the_model_lacks_are_refused(problem: Problem) -> None:
         measure(problem, StaticResQ(reference, 8, level=7))
 
 
-def test_where_memory_is_short_fewer_clips_step_together(
-    problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_memory_is_short_fewer_clips_step_together(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     everything = measure(problem, DynamicResQ("previous", 0, tau=0.5))
-    monkeypatch.setattr("resq_rl.envs.engine.MEMORY", tmp_path / "meminfo")
-    kibibytes = 4 * 2 * problem.model.simulation_bytes // 3 // 1024 + 1  # three quarters hold two clips
-    (tmp_path / "meminfo").write_text(f"MemTotal: 9999999 kB\nMemAvailable:   {kibibytes} kB\n")
+    free = 4 * 2 * problem.model.simulation_bytes // 3 + 1  # three quarters hold two clips
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
     steps: list[int] = []
     short = measure(problem, DynamicResQ("previous", 0, tau=0.5), progress=steps.append)
     assert max(steps) == 2

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from resq_rl.experiments.bench.bench import _mebibytes
+from resq_rl.experiments.bench.bench import mebibytes_in_use
 from resq_rl.quantization import ThresholdField, to_float
 from resq_rl.video import GeneratedVideo
 from tests.envs import problems
@@ -24,7 +24,7 @@ GROWTH = 0.02
 
 def show(done: int, of: int) -> float:
     """Print a line; the memory in use."""
-    used = _mebibytes()
+    used = mebibytes_in_use()
     print(f"{done:,} of {of:,}: {used:.1f} MiB", flush=True)
     return used
 

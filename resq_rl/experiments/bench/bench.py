@@ -4,7 +4,6 @@ import logging
 import os
 import pickle
 import platform
-import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -142,7 +142,7 @@ def _agents(study: Study) -> BatchedEnvironment:
     """Agents on as many clips as the settings say, but no more than the steps measured, and than memory allows."""
     environment, most = study.settings.environment, max(study.settings.benchmark.batches)
     low, high = (0.05, 1.0) if environment.trade_off == "auto" else environment.trade_off_range
-    slots = min(environment.clips_per_batch, most, max(1, clips_that_fit(study.model) or most))
+    slots = min(environment.clips_per_batch, most, max(1, clips_that_fit(study.model)))
     fixed = replace(environment, trade_off=(low, high), clips_per_batch=slots)
     return replace(study, settings=replace(study.settings, environment=fixed)).agents()
 
@@ -178,7 +178,7 @@ def _training(study: Study, tracker: Tracker) -> dict[str, Any]:
 
 def _processes(study: Study) -> dict[str, Any]:
     """Frames per second of region agents in one batch, and of a process with an environment of its own per clip."""
-    count = min(study.settings.benchmark.processes, max(1, clips_that_fit(study.model) or 1))
+    count = min(study.settings.benchmark.processes, max(1, clips_that_fit(study.model)))
     try:
         pickle.dumps(study.model)
     except (TypeError, AttributeError, pickle.PicklingError) as error:  # as exported programs do
@@ -249,16 +249,12 @@ def _memory(study: Study) -> dict[str, Any]:
     actions = np.stack([study.scheme().uniform_action(0)] * core.agents)
     before = 0.0
     for step in range(steps):
-        before = _mebibytes() if step == steps // 10 else before
+        before = mebibytes_in_use() if step == steps // 10 else before
         core.step(actions)
-    after = _mebibytes()
+    after = mebibytes_in_use()
     return {"in use, MiB": after, f"growth over {steps:,} steps, MiB": after - before}
 
 
-def _mebibytes() -> float:
-    """Memory that this process holds; where the system does not tell, the most it has held."""
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        return int(statm.read_text().split()[1]) * resource.getpagesize() / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+def mebibytes_in_use() -> float:
+    """Memory that this process holds."""
+    return float(psutil.Process().memory_info().rss / 2**20)

@@ -49,8 +49,7 @@ def run_job(
     """Run a command's job in the folder of its record, tracked and recorded.
 
     Args:
-        name: the command's name.
-        command: its job and settings.
+        name, command: the command's name, and its job and settings.
         arguments: the command line, for the record.
         config: the composed settings.
         record: the run's record.
@@ -70,29 +69,35 @@ def run_job(
         log.info("%s is finished already.", os.path.relpath(run_dir))
         record.keep()
         return
-    module, _, function = command.job.partition(":")
-    job: Callable[..., str | None] = getattr(importlib.import_module(module), function)
     resolved = write_atomic(run_dir / CONFIG, text)
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)  # of networks without weights
     record.begin(["resq-rl", name, *arguments], overrides, settings, resume=resume)
-    with (
-        open_tracker(
-            settings.tracking,
-            results=Path(settings.results).absolute(),
-            folder=run_dir,
-            name=job_name(name, overrides, run_dir, sweep),
-            parent=None if sweep is None else recorded_run(sweep),
-            resume=resume,
-        ) as tracker,
-        _recorded(record, tracker),
-    ):
+    tracker = open_tracker(
+        settings.tracking,
+        results=Path(settings.results).absolute(),
+        folder=run_dir,
+        name=job_name(name, overrides, run_dir, sweep),
+        parent=None if sweep is None else recorded_run(sweep),
+        resume=resume,
+    )
+    with tracker, _recorded(record, tracker):
         tracker.set_tags(command_tags(name, overrides, run_dir))
         tracker.log_parameters(values)
         tracker.log_artifact(resolved)
         log.info("Will %s. Results go to %s", command.help, os.path.relpath(run_dir))
         with _named_shortage(name, settings):
-            following = job(settings, run_dir, tracker)
+            following = _job_of(command)(settings, run_dir, tracker)
+    _say_results(run_dir, tracker, following)
+
+
+def _job_of(command: Command) -> Callable[..., str | None]:
+    module, _, function = command.job.partition(":")
+    job: Callable[..., str | None] = getattr(importlib.import_module(module), function)
+    return job
+
+
+def _say_results(run_dir: Path, tracker: Tracker, following: str | None) -> None:
     log.info("Results: %s", os.path.relpath(run_dir))
     if tracker.hint:
         log.info("Tracking: %s", tracker.hint)

@@ -90,6 +90,24 @@ class _Totals:
         }
 
 
+def _runner(settings: Settings, folder: Path) -> Runner:
+    """The policy with its network, ready for the first frame."""
+    running = settings.running
+    runner = Runner.load(
+        folder,
+        settings.model.build(),
+        settings.task.build(),
+        trade_off=running.trade_off,
+        interval=running.interval,
+        framing=_framing(folder, running),
+    )
+    if settings.quantization.compile:
+        runner.problem.model.compile()
+    if running.label is not None:
+        runner.reset((read_labels(Path(running.label)) > 0).astype(np.uint8))
+    return runner
+
+
 def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
     """Run; writes a line per frame, `summary.json` and, if wanted, `overlay.mp4`. An interrupt keeps what is done.
 
@@ -99,19 +117,8 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
     if settings.source is None:
         raise SettingsError("On which video? Set source=PATH, a video file or a folder of frames, or a camera's index.")
     running, folder = settings.running, policy_folder(settings.policy)
-    runner = Runner.load(
-        folder,
-        settings.model.build(),
-        settings.task.build(),
-        trade_off=running.trade_off,
-        interval=running.interval,
-        framing=_framing(folder, running),
-    )
+    runner = _runner(settings, folder)
     stream = VideoStream(settings.source, stride=runner.framing.stride)
-    if settings.quantization.compile:
-        runner.problem.model.compile()
-    if running.label is not None:
-        runner.reset((read_labels(Path(running.label)) > 0).astype(np.uint8))
     frames = stream.timed()
     first = next(frames)  # a source that cannot be read ends here, before anything is written
     length = running.frames if stream.length is None else min(stream.length, running.frames or stream.length)
@@ -133,14 +140,10 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
         ended = "interrupted"
         raise
     finally:
-        summary: dict[str, Any] = {
-            "policy": str(folder),
-            "source": stream.name,
-            "settings": runner.policy.settings,
-            "ended": ended,
-        }
         seconds = monotonic() - started
-        summary |= totals.summary() | {"seconds": seconds, "frames_per_second": totals.frames / seconds}
+        speed = {"seconds": seconds, "frames_per_second": totals.frames / seconds}
+        what = {"policy": str(folder), "source": stream.name, "settings": runner.policy.settings, "ended": ended}
+        summary = what | totals.summary() | speed
         tracker.log_artifact(write_summary(run_dir / "summary.json", summary))
         tracker.log_metrics({name: summary[name] for name in ("bops", "peak_bops", "frames_per_second")})
         _print(summary)

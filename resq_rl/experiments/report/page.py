@@ -79,6 +79,10 @@ def write_report(
         "method_of": method_of,
         **{ending: files(PACKAGE).joinpath(f"report.{ending}").read_text(encoding="utf-8") for ending in ("css", "js")},
     }
+    return write_atomic(run_dir / "report.html", _rendered(content))
+
+
+def _rendered(content: Mapping[str, Any]) -> str:
     environment = Environment(
         loader=PackageLoader(PACKAGE, ""),
         autoescape=True,
@@ -87,7 +91,7 @@ def write_report(
         lstrip_blocks=True,
     )
     environment.filters["thousands"] = lambda value: f"{value:,}"
-    return write_atomic(run_dir / "report.html", environment.get_template("report.html").render(content))
+    return environment.get_template("report.html").render(content)
 
 
 def front_rows(comparison: Comparison) -> list[dict[str, Any]]:

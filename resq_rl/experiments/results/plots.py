@@ -179,15 +179,11 @@ def plot_decisions(
     heights = rows * (2.35 * height / width + 0.25), 2.8  # inches, without room for a title
     figure = _figure(11.0, sum(heights) + 0.3)
     upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
-    axes = upper.subplots(rows, len(times), squeeze=False)
-    for ax in axes.flat:
-        ax.set_xticks([])
-        ax.set_yticks([])
+    axes = upper.subplots(rows, len(times), squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     for ax, time in zip(axes[0], times, strict=True):
         ax.imshow(frames[time].permute(1, 2, 0).numpy())
         ax.set_title(f"frame {time}", fontsize="small")
-    shown = [trace.share[t] for _, trace in traces.values() for t in times if not trace.keyframe[t]]
-    top = max((float(share.max()) for share in shown), default=1.0) or 1.0
+    top = _highest_share([trace for _, trace in traces.values()], times)
     for own, (name, trace) in zip(axes[1:].reshape(-1, 2, len(times)), traces.values(), strict=True):
         # A title as wide as this heading would push the columns apart; the empty title reserves its height.
         own[0, 0].set_title(" ", fontsize="small")
@@ -203,6 +199,12 @@ def plot_decisions(
     _draw_bops(right, traces, times)
     figure.suptitle(_plain(title), fontsize="medium")
     return figure
+
+
+def _highest_share(traces: Sequence[Trace], times: np.ndarray) -> float:
+    """The most BOPs that a region takes in the residual frames shown, as a share of W8A8."""
+    shown = [trace.share[t] for trace in traces for t in times if not trace.keyframe[t]]
+    return max((float(share.max()) for share in shown), default=1.0) or 1.0
 
 
 def _draw_trace(
