@@ -12,7 +12,7 @@ from resq_rl.envs.problem import Problem, gather
 from resq_rl.envs.streams import Policy, Streams
 from resq_rl.errors import SettingsError
 from resq_rl.perception import Task
-from resq_rl.quantization import LevelField
+from resq_rl.quantization import LayerSize, LevelField, mac_cost
 
 __all__ = ["Measurement", "Trace", "batches", "measure", "policy_share", "trace"]
 
@@ -198,7 +198,10 @@ def _streams(problem: Problem, policy: Policy) -> Streams:
 
 def policy_share(problem: Problem, policy: Policy) -> float:
     """BOPs of the policy itself per decided frame, as a share of W8A8."""
-    return policy.macs * policy.bits**2 / problem.reference_bops
+    if not policy.macs:
+        return 0.0
+    layer, cost = LayerSize("linear", policy.macs, 0, 0), problem.model.config.cost
+    return policy.macs * mac_cost(cost, policy.bits, policy.bits, layer) / problem.reference_bops
 
 
 def batches(problem: Problem, slots: int) -> list[Sequence[int]]:

@@ -92,7 +92,7 @@ class Problem:
         return self.task if isinstance(self.task, Recurrent) else None
 
     @cached_property
-    def reference_bops(self) -> int:
+    def reference_bops(self) -> float:
         """BOPs of a W8A8 frame, the unit in which all BOPs are reported."""
         return self.model.reference_bops()
 

@@ -9,18 +9,21 @@ from resq_rl.quantization.running.state import StreamState
 from resq_rl.quantization.running.storage import load_model, save_model
 from resq_rl.quantization.running.weight_bits import choose_residual_weight_bits
 from resq_rl.quantization.specification.config import LayerKind, QuantizationConfig, RangeEstimator, Reference
+from resq_rl.quantization.specification.costs import Convention, CostTable, LayerSize, cost_name, mac_cost
 from resq_rl.quantization.specification.fields import DEFAULT_KAPPA, Field, LevelField, ThresholdField
 from resq_rl.quantization.specification.inputs import Inputs, as_tuple, to_float
-from resq_rl.quantization.specification.ledger import BopsConvention, FrameCost, bit_cost
+from resq_rl.quantization.specification.ledger import FrameCost
 
 __all__ = [
     "DEFAULT_KAPPA",
     "AffineQuantizer",
-    "BopsConvention",
+    "Convention",
+    "CostTable",
     "Field",
     "FrameCost",
     "Inputs",
     "LayerKind",
+    "LayerSize",
     "LevelField",
     "QuantizationConfig",
     "RangeEstimator",
@@ -32,9 +35,10 @@ __all__ = [
     "StreamState",
     "ThresholdField",
     "as_tuple",
-    "bit_cost",
     "choose_residual_weight_bits",
+    "cost_name",
     "load_model",
+    "mac_cost",
     "save_model",
     "symmetric_limit",
     "to_float",

@@ -6,14 +6,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from resq_rl.quantization import BopsConvention, LevelField, QuantizationConfig, ThresholdField
+from resq_rl.quantization import Convention, LevelField, QuantizationConfig, ThresholdField
 from tests.quantization.networks import CASES, Case, SmallNet, everywhere, video, wrapped
 from tests.quantization.reference import Oracle, Setting, count_bops, spread
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch's own, once
 
 BITS = np.array([0, 2, 4, 8])
-CONVENTIONS: tuple[BopsConvention, ...] = ("product", "max", "clipped")
+CONVENTIONS: tuple[Convention, ...] = ("product", "max", "clipped")
 
 
 def assert_equal(got: Tensor, expected: NDArray[np.float64]) -> None:
@@ -67,7 +67,7 @@ def test_grids_that_divide_the_size_and_grids_that_do_not(case: Case, grid: tupl
 
 @pytest.mark.parametrize("weight_bits", [2, 4, 8])
 @pytest.mark.parametrize("convention", CONVENTIONS)
-def test_conventions(convention: BopsConvention, weight_bits: int) -> None:
+def test_conventions(convention: Convention, weight_bits: int) -> None:
     case = CASES[3]
     config = QuantizationConfig(bops_convention=convention, residual_weight_bits=weight_bits)
     model = wrapped(case.make(), case.channels[0], case.size, config)

@@ -1,6 +1,6 @@
 import torch
 
-from resq_rl.quantization import FrameCost, bit_cost
+from resq_rl.quantization import FrameCost, LayerSize, mac_cost
 
 
 def test_all_pairs_of_widths() -> None:
@@ -16,9 +16,10 @@ def test_all_pairs_of_widths() -> None:
         (8, 8): (64, 64, 64),
     }
     for (weight, activation), (product, largest, clipped) in expected.items():
-        assert bit_cost(weight, activation) == product
-        assert bit_cost(weight, activation, "max") == largest
-        assert bit_cost(weight, activation, "clipped") == clipped
+        layer = LayerSize("conv", 1, 1, 1)
+        assert mac_cost("product", weight, activation, layer) == product
+        assert mac_cost("max", weight, activation, layer) == largest
+        assert mac_cost("clipped", weight, activation, layer) == clipped
 
 
 def test_sums_of_a_cost() -> None:

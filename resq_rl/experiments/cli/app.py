@@ -7,6 +7,7 @@ turns whatever goes wrong into one line and an exit code: 0 done, 1 a failure th
 
 import logging
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -55,6 +56,7 @@ examples:
   resq-rl evaluate policy=results/train/DATE/seed0
   resq-rl train --multirun environment.trade_off=0.06,0.12
 
+cost=NAME or cost=FILE.yaml counts by a cost table of some hardware instead of the product of bit-widths.
 Results go to results/COMMAND/DATE; choose another folder with results=FOLDER.
 Ctrl-C stops a command and keeps what is done. RESQ_RL_DEBUG=1 shows the traceback of an error, NO_COLOR=1 leaves
 out colours; where the output is no terminal there are none."""
@@ -123,7 +125,7 @@ def main(arguments: Sequence[str] | None = None, commands: Mapping[str, Command]
     if words[0] == "--version":
         print(f"resq-rl {__version__}")
         return 0
-    name, rest = words[0], words[1:]
+    name, rest = words[0], [re.sub("^cost=", "quantization.bops_convention=", word) for word in words[1:]]
     if name == SYNC:
         return _sync(rest)
     if name == LIST:

@@ -44,7 +44,7 @@ OVERLAY = "overlay.mp4"
 class _Totals:
     """Cost of the frames so far, as shares of W8A8."""
 
-    reference_bops: int
+    reference_bops: float
     frames: int = 0
     keyframes: int = 0
     keyframe: float = 0.0

@@ -13,6 +13,7 @@ from resq_rl.experiments.results.methods import method_of
 from resq_rl.experiments.results.plots import plot_decisions
 from resq_rl.experiments.study.study import Study
 from resq_rl.policies.tuning import Measured
+from resq_rl.quantization import cost_name
 
 __all__ = ["Pair", "comparable_pair", "decisions_figure", "trace_pair"]
 
@@ -98,5 +99,5 @@ def decisions_figure(study: Study, pair: Pair) -> Figure:
         labels=None if by_threshold else levels,
         meaning="threshold" if by_threshold else "bits",
         groups=study.model.groups,
-        title=f"{problem.clips[0].name}, BOPs in {study.settings.quantization.bops_convention} convention",
+        title=f"{problem.clips[0].name}, BOPs in {cost_name(study.settings.quantization.cost)} convention",
     )

@@ -12,6 +12,7 @@ from resq_rl.errors import NetworkError, ResqError
 from resq_rl.quantization.graph.dependence import Exposure, Follow, block_of
 from resq_rl.quantization.graph.operators import ResidualOperator, Switch
 from resq_rl.quantization.graph.outputs import tensors_of
+from resq_rl.quantization.specification.costs import LayerSize
 from resq_rl.quantization.specification.ledger import coverage_total
 
 __all__ = ["Site", "trace"]
@@ -39,6 +40,11 @@ class Site:
     def name(self) -> str:
         """Name of the operator's layer."""
         return self.operator.name
+
+    @property
+    def size(self) -> LayerSize:
+        """What the cost of a multiply-accumulate may depend on."""
+        return LayerSize(self.operator.layer_kind, self.macs, self.input_elements, self.operator.weight.numel())
 
     @property
     def input_elements(self) -> int:

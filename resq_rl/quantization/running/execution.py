@@ -1,11 +1,13 @@
 """One quantized forward pass: the keyframe or residual arithmetic of every operator call, and its cost."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
@@ -18,8 +20,9 @@ from resq_rl.quantization.quantizers.rounding import IntegerWeight
 from resq_rl.quantization.running.calibration import SiteRanges
 from resq_rl.quantization.running.state import StreamState
 from resq_rl.quantization.specification.config import Part, QuantizationConfig
+from resq_rl.quantization.specification.costs import CostTable, mac_cost
 from resq_rl.quantization.specification.fields import Field, LevelField, carry, cells_of
-from resq_rl.quantization.specification.ledger import FrameCost, bit_cost
+from resq_rl.quantization.specification.ledger import FrameCost
 
 __all__ = ["Execution", "SitePlan", "check_order", "plan_site"]
 
@@ -36,6 +39,7 @@ class SitePlan:
     Attributes:
         group: index of its layer group.
         keyframe, residual: the integer weights that codes are multiplied by.
+        keyframe_cost: BOPs of one multiply-accumulate of a keyframe.
         costs: BOPs of one multiply-accumulate by level, under residual weights.
     """
 
@@ -44,6 +48,7 @@ class SitePlan:
     group: int
     keyframe: Product
     residual: Product
+    keyframe_cost: float
     costs: tuple[float, ...]
 
 
@@ -66,8 +71,9 @@ def plan_site(
         precision: Literal["bf16", "ieee"] = "bf16" if exact and not narrow else "ieee"
         return kernels.product(operator.geometry, weight.codes, weight.scale, exact=exact, precision=precision)
 
-    costs = tuple(float(bit_cost(width, bits, config.bops_convention)) for bits in config.levels)
-    return SitePlan(site, ranges, group, product("keyframe"), product("residual"), costs)
+    costs = tuple(float(mac_cost(config.cost, width, bits, site.size)) for bits in config.levels)
+    key = float(mac_cost(config.cost, config.key_weight_bits, config.key_activation_bits, site.size))
+    return SitePlan(site, ranges, group, product("keyframe"), product("residual"), key, costs)
 
 
 def check_order(sites: list[Site], position: int, operator: ResidualOperator) -> None:
@@ -244,11 +250,10 @@ class Execution:
 
     def _bops(self) -> Float64[Tensor, "b s gh gw"]:
         """BOPs by clip, site and region: sum over pixels of cost(w, a(p)) n(p), shared among the regions."""
-        config, grid = self.config, self.decision.grid
+        grid, table = self.decision.grid, self.config.cost
         bops = torch.zeros(len(self.refresh), len(self.plans), *grid, dtype=torch.float64)
         if len(self.key):
-            cost = bit_cost(config.key_weight_bits, config.key_activation_bits, config.bops_convention)
-            bops[self.key.cpu()] = _keyframe_bops(self.sites, grid, cost)
+            bops[self.key.cpu()] = _keyframe_bops(self.plans, grid)
         places: dict[tuple[Pair, torch.dtype], list[int]] = {}  # sites that are summed together
         for position, cost_map in enumerate(self._costs):
             pooling = self._pooling(position)
@@ -256,16 +261,30 @@ class Execution:
         for members in places.values():
             poolings = [self._pooling(position) for position in members]
             costs = torch.stack([self._costs[position] for position in members], 1).cpu()
-            spent = (costs * torch.stack([pooling.coverage for pooling in poolings])).to(poolings[0].rows.dtype)
+            if isinstance(table, CostTable):
+                costs = _by_tile(costs, table.tile)
+            exact = poolings[0].rows.dtype
+            spent = costs.to(exact) * torch.stack([pooling.coverage for pooling in poolings]).to(exact)
             by_region = (poolings[0].rows @ (spent @ poolings[0].columns)).double()
             macs = torch.tensor([float(self.plans[p].site.macs_per_pixel) for p in members], dtype=torch.float64)
             bops[self.rest.cpu()[:, None], torch.tensor(members)] = by_region * macs[:, None, None]
+        if isinstance(table, CostTable):
+            bops += (table.operator + table.frame / len(self.plans)) / (grid[0] * grid[1])
         return bops
 
     def _pooling(self, position: int) -> "_Pooling":
         plan, cost = self.plans[position], self._costs[position]
         size = (cost.shape[1], cost.shape[2])
-        return _pooling(plan.site.operator.geometry, size, self.decision.grid, max(plan.costs))
+        return _pooling(plan.site.operator.geometry, size, self.decision.grid, _highest(plan.costs))
+
+
+def _by_tile(costs: Float[Tensor, "b s h w"], tile: Pair) -> Float[Tensor, "b s h w"]:
+    """The cost of each pixel as that of the dearest pixel of its tile."""
+    if tile == (1, 1):
+        return costs
+    highest = F.max_pool2d(costs, tile, ceil_mode=True)
+    spread = highest.repeat_interleave(tile[0], 2).repeat_interleave(tile[1], 3)
+    return spread[:, :, : costs.shape[2], : costs.shape[3]]
 
 
 @dataclass(frozen=True)
@@ -277,9 +296,14 @@ class _Pooling:
     columns: Tensor
 
 
+def _highest(costs: Sequence[float]) -> float:
+    """The highest of whole costs; infinite if one is not whole, since then no sum is exact in single precision."""
+    return max(costs) if all(float(cost).is_integer() for cost in costs) else math.inf
+
+
 @lru_cache(maxsize=1024)
 def _pooling(geometry: Geometry, size: Pair, grid: Pair, highest: float) -> _Pooling:
-    """Single precision where sums of costs up to `highest` are exact in it, else double."""
+    """Single precision where sums of whole costs up to `highest` are exact in it, else double."""
     coverage = geometry.coverage(size)
     whole = size[0] >= grid[0] and size[1] >= grid[1]  # no pixel is shared between regions
     small = coverage.numel() * float(coverage.max()) * highest < 2**24
@@ -288,20 +312,21 @@ def _pooling(geometry: Geometry, size: Pair, grid: Pair, highest: float) -> _Poo
     return _Pooling(coverage, rows.to(exact), columns.to(exact))
 
 
-def _keyframe_bops(sites: Sequence[Site], grid: Pair, cost: int) -> Float64[Tensor, "s gh gw"]:
-    """BOPs of a keyframe, of which every multiply-accumulate costs the same."""
+def _keyframe_bops(plans: Sequence[SitePlan], grid: Pair) -> Float64[Tensor, "s gh gw"]:
+    """BOPs of a keyframe, of which every multiply-accumulate of a site costs the same."""
     found = []
-    for site in sites:
+    for plan in plans:
+        site = plan.site
         size = (site.input_shape[1], site.input_shape[2]) if site.operator.channel_axis == 1 else (1, 1)
-        found.append(_even_bops(site.operator.geometry, size, grid, cost) * site.macs_per_pixel)
+        found.append(_even_bops(site.operator.geometry, size, grid, plan.keyframe_cost) * site.macs_per_pixel)
     return torch.stack(found)
 
 
 @lru_cache(maxsize=1024)
-def _even_bops(geometry: Geometry, size: Pair, grid: Pair, cost: int) -> Float64[Tensor, "gh gw"]:
+def _even_bops(geometry: Geometry, size: Pair, grid: Pair, cost: float) -> Float64[Tensor, "gh gw"]:
     """Costs of an input by region, for one channel in and out, where every pixel costs the same."""
-    pooling = _pooling(geometry, size, grid, float(cost))
-    spent = (cost * pooling.coverage).to(pooling.rows.dtype)
+    pooling = _pooling(geometry, size, grid, _highest((cost,)))
+    spent = pooling.coverage.to(pooling.rows.dtype) * cost
     return (pooling.rows @ spent @ pooling.columns).double()
 
 

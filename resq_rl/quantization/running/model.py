@@ -25,9 +25,10 @@ from resq_rl.quantization.running.execution import Execution, SitePlan, check_or
 from resq_rl.quantization.running.state import StreamState
 from resq_rl.quantization.running.unrolled import UnrolledExecution
 from resq_rl.quantization.specification.config import LayerKind, Part, QuantizationConfig, Reference
+from resq_rl.quantization.specification.costs import CostTable, mac_cost
 from resq_rl.quantization.specification.fields import Field
 from resq_rl.quantization.specification.inputs import Inputs, as_tuple, float_frames
-from resq_rl.quantization.specification.ledger import FrameCost, bit_cost
+from resq_rl.quantization.specification.ledger import FrameCost
 
 __all__ = ["ResQModel"]
 
@@ -318,10 +319,17 @@ class ResQModel:
 
     # Cost ------------------------------------------------------------------------------------------------------------
 
-    def reference_bops(self, weight_bits: int = 8, activation_bits: int = 8) -> int:
-        """BOPs of one frame with every operator at the given widths (W8A8 by default), at the example's resolution."""
-        macs = sum(site.macs for site in self.sites)
-        return macs * bit_cost(weight_bits, activation_bits, self.config.bops_convention)
+    def reference_bops(self, weight_bits: int = 8, activation_bits: int = 8) -> float:
+        """BOPs of one frame with every operator at the given widths (W8A8 by default), at the example's resolution.
+
+        Under a cost table: that cost in the table's unit, with its overheads.
+
+        Raises:
+            SettingsError: the cost table has no such widths.
+        """
+        cost = self.config.cost
+        spent = sum(site.macs * mac_cost(cost, weight_bits, activation_bits, site.size) for site in self.sites)
+        return spent + (cost.operator * len(self.sites) + cost.frame if isinstance(cost, CostTable) else 0)
 
     @property
     def macs(self) -> int:

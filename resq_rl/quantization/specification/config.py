@@ -2,16 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 from pydantic import AfterValidator, Field
 
 from resq_rl.checked import Bits, Checked, Increasing
-from resq_rl.quantization.specification.ledger import BopsConvention
+from resq_rl.quantization.specification.costs import Convention, Cost, CostTable, LayerKind
 
 __all__ = ["LayerKind", "Part", "QuantizationConfig", "RangeEstimator", "Reference", "WeightRounding"]
 
-LayerKind = Literal["conv", "depthwise", "grouped", "linear", "pointwise", "transposed"]
 Part = Literal["keyframe", "residual"]
 RangeEstimator = Literal["least_squares", "min_max", "percentile"]
 Reference = Literal["keyframe", "previous"]
@@ -41,7 +40,8 @@ class QuantizationConfig(Checked):
             clips have shown what they multiply (`rounding`).
         range_estimator: how ranges are chosen from calibration clips.
         bops_convention: what a multiplication of w by a bits costs: w * a ("product"), the square of the larger
-            ("max"), or the product with both widths raised to at least 4 ("clipped").
+            ("max"), the product with both widths raised to at least 4 ("clipped"), or a `CostTable`, its fields, the
+            path of its YAML file, or the name of a shipped one.
         groups: layers that share a decision: "auto", or patterns of layer names by name of the group.
     """
 
@@ -51,8 +51,13 @@ class QuantizationConfig(Checked):
     residual_weight_bits: Bits | Mapping[LayerKind, Bits] = 4
     weight_rounding: WeightRounding = "second_order"
     range_estimator: RangeEstimator = "least_squares"
-    bops_convention: BopsConvention = "product"
+    bops_convention: Cost = "product"
     groups: Literal["auto"] | Mapping[str, str | Sequence[str]] = "auto"
+
+    @property
+    def cost(self) -> Convention | CostTable:
+        """`bops_convention` as it was read: a table in place of its name, path or fields."""
+        return cast(Convention | CostTable, self.bops_convention)
 
     def weight_bits(self, kind: LayerKind) -> int:
         """Residual weight bits of a layer kind."""

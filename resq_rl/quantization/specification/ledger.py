@@ -6,34 +6,16 @@ For an operator with weight bits w and the activation bits a(p) of its input pix
          = sum over input pixels p of cost(w, a(p)) * n(p) * (C_in / groups) * C_out
 
 where n(p), the coverage, counts the (output position, tap) pairs that read pixel p. Padding is no pixel and costs
-nothing. cost is the convention: w * a, max(w, a)^2, or the product with both widths clipped below.
+nothing. cost is a convention or a table (`costs`); a table's tile makes a(p) the dearest width of its pixels, and its
+overheads are shared evenly among the regions.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-__all__ = ["BopsConvention", "FrameCost", "bit_cost"]
-
-BopsConvention = Literal["clipped", "max", "product"]
-CLIPPED_MINIMUM_BITS = 4
-
-
-def bit_cost(weight_bits: int, activation_bits: int, convention: BopsConvention = "product") -> int:
-    """Bit-operations of one multiply-accumulate; 0 where either operand has no bits.
-
-    product: w * a. max: max(w, a)^2, for units of one width. clipped: the product with each width at least 4, for
-    hardware without narrower units.
-    """
-    if weight_bits == 0 or activation_bits == 0:
-        return 0
-    if convention == "max":
-        return max(weight_bits, activation_bits) ** 2
-    if convention == "clipped":
-        return max(weight_bits, CLIPPED_MINIMUM_BITS) * max(activation_bits, CLIPPED_MINIMUM_BITS)
-    return weight_bits * activation_bits
+__all__ = ["FrameCost"]
 
 
 @dataclass(frozen=True)
