@@ -1,7 +1,7 @@
 """Residual quantization of frozen networks, and the exact cost of running them."""
 
 from resq_rl.quantization.graph.operators import ResidualOperator
-from resq_rl.quantization.quantizers.quantizer import AffineQuantizer, symmetric_limit
+from resq_rl.quantization.quantizers.quantizer import AffineQuantizer, ChannelQuantizer, symmetric_limit
 from resq_rl.quantization.quantizers.residual import ResidualTable
 from resq_rl.quantization.running.calibration import SiteRanges
 from resq_rl.quantization.running.model import ResQModel
@@ -17,6 +17,7 @@ from resq_rl.quantization.specification.ledger import FrameCost
 __all__ = [
     "DEFAULT_KAPPA",
     "AffineQuantizer",
+    "ChannelQuantizer",
     "Convention",
     "CostTable",
     "Field",

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from resq_rl.quantization import LevelField, Reference, ResQModel, ThresholdField
+from resq_rl.quantization import AffineQuantizer, LevelField, Reference, ResQModel, ThresholdField
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -129,6 +129,9 @@ class Oracle:
         codes, scale = model.integer_weights(operator, residual=True)
         self.residual_codes, self.residual_scale = integers(codes), scale.numpy()
         self.bias = None if operator.bias is None else operator.bias.float().numpy()
+        if ranges.correction:
+            added = np.array(ranges.correction, np.float32)
+            self.bias = added if self.bias is None else (self.bias + added).astype(np.float32)
         self.x_ref: Floats = np.zeros(0, np.float32)
         self.y_ref: Floats = np.zeros(0, np.float32)
         self.levels: Ints = np.zeros(0, np.int64)
@@ -136,10 +139,16 @@ class Oracle:
 
     def keyframe(self, x: Floats) -> Floats:
         """y = W_key * Q(x) + b; becomes the reference."""
-        bits, zero, step = self.key.bits, self.key.zero_point, np.float32(self.key.step)
+        quantizers = (self.key,) if isinstance(self.key, AffineQuantizer) else self.key.channels
+        bits, zero = quantizers[0].bits, np.array([q.zero_point for q in quantizers])
+        step = by_output = np.array([q.step for q in quantizers], np.float32)
+        if not isinstance(self.key, AffineQuantizer):  # an output channel has the step of the channels that it reads
+            outputs, groups = self.key_scale.size, self.setting.groups
+            read = [o // (outputs // groups) * (len(step) // groups) for o in range(outputs)]
+            by_output, step, zero = step[read].reshape(1, -1, 1, 1), step[:, None, None], zero[:, None, None]
         codes = np.clip(np.rint(x / step).astype(np.int64) + zero, 0, 2**bits - 1) - zero
         total = self._sum(codes, self.key_codes)
-        scale = (self.key_scale * step).astype(np.float32)
+        scale = (self.key_scale * by_output).astype(np.float32)
         if self.bias is None:
             y = (total * scale).astype(np.float32)
         else:

@@ -52,7 +52,10 @@ def model() -> ResQModel:
         ({"range_estimator": "mse"}, "'range_estimator' must be one of least_squares, min_max, .* received 'mse'"),
         ({"weight_rounding": "bogus"}, "'weight_rounding' must be one of nearest, second_order; received 'bogus'"),
         ({"weight_rounding": "neares"}, r"did you mean 'nearest'\?"),
-        ({"bops_convention": "sum"}, "'bops_convention' must be one of clipped, max, product; or a cost table, .* received 'sum'"),
+        (
+            {"bops_convention": "sum"},
+            "'bops_convention' must be one of clipped, max, product; or a cost table, .* received 'sum'",
+        ),
         ({"groups": "atuo"}, r"'groups' must be auto or a mapping .*did you mean 'auto'\?"),
         ({"groups": {"all": 3}}, "a mapping whose values are each text or a list of values, each text"),
     ],

@@ -76,7 +76,8 @@ class Geometry:
         rows, row_inside = self._taps(0, positions // width, x.shape[2])
         columns, column_inside = self._taps(1, positions % width, x.shape[3])
         inside = (row_inside[:, :, None] & column_inside[:, None, :]).to(x.device)
-        taken = x[0][:, rows[:, :, None], columns[:, None, :]] * inside  # (channels, k, taps down, taps across)
+        index = (rows[:, :, None] * x.shape[3] + columns[:, None, :]).to(x.device)
+        taken = x[0].flatten(1).index_select(1, index.flatten()).unflatten(1, index.shape) * inside
         by_group: Tensor = taken.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(2)
         return by_group
 
@@ -215,6 +216,11 @@ class ResidualOperator(nn.Module):
     def per_channel(self, values: Float[Tensor, " out"]) -> Tensor:
         """Values per output channel, shaped to broadcast over the operator's output."""
         return values if self.geometry.operator == "linear" else values[None, :, None, None]
+
+    def by_output(self, values: Float[Tensor, " in"]) -> Float[Tensor, " out"]:
+        """Values that all input channels of a group have in common, by output channel."""
+        groups = self.geometry.groups
+        return values.unflatten(0, (groups, -1))[:, 0].repeat_interleave(self.out_channels // groups)
 
     @property
     def channel_axis(self) -> int:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from resq_rl.errors import NetworkError
 from resq_rl.quantization.graph.operators import Geometry
-from resq_rl.quantization.kernels.plain import PLAIN, Kernels, Product
+from resq_rl.quantization.kernels.plain import PLAIN, Bound, Kernels, Product
 
 __all__ = ["native"]
 
@@ -273,9 +273,9 @@ class _Native(Kernels):
         return codes, cost
 
     def encode_keyframe(
-        self, x: Tensor, step: float, low: float, high: float, product: Product | None = None
+        self, x: Tensor, step: Bound, low: Bound, high: Bound, product: Product | None = None
     ) -> tuple[Tensor, Tensor]:
-        if not _read(x) or not x.numel():
+        if isinstance(step, Tensor) or not _read(x) or not x.numel():
             return super().encode_keyframe(x, step, low, high)
         x = x.contiguous(memory_format=_layout(x)) if x.dim() == 4 else x.contiguous()
         (codes, margins), values = self._place(x, product), torch.empty_like(x)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from resq_rl.quantization.graph.operators import Geometry, products_in
 
-__all__ = ["PLAIN", "Kernels", "Product", "affine_codes", "quantize"]
+__all__ = ["PLAIN", "Bound", "Kernels", "Product", "affine_codes", "quantize"]
 
 
 def quantize(
@@ -41,9 +41,13 @@ def choose(
     return index
 
 
-def affine_codes(x: Float[Tensor, "*n"], step: float, low: float, high: float) -> Float[Tensor, "*n"]:
+Bound = float | Tensor
+"""A number for all values, or one per channel, (c, 1, 1)."""
+
+
+def affine_codes(x: Float[Tensor, "*n"], step: Bound, low: Bound, high: Bound) -> Float[Tensor, "*n"]:
     """Integer codes clamp(round(x / step), low, high)."""
-    return (x / step).round_().clamp_(low, high)
+    return (x / step).round_().clamp_(low, high)  # type: ignore[arg-type] # both bounds are of one type
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ class Kernels:
         return codes, cost
 
     def encode_keyframe(
-        self, x: Float[Tensor, "*n"], step: float, low: float, high: float, product: Product | None = None
+        self, x: Float[Tensor, "*n"], step: Bound, low: Bound, high: Bound, product: Product | None = None
     ) -> tuple[Tensor, Float[Tensor, "*n"]]:
         """`affine_codes`, for `product` if given, and their values."""
         codes = affine_codes(x, step, low, high)

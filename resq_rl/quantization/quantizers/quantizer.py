@@ -1,6 +1,7 @@
 """Uniform quantizers.
 
-Every quantizer maps a real x to an integer and back with one step per tensor or per channel:
+Every quantizer maps a real x to an integer and back with one step per tensor or per channel (of a grouped layer, whose
+outputs read one group of channels each, so that the steps of inputs fold into those of the weights):
 
     symmetric   q = clamp(round(x / step), -n, n),              n = 2^(bits-1) - 1
     affine      q = clamp(round(x / step) + z, 0, 2^bits - 1) - z
@@ -12,13 +13,14 @@ arithmetic.
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from resq_rl.errors import CalibrationError
 from resq_rl.quantization.kernels.plain import affine_codes
 
-__all__ = ["AffineQuantizer", "symmetric_limit"]
+__all__ = ["AffineQuantizer", "ChannelQuantizer", "symmetric_limit"]
 
 
 def symmetric_limit(bits: int) -> int:
@@ -54,3 +56,35 @@ class AffineQuantizer:
     def __call__(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Quantize and dequantize `x`."""
         return self.integers(x) * self.step
+
+
+@dataclass(frozen=True)
+class ChannelQuantizer:
+    """An affine quantizer for each input channel of a grouped layer, all of one width.
+
+    Channels of one group have one step: an output channel reads one group, so that the step folds into its weights'.
+    """
+
+    channels: tuple[AffineQuantizer, ...]
+
+    def __post_init__(self) -> None:
+        if len({quantizer.bits for quantizer in self.channels}) != 1:
+            raise CalibrationError(
+                "The quantizers of channels need one width, got "
+                f"{sorted({quantizer.bits for quantizer in self.channels}) or 'no channels'}."
+            )
+
+    def integers(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Integer codes of `x` minus the zero points of its channels, as float32."""
+        return affine_codes(x, *self.bounds)
+
+    @property
+    def bounds(self) -> tuple[Float[Tensor, "c 1 1"], Float[Tensor, "c 1 1"], Float[Tensor, "c 1 1"]]:
+        """Step, lowest and highest code less the zero point, by channel."""
+        rows = [quantizer.bounds for quantizer in self.channels]
+        step, low, high = torch.tensor(rows, dtype=torch.float32, device="cpu").T[..., None, None].contiguous().unbind()
+        return step, low, high
+
+    def __call__(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Quantize and dequantize `x`."""
+        return self.integers(x) * self.bounds[0]

@@ -17,7 +17,7 @@ from resq_rl.errors import CalibrationError
 from resq_rl.quantization.quantizers.quantizer import AffineQuantizer, symmetric_limit
 from resq_rl.quantization.specification.config import RangeEstimator
 
-__all__ = ["affine_quantizer", "symmetric_step"]
+__all__ = ["affine_quantizer", "output_quantizers", "symmetric_step"]
 
 _PERCENTILE = 0.9999
 # Geometric from the extremes down to 1/64 of them: ternary steps of heavy-tailed residuals lie far below the maximum.
@@ -109,6 +109,42 @@ def _shrink_affine(samples: Float[Tensor, " n"], low: float, high: float, bits: 
     if low < 0:
         ends = min(((low * s, ends[1]) for s in shrinks if ends[1] - low * s >= _SMALLEST_RANGE), key=error)
     return ends
+
+
+def output_quantizers(
+    patches: Float[Tensor, "g k n"],
+    weights: Float[Tensor, "g o n"],
+    low: Float[Tensor, " g"],
+    high: Float[Tensor, " g"],
+    bits: int,
+) -> list[AffineQuantizer]:
+    """The quantizer of each channel group with which what the weights make of its inputs has the least error.
+
+    The squared error of the outputs is compared, not that of the inputs: an input that large weights multiply counts
+    more, and the errors of clipped inputs, which all point one way, add up in a sum.
+
+    Args:
+        patches: inputs under the kernel at k output positions, by channel group.
+        weights: one row for each output channel.
+        low, high: extremes of each group's inputs; 0 lies between them.
+    """
+
+    def error(low: Tensor, high: Tensor) -> Float[Tensor, " g"]:
+        step = ((high - low) / (2**bits - 1))[:, None, None]
+        zero = torch.round(-low[:, None, None] / step)
+        codes = (patches / step).round_().clamp_(-zero, 2**bits - 1 - zero)
+        difference = codes.mul_(step).sub_(patches)
+        return (difference @ turned).square_().sum((1, 2))
+
+    turned = weights.transpose(1, 2).contiguous()
+    shrinks = _SHRINK[:37:2].to(patches)
+    low, high = low.clamp_max(0.0), torch.maximum(high.clamp_min(0.0), low + _SMALLEST_RANGE)
+    highs = torch.maximum(high * shrinks[:, None], low + _SMALLEST_RANGE)
+    high = highs.gather(0, torch.stack([error(low, h) for h in highs]).argmin(0, keepdim=True))[0]
+    if bool((low < 0).any()):
+        lows = torch.minimum(low * shrinks[:, None], high - _SMALLEST_RANGE)
+        low = lows.gather(0, torch.stack([error(w, high) for w in lows]).argmin(0, keepdim=True))[0]
+    return [_affine(*ends, bits) for ends in zip(low.tolist(), high.tolist(), strict=True)]
 
 
 def _extremes(samples: Float[Tensor, "rows n"], estimator: RangeEstimator) -> Float[Tensor, " rows"]:

@@ -12,6 +12,7 @@ best step for the codes.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -86,19 +87,22 @@ def _descend(
     weights: Float[Tensor, "g o n"], step: Float[Tensor, "g o 1"], moment: Float[Tensor, "g n n"], limit: int
 ) -> tuple[Float[Tensor, "g o n"], Float[Tensor, "g o 1"]]:
     """Codes and steps with the least error found from several first steps, by output channel."""
-    moment = _conditioned(moment)
-    best = _nearest(weights, step, limit), step
-    least = _error(*best, weights, moment)
-    for share in STARTS:
-        codes, scale = _nearest(weights, step * share, limit), step * share
-        for _ in range(SWEEPS):
-            _sweep(codes, scale, weights, moment, limit)
-            scale = _best_step(codes, scale, weights, moment)
-        error = _error(codes, scale, weights, moment)
+    device, (weights, step, moment) = weights.device, (part.cpu() for part in (weights, step, moment))
+    moment, outputs = _conditioned(moment), weights.shape[1]
+    nearest = _nearest(weights, step, limit), step
+    scales = torch.cat([step * share for share in STARTS], 1)  # of all starts side by side
+    wanted = weights.repeat(1, len(STARTS), 1)
+    codes = _nearest(wanted, scales, limit)
+    for _ in range(SWEEPS):
+        _sweep(codes, scales, wanted, moment, limit)
+        scales = _best_step(codes, scales, wanted, moment)
+    errors = _error(codes, scales, wanted, moment)
+    best, least = nearest, _error(*nearest, weights, moment)
+    for own, scale, error in zip(*(part.split(outputs, 1) for part in (codes, scales, errors)), strict=True):
         better = error < least
-        best = torch.where(better, codes, best[0]), torch.where(better, scale, best[1])
+        best = torch.where(better, own, best[0]), torch.where(better, scale, best[1])
         least = torch.where(better, error, least)
-    return best
+    return best[0].to(device), best[1].to(device)
 
 
 def _conditioned(moment: Tensor) -> Tensor:
@@ -118,15 +122,23 @@ def _sweep(codes: Tensor, step: Tensor, weights: Tensor, moment: Tensor, limit: 
     inputs = codes.shape[-1]
     for start in range(0, inputs, BLOCK):
         block = slice(start, min(inputs, start + BLOCK))
-        own, near = slope[..., block].clone(), moment[:, block, block]
         before = codes[..., block].clone()
-        for i in range(own.shape[-1]):
-            curvature = near[:, None, i, i, None] * step
-            old = codes[..., start + i, None]
-            new = torch.round(old - own[..., i, None] / curvature).clamp_(-limit, limit)
-            own += (new - old) * step * near[:, None, i]
-            codes[..., start + i, None] = new
+        _sweep_block(codes[..., block], step, slope[..., block], moment[:, block, block], limit)
         slope += ((codes[..., block] - before) * step) @ moment[:, block]
+
+
+def _sweep_block(codes: Tensor, step: Tensor, slope: Tensor, moment: Tensor, limit: int) -> None:
+    """`_sweep` over few inputs; in NumPy, which is several times as fast as PyTorch on operations as small as these."""
+    by_input = codes.permute(2, 0, 1).contiguous()
+    own, values, near = slope.permute(2, 0, 1).contiguous().numpy(), by_input.numpy(), moment.permute(1, 2, 0).numpy()
+    scale = step[..., 0].numpy()
+    for i in range(len(own)):
+        curvature = near[i, i, :, None] * scale
+        new = np.rint(values[i] - own[i] / curvature)
+        np.minimum(np.maximum(new, -limit, out=new), limit, out=new)
+        own[i + 1 :] += (new - values[i]) * scale * near[i, i + 1 :, :, None]
+        values[i] = new
+    codes.copy_(by_input.permute(1, 2, 0))
 
 
 def _best_step(codes: Tensor, step: Tensor, weights: Tensor, moment: Tensor) -> Tensor:

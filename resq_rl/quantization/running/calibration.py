@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resq_rl.errors import CalibrationError
 from resq_rl.quantization.graph.tracing import Site
-from resq_rl.quantization.quantizers.quantizer import AffineQuantizer
+from resq_rl.quantization.quantizers.quantizer import AffineQuantizer, ChannelQuantizer
 from resq_rl.quantization.quantizers.ranges import affine_quantizer
 from resq_rl.quantization.quantizers.residual import ResidualTable, residual_table
 from resq_rl.quantization.quantizers.rounding import WIDEST, positions_of, second_moment
@@ -26,10 +26,17 @@ MOST_VALUES = 16_384
 
 @dataclass(frozen=True)
 class SiteRanges:
-    """Calibrated quantizers of one operator call."""
+    """Calibrated quantizers of one operator call.
 
-    keyframe: AffineQuantizer
+    Attributes:
+        keyframe: of inputs at keyframes.
+        residual: of residuals, by reference.
+        correction: what is added to the bias of each output channel at keyframes; empty for nothing.
+    """
+
+    keyframe: AffineQuantizer | ChannelQuantizer
     residual: dict[Reference, ResidualTable]
+    correction: tuple[float, ...] = ()
 
 
 @dataclass

@@ -14,7 +14,8 @@ from torch import Tensor
 from resq_rl.errors import NetworkError, PolicyError
 from resq_rl.quantization.graph.operators import Geometry, Pair, ResidualOperator, own_types
 from resq_rl.quantization.graph.tracing import Site
-from resq_rl.quantization.kernels.plain import Kernels, Product
+from resq_rl.quantization.kernels.plain import Bound, Kernels, Product
+from resq_rl.quantization.quantizers.quantizer import AffineQuantizer
 from resq_rl.quantization.quantizers.residual import ResidualTable, threshold_row
 from resq_rl.quantization.quantizers.rounding import IntegerWeight
 from resq_rl.quantization.running.calibration import SiteRanges
@@ -24,7 +25,7 @@ from resq_rl.quantization.specification.costs import CostTable, mac_cost
 from resq_rl.quantization.specification.fields import Field, LevelField, carry, cells_of
 from resq_rl.quantization.specification.ledger import FrameCost
 
-__all__ = ["Execution", "SitePlan", "check_order", "plan_site"]
+__all__ = ["Execution", "SitePlan", "check_order", "keyframe_output", "plan_site"]
 
 # Codes of so many bits have no more significant bits than bfloat16.
 EXACT_IN_BFLOAT16 = 8
@@ -39,6 +40,9 @@ class SitePlan:
     Attributes:
         group: index of its layer group.
         keyframe, residual: the integer weights that codes are multiplied by.
+        bounds: step, lowest and highest code of the input at keyframes.
+        step: the unit of the codes at keyframes; 1 where the weights' own steps hold those of the channels.
+        bias: what is added to the sums at keyframes.
         keyframe_cost: BOPs of one multiply-accumulate of a keyframe.
         costs: BOPs of one multiply-accumulate by level, under residual weights.
     """
@@ -48,6 +52,9 @@ class SitePlan:
     group: int
     keyframe: Product
     residual: Product
+    bounds: tuple[Bound, Bound, Bound]
+    step: float
+    bias: Tensor | None
     keyframe_cost: float
     costs: tuple[float, ...]
 
@@ -66,14 +73,37 @@ def plan_site(
     exact = max(config.key_weight_bits, config.key_activation_bits, width, *config.levels) <= EXACT_IN_BFLOAT16
     narrow = operator.channels_per_tap < WORTH_CONVERTING
 
-    def product(part: Part) -> Product:
+    def product(part: Part, steps: Tensor | None = None) -> Product:
         weight = weights[part]
         precision: Literal["bf16", "ieee"] = "bf16" if exact and not narrow else "ieee"
-        return kernels.product(operator.geometry, weight.codes, weight.scale, exact=exact, precision=precision)
+        scale = weight.scale if steps is None else weight.scale * steps
+        return kernels.product(operator.geometry, weight.codes, scale, exact=exact, precision=precision)
 
+    cost = float(mac_cost(config.cost, config.key_weight_bits, config.key_activation_bits, site.size))
     costs = tuple(float(mac_cost(config.cost, width, bits, site.size)) for bits in config.levels)
-    key = float(mac_cost(config.cost, config.key_weight_bits, config.key_activation_bits, site.size))
-    return SitePlan(site, ranges, group, product("keyframe"), product("residual"), key, costs)
+    device, residual = weights["keyframe"].codes.device, product("residual")
+    quantizer, bias = ranges.keyframe, _bias(operator, ranges.correction, device)
+    if isinstance(quantizer, AffineQuantizer):
+        key = product("keyframe")
+        return SitePlan(site, ranges, group, key, residual, quantizer.bounds, quantizer.step, bias, cost, costs)
+    step, low, high = (bound.to(device) for bound in quantizer.bounds)
+    key = product("keyframe", operator.per_channel(operator.by_output(step.flatten())))
+    return SitePlan(site, ranges, group, key, residual, (step, low, high), 1.0, bias, cost, costs)
+
+
+def _bias(operator: ResidualOperator, correction: Sequence[float], device: torch.device) -> Tensor | None:
+    """The operator's bias with the correction added, in float32, shaped to broadcast over the output."""
+    bias = None if operator.bias is None else operator.bias.float()
+    if correction:
+        added = torch.tensor(correction, dtype=torch.float32, device=device)
+        bias = added if bias is None else bias + added
+    return None if bias is None else operator.per_channel(bias)
+
+
+def keyframe_output(plan: SitePlan, kernels: Kernels, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The operator on the input quantized as at keyframes, and the values of that input."""
+    codes, values = kernels.encode_keyframe(x, *plan.bounds, plan.keyframe)
+    return kernels.accumulate(plan.keyframe, codes, plan.step, plan.bias), values
 
 
 def check_order(sites: list[Site], position: int, operator: ResidualOperator) -> None:
@@ -170,14 +200,12 @@ class Execution:
         return y
 
     def _keyframe(self, plan: SitePlan, x: Tensor, rows: Any) -> Tensor:
-        operator, quantizer, state = plan.site.operator, plan.ranges.keyframe, self.state
-        codes, values = self.kernels.encode_keyframe(x, *quantizer.bounds, plan.keyframe)
+        y, values = keyframe_output(plan, self.kernels, x)
         if isinstance(rows, slice):
-            state.inputs[self.position] = values
+            self.state.inputs[self.position] = values
         else:
-            state.inputs[self.position][rows] = values
-        bias = None if operator.bias is None else operator.per_channel(operator.bias.float())
-        return self.kernels.accumulate(plan.keyframe, codes, quantizer.step, bias)
+            self.state.inputs[self.position][rows] = values
+        return y
 
     def _residual(self, plan: SitePlan, x: Tensor, rows: Any) -> Tensor:
         state, table = self.state, plan.ranges.residual[self.state.reference]

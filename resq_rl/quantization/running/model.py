@@ -22,6 +22,7 @@ from resq_rl.quantization.quantizers.rounding import FINE, IntegerWeight, intege
 from resq_rl.quantization.running.calibration import SiteRanges, SiteRecorder
 from resq_rl.quantization.running.checks import check_clips, check_decision, check_inputs
 from resq_rl.quantization.running.execution import Execution, SitePlan, check_order, plan_site
+from resq_rl.quantization.running.keyframes import KeyframeFit, chosen_frames
 from resq_rl.quantization.running.state import StreamState
 from resq_rl.quantization.running.unrolled import UnrolledExecution
 from resq_rl.quantization.specification.config import LayerKind, Part, QuantizationConfig, Reference
@@ -113,16 +114,19 @@ class ResQModel:
 
     def _plan(self) -> None:
         """Make the plan of every site, once it is calibrated."""
-        self._plans: list[SitePlan] = [
+        self._plans = self._plans_of(self.ranges)
+
+    def _plans_of(self, ranges: Sequence[SiteRanges]) -> list[SitePlan]:
+        return [
             plan_site(
                 site,
-                ranges,
+                own,
                 int(group),
                 {p: w[site.operator] for p, w in self._weights.items()},
                 self.config,
                 self.kernels,
             )
-            for site, ranges, group in zip(self.sites, self.ranges, self.group_of_site, strict=False)
+            for site, own, group in zip(self.sites, ranges, self.group_of_site, strict=False)
         ]
 
     def _rounded(self, operator: ResidualOperator, part: Part, bits: int) -> IntegerWeight:
@@ -196,6 +200,11 @@ class ResQModel:
         ]
         self._moments, self._quantized = _moments(recorders), {}
         self._round_weights()
+        chosen = chosen_frames(clips, frames, self.sites, self.device)
+        fit = KeyframeFit(self.sites, self._plans_of, self._run, self.kernels, *chosen)
+        search = self.config.range_estimator == "least_squares"
+        self.ranges = fit.best(self.ranges, self.config.key_activation_bits, search=search, seed=seed)
+        self._plan()
         return self
 
     @property

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from resq_rl.errors import CalibrationError, NetworkError, SettingsError
 from resq_rl.files import write_atomic
 from resq_rl.quantization.graph.operators import ResidualOperator, laid_out
-from resq_rl.quantization.quantizers.quantizer import AffineQuantizer
+from resq_rl.quantization.quantizers.quantizer import AffineQuantizer, ChannelQuantizer
 from resq_rl.quantization.quantizers.residual import ResidualTable
 from resq_rl.quantization.quantizers.rounding import IntegerWeight
 from resq_rl.quantization.running.calibration import SiteRanges
@@ -25,7 +25,7 @@ from resq_rl.sealed import checksum
 
 __all__ = ["load_model", "save_model"]
 
-FORMAT = "resq_rl model 2"
+FORMAT = "resq_rl model 3"
 # Largest difference of the sums over a network's parameters from the saved ones, as a share of their magnitude:
 # another version of torch may fold BatchNorm with another rounding, another network differs far more.
 SAME = 1e-4
@@ -51,6 +51,7 @@ def save_model(model: ResQModel, folder: Path) -> None:
                 "layer": site.name,
                 "keyframe": asdict(r.keyframe),
                 "residual": {k: asdict(t) for k, t in r.residual.items()},
+                "correction": r.correction,
             }
             for site, r in zip(model.sites, model.ranges, strict=True)
         ],
@@ -125,7 +126,13 @@ def _ranges(site: dict[str, Any]) -> SiteRanges:
         reference: ResidualTable(table["sigma"], table["step"], tuple(table["limits"]), tuple(table["units"]))
         for reference, table in site["residual"].items()
     }
-    return SiteRanges(AffineQuantizer(**site["keyframe"]), tables)
+    return SiteRanges(_keyframe(site["keyframe"]), tables, tuple(site["correction"]))
+
+
+def _keyframe(about: dict[str, Any]) -> AffineQuantizer | ChannelQuantizer:
+    if "channels" in about:
+        return ChannelQuantizer(tuple(AffineQuantizer(**own) for own in about["channels"]))
+    return AffineQuantizer(**about)
 
 
 def _sums(model: ResQModel) -> dict[str, list[float]]:
