@@ -14,7 +14,7 @@ from torch import Tensor
 from resq_rl.errors import NetworkError, PolicyError
 from resq_rl.quantization import LevelField, QuantizationConfig, ResQModel
 from resq_rl.quantization.kernels import PLAIN, Kernels, native
-from resq_rl.quantization.kernels.compiled import _ARGUMENTS
+from resq_rl.quantization.kernels.library import ARGUMENTS
 from tests.quantization.networks import SmallNet, byte_clips, everywhere, perturb_statistics, video
 
 SIZE = (12, 16)
@@ -98,10 +98,10 @@ def arguments(name: str) -> dict[str, Any]:
     """Arguments of a compiled function, for tensors of four numbers."""
     kinds = {"int64_t": 1, "float": 1.0, "const int64_t *": torch.zeros(4, dtype=torch.int64)}
     kinds |= {"const uint16_t *": torch.zeros(4, dtype=torch.bfloat16), "uint8_t *": torch.zeros(4, dtype=torch.uint8)}
-    return {field: kinds.get(kind, torch.zeros(4)) for field, kind in _ARGUMENTS[name].items()}
+    return {field: kinds.get(kind, torch.zeros(4)) for field, kind in ARGUMENTS[name].items()}
 
 
-@pytest.mark.parametrize("name", list(_ARGUMENTS))
+@pytest.mark.parametrize("name", list(ARGUMENTS))
 def test_compiled_functions_refuse_what_they_cannot_read(name: str, fast: Any) -> None:
     function, right = getattr(fast, f"_{name}"), arguments(name)
     for field, value in right.items():
