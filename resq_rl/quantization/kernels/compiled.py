@@ -3,7 +3,6 @@
 import ctypes
 import logging
 import subprocess
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Literal
@@ -16,7 +15,8 @@ from torch.nn import functional as F
 from resq_rl.errors import NetworkError
 from resq_rl.quantization.graph.operators import Geometry
 from resq_rl.quantization.kernels.library import Function, load
-from resq_rl.quantization.kernels.plain import PLAIN, Kernels, Product
+from resq_rl.quantization.kernels.plain import PLAIN, Choice, Kernels, Product
+from resq_rl.quantization.kernels.skipping import Skipping, tiling_of
 
 __all__ = ["native"]
 
@@ -52,6 +52,7 @@ class _Native(Kernels):
         self._encode, self._encode_keyframe = Function(library, "encode"), Function(library, "encode_keyframe")
         self._convolve, self._highest = Function(library, "convolve"), Function(library, "highest")
         self.tiles = bool(library.resq_tiles())
+        self.skipping = Skipping(library)
 
     def __reduce__(self) -> tuple[object, ...]:
         return native, ()  # a copy in another process is compiled there
@@ -67,49 +68,90 @@ class _Native(Kernels):
         self,
         x: Tensor,
         reference: Tensor,
-        steps: Tensor,
-        index: Tensor,
+        choice: Choice,
         step: float | None = None,
-        tau: Tensor | None = None,
-        sigma: float = 1.0,
-        kappa: Sequence[float] = (),
         product: Product | None = None,
     ) -> tuple[Tensor, Tensor]:
-        by_pixel = (len(x), *x.shape[2:])
-        shapes = reference.shape == x.shape and index.shape == by_pixel and (tau is None or tau.shape == by_pixel)
-        if x.dim() != 4 or not shapes or not all(map(_read, (x, reference))):
-            return super().encode(x, reference, steps, index, step, tau, sigma, tuple(kappa))
+        if not _fits(x, reference, choice):
+            return super().encode(x, reference, choice, step)
         layout = _layout(reference)
         if not reference.is_contiguous(memory_format=layout):  # neither layout: only this copy is dense
             dense = reference.contiguous()
-            found = self.encode(x, dense, steps, index, step, tau, sigma, kappa, product)
+            found = self.encode(x, dense, choice, step, product)
             if step is not None:  # a keyframe that many clips share stays as it is, and cannot be written
                 reference.copy_(dense)
             return found
         x = x.contiguous(memory_format=layout)
         codes, margins = self._place(x, product)
-        cost = torch.empty(index.shape, dtype=torch.float32, device="cpu")
+        return codes, self._encoded(x, reference, choice, step, codes, margins)
+
+    def _encoded(
+        self,
+        x: Tensor,
+        reference: Tensor,
+        choice: Choice,
+        step: float | None,
+        codes: Tensor,
+        margins: Tensor | None = None,
+        active: Tensor | None = None,
+    ) -> Tensor:
+        """Write codes, and the pixels where one is not 0 if `active` is given. Returns the cost of each pixel."""
+        cost = torch.empty(choice.index.shape, dtype=torch.float32, device="cpu")
         clips, channels, rows, columns = x.shape
         self._encode(
             **{"clips": clips, "channels": channels, "rows": rows, "columns": columns},
-            channels_last=layout == torch.channels_last,
+            channels_last=_layout(reference) == torch.channels_last,
             threads=torch.get_num_threads(),
             x=x,
             reference=reference,
             codes=codes,
             margins=margins,
+            active=active,
             cost=cost,
-            index=index.contiguous(),
-            tau=None if tau is None else tau.contiguous(),
-            sigma=sigma,
-            kappa=_numbers(tuple(kappa)),
-            kappas=0 if tau is None else len(kappa),
-            steps=steps.contiguous(),
-            entries=steps.shape[1],
+            index=choice.index.contiguous(),
+            tau=None if choice.tau is None else choice.tau.contiguous(),
+            sigma=choice.sigma,
+            kappa=_numbers(tuple(choice.kappa)),
+            kappas=0 if choice.tau is None else len(choice.kappa),
+            steps=choice.steps.contiguous(),
+            entries=choice.steps.shape[1],
             moves=step is not None,
             step=step or 0.0,
         )
-        return codes, cost
+        return cost
+
+    def residual(
+        self,
+        product: Product,
+        x: Tensor,
+        reference: Tensor,
+        choice: Choice,
+        unit: float,
+        base: Tensor,
+        *,
+        moves: bool,
+        over: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        last = torch.channels_last
+        tiling = tiling_of(product.geometry, len(x), (x.shape[2], x.shape[3])) if product.any_order else None
+        fits = tiling is not None and product.tiles is None and _fits(x, reference, choice) and _read(base)
+        most = 0
+        if tiling is not None and fits and reference.is_contiguous(memory_format=last):
+            most = self.skipping.most(
+                product, tiling, x.shape[1], lambda codes, y: self.accumulate(product, codes, 1.0, y)
+            )
+        if tiling is None or not most:
+            return super().residual(product, x, reference, choice, unit, base, moves=moves, over=over)
+        active = torch.empty(choice.index.shape, dtype=torch.uint8, device="cpu")
+        with self.skipping.codes(x.shape, active) as codes:
+            x = x.contiguous(memory_format=last)
+            cost = self._encoded(x, reference, choice, unit if moves else None, codes, active=active)
+            tiles = self.skipping.find(tiling, active)
+            if len(tiles) > most:
+                return self.accumulate(product, codes, unit, base, over=over), cost
+            y = base if over and base.is_contiguous(memory_format=last) else base.clone(memory_format=last)
+            self.skipping.add(product, tiling, tiles, codes, unit, y)
+        return y, cost
 
     def encode_keyframe(
         self, x: Tensor, step: float, low: float, high: float, product: Product | None = None
@@ -191,6 +233,14 @@ class _Native(Kernels):
             found=found,
         )
         return found
+
+
+def _fits(x: Tensor, reference: Tensor, choice: Choice) -> bool:
+    """Whether the functions can encode a residual."""
+    by_pixel = (len(x), *x.shape[2:])
+    shapes = reference.shape == x.shape and choice.index.shape == by_pixel
+    shapes = shapes and (choice.tau is None or choice.tau.shape == by_pixel)
+    return x.dim() == 4 and shapes and _read(x) and _read(reference)
 
 
 def _read(x: Tensor) -> bool:

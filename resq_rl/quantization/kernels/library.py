@@ -20,7 +20,7 @@ from torch import Tensor
 
 from resq_rl.errors import NetworkError
 
-__all__ = ["ARGUMENTS", "Function", "load"]
+__all__ = ["ARGUMENTS", "MAY_LACK", "Function", "load"]
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +32,13 @@ _ENCODED = dict.fromkeys(("clips", "channels", "rows", "columns", "threads"), _I
     "margins": "const int64_t *",
     "step": _NUMBER,
 }
+_TILES = dict.fromkeys(("down", "across", "rows", "columns"), _INTEGER)
+_WINDOWS = _TILES | dict.fromkeys(("high", "wide", "step_rows", "step_columns", "lead_rows", "lead_columns"), _INTEGER)
 ARGUMENTS: dict[str, dict[str, str]] = {
     "encode": _ENCODED
     | dict.fromkeys(("channels_last", "kappas", "entries", "moves"), _INTEGER)
     | dict.fromkeys(("tau", "kappa", "steps"), "const float *")
-    | {"reference": "float *", "cost": "float *", "index": "const int64_t *", "sigma": _NUMBER},
+    | {"reference": "float *", "cost": "float *", "index": "const int64_t *", "sigma": _NUMBER, "active": "uint8_t *"},
     "encode_keyframe": _ENCODED | {"values": "float *", "low": _NUMBER, "high": _NUMBER},
     "highest": dict.fromkeys(("clips", "channels", "pixels", "channels_last", "threads"), _INTEGER)
     | {"scores": "const float *", "found": "uint8_t *"},
@@ -47,17 +49,28 @@ ARGUMENTS: dict[str, dict[str, str]] = {
     | dict.fromkeys(("kernel_rows", "kernel_columns", "stride_rows", "stride_columns"), _INTEGER)
     | {"room": "const uint16_t *", "tiles": "const uint16_t *", "scale": "const float *", "base": "const float *"}
     | {"y": "float *"},
+    "find": _WINDOWS | {"clips": _INTEGER, "active": "const uint8_t *", "tiles": "int64_t *", "count": "int64_t *"},
+    "gather": _WINDOWS
+    | dict.fromkeys(("channels", "count", "threads"), _INTEGER)
+    | {"tiles": "const int64_t *", "codes": "const float *", "windows": "float *"},
+    "scatter": _TILES
+    | dict.fromkeys(("channels", "count", "side", "threads"), _INTEGER)
+    | {"tiles": "const int64_t *", "totals": "const float *", "scale": "const float *", "y": "float *"},
+    "clear": {"pixels": _INTEGER, "channels": _INTEGER, "active": "const uint8_t *", "codes": "float *"},
 }
 # What a tensor must hold for an argument; codes lie in a room of bfloat16, or are float32.
 _HOLDS = {
     "float *": (torch.float32,),
     "const float *": (torch.float32,),
     "const int64_t *": (torch.int64,),
+    "int64_t *": (torch.int64,),
+    "const uint8_t *": (torch.uint8,),
     "const uint16_t *": (torch.bfloat16,),
     "uint8_t *": (torch.uint8,),
     "void *": (torch.float32, torch.bfloat16),
 }
-_MAY_LACK = ("margins", "tau", "kappa")
+# What may be None.
+MAY_LACK = {"encode": ("active", "kappa", "margins", "tau"), "encode_keyframe": ("margins",)}
 
 # No contraction: the C code says where a multiply-add rounds once. Errno and traps would keep loops from vector units.
 _FLAGS = ["-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
@@ -172,7 +185,7 @@ class Function:
         self.run(ctypes.byref(self.struct(**values)))
 
     def _address(self, field: str, types: tuple[torch.dtype, ...], value: Any) -> int | None:
-        if value is None and field in _MAY_LACK:
+        if value is None and field in MAY_LACK.get(self.name, ()):
             return None
         if not isinstance(value, Tensor) or value.dtype not in types or not _dense(value):
             what = f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
