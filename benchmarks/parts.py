@@ -23,7 +23,7 @@ from resq_rl.perception import Segmentation, compact_ddrnet
 from resq_rl.policies.ppo import PPOSettings, deployed, untrained
 from resq_rl.quantization import FrameCost, QuantizationConfig, ResQModel, ThresholdField
 from resq_rl.quantization.graph.operators import Geometry
-from resq_rl.quantization.kernels import PLAIN, Kernels, native
+from resq_rl.quantization.kernels import PLAIN, Choice, Kernels, native
 from resq_rl.quantization.running.execution import Execution
 from resq_rl.video import GeneratedVideo
 
@@ -80,7 +80,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def test_quantization_of_a_residual(benchmark: Timed, kernels: Kernels) -> None:
     x, reference, steps, index = inputs()
     tau = torch.full((CLIPS, *SIZE), 0.5)
-    benchmark(kernels.encode, x, reference, steps, index, STEP, tau, 1.0, (1.0, 2.0, 8.0))
+    benchmark(kernels.encode, x, reference, Choice(steps, index, tau, 1.0, (1.0, 2.0, 8.0)), STEP)
 
 
 @KERNELS
@@ -97,7 +97,7 @@ def test_a_residual_operator(benchmark: Timed, kernels: Kernels) -> None:
     output, index = torch.zeros_like(x), index + 2
 
     def run() -> None:
-        codes, _ = kernels.encode(x, reference, steps, index, STEP, product=product)
+        codes, _ = kernels.encode(x, reference, Choice(steps, index), STEP, product)
         kernels.accumulate(product, codes, STEP, output, over=True)
 
     benchmark(run)

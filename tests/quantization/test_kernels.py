@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from resq_rl.quantization import Field, LevelField, Reference, ResQModel, ThresholdField
 from resq_rl.quantization.graph.operators import Geometry
-from resq_rl.quantization.kernels import PLAIN, Kernels, native
+from resq_rl.quantization.kernels import PLAIN, Choice, Kernels, native
 from tests.quantization.networks import byte_clips
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -107,10 +107,10 @@ def test_codes_costs_and_references_are_equal_in_every_layout(fast: Kernels, dat
     row = torch.randint(3, (clips, height, width), generator=generator)
     tau = 3 * torch.rand(clips, height, width, generator=generator)
     step = data.draw(st.sampled_from([None, 0.37]))
-    for arguments in ((steps, row, step, tau, 0.8, (1.0, 2.0, 8.0)), (steps, row, step)):
+    for choice in (Choice(steps, row, tau, 0.8, (1.0, 2.0, 8.0)), Choice(steps, row)):
         references = reference.clone(), reference.clone()
-        codes, cost = PLAIN.encode(x, references[0], *arguments)
-        own_codes, own_cost = fast.encode(x, references[1], *arguments)
+        codes, cost = PLAIN.encode(x, references[0], choice, step)
+        own_codes, own_cost = fast.encode(x, references[1], choice, step)
         assert torch.equal(codes, own_codes)
         assert torch.equal(cost, own_cost)
         assert torch.equal(*references)
@@ -141,7 +141,7 @@ def test_products_of_codes_are_equal_for_every_convolution(fast: Kernels, data: 
     for kernels in (PLAIN, fast):
         product = kernels.product(geometry, weight, scale, exact=True, precision="ieee")
         own = reference.clone()
-        codes, _ = kernels.encode(x, own, steps, index, 0.01, product=product)
+        codes, _ = kernels.encode(x, own, Choice(steps, index), 0.01, product)
         key, values = kernels.encode_keyframe(x, 0.01, -100.0, 155.0, product)
         base = torch.linspace(-1, 1, outputs)[None, :, None, None]
         first = kernels.accumulate(product, key, 0.01, base)
@@ -168,7 +168,7 @@ def test_a_view_that_is_dense_in_no_layout_is_moved_in_place(fast: Kernels) -> N
     found = []
     for kernels in (PLAIN, fast):
         own = whole.clone()
-        found.append((*kernels.encode(x, own[:, ::2, :, ::2], steps, index, 0.5), own))
+        found.append((*kernels.encode(x, own[:, ::2, :, ::2], Choice(steps, index), 0.5), own))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 

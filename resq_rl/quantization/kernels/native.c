@@ -88,10 +88,12 @@ static inline void put(void *restrict codes, int64_t index, float code, int half
     }
 }
 
-// Codes of a block of pixels, to where `codes` begins; with `half` in bfloat16.
+// Codes of a block of pixels, to where `codes` begins; with `half` in bfloat16. With `active`, the codes of the pixels that
+// it does not mark are 0 and may already lie there.
 static inline __attribute__((always_inline)) void encode_block(
     const float *restrict x, float *restrict reference, void *restrict codes, int half, int64_t channels, int64_t count,
-    int64_t pixel, int64_t channel, const float *inverse, const float *limit, const float *unit, int moves, float step) {
+    int64_t pixel, int64_t channel, const float *inverse, const float *limit, const float *unit, int moves, float step,
+    const uint8_t *active) {
     const size_t size = half ? sizeof(uint16_t) : sizeof(float);
     if (channel == 1 && channels < NARROW) {
         float i[BLOCK * NARROW], l[BLOCK * NARROW], u[BLOCK * NARROW];
@@ -105,6 +107,7 @@ static inline __attribute__((always_inline)) void encode_block(
             put(codes, k, coded(x[k], reference + k, i[k], l[k], u[k], moves, step), half);
     } else if (channel == 1) {
         for (int64_t p = 0; p < count; p++) {
+            if (active && !active[p]) continue;
             const float *xs = x + p * pixel;
             float *rs = reference + p * pixel;
             void *cs = (char *)codes + (size_t)(p * pixel) * size;
@@ -146,12 +149,15 @@ static uint16_t *row_in_room(uint16_t *room, const int64_t *margins, int64_t cli
 // Codes of residuals, with the reference moved by them where `moves`. `steps` holds 1 / step, largest code, units and
 // cost of `entries`, one after the other. A pixel's entry is index[p]; or, where `kappas` > 0,
 // index[p] * (kappas + 1) + #{j : magnitude > tau[p] * sigma * kappa[j]}. With `margins` the codes lie in a room.
+// With `active` it marks the pixels that have a code other than 0, and codes must be 0 before: those of other pixels are
+// not written. A pixel has one where its largest magnitude has, since rounding is monotone.
 void resq_encode(const struct arguments_encode *a) {
     const int64_t clips = a->clips, channels = a->channels, channels_last = a->channels_last, threads = a->threads;
     const int64_t kappas = a->kappas, entries = a->entries, moves = a->moves;
     const int64_t *margins = a->margins, *index = a->index;
     const float *x = a->x, *tau = a->tau, *kappa = a->kappa, *steps = a->steps, sigma = a->sigma, step = a->step;
     float *reference = a->reference, *cost = a->cost;
+    uint8_t *active = a->active;
     void *codes = a->codes;
     int64_t rows = a->rows, columns = a->columns;
     const int64_t all = rows * columns;
@@ -167,7 +173,7 @@ void resq_encode(const struct arguments_encode *a) {
         const int64_t count = columns - first < BLOCK ? columns - first : BLOCK;
         const int64_t at = clip * all + row * columns + first, start = clip * all * channels + (at - clip * all) * pixel;
         float inverse[BLOCK], limit[BLOCK], unit[BLOCK], magnitude[BLOCK];
-        if (kappas > 0)
+        if (kappas > 0 || active)
             largest_magnitudes(x + start, reference + start, channels, count, pixel, channel, magnitude);
         for (int64_t p = 0; p < count; p++) {
             int64_t entry = index[at + p];
@@ -181,13 +187,21 @@ void resq_encode(const struct arguments_encode *a) {
             unit[p] = steps[2 * entries + entry];
             cost[at + p] = steps[3 * entries + entry];
         }
+        if (active) {
+            int any = 0;
+            for (int64_t p = 0; p < count; p++) {
+                active[at + p] = !(rintf(magnitude[p] * inverse[p]) < 1.0f);  // so that NaN is active
+                any |= active[at + p];
+            }
+            if (!any) continue;
+        }
         if (margins) {
             uint16_t *own = row_in_room(codes, margins, clips, channels, rows, columns, clip, row) + first * channels;
             encode_block(x + start, reference + start, own, 1, channels, count, pixel, channel, inverse, limit, unit,
-                         moves, step);
+                         moves, step, 0);
         } else {
             encode_block(x + start, reference + start, (float *)codes + start, 0, channels, count, pixel, channel,
-                         inverse, limit, unit, moves, step);
+                         inverse, limit, unit, moves, step, active ? active + at : 0);
         }
     }
 }
@@ -219,6 +233,73 @@ void resq_encode_keyframe(const struct arguments_encode_keyframe *a) {
             }
         }
     }
+}
+
+// Active tiles. An output is cut into tiles of side x side, numbered clip by clip and row by row; a tile's window is the
+// input that its outputs read, which begins at its place times `step` less `lead` and may reach beyond the input, where
+// there are zeros. Tensors are channels last.
+
+static inline int64_t at_least(int64_t value, int64_t low) { return value > low ? value : low; }
+static inline int64_t at_most(int64_t value, int64_t high) { return value < high ? value : high; }
+
+// The tiles whose window has a pixel that `active` marks, ascending, and their number.
+void resq_find(const struct arguments_find *a) {
+    const int64_t rows = a->rows, columns = a->columns, each = a->down * a->across;
+    int64_t found = 0;
+    for (int64_t t = 0; t < a->clips * each; t++) {
+        const int64_t top = t % each / a->across * a->step_rows - a->lead_rows;
+        const int64_t left = t % a->across * a->step_columns - a->lead_columns;
+        const int64_t below = at_most(top + a->high, rows), first = at_least(left, 0);
+        const int64_t length = at_most(left + a->wide, columns) - first;
+        const void *any = 0;
+        for (int64_t y = at_least(top, 0); y < below && length > 0 && !any; y++)
+            any = memchr(a->active + (t / each * rows + y) * columns + first, 1, (size_t)length);
+        if (any) a->tiles[found++] = t;
+    }
+    *a->count = found;
+}
+
+// The windows of `count` tiles, one after the other.
+void resq_gather(const struct arguments_gather *a) {
+    const int64_t rows = a->rows, columns = a->columns, each = a->down * a->across, channels = a->channels;
+    const int64_t high = a->high, wide = a->wide, threads = a->threads;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < a->count; i++) {
+        const int64_t t = a->tiles[i], left = t % a->across * a->step_columns - a->lead_columns;
+        const int64_t first = at_least(left, 0), length = at_least(at_most(left + wide, columns) - first, 0);
+        for (int64_t y = 0; y < high; y++) {
+            const int64_t row = t % each / a->across * a->step_rows - a->lead_rows + y;
+            float *to = a->windows + (i * high + y) * wide * channels;
+            const int64_t before = row >= 0 && row < rows && length ? first - left : wide;
+            memset(to, 0, (size_t)(before * channels) * sizeof *to);
+            if (before == wide) continue;
+            memcpy(to + before * channels, a->codes + ((t / each * rows + row) * columns + first) * channels,
+                   (size_t)(length * channels) * sizeof *to);
+            memset(to + (before + length) * channels, 0, (size_t)((wide - before - length) * channels) * sizeof *to);
+        }
+    }
+}
+
+// Sums of `count` tiles, (side, side, channels) each, to their places: y = fma(total, scale, y).
+void resq_scatter(const struct arguments_scatter *a) {
+    const int64_t rows = a->rows, columns = a->columns, each = a->down * a->across, channels = a->channels;
+    const int64_t side = a->side, threads = a->threads;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < a->count; i++) {
+        const int64_t t = a->tiles[i], top = t % each / a->across * side, left = t % a->across * side;
+        for (int64_t y = 0; y < at_most(side, rows - top); y++)
+            for (int64_t x = 0; x < at_most(side, columns - left); x++) {
+                const float *restrict total = a->totals + ((i * side + y) * side + x) * channels, *scale = a->scale;
+                float *restrict out = a->y + ((t / each * rows + top + y) * columns + left + x) * channels;
+                for (int64_t c = 0; c < channels; c++) out[c] = fmaf(total[c], scale[c], out[c]);
+            }
+    }
+}
+
+// Codes of active pixels to 0.
+void resq_clear(const struct arguments_clear *a) {
+    for (int64_t p = 0; p < a->pixels; p++)
+        if (a->active[p]) memset(a->codes + p * a->channels, 0, (size_t)a->channels * sizeof *a->codes);
 }
 
 // The first channel with the highest score of every pixel, of 255 at most; from a NaN on, none is higher.

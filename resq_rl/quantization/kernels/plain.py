@@ -13,7 +13,7 @@ from torch import Tensor
 
 from resq_rl.quantization.graph.operators import Geometry, products_in
 
-__all__ = ["PLAIN", "Bound", "Kernels", "Product", "affine_codes", "quantize"]
+__all__ = ["PLAIN", "Bound", "Choice", "Kernels", "Product", "affine_codes", "quantize"]
 
 
 def quantize(
@@ -58,6 +58,7 @@ class Product:
         codes, scale: the weights as integers in float32, and the step of each output channel, which broadcasts over the
             output.
         precision: the fastest precision in which products of codes and weights are exact.
+        any_order: whether sums of products are exact in whatever order they are taken: none can reach 2^24.
         tiles: the weights in the layout that the compiled kernels multiply, or None.
     """
 
@@ -65,7 +66,25 @@ class Product:
     codes: Tensor
     scale: Tensor
     precision: Literal["bf16", "ieee"]
+    any_order: bool = False
     tiles: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The quantizer of each pixel of a residual.
+
+    Attributes:
+        steps: `ResidualTable.lookup`.
+        index: entry of `steps` for each pixel; with `tau`, `threshold_row` of it.
+        tau, sigma, kappa: thresholds, under which `choose` picks the entry for the largest magnitude over the channels.
+    """
+
+    steps: Float[Tensor, "4 k"]
+    index: Int64[Tensor, "b h w"]
+    tau: Float[Tensor, "b h w"] | None = None
+    sigma: float = 1.0
+    kappa: tuple[float, ...] = ()
 
 
 class Kernels:
@@ -89,31 +108,25 @@ class Kernels:
         self,
         x: Float[Tensor, "b *n"],
         reference: Float[Tensor, "b *n"],
-        steps: Float[Tensor, "4 k"],
-        index: Int64[Tensor, "b h w"],
+        choice: Choice,
         step: float | None = None,
-        tau: Float[Tensor, "b h w"] | None = None,
-        sigma: float = 1.0,
-        kappa: tuple[float, ...] = (),
         product: Product | None = None,
     ) -> tuple[Tensor, Float[Tensor, "b h w"]]:
         """Integer codes of the residual x - reference, and the cost of each pixel.
 
         Args:
             x, reference: inputs of an operator, of shape (b, c, h, w), or with h = w = 1 of any.
-            steps: `ResidualTable.lookup`.
-            index: entry of `steps` for each pixel; with `tau`, `threshold_row` of it.
+            choice: the quantizer of each pixel.
             step: with it the reference moves by codes * step, in place (the closed loop).
-            tau, sigma, kappa: thresholds, under which `choose` picks the entry for the largest magnitude over the
-                channels.
             product: the product that the codes are for, which decides their layout in memory.
         """
+        index = choice.index
         shape = (-1, 1, *index.shape[1:]) if x.dim() == 4 else (-1, *[1] * (x.dim() - 1))
         residual = x - reference
-        if tau is not None:
+        if choice.tau is not None:
             magnitude = residual.abs().amax(1) if x.dim() == 4 else residual.flatten(1).abs().amax(1)[:, None, None]
-            index = choose(magnitude, index, tau, sigma, kappa)
-        inverse, limit, unit, cost = (part[index] for part in steps.unbind())
+            index = choose(magnitude, index, choice.tau, choice.sigma, choice.kappa)
+        inverse, limit, unit, cost = (part[index] for part in choice.steps.unbind())
         codes = quantize(residual, inverse.reshape(shape), limit.reshape(shape), unit.reshape(shape))
         if step is not None:
             reference.addcmul_(codes, torch.tensor(step, dtype=torch.float32, device=x.device))
@@ -139,6 +152,32 @@ class Kernels:
             total = product.geometry.apply(codes, product.codes)
         scale = product.scale * step
         return total.mul_(scale) if base is None else torch.addcmul(base, total, scale, out=total)
+
+    def residual(
+        self,
+        product: Product,
+        x: Float[Tensor, "b *n"],
+        reference: Float[Tensor, "b *n"],
+        choice: Choice,
+        unit: float,
+        base: Tensor,
+        *,
+        moves: bool,
+        over: bool = False,
+    ) -> tuple[Tensor, Float[Tensor, "b h w"]]:
+        """A residual step of an operator, base + product of the codes of x - reference, and the cost of each pixel.
+
+        Args:
+            x, reference, choice: as of `encode`.
+            unit: `ResidualTable.step`.
+            base: the reference output.
+            moves: whether the reference moves by the codes, in place (the closed loop).
+            over: whether `base` is no longer needed, so that the result may take its place in memory.
+        """
+        codes, cost = self.encode(x, reference, choice, unit if moves else None, product)
+        if product.geometry.operator == "linear":
+            codes = codes.view(*base.shape[:-1], -1)
+        return self.accumulate(product, codes, unit, base, over=over), cost
 
     def highest(self, scores: Float[Tensor, "b k h w"]) -> UInt8[Tensor, "b h w"]:
         """The first channel with the highest score of every pixel; k is 255 at most."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -14,9 +14,9 @@ from torch import Tensor
 from resq_rl.errors import NetworkError, PolicyError
 from resq_rl.quantization.graph.operators import Geometry, Pair, ResidualOperator, own_types
 from resq_rl.quantization.graph.tracing import Site
-from resq_rl.quantization.kernels.plain import Bound, Kernels, Product
+from resq_rl.quantization.kernels.plain import Bound, Choice, Kernels, Product
 from resq_rl.quantization.quantizers.quantizer import AffineQuantizer
-from resq_rl.quantization.quantizers.residual import ResidualTable, threshold_row
+from resq_rl.quantization.quantizers.residual import ResidualTable, largest_code, threshold_row
 from resq_rl.quantization.quantizers.rounding import IntegerWeight
 from resq_rl.quantization.running.calibration import SiteRanges
 from resq_rl.quantization.running.state import StreamState
@@ -31,6 +31,8 @@ __all__ = ["Execution", "SitePlan", "check_order", "keyframe_output", "plan_site
 EXACT_IN_BFLOAT16 = 8
 # With fewer channels under a tap, converting to bfloat16 takes longer than its products save.
 WORTH_CONVERTING = 16
+# Integers of smaller magnitude, and so their sums, are exact in float32.
+EXACT_SUMS = 2**24
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,14 @@ def plan_site(
     width = config.weight_bits(operator.layer_kind)
     exact = max(config.key_weight_bits, config.key_activation_bits, width, *config.levels) <= EXACT_IN_BFLOAT16
     narrow = operator.channels_per_tap < WORTH_CONVERTING
+    largest = float(weights["residual"].codes.flatten(1).abs().sum(1).max()) * largest_code(config.levels)
 
     def product(part: Part, steps: Tensor | None = None) -> Product:
         weight = weights[part]
         precision: Literal["bf16", "ieee"] = "bf16" if exact and not narrow else "ieee"
         scale = weight.scale if steps is None else weight.scale * steps
-        return kernels.product(operator.geometry, weight.codes, scale, exact=exact, precision=precision)
+        made = kernels.product(operator.geometry, weight.codes, scale, exact=exact, precision=precision)
+        return replace(made, any_order=part == "residual" and largest < EXACT_SUMS)
 
     cost = float(mac_cost(config.cost, config.key_weight_bits, config.key_activation_bits, site.size))
     costs = tuple(float(mac_cost(config.cost, width, bits, site.size)) for bits in config.levels)
@@ -210,27 +214,29 @@ class Execution:
     def _residual(self, plan: SitePlan, x: Tensor, rows: Any) -> Tensor:
         state, table = self.state, plan.ranges.residual[self.state.reference]
         reference = state.inputs[self.position][rows]  # of all clips a view, of some a copy
-        step = table.step if state.reference == "previous" else None
-        codes, cost = self._encode(plan, x, reference, table, step)
+        every, moves = isinstance(rows, slice), state.reference == "previous"
+        shape = x.shape if plan.site.operator.channel_axis == 1 else (len(x), -1, 1, 1)  # a linear layer has one level
+        y, cost = self.kernels.residual(
+            plan.residual,
+            x.view(shape),
+            reference.view(shape),
+            self._choice(plan, table, x),
+            table.step,
+            state.outputs[self.position][rows],
+            moves=moves,
+            over=moves or not every,
+        )
         self._costs.append(cost)
-        if step is not None and not isinstance(rows, slice):
+        if moves and not every:
             state.inputs[self.position][rows] = reference
-        over = step is not None and isinstance(rows, slice)
-        before = state.outputs[self.position][rows]
-        return self.kernels.accumulate(plan.residual, codes, table.step, before, over=over)
+        return y
 
-    def _encode(
-        self, plan: SitePlan, x: Tensor, reference: Tensor, table: ResidualTable, step: float | None
-    ) -> tuple[Tensor, Float[Tensor, "b h w"]]:
-        """Codes of the residual, and the cost of a multiply-accumulate by pixel (h = w = 1 for a linear layer)."""
-        decision, site = self.rest_decision, plan.site
-        tau, index = self._carried_to(plan, site.map_size(x))
+    def _choice(self, plan: SitePlan, table: ResidualTable, x: Tensor) -> Choice:
+        """The quantizer of each pixel of an operator's input."""
+        decision = self.rest_decision
+        tau, index = self._carried_to(plan, plan.site.map_size(x))
         kappa = None if isinstance(decision, LevelField) else tuple(decision.kappa)
-        steps = table.lookup(kappa, plan.costs, x.device)
-        shape = x.shape if site.operator.channel_axis == 1 else (len(x), -1, 1, 1)  # a linear layer has one level
-        parts = x.view(shape), reference.view(shape), steps, index, step, tau, table.sigma, kappa or (), plan.residual
-        codes, cost = self.kernels.encode(*parts)
-        return codes if site.operator.channel_axis == 1 else codes.view(x.shape), cost
+        return Choice(table.lookup(kappa, plan.costs, x.device), index, tau, table.sigma, kappa or ())
 
     def _carried_to(self, plan: SitePlan, size: Pair) -> tuple[Tensor | None, Tensor]:
         """At a layer's resolution, its thresholds and their rows in residual tables; or None and its levels."""

@@ -1,0 +1,213 @@
+"""Convolutions of codes that multiply only the tiles of the output that read a code other than 0.
+
+The windows of the active tiles are gathered into a batch, one convolution without padding runs over it, and its sums
+are added to the reference at their places. Sums of integers below 2^24 are exact in float32 in whatever order they are
+taken, so that the numbers are those of the convolution of the whole input. Whether tiles or the whole take less time is
+measured, once for each shape.
+"""
+
+import ctypes
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+from resq_rl.quantization.graph.operators import Geometry, Pair, products_in
+from resq_rl.quantization.kernels.library import Function
+from resq_rl.quantization.kernels.plain import Product
+
+__all__ = ["Skipping", "Tiling", "rounded", "tiling_of"]
+
+# Outputs along the side of a tile, and of a tile where the output has fewer than SMALL rows or columns.
+SIDE, SMALL_SIDE, SMALL = 8, 4, 32
+FEWEST = 8  # tiles that are worth choosing from
+# Times that a duration is measured, of which the shortest counts, and how finely the break-even is sought.
+ROUNDS, BISECTIONS = 2, 3
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The output of a convolution cut into square tiles, numbered clip by clip and row by row.
+
+    Attributes:
+        geometry: of the convolution.
+        clips: in the batch.
+        input: height and width of the input.
+        output: height and width of the output.
+        side: outputs along the side of a tile; those at the right and at the bottom may reach beyond the output.
+    """
+
+    geometry: Geometry
+    clips: int
+    input: Pair
+    output: Pair
+    side: int
+
+    @property
+    def grid(self) -> Pair:
+        """Rows and columns of tiles in each clip."""
+        return -(-self.output[0] // self.side), -(-self.output[1] // self.side)
+
+    @property
+    def count(self) -> int:
+        """All tiles of all clips."""
+        return self.clips * self.grid[0] * self.grid[1]
+
+    @property
+    def window(self) -> Pair:
+        """Height and width of the input that a tile reads."""
+        geometry = self.geometry
+        high, wide = (
+            (self.side - 1) * stride + dilation * (kernel - 1) + 1
+            for stride, dilation, kernel in zip(geometry.stride, geometry.dilation, geometry.kernel, strict=True)
+        )
+        return high, wide
+
+    @property
+    def places(self) -> dict[str, int]:
+        """The arguments of the compiled functions that say where tiles lie in the output."""
+        return dict(zip(("down", "across", "rows", "columns"), (*self.grid, *self.output), strict=True))
+
+    @property
+    def windows(self) -> dict[str, int]:
+        """The arguments of the compiled functions that say where windows lie in the input."""
+        (down, right), (left, _, top, _) = self.geometry.stride, self.geometry.padding
+        names = "down", "across", "rows", "columns", "high", "wide", "step_rows", "step_columns"
+        steps = self.side * down, self.side * right
+        values = *self.grid, *self.input, *self.window, *steps
+        return dict(zip(names, values, strict=True)) | {"lead_rows": top, "lead_columns": left}
+
+
+@lru_cache(maxsize=1024)
+def tiling_of(geometry: Geometry, clips: int, size: Pair) -> Tiling | None:
+    """The tiles of a convolution's output for inputs of a size; None for other operators and few tiles."""
+    if geometry.operator != "conv2d":
+        return None
+    left, right, top, bottom = geometry.padding
+    height, width = (
+        (length + sides - dilation * (kernel - 1) - 1) // stride + 1
+        for length, sides, dilation, kernel, stride in zip(
+            size, (top + bottom, left + right), geometry.dilation, geometry.kernel, geometry.stride, strict=True
+        )
+    )
+    side = SIDE if min(height, width) >= SMALL else SMALL_SIDE
+    tiling = Tiling(geometry, clips, size, (height, width), side)
+    return tiling if tiling.count >= FEWEST * clips else None
+
+
+def rounded(count: int) -> int:
+    """A number of tiles rounded up to one of four in each octave: oneDNN compiles anew for every number it meets."""
+    step = max(1, 2 ** ((count - 1).bit_length() - 3)) if count > 1 else 1
+    return -(-count // step) * step
+
+
+class Skipping:
+    """Convolutions by active tiles, with the functions of the compiled library.
+
+    Codes lie in memory that this object keeps and that holds zeros between uses, so that codes of 0 need not be
+    written.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._find, self._gather = Function(library, "find"), Function(library, "gather")
+        self._scatter, self._clear = Function(library, "scatter"), Function(library, "clear")
+        self._kept: list[Tensor] = []  # one for each thread that steps a model
+        self._shares: dict[tuple[Any, ...], float] = {}
+
+    @contextmanager
+    def codes(self, shape: torch.Size, active: UInt8[Tensor, "b h w"]) -> Iterator[Float[Tensor, "b c h w"]]:
+        """Zeros of a shape, channels last, into which codes may be written at the pixels that `active` then marks."""
+        clips, channels, rows, columns = shape
+        kept = self._kept.pop() if self._kept else torch.zeros(0, dtype=torch.float32, device="cpu")
+        if kept.numel() < shape.numel():
+            kept = torch.zeros(shape.numel(), dtype=torch.float32, device="cpu")
+        own = kept[: shape.numel()]
+        yield own.view(clips, rows, columns, channels).permute(0, 3, 1, 2)
+        self._clear(pixels=active.numel(), channels=channels, active=active, codes=own)
+        self._kept.append(kept)  # unless an error left codes in it
+
+    def find(self, tiling: Tiling, active: UInt8[Tensor, "b h w"]) -> Int64[Tensor, " n"]:
+        """The tiles whose window has an active pixel, ascending."""
+        tiles = torch.empty(tiling.count, dtype=torch.int64, device="cpu")
+        count = torch.empty(1, dtype=torch.int64, device="cpu")
+        self._find(**tiling.windows, clips=tiling.clips, active=active, tiles=tiles, count=count)
+        return tiles[: int(count)]
+
+    def add(
+        self,
+        product: Product,
+        tiling: Tiling,
+        tiles: Int64[Tensor, " n"],
+        codes: Float[Tensor, "b c h w"],
+        unit: float,
+        y: Float[Tensor, "b o _ _"],
+    ) -> None:
+        """Add the product of codes in units of `unit` to `y` at some tiles, in place: y = fma(total, scale, y).
+
+        Args:
+            codes, y: channels last.
+        """
+        if not len(tiles):
+            return
+        some, channels = min(rounded(len(tiles)), tiling.count), codes.shape[1]
+        windows = torch.empty(some, *tiling.window, channels, dtype=torch.float32, device="cpu")
+        windows[len(tiles) :] = 0.0
+        threads = {"count": len(tiles), "threads": torch.get_num_threads(), "tiles": tiles}
+        self._gather(**tiling.windows, **threads, channels=channels, codes=codes, windows=windows)
+        with products_in(product.precision, product.geometry, "cpu"):
+            inside = replace(tiling.geometry, padding=(0, 0, 0, 0))
+            totals = inside.apply(windows.permute(0, 3, 1, 2), product.codes)
+        self._scatter(
+            **tiling.places,
+            **threads,
+            channels=y.shape[1],
+            side=tiling.side,
+            totals=totals.contiguous(memory_format=torch.channels_last),
+            scale=(product.scale * unit).flatten(),
+            y=y,
+        )
+
+    def most(self, product: Product, tiling: Tiling, channels: int, dense: Callable[[Tensor, Tensor], object]) -> int:
+        """The number of active tiles up to which tiles are faster than the whole convolution, on this machine.
+
+        It is measured when a shape is first met, and changes no number. Batches share what was measured for the next
+        power of two.
+
+        Args:
+            channels: of the input.
+            dense: adds the product of codes, the first argument, to the second.
+        """
+        measured = replace(tiling, clips=2 ** (tiling.clips - 1).bit_length())
+        weight = tuple(product.codes.shape)
+        key = measured, channels, weight, product.precision, torch.get_num_threads()
+        if key not in self._shares:
+            codes, y = (
+                torch.zeros(measured.clips, *size, c, dtype=torch.float32, device="cpu").permute(0, 3, 1, 2)
+                for size, c in ((tiling.input, channels), (tiling.output, weight[0]))
+            )
+            whole = _seconds(lambda: dense(codes, y))
+            low, high = 0.0, 1.0
+            for _ in range(BISECTIONS):
+                share = (low + high) / 2
+                tiles = torch.arange(max(1, int(share * measured.count)), device="cpu")
+                faster = _seconds(lambda some=tiles: self.add(product, measured, some, codes, 1.0, y)) < whole  # type: ignore[misc]
+                low, high = (share, high) if faster else (low, share)
+            self._shares[key] = low
+        return int(self._shares[key] * tiling.count)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """The shortest time that it takes, once it ran."""
+    run()
+    spent = []
+    for _ in range(ROUNDS):
+        started = time.thread_time()
+        run()
+        spent.append(time.thread_time() - started)
+    return min(spent)
