@@ -54,8 +54,10 @@ class QuantizationConfig(Checked):
     bops_convention: BopsConvention = "product"
     groups: Literal["auto"] | Mapping[str, str | Sequence[str]] = "auto"
 
-    def weight_bits(self, kind: LayerKind) -> int:
-        """Residual weight bits of a layer kind."""
+    def weight_bits(self, kind: LayerKind | Literal["product"]) -> int:
+        """Residual weight bits of a layer kind; for a product of activations, the bits of either factor."""
+        if kind == "product":
+            return self.key_activation_bits
         if isinstance(self.residual_weight_bits, Mapping):
             return self.residual_weight_bits.get(kind, 4)
         return self.residual_weight_bits
