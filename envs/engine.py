@@ -341,7 +341,7 @@ class NetworkEngine:
                 return  # large numbers only
             index = int(torch.nonzero(~finite)[0])
             layers = zip(self.problem.model.sites, state.references.outputs, strict=True)
-            first = next((s.operator.name for s, y in layers if not bool(torch.isfinite(y[index]).all())), None)
+            first = next((s.name for s, y in layers if not bool(torch.isfinite(y[index]).all())), None)
             where = f"from layer {first!r} on" if first is not None else "behind its layers"
             raise NetworkError(
                 f"The network's output for {inputs.names(index)}, holds NaN or infinity, {where}: look at divisions, "

@@ -75,9 +75,10 @@ def _add(digest: "hashlib._Hash", parts: Iterable[bytes]) -> None:
 def _of_network(problem: Problem, longest: int | None) -> Iterator[bytes]:
     model, task = problem.model, problem.task
     about = [FORMAT, torch.__version__, type(task).__qualname__, repr(task), problem.grid, longest, model.groups]
-    yield repr([*about, model.config, [site.operator.geometry for site in model.sites], model.ranges]).encode()
+    calls = [(site.name, site.macs) for site in model.sites], [site.operator.geometry for site in model.layers]
+    yield repr([*about, model.config, calls, model.ranges]).encode()
     yield _bytes(model.group_of_site)
-    for site in model.sites:
+    for site in model.layers:
         for residual in (False, True):
             yield from map(_bytes, model.integer_weights(site.operator, residual=residual))
         yield b"" if site.operator.bias is None else _bytes(site.operator.bias)

@@ -82,7 +82,7 @@ def test_the_quantized_network_is_that_of_the_transformed_frames() -> None:
         exact = network(by_hand(FRAMES[t : t + 1], MEAN, STD, "bgr", 255.0))
         torch.testing.assert_close(model.float_forward(FRAMES[t : t + 1]), exact, rtol=1e-3, atol=1e-3)
         assert (found - exact).norm() < 0.2 * exact.norm()
-    first = model.sites[0]
+    first = model.layers[0]
     assert first.name == "network.stem.0.conv"
     assert first.input_shape == (3, 32, 48)
 

@@ -292,6 +292,33 @@ def folded(m: Any, x: Tensor) -> Any:
     return F.fold(F.unfold(m.a(x), 3) * m.weight.repeat(1, 9, 1, 1)[0, :, 0], 8, 3)
 
 
+def spatial_attention(m: Any, x: Tensor) -> Any:
+    y = m.a(x)
+    query, key, value = (part.flatten(2) for part in (y, m.b(y), y.relu()))
+    places = (query.transpose(1, 2) @ key).softmax(-1)
+    return m.b((value @ places.transpose(1, 2)).unflatten(2, SIZE))
+
+
+def channel_attention(m: Any, x: Tensor) -> Any:
+    y = m.a(x).flatten(2)
+    energy = torch.bmm(y, y.transpose(1, 2))
+    return m.b(torch.matmul((energy.amax(-1, keepdim=True) - energy).softmax(-1), y).unflatten(2, SIZE))
+
+
+def fused_attention(m: Any, x: Tensor) -> Any:
+    query, key, value = m.c(m.a(x).flatten(2).transpose(1, 2)).unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 1, 4)
+    y = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+    return m.b(y.transpose(1, 2).unflatten(2, SIZE))
+
+
+def encoder(m: Any, x: Tensor) -> Any:
+    return m.c(m.a(x).flatten(2).transpose(1, 2))
+
+
+def attention() -> nn.Module:
+    return nn.MultiheadAttention(4, 2, batch_first=True)
+
+
 def up(stride: int = 2, padding: int = 0) -> nn.Module:
     return nn.ConvTranspose2d(4, 2, 3, stride, padding)
 
@@ -345,6 +372,15 @@ ACCEPTED: dict[str, Callable[[], nn.Module]] = {
     "standardised_input": lambda: Net(lambda m, x: m.b(m.a((x - torch.tensor([[[0.4]], [[0.5]], [[0.6]]])) / 0.2))),
     "resizing": lambda: Net(lambda m, x: F.interpolate(m.b(F.avg_pool2d(m.a(x), 2)), SIZE, mode="bilinear")),
     "constant_product": lambda: Net(lambda m, x: m.b(m.a(x)) + m.weight.flatten() @ m.weight.flatten()),
+    # Products of activations
+    "spatial_attention": lambda: Net(spatial_attention),
+    "channel_attention": lambda: Net(channel_attention),
+    "fused_attention": lambda: Net(fused_attention, c=nn.Linear(4, 12)),
+    "multihead_attention": lambda: Net(lambda m, x: m.c(*[m.a(x).flatten(2).mT] * 3), c=attention()),
+    "encoder_layer": lambda: Net(encoder, c=nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)),
+    "fixed_factor": lambda: Net(lambda m, x: m.b(m.a(x) @ m.c.weight), c=nn.Linear(8, 8)),
+    "einsum": lambda: Net(lambda m, x: torch.einsum("nchw,oc->nohw", m.a(x), m.b.weight[..., 0, 0])),
+    "program_of_attention": lambda: exported(Net(fused_attention, c=nn.Linear(4, 12))),
     # Ways of calling layers
     "output_size": lambda: Net(lambda m, x: m.c(m.a(x).relu(), output_size=(16, 15)), c=up(2, 1)),
     "output_sizes": lambda: Net(two_sizes, c=up(2, 1)),
@@ -411,7 +447,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "addcmul": (lambda: Net(lambda m, x: torch.addcmul(torch.zeros(1), m.a(x), m.weight).sum(1)), "product"),
     "fold": (lambda: Net(folded), "product"),
     "cumulated": (lambda: Net(lambda m, x: (m.a(x) * m.weight).cumsum(1)[:, -1]), "product of tensors that is summed"),
-    "einsum": (lambda: Net(lambda m, x: torch.einsum("nchw,oc->nohw", m.a(x), m.b.weight[..., 0, 0])), "bmm in"),
     "functional": (lambda: Net(lambda m, x: F.conv2d(m.a(x), m.b.weight * 2)), "convolution in the network"),
     "in_a_layer": (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), Net(lambda m, x: (x * m.weight).sum(1))), "in layer '1'"),
     # Calls, weights and devices

@@ -110,6 +110,16 @@ def integers(x: Floats | torch.Tensor) -> Ints:
     return whole
 
 
+def integer_product(a: Floats, b: Floats, bits: int) -> Floats:
+    """Matrices times matrices, every row of `a` and column of `b` quantized symmetrically on its own; int64 sums."""
+    limit = np.float32(2 ** (bits - 1) - 1)
+    tiny = np.finfo(np.float32).tiny
+    rows = np.maximum((np.abs(a).max(-1, keepdims=True) / limit).astype(np.float32), tiny)
+    columns = np.maximum((np.abs(b).max(-2, keepdims=True) / limit).astype(np.float32), tiny)
+    total = np.rint(a / rows).astype(np.int64) @ np.rint(b / columns).astype(np.int64)
+    return np.asarray(total.astype(np.float32) * (rows * columns), np.float32)
+
+
 class Oracle:
     """Replays one call site of a model on frames, clip by clip state included.
 
@@ -120,10 +130,10 @@ class Oracle:
 
     def __init__(self, model: ResQModel, site: int, setting: Setting, reference: Reference) -> None:
         self.setting, self.reference = setting, reference
-        operator, ranges = model.sites[site].operator, model.ranges[site]
+        operator, ranges = model.layers[site].operator, model.ranges[site]
         self.key, self.table = ranges.keyframe, ranges.residual[reference]
         self.level_bits = model.config.levels
-        self.group = int(model.group_of_site[site])
+        self.group = int(model.group_of_site[model.sites.index(model.layers[site])])
         codes, scale = model.integer_weights(operator, residual=False)
         self.key_codes, self.key_scale = integers(codes), scale.numpy()
         codes, scale = model.integer_weights(operator, residual=True)

@@ -28,7 +28,7 @@ def test_selfie_segmentation(shared: Path) -> None:
     began = time.perf_counter()
     model = ResQModel(network, frames[0])
     assert time.perf_counter() - began < 10  # typically half a second
-    kinds = [site.operator.layer_kind for site in model.sites]
+    kinds = [site.layer_kind for site in model.sites]
     assert len(kinds) == 55
     assert kinds.count("transposed") == 1
     assert kinds.count("depthwise") > 10

@@ -1,7 +1,8 @@
 """What counts as a multiply-accumulate, decided by following the frame through one forward pass.
 
-The ledger counts the operators: convolutions and linear layers. What runs between them costs about one operation per
-element and is not counted. The rule that separates the two, and the only place where it is written:
+The ledger counts the operators, convolutions and linear layers, and products of activations (`products`). What runs
+between them costs about one operation per element and is not counted. The rule that separates the two, and the only
+place where it is written:
 
     elementwise     a product of two tensors whose values are used one by one: gates, scales, masks, division of a
                     tensor by its own statistics, activations written out such as x * sigmoid(x), weighted sums of
@@ -10,8 +11,10 @@ element and is not counted. The rule that separates the two, and the only place 
                     factor varies along what is summed: a gate per channel moves before the mean over pixels
     resizing        interpolation by torch's own functions, grid sampling included
 
-    multiply-accumulate, refused: torch's operators for products of matrices and vectors, convolution, attention,
-                    recurrent layers, distances and transforms, where a factor depends on the frame; a sum along which
+    multiply-accumulate, counted: torch's operators for products of matrices, where a factor depends on the frame
+
+    multiply-accumulate, refused: torch's operators for convolution outside the layers, recurrent layers, distances,
+                    transforms and products of two vectors, where a factor depends on the frame; a sum along which
                     two or more factors of a product vary (a convolution as `unfold`, weights and `sum`; a dot product
                     of two feature maps; attention pooling); and a sum of three or more parts of one tensor with
                     different factors (a convolution as a loop over shifted slices)
@@ -19,7 +22,9 @@ element and is not counted. The rule that separates the two, and the only place 
 
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import count
 from typing import Any
 
@@ -31,6 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from resq_rl.errors import UnsupportedOperatorError
+from resq_rl.quantization.graph.products import FACTORS, factors_of
 
 __all__ = ["SUPPORTED", "Exposure", "Follow", "block_of", "multiplies"]
 
@@ -56,9 +62,12 @@ _SCATTERS = re.compile(r"^(col2im|index_add|index_put|_index_put_impl|scatter_ad
 _EXPOSING = ("numpy", "__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage", "share_memory_")
 # Parts of one tensor with different factors that may be added: corners of boxes and blends take two.
 _PARTS = 2
-SUPPORTED = "2-D convolution and transposed convolution with zero padding, and linear layers"
+SUPPORTED = (
+    "2-D convolution and transposed convolution with zero padding, linear layers, and products of matrices (attention)"
+)
 
 
+@cache
 def multiplies(operator: OpOverload) -> bool:
     """Whether one of torch's operators multiplies and accumulates, or is another library's, which might."""
     namespace, _, name = operator.name().split(".")[0].partition("::")
@@ -99,7 +108,12 @@ class _Value:
 
 
 class Follow(TorchDispatchMode):
-    """Follows what depends on the frame, refuses multiply-accumulates outside the operators, and notes writes.
+    """Follows what depends on the frame, refuses multiply-accumulates that nothing counts, and notes writes.
+
+    Args:
+        inputs: the frames and the network's further inputs.
+        product: called with every product of matrices: the operator, its arguments, and those of the two factors that
+            depend on the frame.
 
     Attributes:
         stack: names of the modules that are running.
@@ -107,8 +121,9 @@ class Follow(TorchDispatchMode):
         written: blocks of memory that something wrote to.
     """
 
-    def __init__(self, inputs: tuple[Tensor, ...]) -> None:
+    def __init__(self, inputs: tuple[Tensor, ...], product: Callable[[OpOverload, Any, list[Tensor]], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._product_called = product
         self.inside = False
         self.stack: list[str] = []
         self.written: set[int] = set()
@@ -138,7 +153,9 @@ class Follow(TorchDispatchMode):
 
     def _run(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         followed = [t for t in tree_leaves([args, kwargs]) if self._depends(t)]
-        if followed and multiplies(func):
+        if func in FACTORS:
+            self._product_called(func, args, [t for t in factors_of(func, args) if self._depends(t)])
+        elif followed and multiplies(func):
             self._refuse(func.name())
         out = func(*args, **kwargs)
         targets = _written(func, args, kwargs)
@@ -154,6 +171,8 @@ class Follow(TorchDispatchMode):
     def _value(self, func: OpOverload, args: Any, kwargs: Any, followed: list[Tensor], out: Tensor) -> _Value:
         name, first = _base(func), followed[0]
         fresh = self._fresh(frozenset().union(*(self._of(t).statistics for t in followed)))
+        if func in FACTORS:
+            return fresh
         if name in ("mul", "multiply", "div", "divide", "true_divide"):
             return self._product(args[0], args[1], out, fresh, divided="div" in name)
         if name in ("add", "sub", "subtract", "rsub"):
@@ -249,9 +268,9 @@ class Follow(TorchDispatchMode):
         places: dict[int, dict[Any, Any]] = defaultdict(dict)
         for part in parts:
             places[part.root].setdefault(part.place, part.factor)
-        for factors in (list(own.values()) for own in places.values()):
-            if len(factors) > _PARTS and not all(_alike(factors[0], other) for other in factors[1:]):
-                self._refuse(f"A sum of {len(factors)} parts of one tensor with different factors")
+        for own in (list(found.values()) for found in places.values()):
+            if len(own) > _PARTS and not all(_alike(own[0], other) for other in own[1:]):
+                self._refuse(f"A sum of {len(own)} parts of one tensor with different factors")
 
     def _check_pooling(self, name: str, args: Any, kwargs: Any, followed: list[Tensor]) -> None:
         """Refuse a sum along which two factors of a product vary."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from resq_rl.errors import SettingsError
-from resq_rl.quantization.graph.tracing import Site
+from resq_rl.quantization.graph.tracing import AnySite, Site
 
 __all__ = ["layer_groups"]
 
@@ -16,9 +16,22 @@ MOST_GROUPS = 8
 
 
 def layer_groups(
+    sites: list[AnySite], setting: Literal["auto"] | Mapping[str, str | Sequence[str]]
+) -> tuple[tuple[str, ...], Tensor]:
+    """Names of the layer groups, and the group index of each site: a product of activations joins the layer before it.
+
+    Raises:
+        SettingsError: the patterns of the setting do not match every layer exactly once.
+    """
+    layers = [site for site in sites if isinstance(site, Site)]
+    names, index = _groups_of_layers(layers, setting)
+    before = torch.tensor([isinstance(site, Site) for site in sites]).cumsum(0) - 1
+    return names, index[before.clamp_min(0)]
+
+
+def _groups_of_layers(
     sites: list[Site], setting: Literal["auto"] | Mapping[str, str | Sequence[str]]
 ) -> tuple[tuple[str, ...], Tensor]:
-    """Names of the layer groups, and the group index of each site."""
     if isinstance(setting, Mapping):
         return _given_groups(sites, setting)
     tops = _top_children([s.operator.name.split(".") for s in sites])

@@ -2,20 +2,23 @@
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch._ops import OpOverload
 
 from resq_rl.errors import NetworkError, ResqError
 from resq_rl.quantization.graph.dependence import Exposure, Follow, block_of
 from resq_rl.quantization.graph.operators import ResidualOperator, Switch
 from resq_rl.quantization.graph.outputs import tensors_of
+from resq_rl.quantization.graph.products import ProductSite, decomposed, factors_of, product_macs
+from resq_rl.quantization.specification.config import LayerKind
 from resq_rl.quantization.specification.costs import LayerSize
 from resq_rl.quantization.specification.ledger import coverage_total
 
-__all__ = ["Site", "trace"]
+__all__ = ["AnySite", "Site", "Traced", "trace"]
 
 
 @dataclass
@@ -40,6 +43,11 @@ class Site:
     def name(self) -> str:
         """Name of the operator's layer."""
         return self.operator.name
+
+    @property
+    def layer_kind(self) -> LayerKind:
+        """Kind of the operator."""
+        return self.operator.layer_kind
 
     @property
     def size(self) -> LayerSize:
@@ -84,40 +92,37 @@ class Site:
         return coverage_total(self.coverage((size[0], size[1]))) * self.macs_per_pixel
 
 
-def trace(network: nn.Module, switch: Switch, inputs: tuple[Tensor, ...]) -> list[Site]:
-    """Run a batch of clips once in float and list the operator calls in order.
+AnySite = Site | ProductSite
+
+
+class Traced(NamedTuple):
+    """What one pass through a network calls.
+
+    Attributes:
+        sites: the calls of operators and of products of activations, in order.
+        constant: which of all products of matrices, by number in order, do not depend on the frame.
+    """
+
+    sites: list[AnySite]
+    constant: frozenset[int]
+
+
+def trace(network: nn.Module, switch: Switch, inputs: tuple[Tensor, ...]) -> Traced:
+    """Run a batch of clips once in float and list the calls in order.
 
     Raises:
-        UnsupportedOperatorError: multiply-accumulates outside the operators, named by layer.
+        UnsupportedOperatorError: multiply-accumulates that nothing counts, named by layer.
         NetworkError: the network does not accept the inputs, or the clip dimension does not lead somewhere.
     """
-    sites: list[Site] = []
-    outputs: list[tuple[Tensor, Tensor]] = []
-    clips = len(inputs[0])
     inputs = tuple(part.clone() for part in inputs)
-    follow = Follow(inputs)
-
-    def record(operator: ResidualOperator, x: Tensor) -> Tensor:
-        if len(x) != clips or x.dim() < 2 or (operator.channel_axis == 1 and x.dim() != 4):
-            raise NetworkError(
-                f"Layer {operator.name!r} is called on a tensor of shape {tuple(x.shape)} for a batch of {clips} "
-                "clips; the clip dimension must lead in every layer."
-            )
-        follow.inside = True
-        y = operator.float_output(x)
-        outputs.append((y, y.clone()))
-        follow.inside = False
-        follow.begin(y)
-        sites.append(Site(operator, tuple(x.shape[1:]), tuple(y.shape[1:]), y.dtype))
-        return y
-
-    switch.execute = record
+    calls = _Calls(inputs)
+    switch.execute = calls.operator
     try:
-        with torch.no_grad(), ExitStack() as stack:
+        with torch.no_grad(), decomposed(), ExitStack() as stack:
             for name, module in network.named_modules():
-                _name(stack, follow, name, module)
-            stack.enter_context(Exposure(follow))
-            stack.enter_context(follow)
+                _name(stack, calls.follow, name, module)
+            stack.enter_context(Exposure(calls.follow))
+            stack.enter_context(calls.follow)
             returned = network(*inputs)
     except ResqError:
         raise
@@ -129,13 +134,64 @@ def trace(network: nn.Module, switch: Switch, inputs: tuple[Tensor, ...]) -> lis
         ) from error
     finally:
         switch.execute = ResidualOperator.float_output
-    if not sites:
+    if not calls.outputs:
         raise NetworkError(f"{type(network).__name__} calls none of its layers in its forward.")
-    touched = follow.written | {block_of(t) for t in tensors_of(returned)}
-    for site, (y, before) in zip(sites, outputs, strict=True):
+    touched = calls.follow.written | {block_of(t) for t in tensors_of(returned)}
+    for site, y, before in calls.outputs:
         changed = not torch.equal(y.nan_to_num(), before.nan_to_num())  # by code that no mode of torch sees
         site.overwritten = changed or block_of(y) in touched
-    return sites
+    return Traced(calls.sites, frozenset(calls.constant))
+
+
+class _Calls:
+    """Collects the calls of one pass in float.
+
+    Attributes:
+        outputs: the sites of operators, each with its output and a copy of it.
+        constant: as of `Traced`.
+    """
+
+    def __init__(self, inputs: tuple[Tensor, ...]) -> None:
+        self.clips = len(inputs[0])
+        self.follow = Follow(inputs, self.product)
+        self.sites: list[AnySite] = []
+        self.outputs: list[tuple[Site, Tensor, Tensor]] = []
+        self.constant: list[int] = []
+        self._modules: list[str] = []  # of all products that depend on the frame
+
+    def operator(self, operator: ResidualOperator, x: Tensor) -> Tensor:
+        """Run an operator in float and add its site."""
+        if len(x) != self.clips or x.dim() < 2 or (operator.channel_axis == 1 and x.dim() != 4):
+            raise NetworkError(
+                f"Layer {operator.name!r} is called on a tensor of shape {tuple(x.shape)} for a batch of {self.clips} "
+                "clips; the clip dimension must lead in every layer."
+            )
+        self.follow.inside = True
+        y = operator.float_output(x)
+        site = Site(operator, tuple(x.shape[1:]), tuple(y.shape[1:]), y.dtype)
+        self.sites.append(site)
+        self.outputs.append((site, y, y.clone()))
+        self.follow.inside = False
+        self.follow.begin(y)
+        return y
+
+    def product(self, func: OpOverload, args: Any, own: list[Tensor]) -> None:
+        """Add the site of a product of matrices, of which the factors in `own` depend on the frame."""
+        if not own:
+            self.constant.append(len(self.constant) + len(self._modules))
+            return
+        module = self.follow.stack[-1] if self.follow.stack else ""
+        self._modules.append(module)
+        name = f"{module}.product{self._modules.count(module)}".lstrip(".")
+        macs, contracted = product_macs(func, args), factors_of(func, args)[0].shape[-1]
+        if macs % self.clips or any(t.numel() % self.clips for t in own):
+            raise NetworkError(
+                f"Product {name!r} ({func.name()}) for a batch of {self.clips} clips multiplies tensors of shapes "
+                f"{' and '.join(str(tuple(t.shape)) for t in factors_of(func, args))}: "
+                "it mixes clips. Compute everything clip by clip."
+            )
+        entering, made = sum(t.numel() for t in own) // self.clips, macs // self.clips // max(1, contracted)
+        self.sites.append(ProductSite(name, macs // self.clips, entering, made, contracted))
 
 
 def _name(stack: ExitStack, follow: Follow, name: str, module: nn.Module) -> None:

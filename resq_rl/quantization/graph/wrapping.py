@@ -2,10 +2,12 @@
 
 A module's convolutions, transposed convolutions and linear layers stay where they are and call an operator, after
 BatchNorm has been folded into them; in the graph of an exported program the same operators are replaced node by node.
-Whatever else multiplies and accumulates cannot be expressed as a residual and is refused by name (`dependence`).
+Products of matrices stay as they are (`products`); whatever else multiplies and accumulates is refused by name
+(`dependence`).
 """
 
 import copy
+import re
 import warnings
 from typing import Any
 
@@ -165,6 +167,12 @@ _OPERATORS: dict[Any, str] = {
     _ATEN.addmm.default: "addmm",
     _ATEN.mm.default: "mm",
 }
+_TRANSPOSES = (_ATEN.t.default, _ATEN.permute.default, _ATEN.transpose.int)
+# Operators that torch breaks down to products of matrices.
+_PRODUCTS = re.compile(
+    r"^aten::(mm|bmm|mv|addmm|addmv|addbmm|baddbmm|matmul|linear|tensordot|linalg_multi_dot|chain_matmul"
+    r"|scaled_dot_product_attention)$"
+)
 _ARGUMENTS = {
     "conv2d": ("stride", "padding", "dilation", "groups"),
     "conv_transpose2d": ("stride", "padding", "output_padding", "groups", "dilation"),
@@ -188,6 +196,8 @@ def _replace_nodes(prefix: str, network: fx.GraphModule, switch: Switch) -> int:
         if node.op != "call_function" or node.target not in _OPERATORS:
             _check_node(prefix + node.name, node.target)
             continue
+        if not _is_layer(network, node):
+            continue
         operator = _from_node(prefix + node.name, network, node, switch)
         name = f"resq_{node.name}"
         network.add_submodule(name, operator)
@@ -204,22 +214,43 @@ def _replace_nodes(prefix: str, network: fx.GraphModule, switch: Switch) -> int:
 
 
 def _check_node(name: str, target: Any) -> None:
-    """Refuse control flow, and multiply-accumulates that are no operator of this package."""
-    if isinstance(target, HigherOrderOperator) or (isinstance(target, OpOverload) and multiplies(target)):
+    """Refuse control flow, and multiply-accumulates that nothing counts."""
+    known = isinstance(target, OpOverload) and (_PRODUCTS.match(target.name().split(".")[0]) or not multiplies(target))
+    if isinstance(target, HigherOrderOperator) or (isinstance(target, OpOverload) and not known):
         raise UnsupportedOperatorError(
             f"Node {name!r} ({target}) cannot be quantized as a residual. Supported: {SUPPORTED}."
         )
 
 
+def _is_layer(network: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node of `_OPERATORS` has constant weights; products of matrices need none.
+
+    Decomposed programs write a linear layer as bias + x @ weight.t(), without factors.
+    """
+    kind = _OPERATORS[node.target]
+    if kind == "linear":
+        return all(_source(a) is not None for a in node.args[1:]) and not node.kwargs
+    if kind == "mm":
+        return _source(node.args[1]) is not None
+    if kind == "addmm":
+        shift = _source(node.args[0])
+        plain = shift is not None and _constant(network, node, shift).dim() == 1 and not node.kwargs
+        return plain and _source(node.args[2]) is not None
+    return True
+
+
+def _source(argument: Any) -> fx.Node | None:
+    """The node of the constant that an argument is, or is the transpose of; None where it is computed."""
+    if isinstance(argument, fx.Node) and argument.target in _TRANSPOSES:
+        argument = argument.args[0]
+    return argument if isinstance(argument, fx.Node) and argument.op == "get_attr" else None
+
+
 def _from_node(name: str, network: fx.GraphModule, node: fx.Node, switch: Switch) -> ResidualOperator:
     kind = _OPERATORS[node.target]
-    if kind in ("addmm", "mm"):  # bias + x @ weight.t() and x @ weight.t(), as decomposed programs write a linear layer
+    if kind in ("addmm", "mm"):
         weight = _transposed_constant(network, node, node.args[2 if kind == "addmm" else 1])
         shift = _constant(network, node, node.args[0]) if kind == "addmm" else None
-        if (shift is not None and shift.dim() != 1) or any(v != 1 for v in node.kwargs.values()):
-            raise UnsupportedOperatorError(
-                f"Node {name!r} is an addmm with factors or a matrix to add, no linear layer. Supported: {SUPPORTED}."
-            )
         return ResidualOperator(name, Geometry("linear"), weight, shift, switch)
     arguments: list[Any] = [*node.args, *([None] * (3 - len(node.args)))]
     bias_node = node.kwargs.get("bias", arguments[2])
@@ -252,8 +283,7 @@ def _constant(network: fx.GraphModule, node: fx.Node, source: Any) -> Tensor:
 
 
 def _transposed_constant(network: fx.GraphModule, node: fx.Node, source: Any) -> Tensor:
-    transposes = (_ATEN.t.default, _ATEN.permute.default, _ATEN.transpose.int)
-    if isinstance(source, fx.Node) and source.target in transposes:
+    if isinstance(source, fx.Node) and source.target in _TRANSPOSES:
         return _constant(network, node, source.args[0])
     return _constant(network, node, source).t()
 

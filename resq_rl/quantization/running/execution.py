@@ -10,22 +10,25 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
+from torch._ops import OpOverload
 
 from resq_rl.errors import NetworkError, PolicyError
 from resq_rl.quantization.graph.operators import Geometry, Pair, ResidualOperator, own_types
-from resq_rl.quantization.graph.tracing import Site
+from resq_rl.quantization.graph.products import ProductSite, product_macs
+from resq_rl.quantization.graph.tracing import AnySite, Site
 from resq_rl.quantization.kernels.plain import Bound, Choice, Kernels, Product
 from resq_rl.quantization.quantizers.quantizer import AffineQuantizer
 from resq_rl.quantization.quantizers.residual import ResidualTable, largest_code, threshold_row
 from resq_rl.quantization.quantizers.rounding import IntegerWeight
 from resq_rl.quantization.running.calibration import SiteRanges
+from resq_rl.quantization.running.products import quantized_product
 from resq_rl.quantization.running.state import StreamState
 from resq_rl.quantization.specification.config import Part, QuantizationConfig
 from resq_rl.quantization.specification.costs import CostTable, mac_cost
 from resq_rl.quantization.specification.fields import Field, LevelField, carry, cells_of
 from resq_rl.quantization.specification.ledger import FrameCost
 
-__all__ = ["Execution", "SitePlan", "check_order", "keyframe_output", "plan_site"]
+__all__ = ["Execution", "ProductPlan", "SitePlan", "check_order", "keyframe_output", "plan_site"]
 
 # Codes of so many bits have no more significant bits than bfloat16.
 EXACT_IN_BFLOAT16 = 8
@@ -59,6 +62,20 @@ class SitePlan:
     bias: Tensor | None
     keyframe_cost: float
     costs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ProductPlan:
+    """The same of a product of activations.
+
+    Attributes:
+        group: index of its layer group, which decides nothing about it.
+        cost: BOPs of one frame.
+    """
+
+    site: ProductSite
+    group: int
+    cost: float
 
 
 def plan_site(
@@ -110,58 +127,88 @@ def keyframe_output(plan: SitePlan, kernels: Kernels, x: Tensor) -> tuple[Tensor
     return kernels.accumulate(plan.keyframe, codes, plan.step, plan.bias), values
 
 
-def check_order(sites: list[Site], position: int, operator: ResidualOperator) -> None:
+def check_order(sites: Sequence[AnySite], position: int, operator: ResidualOperator) -> None:
     """Raise NetworkError unless the operator is the one that a pass calls at this position."""
-    if position >= len(sites) or sites[position].operator is not operator:
-        raise NetworkError(
-            f"The network called layer {operator.name!r} out of the order seen when it was wrapped. Control flow "
-            "that depends on the data is not supported: export the network, or wrap the part without it."
-        )
+    site = sites[position] if position < len(sites) else None
+    if not isinstance(site, Site) or site.operator is not operator:
+        raise _out_of_order(f"layer {operator.name!r}")
+
+
+def _out_of_order(what: str) -> NetworkError:
+    return NetworkError(
+        f"The network called {what} out of the order seen when it was wrapped. Control flow that depends on the data "
+        "is not supported: export the network, or wrap the part without it."
+    )
 
 
 class Execution:
     """Runs every operator of one pass, as a keyframe where `refresh`, else as a residual under `decision`.
+
+    Products of activations run at key precision in either case.
 
     Args:
         plans: the plans of all sites, in order of execution.
         config: the configuration of the model.
         kernels: the kernels that run the arithmetic.
         state: the state of the clips; changed in place.
+        constant: as of `Traced`.
     """
 
     def __init__(
         self,
-        plans: Sequence[SitePlan],
+        plans: Sequence[SitePlan | ProductPlan],
         config: QuantizationConfig,
         kernels: Kernels,
         state: StreamState,
         refresh: Bool[Tensor, " b"],
         decision: Field,
+        constant: frozenset[int] = frozenset(),
     ) -> None:
-        self.plans, self.config, self.kernels = plans, config, kernels
+        self.plans, self.config, self.kernels, self.constant = plans, config, kernels, constant
         self.state, self.refresh, self.decision = state, refresh, decision
         self.sites = [plan.site for plan in plans]
-        self.device = plans[0].keyframe.codes.device
+        self.device = next(plan.keyframe.codes.device for plan in plans if isinstance(plan, SitePlan))
         self.key = torch.nonzero(refresh)[:, 0].to(self.device)
         self.rest = torch.nonzero(~refresh)[:, 0].to(self.device)
         self.rest_decision = decision.rows(self.rest) if len(self.key) and len(self.rest) else decision
-        self.position = 0
+        self.position = 0  # among all sites
+        self.products = 0  # products of matrices so far
         rows = (decision.levels if isinstance(decision, LevelField) else decision.thresholds).shape[1]
         self._by_layer = rows > 1 + max(plan.group for plan in plans)
-        self._costs: list[Tensor] = []
+        self._costs: dict[int, Tensor] = {}  # of residuals, by position
         self._carried: dict[tuple[int, Pair], tuple[Tensor | None, Tensor]] = {}  # by group or layer, and size
         self._rows: Tensor | None = None  # of thresholds in the residual tables
 
     def __call__(self, operator: ResidualOperator, x: Tensor) -> Tensor:
         """Compute the operator's quantized output and record its cost."""
         check_order(self.sites, self.position, operator)
-        plan = self.plans[self.position]
-        with own_types():
+        plan = self._layer(self.position)
+        with own_types(), torch._C._DisableTorchDispatch():  # else `ProductCalls` would see the operator's own products
             y = self._run(plan, self._entering(plan.site, x))
         self.position += 1
         if y.dtype != plan.site.dtype:
             return y.to(plan.site.dtype)
         return y.clone() if plan.site.overwritten else y
+
+    def product(self, func: OpOverload, args: Any, kwargs: Any) -> Tensor:
+        """Compute a product of matrices, at key precision if it depends on the frame."""
+        self.products += 1
+        if self.products - 1 in self.constant:
+            constant: Tensor = func(*args, **kwargs)
+            return constant
+        site = self.sites[self.position] if self.position < len(self.sites) else None
+        if not isinstance(site, ProductSite) or site.macs * len(self.refresh) != product_macs(func, args):
+            raise _out_of_order(f"a product of matrices ({func.name()})")
+        if len(self.state.inputs) == self.position:  # it keeps no reference: what stands for one is empty
+            self._append(torch.empty(len(self.refresh), 0, device=self.device))
+        self.position += 1
+        return quantized_product(func, args, kwargs, self.config.key_activation_bits, site.contracted)
+
+    def _append(self, reference: Tensor) -> None:
+        """Begin the references of the site at this position."""
+        self.state.inputs.append(reference)
+        self.state.outputs.append(reference.new_empty(len(reference), 0))
+        self.state.versions.append(0)
 
     def _entering(self, site: Site, x: Tensor) -> Tensor:
         """An operator's input as float32, which everything behind this line computes in.
@@ -181,9 +228,7 @@ class Execution:
     def _run(self, plan: SitePlan, x: Tensor) -> Tensor:
         state = self.state
         if len(state.inputs) == self.position:
-            state.inputs.append(torch.empty_like(x))
-            state.outputs.append(x.new_empty(0))
-            state.versions.append(0)
+            self._append(torch.empty_like(x))
         elif len(self.rest):
             if state.inputs[self.position].shape != x.shape or state.inputs[self.position].dtype != x.dtype:
                 raise PolicyError(
@@ -226,7 +271,7 @@ class Execution:
             moves=moves,
             over=moves or not every,
         )
-        self._costs.append(cost)
+        self._costs[self.position] = cost
         if moves and not every:
             state.inputs[self.position][rows] = reference
         return y
@@ -271,14 +316,16 @@ class Execution:
             )
         for position, plan in enumerate(self.plans):
             self._check_untouched(plan.site, position)
-        inputs, outputs = sum(s.input_elements for s in self.sites), sum(s.output_elements for s in self.sites)
-        elementwise = torch.where(self.refresh, float(inputs), float(3 * inputs + outputs)).double()
+        layers = [site for site in self.sites if isinstance(site, Site)]
+        inputs, outputs = sum(s.input_elements for s in layers), sum(s.output_elements for s in layers)
+        factors = sum(s.input_elements for s in self.sites) - inputs  # quantized in every frame
+        elementwise = torch.where(self.refresh, float(inputs), float(3 * inputs + outputs)).double() + factors
         return FrameCost(self._bops(), self.refresh.clone(), elementwise)
 
-    def _check_untouched(self, site: Site, position: int) -> None:
+    def _check_untouched(self, site: AnySite, position: int) -> None:
         if self.state.outputs[position]._version != self.state.versions[position]:
             raise NetworkError(
-                f"The output of layer {site.operator.name!r} was overwritten in place by a path not seen when the "
+                f"The output of layer {site.name!r} was overwritten in place by a path not seen when the "
                 "network was wrapped. Use out-of-place operations there."
             )
 
@@ -288,8 +335,11 @@ class Execution:
         bops = torch.zeros(len(self.refresh), len(self.plans), *grid, dtype=torch.float64)
         if len(self.key):
             bops[self.key.cpu()] = _keyframe_bops(self.plans, grid)
+        for position, plan in enumerate(self.plans):
+            if isinstance(plan, ProductPlan):
+                bops[:, position] = plan.cost / (grid[0] * grid[1])
         places: dict[tuple[Pair, torch.dtype], list[int]] = {}  # sites that are summed together
-        for position, cost_map in enumerate(self._costs):
+        for position, cost_map in self._costs.items():
             pooling = self._pooling(position)
             places.setdefault(((cost_map.shape[1], cost_map.shape[2]), pooling.rows.dtype), []).append(position)
         for members in places.values():
@@ -300,14 +350,19 @@ class Execution:
             exact = poolings[0].rows.dtype
             spent = costs.to(exact) * torch.stack([pooling.coverage for pooling in poolings]).to(exact)
             by_region = (poolings[0].rows @ (spent @ poolings[0].columns)).double()
-            macs = torch.tensor([float(self.plans[p].site.macs_per_pixel) for p in members], dtype=torch.float64)
+            macs = torch.tensor([float(self._layer(p).site.macs_per_pixel) for p in members], dtype=torch.float64)
             bops[self.rest.cpu()[:, None], torch.tensor(members)] = by_region * macs[:, None, None]
         if isinstance(table, CostTable):
             bops += (table.operator + table.frame / len(self.plans)) / (grid[0] * grid[1])
         return bops
 
+    def _layer(self, position: int) -> SitePlan:
+        plan = self.plans[position]
+        assert isinstance(plan, SitePlan)
+        return plan
+
     def _pooling(self, position: int) -> "_Pooling":
-        plan, cost = self.plans[position], self._costs[position]
+        plan, cost = self._layer(position), self._costs[position]
         size = (cost.shape[1], cost.shape[2])
         return _pooling(plan.site.operator.geometry, size, self.decision.grid, _highest(plan.costs))
 
@@ -346,10 +401,13 @@ def _pooling(geometry: Geometry, size: Pair, grid: Pair, highest: float) -> _Poo
     return _Pooling(coverage, rows.to(exact), columns.to(exact))
 
 
-def _keyframe_bops(plans: Sequence[SitePlan], grid: Pair) -> Float64[Tensor, "s gh gw"]:
-    """BOPs of a keyframe, of which every multiply-accumulate of a site costs the same."""
+def _keyframe_bops(plans: Sequence["SitePlan | ProductPlan"], grid: Pair) -> Float64[Tensor, "s gh gw"]:
+    """BOPs of a keyframe, of which each multiply-accumulate of a site costs the same; 0 for products."""
     found = []
     for plan in plans:
+        if isinstance(plan, ProductPlan):
+            found.append(torch.zeros(grid, dtype=torch.float64))
+            continue
         site = plan.site
         size = (site.input_shape[1], site.input_shape[2]) if site.operator.channel_axis == 1 else (1, 1)
         found.append(_even_bops(site.operator.geometry, size, grid, plan.keyframe_cost) * site.macs_per_pixel)

@@ -1,6 +1,7 @@
 """A frozen network under residual quantization, stepped frame by frame over a batch of clips."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,15 +14,17 @@ from resq_rl.errors import CalibrationError, NetworkError, SettingsError
 from resq_rl.quantization.graph.behaviour import Behaviour, kept_random_state, probe_clips
 from resq_rl.quantization.graph.groups import layer_groups
 from resq_rl.quantization.graph.operators import ResidualOperator, Switch, laid_out, own_types, undisturbed
-from resq_rl.quantization.graph.tracing import Site, trace
+from resq_rl.quantization.graph.products import ProductCalls, decomposed
+from resq_rl.quantization.graph.tracing import AnySite, Site, trace
 from resq_rl.quantization.graph.wrapping import copy_of, fold_batch_norm, insert_operators
 from resq_rl.quantization.kernels.compiled import native
 from resq_rl.quantization.kernels.plain import PLAIN, Kernels
+from resq_rl.quantization.quantizers.quantizer import symmetric_limit
 from resq_rl.quantization.quantizers.residual import largest_code
 from resq_rl.quantization.quantizers.rounding import FINE, IntegerWeight, integer_weight
 from resq_rl.quantization.running.calibration import SiteRanges, SiteRecorder
 from resq_rl.quantization.running.checks import check_clips, check_decision, check_inputs
-from resq_rl.quantization.running.execution import Execution, SitePlan, check_order, plan_site
+from resq_rl.quantization.running.execution import Execution, ProductPlan, SitePlan, check_order, plan_site
 from resq_rl.quantization.running.keyframes import KeyframeFit, chosen_frames
 from resq_rl.quantization.running.state import StreamState
 from resq_rl.quantization.running.unrolled import UnrolledExecution
@@ -41,7 +44,8 @@ class ResQModel:
         residual   r^ = Q_level(x - x^_ref) y = y_ref + W_res * r^
         previous   x^_ref <- x^_ref + r^    y_ref <- y                  (closed loop only)
 
-    holds for every operator call ("site"); everything else in the network runs on the sums. Codes and weights are
+    holds for every operator call ("site"). Products of activations are sites too, which run at key precision in every
+    frame (`running.products`); everything else in the network runs on the sums. Codes and weights are
     integers held in float32, so that accumulations are exact (`exact_sites` tells where the bound of 2^24 guarantees
     it). Scaling rounds once: y = fma(total, scale, bias) at a keyframe and fma(total, scale, y_ref) at a residual.
 
@@ -75,7 +79,9 @@ class ResQModel:
         self.network = copy_of(network, self.device)
         self.unfolded = fold_batch_norm(self.network)
         insert_operators(self.network, self._switch)
-        self.sites: list[Site] = trace(self.network, self._switch, tuple(part[:2] for part in clips))
+        traced = trace(self.network, self._switch, tuple(part[:2] for part in clips))
+        self.sites: list[AnySite] = traced.sites
+        self._constant_products = traced.constant
         original.check()
         self.layout = original.layout_of(self.network)
         self.groups, self.group_of_site = layer_groups(self.sites, self.config.groups)
@@ -92,9 +98,14 @@ class ResQModel:
         return self
 
     @property
+    def layers(self) -> list[Site]:
+        """The sites of operators, which have weights, ranges and levels; `sites` has products of activations too."""
+        return [site for site in self.sites if isinstance(site, Site)]
+
+    @property
     def operators(self) -> list[ResidualOperator]:
         """The distinct operators, in order of execution."""
-        return list({id(s.operator): s.operator for s in self.sites}.values())
+        return list({id(s.operator): s.operator for s in self.layers}.values())
 
     # Weights ---------------------------------------------------------------------------------------------------------
 
@@ -116,18 +127,22 @@ class ResQModel:
         """Make the plan of every site, once it is calibrated."""
         self._plans = self._plans_of(self.ranges)
 
-    def _plans_of(self, ranges: Sequence[SiteRanges]) -> list[SitePlan]:
-        return [
-            plan_site(
-                site,
-                own,
-                int(group),
-                {p: w[site.operator] for p, w in self._weights.items()},
-                self.config,
-                self.kernels,
-            )
-            for site, own, group in zip(self.sites, ranges, self.group_of_site, strict=False)
-        ]
+    def _plans_of(self, ranges: Sequence[SiteRanges]) -> list[SitePlan | ProductPlan]:
+        plans: list[SitePlan | ProductPlan] = []
+        if not ranges:
+            return plans
+        own, bits = iter(ranges), self.config.key_activation_bits
+        for site, group in zip(self.sites, self.group_of_site.tolist(), strict=True):
+            if isinstance(site, Site):
+                weights = {part: w[site.operator] for part, w in self._weights.items()}
+                plans.append(plan_site(site, next(own), group, weights, self.config, self.kernels))
+            else:
+                symmetric_limit(bits)  # refuses what the factors cannot have
+                plans.append(ProductPlan(site, group, site.macs * mac_cost(self.config.cost, bits, bits, site.size)))
+        return plans
+
+    def _layer_plans(self, ranges: Sequence[SiteRanges]) -> list[SitePlan]:
+        return [plan for plan in self._plans_of(ranges) if isinstance(plan, SitePlan)]
 
     def _rounded(self, operator: ResidualOperator, part: Part, bits: int) -> IntegerWeight:
         if bits == self.config.key_weight_bits:
@@ -150,13 +165,15 @@ class ResQModel:
     def exact_sites(self) -> list[bool]:
         """Where no accumulation can reach 2^24, so float32 equals int32 arithmetic whatever the input.
 
-        Only on a CPU: the libraries of other devices may multiply by algorithms that round.
+        Products of activations are exact, because float64 takes over where their sums are longer. Only on a
+        CPU: the libraries of other devices may multiply by algorithms that round.
         """
         if self.device.type != "cpu":
             return [False] * len(self.sites)
         key, residual = 2**self.config.key_activation_bits - 1, largest_code(self.config.levels)
         return [
-            max(
+            not isinstance(s, Site)
+            or max(
                 self._row_sum(s.operator, "keyframe") * key,
                 self._row_sum(s.operator, "residual") * residual,
             )
@@ -188,7 +205,7 @@ class ResQModel:
             raise SettingsError(f"Calibration needs an interval and frames of 2 or more, got {interval} and {frames}.")
         check_clips(clips, self.input_shapes)
         generator = torch.Generator().manual_seed(seed)
-        recorders = [SiteRecorder(site, self._weighed) for site in self.sites]
+        recorders = [SiteRecorder(site, self._weighed) for site in self.layers]
         for clip in clips:
             for t, inputs in enumerate(float_frames(clip, frames, self.device)):
                 self._record(inputs, recorders, t % interval, generator)
@@ -200,8 +217,8 @@ class ResQModel:
         ]
         self._moments, self._quantized = _moments(recorders), {}
         self._round_weights()
-        chosen = chosen_frames(clips, frames, self.sites, self.device)
-        fit = KeyframeFit(self.sites, self._plans_of, self._run, self.kernels, *chosen)
+        chosen = chosen_frames(clips, frames, self.layers, self.device)
+        fit = KeyframeFit(self.layers, self._layer_plans, self._run, self.kernels, *chosen)
         search = self.config.range_estimator == "least_squares"
         self.ranges = fit.best(self.ranges, self.config.key_activation_bits, search=search, seed=seed)
         self._plan()
@@ -217,11 +234,11 @@ class ResQModel:
     def _record(
         self, inputs: tuple[Tensor, ...], recorders: list[SiteRecorder], age: int, generator: torch.Generator
     ) -> None:
-        position = 0
+        position, layers = 0, self.layers
 
         def record(operator: ResidualOperator, value: Tensor) -> Tensor:
             nonlocal position
-            check_order(self.sites, position, operator)
+            check_order(layers, position, operator)
             recorders[position].record(value, age, generator)
             position += 1
             return operator.float_output(value)
@@ -232,8 +249,12 @@ class ResQModel:
 
     def _run(self, inputs: tuple[Tensor, ...], execute: Any) -> Any:
         before, self._switch.execute = self._switch.execute, execute
+        given = (part.to(dtype) for part, dtype in zip(inputs, self._input_types, strict=True))
         try:
-            return self.network(*(part.to(dtype) for part, dtype in zip(inputs, self._input_types, strict=True)))
+            if len(self.layers) == len(self.sites) and not self._constant_products:
+                return self.network(*given)
+            with decomposed(), ProductCalls(execute.product) if isinstance(execute, Execution) else nullcontext():
+                return self.network(*given)
         finally:
             self._switch.execute = before
 
@@ -320,7 +341,7 @@ class ResQModel:
         check_inputs(given, self.input_shapes)
         shape = len(given[0]), len(self.groups), len(self.sites)
         check_decision(decision, refresh, state, *shape, levels=len(self.config.levels))
-        execution = make(self._plans, self.config, self.kernels, state, refresh, decision)
+        execution = make(self._plans, self.config, self.kernels, state, refresh, decision, self._constant_products)
         output = self._run(laid_out(given, self.layout), execution)
         cost = execution.finish()
         state.age = torch.where(refresh, 0, state.age + 1)
@@ -352,7 +373,7 @@ class ResQModel:
         Unlike `state_bytes`, which a device needs, all is float32 here.
         """
         own = [site.input_elements + site.output_elements for site in self.sites]
-        return 4 * (sum(own) + 4 * max(own))
+        return 4 * (sum(s.input_elements + s.output_elements for s in self.layers) + 4 * max(own))
 
     def state_bytes(self, reference: Reference) -> int:
         """Bytes of reference state per clip on a device.
@@ -361,7 +382,7 @@ class ResQModel:
         loop, where they accumulate; output references are int32 accumulators.
         """
         width = 1 if reference == "keyframe" and self.config.key_activation_bits <= 8 else 2
-        return sum(width * s.input_elements + 4 * s.output_elements for s in self.sites)
+        return sum(width * s.input_elements + 4 * s.output_elements for s in self.layers)
 
 
 def _moments(recorders: Sequence[SiteRecorder]) -> dict[tuple[ResidualOperator, Part], Tensor]:

@@ -53,7 +53,7 @@ def save_model(model: ResQModel, folder: Path) -> None:
                 "residual": {k: asdict(t) for k, t in r.residual.items()},
                 "correction": r.correction,
             }
-            for site, r in zip(model.sites, model.ranges, strict=True)
+            for site, r in zip(model.layers, model.ranges, strict=True)
         ],
         "sums": _sums(model),
     }
@@ -146,7 +146,7 @@ def _sums(model: ResQModel) -> dict[str, list[float]]:
 def _check_same(folder: Path, model: ResQModel, about: dict[str, Any]) -> None:
     """Raise NetworkError unless the wrapped network is the one that was saved."""
     names = [site["layer"] for site in about["sites"]]
-    own = [site.name for site in model.sites]
+    own = [site.name for site in model.layers]
     sums, expected = _sums(model), about["sums"]
     differ = sorted(sums.keys() ^ expected.keys())
     differ += [

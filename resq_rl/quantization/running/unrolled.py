@@ -62,7 +62,7 @@ class UnrolledExecution(Execution):
         gates = self._gates(plan, table, (shape[-2], shape[-1]) if operator.channel_axis == 1 else (1, 1))
         codes, cost = _Gated.apply((x - reference).reshape(shape), gates.tau, gates)  # type: ignore[no-untyped-call]
         codes = codes.reshape(x.shape)
-        self._costs.append(cost)
+        self._costs[position] = cost
         if state.reference == "previous":
             moved = torch.addcmul(reference, codes, codes.new_tensor(table.step))
             state.inputs[position] = (

@@ -40,8 +40,8 @@ def choose_residual_weight_bits(
     """
     check_clips([tuple(part[:frames] for part in as_tuple(clip)) for clip in clips], model.input_shapes)
     macs: dict[LayerKind, int] = {}
-    for site in model.sites:
-        kind = site.operator.layer_kind
+    for site in model.layers:
+        kind = site.layer_kind
         macs[kind] = macs.get(kind, 0) + site.macs
     chosen: dict[LayerKind, int] = dict.fromkeys(macs, FINEST)
     wanted = [_outputs(model, clip, frames) for clip in clips]

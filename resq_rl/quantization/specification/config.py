@@ -59,8 +59,10 @@ class QuantizationConfig(Checked):
         """`bops_convention` as it was read: a table in place of its name, path or fields."""
         return cast(Convention | CostTable, self.bops_convention)
 
-    def weight_bits(self, kind: LayerKind) -> int:
-        """Residual weight bits of a layer kind."""
+    def weight_bits(self, kind: LayerKind | Literal["product"]) -> int:
+        """Residual weight bits of a layer kind; for a product of activations, the bits of either factor."""
+        if kind == "product":
+            return self.key_activation_bits
         if isinstance(self.residual_weight_bits, Mapping):
             return self.residual_weight_bits.get(kind, 4)
         return self.residual_weight_bits

@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from omegaconf import OmegaConf
+import yaml
 from pydantic import BeforeValidator, Field
 
 from resq_rl.checked import Checked, Count, convert_dataclass
@@ -36,12 +36,12 @@ class LayerSize:
     """What the cost of a layer's multiply-accumulates may depend on.
 
     Attributes:
-        kind: kind of layer.
+        kind: kind of layer, or a product of activations.
         macs: multiply-accumulates of a frame; padding is not counted.
         inputs, weights: elements of one clip's input, and of the weights.
     """
 
-    kind: LayerKind
+    kind: LayerKind | Literal["product"]
     macs: int
     inputs: int
     weights: int
@@ -54,8 +54,9 @@ class CostTable(Checked):
     Attributes:
         name: name in files and on figures.
         source: where the numbers are from.
-        macs: cost of a multiply-accumulate, by kind of layer ("any" for those not named), weight bits and activation
-            bits. A width between two listed ones costs as the next wider one; one beyond the widest is refused.
+        macs: cost of a multiply-accumulate, by kind of layer ("any" for those not named; "product" of activations),
+            weight bits and activation bits. A width between two listed ones costs as the next wider one; one beyond the
+            widest is refused.
         weight_traffic, activation_traffic: cost of moving a weight or an input element of 8 bits, other widths in
             proportion. The layer takes as long as the slowest of multiplying, moving inputs and moving weights, which
             is shared evenly among its multiply-accumulates. Both are paid where codes are multiplied only.
@@ -66,7 +67,7 @@ class CostTable(Checked):
 
     name: str
     source: str
-    macs: Mapping[LayerKind | Literal["any"], ByBits]
+    macs: Mapping[LayerKind | Literal["any", "product"], ByBits]
     weight_traffic: NotBelowZero = 0.0
     activation_traffic: NotBelowZero = 0.0
     tile: tuple[Count, Count] = (1, 1)
@@ -118,8 +119,8 @@ def _read(value: Any) -> Any:
         raise ValueError("no such cost")
     path = _TABLES / f"{value}.yaml" if value in SHIPPED else Path(value)
     try:
-        values = OmegaConf.to_container(OmegaConf.create(path.read_text("utf-8")))
-    except Exception as error:  # of the file system, OmegaConf and its YAML parser
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"Cannot read the cost table {value}: {' '.join(str(error).split())}.") from error
     if not isinstance(values, Mapping):
         raise SettingsError(f"Cannot read the cost table {value}: it must hold a mapping with name, source and macs.")
