@@ -105,6 +105,7 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
         settings.task.build(),
         trade_off=running.trade_off,
         interval=running.interval,
+        static=running.static,
         framing=_framing(folder, running),
     )
     stream = VideoStream(settings.source, stride=runner.framing.stride)

@@ -48,7 +48,7 @@ def study() -> Study:
 
 def pair_of(study: Study, heuristic: Policy, learned: Policy) -> Pair:
     measured = [(policy, study.measure(policy, "test")) for policy in (heuristic, learned)]
-    return trace_pair(study, "dynamic_resq", measured[0], measured[1])
+    return trace_pair(study, ("dynamic_resq", "ppo"), measured[0], measured[1])
 
 
 @pytest.fixture(scope="module")
