@@ -31,7 +31,7 @@ UNCHECKED = "resq_rl policy 2"  # without a checksum
 class LearnedPolicy:
     """A multi-layer perceptron with tanh between its layers, that gives the place of every decision among its choices.
 
-    Without layers it is the static thresholds of its scheme's base, from which training begins (`beginning`).
+    Without layers it is the static thresholds of its scheme's base, where its network's factors begin (`beginning`).
 
     The nearest choice is taken: thresholds and levels are ordered, and so is keyframe (1) or not (0). With `bits` below
     32 it runs as it is charged: weights symmetric per output row, observations (in [0, 1]) and hidden values (in

@@ -70,7 +70,7 @@ def write_report(
         "costs": cost_rows(comparison, verdict.anchor),
         "pair": None if pair is None else _pair(study, pair),
         "film": None if pair is None else film(study, pair),
-        "curves": inline_svg(plot_curves(curves), "Reward, error and BOPs in training") if curves else "",
+        "curves": inline_svg(plot_curves(curves), "Figures of training") if curves else "",
         "command": RunRecord(run_dir).command_line("compare"),
         "config": config.read_text(encoding="utf-8") if config.is_file() else "",
         "versions": versions(study.settings),

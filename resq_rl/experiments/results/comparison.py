@@ -50,7 +50,7 @@ SHORT = {
     "interval": "keyframe every {}",
     "keyframes": "{} keyframes",
     "scene_change": "scene change {}",
-    "static": "the policy is its beginning",
+    "static": "the policy is its beginning, without a network",
     "reference": "{} reference",
     "seed": "seed {}",
 }
@@ -271,7 +271,7 @@ def print_policies(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
         table.add_column(heading, justify="right")
     for row in sorted(rows, key=lambda r: (r.get("seed", 0), -r["bops"])):
         numbers = (form.format(row[name]) if name in row else "" for name, (_, form) in columns.items())
-        keyframes = short_settings({"interval": row.get("interval")}) or "learned keyframes"
+        keyframes = short_settings({n: row.get(n) for n in ("interval", "static")}) or "learned keyframes"
         table.add_row(f"{row['trade_off']:.3g}", keyframes, *numbers)
     Console().print(table)
 
