@@ -28,8 +28,8 @@ class Method:
     Attributes:
         key: name in `comparison.json`.
         title: name in tables and figures.
-        colour: hexadecimal RGB. The colours are Okabe and Ito's palette, a grey, and Paul Tol's wine and indigo, which
-            the colour-blind can tell apart.
+        colour: hexadecimal RGB. The colours are Okabe and Ito's palette, a grey, and Paul Tol's wine, indigo and teal,
+            which the colour-blind can tell apart.
         marker: Matplotlib's code of the marker.
         candidates: the policies that are tried on the validation clips, for a method that is tuned so.
         refinements: by name, for each of the best candidates, what is tried next.
@@ -123,7 +123,7 @@ METHODS: Final = (
     Method("random_search", "random search", "#882255", "<"),
     Method("gradient_thresholds", "gradient thresholds", "#332288", ">"),
     Method("ppo", "PPO", "#D55E00", "*", against=_BASELINES),
-    Method("gradient_policy", "gradient policy", "#D55E00", "*", against=_BASELINES),
+    Method("gradient_policy", "gradient policy", "#44AA99", "d", against=_BASELINES),
     Method("oracle", "oracle", "#CC79A7", "P", against=("searched_thresholds",)),
 )
 # The key of learned policies by their trainer; a comparison has one of them.

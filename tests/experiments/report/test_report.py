@@ -142,6 +142,19 @@ def test_without_the_first_anchor_the_next_one_with_a_number_speaks(comparison: 
     assert verdict_of(replace(comparison, bd_bops={})).anchor == ""
 
 
+def test_policies_learned_by_gradients_are_named_and_their_beginnings_counted(comparison: Comparison) -> None:
+    points = comparison.fronts["ppo"]
+    static = replace(points[0], settings={**points[0].settings, "static": True})
+    fronts = {**comparison.fronts, "ppo": [], "gradient_policy": [static, *points]}
+    entry = BdEntry(-60.0, (-70.0, -50.0), (0.6, 0.7))
+    deltas = {"gradient_policy_vs_static_resq": entry, "oracle_vs_searched_thresholds": entry}
+    verdict = verdict_of(replace(comparison, fronts=fronts, bd_bops=deltas))
+    assert verdict.sentence.startswith("At equal accuracy, the gradient policy needs 60.0% fewer bit-operations")
+    assert (verdict.method, verdict.anchor) == ("gradient_policy", "static_resq")
+    assert f"At 1 of {1 + len(points)} points the policy is its beginning" in verdict.scope
+    assert "its beginning" not in verdict_of(replace(comparison, bd_bops={"ppo_vs_static_resq": entry})).scope
+
+
 def test_the_choice_is_the_cheapest_point_within_the_loss(comparison: Comparison) -> None:
     for row in choices_of(comparison, "dynamic_resq"):
         for method, found in (("dynamic_resq", row.heuristic), ("ppo", row.learned)):
