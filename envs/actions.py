@@ -5,7 +5,7 @@ keyframe.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Final, Literal, get_args
@@ -20,13 +20,15 @@ from resq_rl.envs.observation import FRAME_FEATURES, Observation, region_feature
 from resq_rl.errors import PolicyError, SettingsError
 from resq_rl.quantization import DEFAULT_KAPPA, Field, LevelField, ThresholdField
 
-__all__ = ["ACTIONS", "DEFAULT_THRESHOLDS", "Action", "ActionKind", "ActionScheme", "Agents"]
+__all__ = ["ACTIONS", "DEFAULT_THRESHOLDS", "FACTORS", "Action", "ActionKind", "ActionScheme", "Agents", "knot_weights"]
 
 ActionKind = Literal["frame_bits", "frame_level", "keyframe", "region_bits", "region_thresholds"]
 Agents = Literal["frame", "region"]
 
 # From "quantize nearly everything finely" to "skip"; neighbours differ by a factor of about 1.5.
 DEFAULT_THRESHOLDS = (0.1, 0.2, 0.3, 0.45, 0.7, 1.0, 1.4, 1.9, 2.8, 4.0, 8.0, 100.0)
+# What a base is multiplied by: half octaves, from a 16th to 16.
+FACTORS = tuple(2.0 ** (i / 2) for i in range(-8, 9))
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,10 @@ class ActionScheme:
         groups, grid, levels: layer groups, regions (rows, columns) and number of levels of the model.
         by_group: whether a region's choice is made for each layer group on its own.
         thresholds, kappa: values behind threshold indices, and the multipliers of the rule.
+        base: a threshold of every layer for each of some values of lambda, spread evenly by ratio over its range;
+            between two, logarithms are interpolated. `thresholds` then are factors of it, 1 among them. With none,
+            `thresholds` stand for themselves.
+        layers: with `base`, the layer group of every layer.
         ignored: features that agents see as 0, by their names of `resq_rl.envs.observation` or patterns such as
             "spent_*": to learn what each is worth.
     """
@@ -80,6 +86,8 @@ class ActionScheme:
     thresholds: tuple[float, ...] = DEFAULT_THRESHOLDS
     kappa: tuple[float, ...] = DEFAULT_KAPPA
     ignored: tuple[str, ...] = ()
+    base: tuple[tuple[float, ...], ...] = ()
+    layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in ACTIONS or self.agents not in get_args(Agents):
@@ -97,6 +105,31 @@ class ActionScheme:
                 raise SettingsError(
                     f"No observed feature is named {pattern!r}, to be ignored. There are {list(known)}."
                 )
+        if self.base:
+            self._check_base()
+
+    def _check_base(self) -> None:
+        fit = all(len(row) == len(self.layers) and min(row) > 0 for row in self.base)
+        if not (fit and set(self.layers) == set(range(self.groups))):
+            raise SettingsError(
+                f"A base needs a positive threshold for every layer, and the layers make up the {self.groups} layer "
+                f"groups; got rows of {[len(row) for row in self.base]} for layers of groups {list(self.layers)}."
+            )
+        if not self.by_threshold or 1.0 not in self.thresholds:
+            raise SettingsError(
+                f"Factors of a base are chosen by {self.kind!r} from {list(self.thresholds)}: only actions that choose "
+                "thresholds have a base, and 1 must be among them, which leaves it as it is."
+            )
+
+    def on(self, base: Sequence[Sequence[float]], layers: Sequence[int]) -> "ActionScheme":
+        """The scheme whose agents choose among FACTORS of a base, in place of thresholds."""
+        rows = tuple(tuple(map(float, row)) for row in base)
+        return replace(self, thresholds=FACTORS, base=rows, layers=tuple(layers))
+
+    @property
+    def neutral(self) -> int:
+        """The choice that leaves the base as it is."""
+        return self.thresholds.index(1.0)
 
     @property
     def action(self) -> Action:
@@ -182,6 +215,7 @@ class ActionScheme:
         actions: Int[np.ndarray, "agents k"],
         due: Bool[Tensor, " b"] | None = None,
         field: Field | None = None,
+        place: Float[Tensor, " b"] | None = None,
     ) -> Decision:
         """`decision` for actions from outside, which are checked.
 
@@ -190,10 +224,14 @@ class ActionScheme:
         """
         chosen = torch.as_tensor(np.asarray(actions))
         self._check(chosen)
-        return self.decision(chosen, due, field)
+        return self.decision(chosen, due, field, place)
 
     def decision(
-        self, chosen: Int[Tensor, "agents k"], due: Bool[Tensor, " b"] | None = None, field: Field | None = None
+        self,
+        chosen: Int[Tensor, "agents k"],
+        due: Bool[Tensor, " b"] | None = None,
+        field: Field | None = None,
+        place: Float[Tensor, " b"] | None = None,
     ) -> Decision:
         """The decision that the agents' actions make together.
 
@@ -201,9 +239,10 @@ class ActionScheme:
             chosen: one row of indices per agent, in the order of `observe`.
             due: for region agents, which clips are due a keyframe.
             field: for "keyframe", how the other frames run.
+            place: with a base, lambda's place in its range (`Observation.trade_off`).
 
         Raises:
-            PolicyError: "keyframe" is given no field.
+            PolicyError: "keyframe" is given no field, or a base no place.
         """
         clips = len(chosen) // self.agents_per_clip
         if self.agents == "frame":
@@ -217,8 +256,17 @@ class ActionScheme:
         table = chosen.reshape(clips, *self._places, self._choices_per_place).permute(0, 3, 1, 2)
         table = table.expand(-1, self.groups, -1, -1).long()
         if self.by_threshold:
-            return Decision(refresh, ThresholdField(torch.tensor(self.thresholds)[table], self.kappa))
+            thresholds = torch.tensor(self.thresholds)[table]
+            if self.base:
+                thresholds = thresholds[:, list(self.layers)] * self._base_at(place)[:, :, None, None]
+            return Decision(refresh, ThresholdField(thresholds, self.kappa))
         return Decision(refresh, LevelField(table))
+
+    def _base_at(self, place: Float[Tensor, " b"] | None) -> Float[Tensor, "b s"]:
+        """The thresholds of the layers at places of lambda."""
+        if place is None:
+            raise PolicyError("The thresholds of a base depend on lambda: give its place in its range.")
+        return (knot_weights(place, len(self.base)) @ torch.tensor(self.base).log()).exp()
 
     def _check(self, actions: Tensor) -> None:
         nvec = torch.tensor(self.nvec)
@@ -245,6 +293,11 @@ class ActionScheme:
         places = self._places[0] * self._places[1] // self.agents_per_clip
         values = per_group[: self._choices_per_place] * places + ([0] if self.agents == "frame" else [])
         return np.array(values, dtype=np.int64)
+
+
+def knot_weights(place: Float[Tensor, " b"], knots: int) -> Float[Tensor, "b k"]:
+    """The weights of evenly spread knots in a linear interpolation at places from 0 (the first) to 1 (the last)."""
+    return (1 - (place[:, None] * (knots - 1) - torch.arange(knots)).abs()).clamp_min(0)
 
 
 def _plain_name(name: str) -> str:

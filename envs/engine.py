@@ -269,38 +269,55 @@ class NetworkEngine:
         Raises:
             PolicyError: the decision does not fit. NetworkError: an output is not finite.
         """
-        problem, task = self.problem, self.problem.task
+        problem = self.problem
         given, field = self._network_inputs(inputs, state.previous), _on_grid(decision.field, problem.grid)
         raw, cost = problem.model.step(given, state.references, decision.refresh, field)
-        output = task.output(raw, problem.model.frame_size)
+        output = problem.task.output(raw, problem.model.frame_size)
         self._check_finite(output, inputs, state)
         prediction = self._predicted(output, inputs, state)
-        maps = task.features(output, prediction)
+        share = self._keep(output, prediction, cost, inputs, state)
+        return FrameResult(
+            prediction, self._error(prediction, inputs), cost, share, cost.total / problem.reference_bops
+        )
+
+    @torch.no_grad()
+    def _keep(
+        self,
+        output: Float[Tensor, "b *o"],
+        prediction: Num[Tensor, "b *p"],
+        cost: FrameCost,
+        inputs: FrameInputs,
+        state: NetworkState,
+    ) -> Float[Tensor, "b gh gw"]:
+        """Keep what the next observation shows of a frame, and return `FrameResult.share`."""
+        problem = self.problem
+        maps = problem.task.features(output, prediction)
         state.output = torch.stack([pool_mean(values.cpu(), problem.grid) for values in maps], -1)
         state.frame = inputs.pixels
         state.key_frame[cost.keyframe] = inputs.pixels[cost.keyframe]
         share, state.spent = self.spending(cost)
-        return FrameResult(
-            prediction, self._error(prediction, inputs), cost, share, cost.total / problem.reference_bops
-        )
+        return share
 
     def unrolled(
         self, inputs: FrameInputs, state: NetworkState, decision: Decision, sharpness: float
     ) -> tuple[Float[Tensor, "b *o"], Num[Tensor, "b *p"], FrameCost]:
         """The task's output for a frame of each clip, its prediction, and the cost, with gradients to thresholds.
 
-        It runs as `step` does (`ResQModel.unrolled_step`), and keeps no values for observations. No gradient leads
-        through the predictions that a recurrent task is fed.
+        It runs as `step` does (`ResQModel.unrolled_step`); values for observations are kept where the decision is by
+        region. No gradient leads through them, nor through the predictions that a recurrent task is fed.
 
         Raises:
             PolicyError: the decision does not fit. NetworkError: an output is not finite.
         """
-        problem, field = self.problem, decision.field
-        given = self._network_inputs(inputs, state.previous)
+        problem = self.problem
+        given, field = self._network_inputs(inputs, state.previous), decision.field
         raw, cost = problem.model.unrolled_step(given, state.references, decision.refresh, field, sharpness=sharpness)
         output = problem.task.output(raw, problem.model.frame_size)
         self._check_finite(output.detach(), inputs, state)
-        return output, self._predicted(output.detach(), inputs, state), cost
+        prediction = self._predicted(output.detach(), inputs, state)
+        if field.grid == problem.grid:
+            self._keep(output.detach(), prediction, cost, inputs, state)
+        return output, prediction, cost
 
     def float_output(self, clips: Int64[Tensor, " b"], times: Int64[Tensor, " b"]) -> Float[Tensor, "b *o"]:
         """The float network's output for frames of the problem's clips, on its own predictions if it is fed any."""

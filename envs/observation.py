@@ -74,6 +74,11 @@ class Observation:
     regions: Float[Tensor, "b gh gw f"]
     frame: Float[Tensor, "b k"]
 
+    @property
+    def trade_off(self) -> Float[Tensor, " b"]:
+        """Lambda's place in its range, on a log scale."""
+        return self.frame[:, FRAME_FEATURES.index("trade_off")]
+
     def per_region(self) -> Float[Tensor, "b gh gw n"]:
         """Region features followed by the frame's, for agents that see one region."""
         frame = self.frame[:, None, None].expand(*self.regions.shape[:3], -1)

@@ -13,53 +13,25 @@ gradient. This is for learning only: what is learned is measured as every policy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from resq_rl.checked import Checked, Count, Positive
-from resq_rl.envs import Decision, NetworkEngine, Problem
-from resq_rl.envs.problem import gather
+from resq_rl.envs import Conditions, Problem
+from resq_rl.envs.actions import knot_weights
 from resq_rl.errors import SettingsError
-from resq_rl.policies.fixed import GroupThresholds, periodic_at
-from resq_rl.quantization import DEFAULT_KAPPA, Reference, ThresholdField
+from resq_rl.policies.fixed import GroupThresholds
+from resq_rl.policies.unrolled_clips import GradientSettings, UnrolledClips
+from resq_rl.quantization import DEFAULT_KAPPA, Reference
 
-__all__ = ["GradientSettings", "LearnedThresholds", "learn_thresholds"]
+__all__ = ["GradientSettings", "LearnedThresholds", "descend", "first_thresholds", "learn_thresholds"]
 
-BACKWARD_FRAMES = 3  # a frame of backpropagation counts as so many
 CONSTANTS = (0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.4, 2.0, 2.8)  # tried first, for the range of lambda and to begin from
 FIRST_WINDOWS = 2  # that they run
 FREE, LOST = 0.01, 0.15  # what the finest constant of the range may lose in agreement, and the coarsest must
-
-
-@dataclass(frozen=True)
-class GradientSettings(Checked):
-    """How thresholds are learned.
-
-    Attributes:
-        frames: environment frames to spend, of which one that is backpropagated counts three times; rounded up to
-            whole windows.
-        window: frames through which gradients reach.
-        clips: clips that step together, each at its own lambda.
-        learning_rate: of Adam on the logarithms of thresholds; falls linearly to a tenth.
-        sharpness: slope of a level's gate over the logarithm of the magnitude, in the backward pass.
-        knots: values of lambda at which thresholds are learned; between two, logarithms are interpolated.
-
-    Raises:
-        SettingsError: a value is out of range.
-    """
-
-    _group: ClassVar[str] = "gradient "
-
-    frames: Count = 15_000
-    window: Count = 6
-    clips: Count = 6
-    learning_rate: Positive = 0.05
-    sharpness: Positive = 3.0
-    knots: Count = 3
 
 
 @dataclass(frozen=True)
@@ -116,77 +88,22 @@ def learn_thresholds(
     """
     settings = settings or GradientSettings()
     first = GroupThresholds(reference, interval, taus=(1.0,) * len(problem.model.sites), kappa=kappa)
-    clips = _Clips(problem, first, settings, seed, progress)
-    constants = _constants(clips)
-    low, high = trade_offs or _trade_offs(constants)
-    knots = np.geomspace(low, high, settings.knots) if high > low else np.array([low])
-    best = [min(constants, key=lambda c: c.divergence + t * c.bops).tau for t in knots.tolist()]
-    log_taus = torch.tensor(best).log()[:, None].repeat(1, len(first.taus)).requires_grad_()
-    _descend(clips, knots, log_taus)
+    clips = UnrolledClips(problem, first, settings, seed, progress)
+    knots, log_taus = first_thresholds(clips, trade_offs)
+    descend(clips, knots, log_taus)
     learned = tuple(_with_taus(first, row) for row in log_taus.detach().exp().double().numpy())
     return LearnedThresholds(tuple(map(float, knots)), learned, clips.frames)
 
 
-class _Clips:
-    """Training clips that step together, from their first frames on.
-
-    Attributes:
-        frames: environment frames spent.
-        left: frames of the clips that were not run yet; 0 before any begin.
-        counts: `Task.counts` of agreement with the float network, of each frame since the clips began.
-    """
-
-    def __init__(
-        self,
-        problem: Problem,
-        policy: GroupThresholds,
-        settings: GradientSettings,
-        seed: int,
-        progress: Callable[[int], None] | None = None,
-    ) -> None:
-        self.lengths = np.array([len(clip) for clip in problem.clips])
-        self.usable = np.flatnonzero(self.lengths > 1)
-        if not len(self.usable):
-            raise SettingsError("Thresholds are learned on residual frames: give training clips of 2 frames or more.")
-        self.problem, self.engine, self.policy, self.settings = problem, NetworkEngine(problem), policy, settings
-        self.generator, self._progress = np.random.default_rng(seed), progress
-        self.count = min(settings.clips, len(self.usable))
-        self.frames, self.left = 0, 0
-
-    def draw(self) -> np.ndarray:
-        """Clips to begin with; no two are the same."""
-        return self.generator.choice(self.usable, self.count, replace=False)
-
-    def start(self, drawn: np.ndarray) -> None:
-        """Begin clips: their first frames run as keyframes."""
-        self.clip, self.time = torch.from_numpy(drawn), 0
-        self.left = int(self.lengths[drawn].min())
-        self.state = self.engine.new_state(self.count, self.policy.reference)
-        self.counts: list[Tensor] = []
-        self._step(torch.zeros(self.count, len(self.policy.taus)))
-
-    def window(self, log_taus: Float[Tensor, "b s"]) -> Float[Tensor, "2 b"]:
-        """Divergence and share of W8A8 BOPs of each clip, averaged over the next frames."""
-        self.state.references.detach()
-        frames = min(self.settings.window, self.left)
-        return torch.stack([self._step(log_taus) for _ in range(frames)]).mean(0)
-
-    def _step(self, log_taus: Float[Tensor, "b s"]) -> Float[Tensor, "2 b"]:
-        times = torch.full((self.count,), self.time)
-        age = self.state.age
-        field = ThresholdField(log_taus.exp()[:, :, None, None], self.policy.kappa)
-        decision = Decision((age < 0) | periodic_at(age, self.policy.interval), field)
-        inputs, sharpness = self.engine.inputs(self.clip, times), self.settings.sharpness
-        output, prediction, cost = self.engine.unrolled(inputs, self.state, decision, sharpness)
-        teacher = self.problem.task.target(gather(self.problem.teacher, self.clip, times))
-        self.counts.append(self.problem.task.counts(prediction, teacher).sum(0))
-        divergence = self.problem.task.divergence(output, self.engine.float_output(self.clip, times))
-        self.time, self.left = self.time + 1, self.left - 1
-        spent = self.count * (BACKWARD_FRAMES if log_taus.requires_grad else 1)
-        self.frames += spent
-        if self._progress is not None:
-            self._progress(spent)
-        return torch.stack([divergence, (cost.total / self.problem.reference_bops).float()])
+def first_thresholds(
+    clips: UnrolledClips, trade_offs: tuple[float, float] | None = None
+) -> tuple[np.ndarray, Float[Tensor, "k s"]]:
+    """Values of lambda, and for each the logarithm of the constant threshold that is best on a few clips."""
+    constants = _constants(clips)
+    low, high = trade_offs or _trade_offs(constants)
+    knots = np.geomspace(low, high, clips.settings.knots) if high > low else np.array([low])
+    best = [min(constants, key=lambda c: c.divergence + t * c.bops).tau for t in knots.tolist()]
+    return knots, torch.tensor(best).log()[:, None].repeat(1, len(clips.policy.taus)).requires_grad_()
 
 
 class _Constant(NamedTuple):
@@ -198,7 +115,7 @@ class _Constant(NamedTuple):
     agreement: float
 
 
-def _constants(clips: _Clips) -> list[_Constant]:
+def _constants(clips: UnrolledClips) -> list[_Constant]:
     """Constant thresholds on the same frames, from many BOPs to few."""
     drawn, found = clips.draw(), []
     for tau in CONSTANTS:
@@ -239,27 +156,48 @@ def _slopes(constants: Sequence[_Constant]) -> list[float]:
     return [(b.divergence - a.divergence) / (a.bops - b.bops) for a, b in pairs]
 
 
-def _descend(clips: _Clips, knots: np.ndarray, log_taus: Float[Tensor, "k s"]) -> None:
-    """Step the logarithms of the thresholds down their gradient, window by window."""
-    settings, begun = clips.settings, clips.frames
-    optimizer = torch.optim.Adam([log_taus], lr=settings.learning_rate)
+def descend(
+    clips: UnrolledClips,
+    knots: np.ndarray,
+    log_taus: Float[Tensor, "k s"],
+    on_pass: Callable[[float, float], None] | None = None,
+) -> None:
+    """Step the logarithms of thresholds, and the clips' offsets if any, down their gradient, window by window.
+
+    Args:
+        clips: the training clips.
+        knots: values of lambda.
+        log_taus: the thresholds at each of them; changed in place.
+        on_pass: called with the mean divergence and share of W8A8 BOPs after each pass over the drawn clips.
+    """
+    settings, begun, places = clips.settings, clips.frames, np.log(knots)
+    groups: list[dict[str, Any]] = [{"params": [log_taus], "lr": settings.learning_rate}]
+    if clips.offsets is not None:
+        groups.append({"params": list(clips.offsets.parameters()), "lr": settings.network_rate})
+    optimizer = torch.optim.Adam(groups)
+    rates = [group["lr"] for group in groups]
     while clips.frames < settings.frames:
-        clips.start(clips.draw())
-        weights = _weights(clips, len(knots))
-        trade_offs = (weights @ torch.from_numpy(knots).float().log()).exp()
+        drawn, weights = clips.draw(), _weights(clips, len(knots))
+        trade_offs = (weights @ torch.from_numpy(places).float()).exp()
+        conditions = Conditions(trade_offs, (float(knots[0]), float(knots[-1])), torch.ones(clips.count))
+        clips.start(drawn, conditions)
+        figures = []
         while clips.left and clips.frames < settings.frames:
             done = (clips.frames - begun) / (settings.frames - begun)
             divergence, bops = clips.window(weights @ log_taus)
             loss = (divergence / trade_offs + bops).mean()  # scaled so that every lambda moves thresholds alike
+            figures.append([float(divergence.detach().mean()), float(bops.detach().mean())])
             if loss.requires_grad:  # not where all frames of the window are keyframes
-                optimizer.param_groups[0]["lr"] = settings.learning_rate * (1 - 0.9 * done)
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * (1 - 0.9 * done)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+        if on_pass is not None:
+            on_pass(*np.mean(figures, 0).tolist())
 
 
-def _weights(clips: _Clips, knots: int) -> Float[Tensor, "b k"]:
+def _weights(clips: UnrolledClips, knots: int) -> Float[Tensor, "b k"]:
     """A lambda for each clip, spread over the range, as the weights of the knots between which it lies."""
     place = (clips.generator.permutation(clips.count) + clips.generator.uniform(size=clips.count)) / clips.count
-    distance = np.abs(place[:, None] * (knots - 1) - np.arange(knots))
-    return torch.from_numpy(np.maximum(1 - distance, 0)).float()
+    return knot_weights(torch.from_numpy(place).float(), knots)

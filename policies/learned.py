@@ -31,6 +31,8 @@ UNCHECKED = "resq_rl policy 2"  # without a checksum
 class LearnedPolicy:
     """A multi-layer perceptron with tanh between its layers, that gives the place of every decision among its choices.
 
+    Without layers it is the static thresholds of its scheme's base, where its network's factors begin (`beginning`).
+
     The nearest choice is taken: thresholds and levels are ordered, and so is keyframe (1) or not (0). With `bits` below
     32 it runs as it is charged: weights symmetric per output row, observations (in [0, 1]) and hidden values (in
     [-1, 1]) uniform, all at `bits` bits.
@@ -71,6 +73,8 @@ class LearnedPolicy:
                 "A policy needs a positive lambda and range of lambda and an interval of 0 or more, got "
                 f"{self.trade_off}, {self.trade_off_range} and {self.interval}."
             )
+        if self.static:
+            return
         inputs, outputs = self.weights[0].shape[1], self.weights[-1].shape[0]
         if inputs != self.scheme.observation_size or outputs != len(self.scheme.nvec):
             raise PolicyError(
@@ -79,6 +83,24 @@ class LearnedPolicy:
             )
         if self.keyframes is not None:
             self._check_keyframes(self.keyframes)
+
+    @property
+    def static(self) -> bool:
+        """Whether it has no network, and so decides the same everywhere."""
+        return not self.weights
+
+    def beginning(self) -> "LearnedPolicy":
+        """The static thresholds of its base, without a network that would cost anything.
+
+        Raises:
+            PolicyError: its scheme has no base.
+        """
+        if not self.scheme.base:
+            raise PolicyError(
+                "The policy chooses thresholds or levels, not factors of a base, so it has no static beginning to run: "
+                "leave out running.static, or train with training.trainer=gradient or training.warm_start=gradient."
+            )
+        return replace(self, weights=(), biases=(), keyframes=None)
 
     def _check_keyframes(self, keyframes: "LearnedPolicy") -> None:
         if (self.scheme.agents, keyframes.scheme.kind) != ("region", "keyframe"):
@@ -100,7 +122,8 @@ class LearnedPolicy:
 
     def _check_layers(self) -> None:
         shapes = [tuple(w.shape) for w in self.weights]
-        fit = len(shapes) > 0 and [tuple(b.shape) for b in self.biases] == [shape[:1] for shape in shapes]
+        enough = len(shapes) > 0 or bool(self.scheme.base)
+        fit = enough and [tuple(b.shape) for b in self.biases] == [shape[:1] for shape in shapes]
         if not fit or any(len(s) != 2 for s in shapes) or any(a[0] != b[1] for a, b in pairwise(shapes)):
             raise PolicyError(
                 f"The policy's layers do not fit each other: weights of shape {shapes}, biases of shape "
@@ -127,6 +150,7 @@ class LearnedPolicy:
             "bits": self.bits,
             "action": self.scheme.kind,
             "agents": self.scheme.agents,
+            **({"static": True} if self.static else {}),
         }
 
     def at(self, trade_off: float, interval: int | None = None) -> "LearnedPolicy":
@@ -163,6 +187,8 @@ class LearnedPolicy:
 
     def choose(self, observations: Float[Tensor, "n i"]) -> Int[Tensor, "n k"]:
         """The choice nearest to every place, as an index."""
+        if self.static:
+            return torch.full((len(observations), len(self.scheme.nvec)), self.scheme.neutral)
         highest = torch.tensor(self.scheme.nvec) - 1
         return self.places(observations).round().clamp(torch.zeros_like(highest), highest).long()
 
@@ -179,7 +205,8 @@ class LearnedPolicy:
         refresh = periodic_at(age, self.interval)
         if self.keyframes is not None:
             refresh = self.keyframes.choose(self.keyframes.scheme.observe(observation))[:, -1] == 1
-        return self.scheme.decision(self.choose(self.scheme.observe(observation)), refresh)
+        chosen = self.choose(self.scheme.observe(observation))
+        return self.scheme.decision(chosen, refresh, place=observation.trade_off)
 
     def decide(self, view: FrameView) -> Decision:
         """The nearest action of every agent.
@@ -291,4 +318,4 @@ _PLAIN = ("trade_off", "trade_off_range", "interval", "reference", "bits", "fram
 
 
 def _tuples(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

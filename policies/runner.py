@@ -88,6 +88,7 @@ class Runner:
         *,
         trade_off: float | None = None,
         interval: int | None = None,
+        static: bool = False,
         framing: Framing | None = None,
     ) -> "Runner":
         """The policy and the calibrated model that a training run wrote into `folder`.
@@ -96,10 +97,12 @@ class Runner:
             network: the float network that was calibrated.
             trade_off: lambda to decide for; the middle of its range by default.
             interval: frames between keyframes (0: first frame only); the policy's own timing by default.
+            static: whether to run the policy's beginning, without its network.
             framing: how frames are brought to the network; by default as in training.
 
         Raises:
-            PolicyError, CalibrationError: the files are missing or damaged, or the policy does not know that lambda.
+            PolicyError, CalibrationError: the files are missing or damaged, or the policy does not know that lambda or
+                has no beginning.
             NetworkError: the files are of another network.
         """
         policy = LearnedPolicy.load(Path(folder))
@@ -108,6 +111,7 @@ class Runner:
             raise PolicyError(f"The policy was trained for lambda from {low:g} to {high:g}, got {trade_off:g}.")
         if trade_off is not None or interval is not None:
             policy = policy.at(policy.trade_off if trade_off is None else trade_off, interval)
+        policy = policy.beginning() if static else policy
         model = load_model(Path(folder), network)
         framing = saved_framing(Path(folder)) if framing is None else framing
         return Runner(policy, Problem(model, task, policy.scheme.grid), framing)

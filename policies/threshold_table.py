@@ -65,7 +65,7 @@ class ThresholdTable:
     """Rows by ascending lambda.
 
     Attributes:
-        groups: names of the layer groups.
+        groups: names of the layer groups; or of the layers, each a group of its own, in the order in which they run.
         levels: bits of each level.
         kappa, reference: of the rule.
         rows: the table.

@@ -185,3 +185,40 @@ def test_agents_do_not_see_what_is_ignored(kind: ActionKind, agents: Agents) -> 
 def test_only_known_features_can_be_ignored() -> None:
     with pytest.raises(SettingsError, match=r"named 'uncertain', to be ignored.*'residual_mean'"):
         scheme("region_bits", ignored=("uncertain",))
+
+
+# Factors of a base ---------------------------------------------------------------------------------------------------
+
+
+def test_factors_multiply_the_thresholds_of_their_layers() -> None:
+    """By hand: four layers in three groups, and a base that is interpolated by its logarithm."""
+    made = scheme("region_thresholds", "region", grid=(1, 1)).on([(1, 2, 3, 4), (4, 8, 12, 16)], (0, 1, 1, 2))
+    one = made.neutral
+    actions = np.array([[one, one + 2, one - 2]] * 3)
+    field = made.decide(actions, place=torch.tensor([0.0, 0.5, 1.0])).field
+    assert isinstance(field, ThresholdField)
+    expected = torch.tensor([[1.0, 4, 6, 2], [2.0, 8, 12, 4], [4.0, 16, 24, 8]])
+    torch.testing.assert_close(field.thresholds[:, :, 0, 0], expected)
+
+
+def test_a_base_of_one_lambda_is_the_same_everywhere() -> None:
+    made = scheme("region_thresholds", "region", grid=(1, 1)).on([(1, 2, 3)], (0, 1, 2))
+    field = made.decide(np.full((2, 3), made.neutral), place=torch.tensor([0.0, 0.9])).field
+    assert isinstance(field, ThresholdField)
+    torch.testing.assert_close(field.thresholds[:, :, 0, 0], torch.tensor([[1.0, 2, 3]] * 2))
+
+
+def test_a_base_that_does_not_fit_is_refused() -> None:
+    region = scheme("region_thresholds", "region")
+    with pytest.raises(SettingsError, match="positive threshold for every layer"):
+        region.on([(1.0, 2.0)], (0, 1, 2))
+    with pytest.raises(SettingsError, match="positive threshold for every layer"):
+        region.on([(1.0, 0.0, 2.0)], (0, 1, 2))
+    with pytest.raises(SettingsError, match="make up the 3 layer groups"):
+        region.on([(1.0, 2.0)], (0, 1))
+    with pytest.raises(SettingsError, match="1 must be among them"):
+        replace(region, base=((1.0, 2.0, 3.0),), layers=(0, 1, 2), thresholds=(0.5, 2.0))
+    with pytest.raises(SettingsError, match="only actions that choose thresholds have a base"):
+        scheme("region_bits", "region").on([(1.0, 2.0, 3.0)], (0, 1, 2))
+    with pytest.raises(PolicyError, match="depend on lambda"):
+        region.on([(1.0, 2.0, 3.0)], (0, 1, 2)).decide(np.zeros((8, 3), dtype=int))

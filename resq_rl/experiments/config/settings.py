@@ -168,29 +168,37 @@ class EnvironmentSettings(Checked):
 
 @dataclass(frozen=True)
 class TrainingSettings(PPOSettings):
-    """Training by PPO of stable-baselines3; one run learns the whole range of environment.trade_off.
+    """Training of policies; one run learns a whole range of lambda.
 
     Attributes:
+        trainer: "ppo" (of stable-baselines3, over environment.trade_off), or "gradient": gradients through the unrolled
+            network teach region agents that choose thresholds, together with the thresholds per layer from which they
+            begin. They weigh BOPs against divergence from the float network, over a range of lambda of their own, and
+            of the settings of PPO they know frames (one that is backpropagated counts three times), hidden and
+            policy_bits.
         keyframe_frames: environment frames after `frames`, in which a second small policy learns when to run keyframes
             while the region agents stay as they are; 0 for keyframes at fixed intervals only.
         seeds: one training run each.
         reward_scale: factor of every reward.
         warm_start: where the policy begins, with the same choices in all regions: "best" begins at the best choices
             known for each lambda; "even" at constant choices, from most BOPs at the lowest lambda to fewest at the
-            highest, which suits networks for which all between full bits and skipping looks bad at first; "none" at
-            random.
+            highest, which suits networks for which all between full bits and skipping looks bad at first; "gradient" at
+            thresholds per layer that are learned by gradients, of which agents that choose thresholds then choose
+            factors; "none" at random.
         search_frames: further environment frames, spent on searching a threshold for each layer group for "best" (of
-            region agents that choose thresholds; rounded up to whole settings); with 0 it knows constant choices only.
+            region agents that choose thresholds; rounded up to whole settings; with 0 it knows constant choices only),
+            or on learning one for each layer for "gradient".
         trade_offs: how many values of lambda, spread over its range, make the front.
         resume: folder of the run (or sweep) to go on with, of `train`, `compare` or `pretrain`; or None.
     """
 
     _group: ClassVar[str] = "training."
 
+    trainer: Literal["ppo", "gradient"] = "ppo"
     keyframe_frames: NotNegative = 0
     seeds: Seeds = (0, 1, 2)
     reward_scale: Positive = 3.0
-    warm_start: Literal["best", "even", "none"] = "best"
+    warm_start: Literal["best", "even", "gradient", "none"] = "best"
     search_frames: NotNegative = 15_000
     trade_offs: Count = 8
     resume: str | None = None
@@ -299,6 +307,7 @@ class RunningSettings(Checked):
     Attributes:
         trade_off: lambda to decide for; None for the middle of the policy's range.
         interval: frames between keyframes, 0 for the first only; None for the policy's own timing.
+        static: whether to run a policy's beginning, the static thresholds of its base, without its network.
         label: image of the mask that the first frame is given, for a task that begins with one (all but 0 is the
             object); or None.
         fit: how whole frames fill the network's size, "stretch", "crop" or "pad"; None for as in training.
@@ -312,6 +321,7 @@ class RunningSettings(Checked):
 
     trade_off: Positive | None = None
     interval: NotNegative | None = None
+    static: bool = False
     label: str | None = None
     fit: Fit | None = None
     frames: Count | None = None
@@ -399,6 +409,19 @@ class Settings(Checked):
             raise SettingsError(
                 "Setting 'training.keyframe_frames' must be 0 with environment.agents=frame, whose agents decide on "
                 f"keyframes themselves; received {self.training.keyframe_frames}."
+            )
+        region_thresholds = (self.environment.id, self.environment.agents) == ("resq_rl/RegionThresholds-v0", "region")
+        for name in ("trainer", "warm_start"):
+            if getattr(self.training, name) == "gradient" and not region_thresholds:
+                raise SettingsError(
+                    f"Setting 'training.{name}' may be gradient only for region agents that choose thresholds "
+                    "(environment=region_thresholds, environment.agents=region); received "
+                    f"{self.environment.id} and {self.environment.agents}."
+                )
+        if self.training.trainer == "gradient" and self.training.keyframe_frames:
+            raise SettingsError(
+                "Setting 'training.keyframe_frames' must be 0 with training.trainer=gradient: keyframes are learned by "
+                f"PPO only; received {self.training.keyframe_frames}."
             )
         if self.heuristic.clairvoyant_points and (frame_level or "greedy" not in self.heuristic.searches):
             raise SettingsError(

@@ -99,6 +99,7 @@ def _runner(settings: Settings, folder: Path) -> Runner:
         settings.task.build(),
         trade_off=running.trade_off,
         interval=running.interval,
+        static=running.static,
         framing=_framing(folder, running),
     )
     if settings.quantization.compile:

@@ -15,7 +15,7 @@ from rich.console import Console
 from resq_rl.experiments.config.settings import Settings
 from resq_rl.experiments.report import verdict_of, write_report
 from resq_rl.experiments.results.comparison import Comparison, print_comparison
-from resq_rl.experiments.results.methods import method_of
+from resq_rl.experiments.results.methods import learned_method, method_of
 from resq_rl.experiments.results.plots import plot_curves, plot_fronts
 from resq_rl.experiments.runs.progress import stage
 from resq_rl.experiments.study.decisions import Pair, comparable_pair, decisions_figure, trace_pair
@@ -63,7 +63,7 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
         measure_oracle(board, learned)
     else:
         measure_searches(board, start)
-    board.compare("ppo", learned.measurements)
+    board.compare(learned.method, learned.measurements)
 
     _show(board, learned)
     trained = policy_words(Path(settings.policy or run_dir))
@@ -93,18 +93,21 @@ def _record(comparison: Comparison, run_dir: Path, tracker: Tracker) -> None:
     tracker.log_artifact(run_dir / "comparison.json")
     tracker.describe(verdict_of(comparison).sentence)
     tracker.log_figure(plot_fronts(comparison), "fronts")
+    for name, effort in comparison.efforts.items():
+        tracker.log_metrics({f"{name}/frames": float(effort.frames), f"{name}/seconds": effort.seconds})
     for name, entry in comparison.bd_bops.items():
         if entry.value is not None:
             tracker.log_metrics({f"bd_bops/{name}": entry.value})
 
 
 def _traced_pair(board: Scoreboard) -> Pair | None:
-    """The first tuned heuristic with which PPO is compared, and a learned policy of about equal accuracy, traced."""
-    anchor = next((key for key in method_of("ppo").against if board.tuned.get(key)), "")
+    """The first tuned heuristic among the anchors, and a learned policy of about equal accuracy, traced."""
+    own = learned_method(board.tuned)
+    anchor = next((key for key in method_of(own).against if board.tuned.get(key)), "")
     float_accuracy = board.study.problem.float_accuracy
-    pair = comparable_pair(board.tuned.get(anchor, []), board.tuned["ppo"], float_accuracy)
+    pair = comparable_pair(board.tuned.get(anchor, []), board.tuned[own], float_accuracy)
     if pair is None:
         log.info("No decisions.png: it needs a tuned heuristic and a learned policy with an accuracy.")
         return None
     with stage("tracing two policies", 1):
-        return trace_pair(board.study, anchor, *pair)
+        return trace_pair(board.study, (anchor, own), *pair)

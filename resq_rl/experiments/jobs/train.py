@@ -7,11 +7,12 @@ from typing import Any
 from resq_rl.experiments.config.settings import Settings
 from resq_rl.experiments.results.comparison import print_policies, write_summary
 from resq_rl.experiments.results.fronts import bops_step
+from resq_rl.experiments.results.methods import LEARNED
 from resq_rl.experiments.runs.record import RunRecord
 from resq_rl.experiments.study.measurements import MEASUREMENTS
 from resq_rl.experiments.study.start import prepare_training
 from resq_rl.experiments.study.study import build_study
-from resq_rl.experiments.study.training import front_candidates, train_policy
+from resq_rl.experiments.study.training import front_candidates, save_chosen, train_policy
 from resq_rl.experiments.tracking.tracker import Tracker
 from resq_rl.policies.tuning import best_policies
 
@@ -21,19 +22,20 @@ __all__ = ["run"]
 def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
     """Train; `summary.json` holds the validation front of each seed. Returns the next useful command."""
     study, start = prepare_training(build_study(settings, ["train", "validation"], run_dir / MEASUREMENTS))
-    resume = settings.training.resume is not None
+    resume, method = settings.training.resume is not None, LEARNED[settings.training.trainer]
     summary: list[dict[str, Any]] = []
     curves: dict[str, list[dict[str, float]]] = {}
     for seed in settings.training.seeds:
         folder = run_dir / f"seed{seed}"
-        with tracker.child(f"ppo seed {seed}", {"seed": seed, "method": "ppo"}) as child:
+        with tracker.child(f"{method} seed {seed}", {"seed": seed, "method": method}) as child:
             policy, report = train_policy(study, seed, folder, child, start=start, resume=resume)
             front = best_policies(front_candidates(study, policy), lambda p: study.measure(p, "validation"))
+            save_chosen(folder, [chosen for chosen, _ in front])
             for _, m in front:
                 for run in (child, tracker):
                     run.log_metrics({"validation/accuracy": m.accuracy, "validation/bops": m.bops}, bops_step(m))
             points = [{"accuracy": m.accuracy, "bops": m.bops, "settings": p.settings} for p, m in front]
-        frames = report.frames + (start.frames if start else 0)
+        frames = report.frames + (start.frames if start and settings.training.trainer == "ppo" else 0)
         summary.append({"seed": seed, "policy": str(folder), "frames": frames, "validation_front": points})
         curves[str(seed)] = report.curve
         write_summary(run_dir / "summary.json", {"policies": summary, "curves": curves})

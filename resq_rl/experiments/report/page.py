@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from resq_rl.experiments.report.pair import MOST_FRAMES, film, layer_rows, region_maps
 from resq_rl.experiments.report.verdict import choices_of, verdict_of
 from resq_rl.experiments.results.comparison import Comparison, Point, delta_title, short_settings, spread_points
-from resq_rl.experiments.results.methods import method_of
+from resq_rl.experiments.results.methods import learned_method, method_of
 from resq_rl.experiments.results.plots import plot_curves, plot_fronts, plot_spending
 from resq_rl.experiments.runs.provenance import versions
 from resq_rl.experiments.runs.record import RunRecord
@@ -70,7 +70,7 @@ def write_report(
         "costs": cost_rows(comparison, verdict.anchor),
         "pair": None if pair is None else _pair(study, pair),
         "film": None if pair is None else film(study, pair),
-        "curves": inline_svg(plot_curves(curves), "Reward, error and BOPs in training") if curves else "",
+        "curves": inline_svg(plot_curves(curves), "Figures of training") if curves else "",
         "command": RunRecord(run_dir).command_line("compare"),
         "config": config.read_text(encoding="utf-8") if config.is_file() else "",
         "versions": versions(study.settings),
@@ -107,7 +107,7 @@ def cost_rows(comparison: Comparison, anchor: str) -> list[dict[str, Any]]:
     """The BOPs of keyframes, residual frames and the policy, for points spread over the two fronts of the verdict."""
     rows = [
         _row(comparison, method, point)
-        for method in dict.fromkeys((anchor, "ppo"))
+        for method in dict.fromkeys((anchor, learned_method(comparison.fronts)))
         for point in spread_points(comparison.fronts.get(method, ()))
     ]
     top = max((row["point"].bops for row in rows), default=1.0)
@@ -178,7 +178,7 @@ def _pair(study: Study, pair: Pair) -> dict[str, Any]:
     """The two policies, their charts of BOPs by frame, and their BOPs by layer and region."""
     groups, layers = layer_rows(study.model, pair)
     return {
-        "policies": [(method_of(pair.method), pair.heuristic[1]), (method_of("ppo"), pair.learned[1])],
+        "policies": list(zip(map(method_of, pair.methods), (pair.heuristic[1], pair.learned[1]), strict=True)),
         "charts": [_spending_chart(pair, number) for number in range(len(pair.traces))],
         "groups": groups,
         "layers": layers,
@@ -190,7 +190,7 @@ def _pair(study: Study, pair: Pair) -> dict[str, Any]:
 def _spending_chart(pair: Pair, number: int) -> dict[str, Any]:
     """The chart of BOPs by frame of a clip, and how far its cursor moves for a frame, in the chart's own unit."""
     bops = [trace.bops[:MOST_FRAMES] for trace in pair.traces[number]]
-    figure = plot_spending(dict(zip((pair.method, "ppo"), bops, strict=True)))
+    figure = plot_spending(dict(zip(pair.methods, bops, strict=True)))
     axes = figure.axes[0]
     axes.lines[-1].set_gid(f"cursor-{number}")
     svg = inline_svg(figure, f"BOPs of each frame of clip {number}, and their running mean")

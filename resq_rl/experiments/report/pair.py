@@ -55,7 +55,7 @@ def film(study: Study, pair: Pair) -> dict[str, Any]:
         "clips": shown,
         "cell": size,
         "columns": COLUMNS,
-        "names": [method_of(key).title for key in (pair.method, "ppo")],
+        "names": [method_of(key).title for key in pair.methods],
         "top": _top(pair),
         "scale": [to_hex(colormaps["cividis"](place)) for place in np.linspace(0, 1, SCALE_COLOURS)],
     }

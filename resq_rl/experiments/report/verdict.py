@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from resq_rl.experiments.results.comparison import BdEntry, Comparison, Point
-from resq_rl.experiments.results.methods import method_of
+from resq_rl.experiments.results.methods import learned_method, method_of
 
 __all__ = ["Choice", "Verdict", "choices_of", "verdict_of"]
 
@@ -25,46 +25,61 @@ class Verdict:
         tone: whether the learned policies need fewer or more bit-operations; unclear where the interval holds 0 or is
             missing, none without a number.
         anchor: key of the heuristic, or an empty string.
+        method: key of the learned policies.
     """
 
     sentence: str
     scope: str
     tone: Tone
     anchor: str
+    method: str
 
 
 def verdict_of(comparison: Comparison) -> Verdict:
-    """The first delta of `ppo` that has a value, as a sentence; deltas are in order of importance."""
-    deltas = {name.removeprefix("ppo_vs_"): e for name, e in comparison.bd_bops.items() if name.startswith("ppo_vs_")}
+    """The first delta of the learned policies that has a value, as a sentence; deltas are in order of importance."""
+    method = learned_method(comparison.fronts)
+    own, prefix = method_of(method).title, f"{method}_vs_"
+    own = own if own.isupper() else f"the {own}"
+    deltas = {name.removeprefix(prefix): e for name, e in comparison.bd_bops.items() if name.startswith(prefix)}
     if not deltas:
-        return Verdict("No learned policy was compared with a heuristic.", "", "none", "")
+        return Verdict("No learned policy was compared with a heuristic.", "", "none", "", method)
     anchor, entry = next(((name, e) for name, e in deltas.items() if e.value is not None), next(iter(deltas.items())))
     title = method_of(anchor).title
     if entry.value is None:
-        return Verdict(f"PPO and {title} cannot be compared at equal accuracy: {entry.reason}.", "", "none", anchor)
+        reason = f"{own[:1].upper()}{own[1:]} and {title} cannot be compared at equal accuracy: {entry.reason}."
+        return Verdict(reason, "", "none", anchor, method)
     amount = f"{abs(entry.value):.1f}% {'fewer' if entry.value < 0 else 'more'} bit-operations than {title}"
     tone: Tone
     if entry.ci95 is None:
         tone = "unclear"
-        sentence = f"PPO needs {amount} at equal accuracy, but the interval is unknown: {entry.reason}."
+        sentence = (
+            f"{own[:1].upper()}{own[1:]} needs {amount} at equal accuracy, but the interval is unknown: {entry.reason}."
+        )
     elif entry.ci95[0] <= 0 <= entry.ci95[1]:
         tone, (low, high) = "unclear", entry.ci95
         interval = f"95% interval from {low:+.1f}% to {high:+.1f}%"
-        sentence = f"No clear difference: at equal accuracy PPO needs {amount} ({interval})."
+        sentence = f"No clear difference: at equal accuracy {own} needs {amount} ({interval})."
     else:
         tone, (low, high) = "fewer" if entry.value < 0 else "more", sorted(map(abs, entry.ci95))
-        sentence = f"At equal accuracy, PPO needs {amount} (95% interval {low:.1f}% to {high:.1f}%)."
-    return Verdict(sentence, _scope(comparison, entry), tone, anchor)
+        sentence = f"At equal accuracy, {own} needs {amount} (95% interval {low:.1f}% to {high:.1f}%)."
+    return Verdict(sentence, _scope(comparison, entry, method), tone, anchor, method)
 
 
-def _scope(comparison: Comparison, entry: BdEntry) -> str:
-    seeds = len({point.settings.get("seed") for point in comparison.fronts.get("ppo", ())})
+def _scope(comparison: Comparison, entry: BdEntry, method: str) -> str:
+    points = comparison.fronts.get(method, ())
+    seeds = len({point.settings.get("seed") for point in points})
     low, high = entry.accuracy_range or (0.0, 0.0)
     text = (
         f"Averaged over the accuracies from {low:.3f} to {high:.3f} that both reach ({comparison.accuracy_metric}), on "
         f"{comparison.clips} {comparison.split} clips ({comparison.frames:,} frames); keyframes and the policy's own "
         "network are counted."
     )
+    static = sum(bool(point.settings.get("static")) for point in points)
+    if static:
+        text += (
+            f" At {static} of {len(points)} points the policy is its beginning: static thresholds per layer, to which "
+            "its network added nothing on the validation clips."
+        )
     if entry.ci95 is None:
         return text
     if seeds == 1:
@@ -94,7 +109,7 @@ def choices_of(comparison: Comparison, anchor: str) -> list[Choice]:
         Choice(
             loss,
             _cheapest(comparison.fronts.get(anchor, ()), comparison.float_accuracy, loss),
-            _cheapest(comparison.fronts.get("ppo", ()), comparison.float_accuracy, loss),
+            _cheapest(comparison.fronts.get(learned_method(comparison.fronts), ()), comparison.float_accuracy, loss),
         )
         for loss in ALLOWED_LOSSES
     ]

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from resq_rl.files import write_atomic
 __all__ = [
     "BdEntry",
     "Comparison",
+    "Effort",
     "Point",
     "comparison_table",
     "print_comparison",
@@ -49,6 +50,7 @@ SHORT = {
     "interval": "keyframe every {}",
     "keyframes": "{} keyframes",
     "scene_change": "scene change {}",
+    "static": "the policy is its beginning, without a network",
     "reference": "{} reference",
     "seed": "seed {}",
 }
@@ -105,6 +107,19 @@ class BdEntry:
 
 
 @dataclass(frozen=True)
+class Effort:
+    """What it took to find the policies of a method, of one training seed at most.
+
+    Attributes:
+        frames: environment frames; one that is backpropagated counts three times.
+        seconds: wall time.
+    """
+
+    frames: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Everything that `comparison.json` holds.
 
@@ -119,6 +134,7 @@ class Comparison:
         wall_seconds: duration of the whole run.
         fronts: points by the key of their method, such as "dynamic_resq" or "ppo".
         bd_bops: deltas by name, such as "ppo_vs_dynamic_resq".
+        efforts: by the key of a method that is trained or searched; none in files of older versions.
     """
 
     task: str
@@ -134,6 +150,7 @@ class Comparison:
     wall_seconds: float
     fronts: Mapping[str, Sequence[Point]]
     bd_bops: Mapping[str, BdEntry]
+    efforts: Mapping[str, Effort] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The text of the file."""
@@ -161,7 +178,8 @@ class Comparison:
                 for method, points in values.pop("fronts").items()
             }
             deltas = {name: BdEntry(**_tuples(entry)) for name, entry in values.pop("bd_bops").items()}
-            return cls(**values, fronts=fronts, bd_bops=deltas)
+            efforts = {name: Effort(**effort) for name, effort in values.pop("efforts", {}).items()}
+            return cls(**values, fronts=fronts, bd_bops=deltas, efforts=efforts)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ResultsError(f"Cannot read the comparison: {error!r}. Run resq-rl compare again.") from error
 
@@ -224,6 +242,10 @@ def comparison_table(comparison: Comparison, levels: Sequence[int] | None = None
             words = Padding(Text(short_settings(settings, levels)), (0, 0, 0, 2))
             table.add_row(words, *_numbers(point, comparison))
     lines = [f"{delta_title(name)}: {_describe(entry)}" for name, entry in comparison.bd_bops.items()]
+    lines += [
+        f"{method_of(name).title}: {effort.frames:,} environment frames, {effort.seconds:.0f} s"
+        for name, effort in comparison.efforts.items()
+    ]
     if hidden:
         lines.insert(0, f"{hidden} more points in comparison.json")
     return Group(table, *map(Text, lines))
@@ -249,7 +271,7 @@ def print_policies(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
         table.add_column(heading, justify="right")
     for row in sorted(rows, key=lambda r: (r.get("seed", 0), -r["bops"])):
         numbers = (form.format(row[name]) if name in row else "" for name, (_, form) in columns.items())
-        keyframes = short_settings({"interval": row.get("interval")}) or "learned keyframes"
+        keyframes = short_settings({n: row.get(n) for n in ("interval", "static")}) or "learned keyframes"
         table.add_row(f"{row['trade_off']:.3g}", keyframes, *numbers)
     Console().print(table)
 

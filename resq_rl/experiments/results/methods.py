@@ -5,7 +5,7 @@ A baseline whose settings are tuned on validation clips is added by one entry he
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Final
@@ -15,7 +15,7 @@ from resq_rl.experiments.config.settings import HeuristicSettings, Settings
 from resq_rl.policies import DynamicResQ, FrameMagnitude, RandomLevels, SkipGate, StaticResQ
 from resq_rl.quantization import Reference
 
-__all__ = ["METHODS", "Method", "method_of", "tuned_methods"]
+__all__ = ["LEARNED", "METHODS", "Method", "learned_method", "method_of", "tuned_methods"]
 
 Candidates = Callable[[Settings], Sequence[Policy]]
 Refinement = Callable[[HeuristicSettings, Any], Sequence[Policy]]
@@ -28,8 +28,8 @@ class Method:
     Attributes:
         key: name in `comparison.json`.
         title: name in tables and figures.
-        colour: hexadecimal RGB. The colours are Okabe and Ito's palette, a grey, and Paul Tol's wine and indigo, which
-            the colour-blind can tell apart.
+        colour: hexadecimal RGB. The colours are Okabe and Ito's palette, a grey, and Paul Tol's wine, indigo and teal,
+            which the colour-blind can tell apart.
         marker: Matplotlib's code of the marker.
         candidates: the policies that are tried on the validation clips, for a method that is tuned so.
         refinements: by name, for each of the best candidates, what is tried next.
@@ -94,6 +94,15 @@ def _scene_changes(heuristic: HeuristicSettings, policy: DynamicResQ) -> list[Dy
     return [replace(policy, scene_change=scene_change) for scene_change in heuristic.scene_changes]
 
 
+# With which learned policies are compared, the most important first.
+_BASELINES: Final = (
+    "dynamic_resq",
+    "searched_thresholds",
+    "random_search",
+    "gradient_thresholds",
+    "frame_magnitude",
+    "static_resq",
+)
 # In the order of the report, weakest to strongest.
 METHODS: Final = (
     Method("per_frame", "per-frame", "#000000", "s"),
@@ -113,28 +122,23 @@ METHODS: Final = (
     Method("searched_thresholds", "searched thresholds", "#009E73", "D"),
     Method("random_search", "random search", "#882255", "<"),
     Method("gradient_thresholds", "gradient thresholds", "#332288", ">"),
-    Method(
-        "ppo",
-        "PPO",
-        "#D55E00",
-        "*",
-        against=(
-            "dynamic_resq",
-            "searched_thresholds",
-            "random_search",
-            "gradient_thresholds",
-            "frame_magnitude",
-            "static_resq",
-        ),
-    ),
+    Method("ppo", "PPO", "#D55E00", "*", against=_BASELINES),
+    Method("gradient_policy", "gradient policy", "#44AA99", "d", against=_BASELINES),
     Method("oracle", "oracle", "#CC79A7", "P", against=("searched_thresholds",)),
 )
+# The key of learned policies by their trainer; a comparison has one of them.
+LEARNED: Final = {"ppo": "ppo", "gradient": "gradient_policy"}
 _BY_KEY: Final = {method.key: method for method in METHODS}
 
 
 def method_of(key: str) -> Method:
     """The method of a key; an unknown key, such as that of a user's own method, gets its words as title and a grey."""
     return _BY_KEY.get(key, Method(key, key.replace("_", " "), "#6E7781", "p"))
+
+
+def learned_method(fronts: Mapping[str, Sequence[Any]]) -> str:
+    """The key of the learned policies in fronts by method; PPO's where there are none."""
+    return next((key for key in LEARNED.values() if fronts.get(key)), LEARNED["ppo"])
 
 
 def tuned_methods(settings: Settings) -> list[Method]:

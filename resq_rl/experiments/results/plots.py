@@ -120,10 +120,15 @@ def _distances(centers: np.ndarray, intervals: list[tuple[float, float] | None])
 
 
 def plot_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
-    """Reward, error and BOPs of each rollout against environment frames, one line per training run."""
+    """What training minimises or maximises, and BOPs, against environment frames, one line per training run.
+
+    Rollouts of PPO have a reward and an error, passes of gradients a divergence from the float network.
+    """
     figure = _figure(9.6, 3.2)
-    names = {"reward": "reward", "error": "error", "bops": "BOPs, share of W8A8"}
-    for axes, (name, title) in zip(figure.subplots(1, 3), names.items(), strict=True):
+    known: set[str] = set().union(*(row for rows in curves.values() for row in rows[:1]))
+    titles = {"reward": "reward", "error": "error", "divergence": "divergence", "bops": "BOPs, share of W8A8"}
+    names = {name: title for name, title in titles.items() if name in known}
+    for axes, (name, title) in zip(figure.subplots(1, len(names)), names.items(), strict=True):
         for (label, rows), colour in zip(curves.items(), itertools.cycle(COLOURS), strict=False):
             axes.plot([row["frames"] for row in rows], [row[name] for row in rows], color=colour, label=_plain(label))
         axes.set_xlabel("environment frames")

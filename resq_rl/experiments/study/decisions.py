@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
+import torch
+from jaxtyping import Int64
 from matplotlib.figure import Figure
+from torch import Tensor
 
-from resq_rl.envs import Trace
+from resq_rl.envs import ActionScheme, Trace
 from resq_rl.experiments.results.comparison import short_settings
 from resq_rl.experiments.results.methods import method_of
 from resq_rl.experiments.results.plots import plot_decisions
@@ -28,12 +31,12 @@ class Pair:
     """A heuristic and a learned policy, and what each did on the first of the reported clips.
 
     Attributes:
-        method: name of the heuristic in `comparison.json`.
+        methods: names of both in `comparison.json`.
         heuristic, learned: each with its measurement on all reported clips.
         traces: of both, by clip.
     """
 
-    method: str
+    methods: tuple[str, str]
     heuristic: Measured
     learned: Measured
     traces: tuple[tuple[Trace, Trace], ...]
@@ -62,34 +65,33 @@ def comparable_pair(
     return min(pairs, key=distance, default=None)
 
 
-def trace_pair(study: Study, method: str, heuristic: Measured, learned: Measured) -> Pair:
+def trace_pair(study: Study, methods: tuple[str, str], heuristic: Measured, learned: Measured) -> Pair:
     """Run both policies over the first of the reported clips, keeping every frame.
 
     The network runs even where policies are measured from tables, which know no predictions.
 
     Args:
-        method: name of the heuristic in `comparison.json`.
+        methods: names of both in `comparison.json`.
         heuristic, learned: each with its measurement on the reported clips.
     """
     split = study.settings.split
     clips = range(min(TRACED_CLIPS, len(study.problems[split])))
     traces = tuple((study.trace(heuristic[0], split, clip), study.trace(learned[0], split, clip)) for clip in clips)
-    return Pair(method, heuristic, learned, traces)
+    return Pair(methods, heuristic, learned, traces)
 
 
 def decisions_figure(study: Study, pair: Pair) -> Figure:
     """What both policies predict, spend and choose on the first of the reported clips."""
-    problem, scheme, levels = study.problem, study.scheme(), study.settings.quantization.levels
+    problem, scheme = study.problem, replace(study, base=()).scheme()
+    levels = study.settings.quantization.levels
     traces = {}
-    for name, (_, measured), trace in zip(
-        (pair.method, "ppo"), (pair.heuristic, pair.learned), pair.traces[0], strict=True
-    ):
+    for name, (_, measured), trace in zip(pair.methods, (pair.heuristic, pair.learned), pair.traces[0], strict=True):
         lost = 100 * (problem.float_accuracy - measured.accuracy)
         title = (
             f"{method_of(name).title} ({short_settings(measured.settings, levels)}): {measured.bops:.3f} of W8A8 and "
             f"{lost:.1f} points lost over all {study.settings.split} clips"
         )
-        traces[name] = (title, trace)
+        traces[name] = (title, _by_group(trace, scheme, study.model.group_of_site))
     by_threshold = scheme.by_threshold
     return plot_decisions(
         study.task,
@@ -101,3 +103,13 @@ def decisions_figure(study: Study, pair: Pair) -> Figure:
         groups=study.model.groups,
         title=f"{problem.clips[0].name}, BOPs in {cost_name(study.settings.quantization.cost)} convention",
     )
+
+
+def _by_group(trace: Trace, scheme: ActionScheme, group_of_site: Int64[Tensor, " s"]) -> Trace:
+    """A trace with a threshold for each layer group: the geometric mean over its layers, at the nearest choice."""
+    if not scheme.by_threshold or trace.chosen.shape[1] == scheme.groups:
+        return trace
+    logs = [trace.chosen[:, group_of_site == group].log().mean(1) for group in range(scheme.groups)]
+    choices = torch.tensor(scheme.thresholds)
+    nearest = (torch.stack(logs, 1)[..., None] - choices.log()).abs().argmin(-1)
+    return replace(trace, chosen=choices[nearest])

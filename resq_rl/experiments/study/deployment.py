@@ -34,6 +34,7 @@ __all__ = [
     "trained_network",
     "trained_task",
     "trained_video",
+    "trainer_of",
 ]
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,12 @@ def saved_settings(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise PolicyError(f"{path} is damaged ({error}). Copy it again or train the policy anew.") from error
     return saved if isinstance(saved, dict) else {}
+
+
+def trainer_of(policy: str | None) -> str:
+    """How a policy, or the first of a run, was trained; by PPO where its folder does not say."""
+    training = saved_settings(policy_folder(policy)).get("training", {})
+    return str(training.get("trainer", "ppo"))
 
 
 def policy_words(folder: Path) -> str:

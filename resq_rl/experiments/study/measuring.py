@@ -10,21 +10,15 @@ import numpy as np
 
 from resq_rl.envs import Measurement
 from resq_rl.errors import SettingsError
+from resq_rl.experiments.results.comparison import Effort
 from resq_rl.experiments.results.fronts import bops_step
-from resq_rl.experiments.results.methods import Method, tuned_methods
-from resq_rl.experiments.runs.progress import stage
+from resq_rl.experiments.results.methods import LEARNED, Method, tuned_methods
+from resq_rl.experiments.study.deployment import trainer_of
 from resq_rl.experiments.study.frame_level import gap_closed, oracle_front
 from resq_rl.experiments.study.scoreboard import FRONT_POINTS, Scoreboard
-from resq_rl.experiments.study.start import Start, measure_constants, search
-from resq_rl.experiments.study.training import front_candidates, train_policy
-from resq_rl.policies import (
-    Clairvoyant,
-    GradientSettings,
-    GroupThresholds,
-    LearnedPolicy,
-    PerFrame,
-    learn_thresholds,
-)
+from resq_rl.experiments.study.start import Start, learn, measure_constants, search
+from resq_rl.experiments.study.training import front_candidates, save_chosen, train_policy
+from resq_rl.policies import Clairvoyant, GroupThresholds, LearnedPolicy, PerFrame
 from resq_rl.policies.search import Strategy, Tried, best_for
 from resq_rl.policies.tuning import best_of, thinned
 
@@ -79,11 +73,13 @@ class Learned:
     """The learned policies of a comparison.
 
     Attributes:
+        method: key of the way in which they were trained.
         policies: by training seed.
         measurements: by training seed, on the reported clips.
         curves: figures of each rollout by the name of the training run; none of policies that were given.
     """
 
+    method: str
     policies: dict[int, LearnedPolicy] = field(default_factory=dict)
     measurements: dict[int, list[Measurement]] = field(default_factory=dict)
     curves: dict[str, list[dict[str, float]]] = field(default_factory=dict)
@@ -91,23 +87,32 @@ class Learned:
 
 def measure_learned(board: Scoreboard, start: Start | None, given: Mapping[int, LearnedPolicy]) -> Learned:
     """Measure a policy for each training seed: those given, or else trained here."""
-    study, training, learned = board.study, board.study.settings.training, Learned()
+    study, training = board.study, board.study.settings.training
+    trainer = training.trainer if not given else trainer_of(study.settings.policy)
+    learned, before = Learned(LEARNED[trainer]), start if trainer == "ppo" else None
     for seed in given or training.seeds:
-        with board.tracker.child(f"ppo seed {seed}", {"seed": seed, "method": "ppo"}) as child:
-            frames = training.frames
+        with board.tracker.child(f"{learned.method} seed {seed}", {"seed": seed, "method": learned.method}) as child:
+            frames, begun = training.frames, time.monotonic()
             if given:
                 policy = given[seed]
             else:
                 folder, resume = board.run_dir / f"seed{seed}", training.resume is not None
                 policy, report = train_policy(study, seed, folder, child, start=start, resume=resume)
                 frames, learned.curves[f"seed {seed}"] = report.frames, report.curve
-            board.training_frames = max(board.training_frames, frames + (start.frames if start else 0))
+            frames += before.frames if before else 0
+            board.training_frames = max(board.training_frames, frames)
+            if not given:
+                seconds = time.monotonic() - begun + (before.seconds if before else 0.0)
+                board.efforts[learned.method] = Effort(frames, seconds)
             tuned = [policy for policy, _ in board.tune("lambda", front_candidates(study, policy))]
-            results = [replace(m, settings={**m.settings, "seed": seed}) for m in board.measure("ppo", tuned)]
+            if not given:
+                save_chosen(board.run_dir / f"seed{seed}", tuned)
+            measured = board.measure(learned.method, tuned)
+            results = [replace(m, settings={**m.settings, "seed": seed}) for m in measured]
             for m in results:
                 child.log_metrics({"accuracy": m.accuracy, "bops": m.bops}, bops_step(m))
         learned.policies[seed], learned.measurements[seed] = policy, results
-        board.add("ppo", results, tuned)
+        board.add(learned.method, results, tuned)
     return learned
 
 
@@ -118,14 +123,16 @@ def measure_searches(board: Scoreboard, start: Start | None) -> None:
     """
     study, settings = board.study, board.study.settings
     strategies = [strategy for strategy in SEARCHES if strategy in settings.heuristic.searches]
+    study = replace(study, base=())  # searches are for thresholds, not for factors
     if strategies and (start is None or not study.scheme().by_threshold):
         start = measure_constants(study, replace(study.scheme(), kind="region_thresholds"))
     for strategy in strategies:
         assert start is not None  # as it was just measured
-        known = start if strategy == "greedy" else replace(start, searched=())
+        known = replace(start, searched=start.searched if strategy == "greedy" else (), learned=(), learning_frames=0)
         known = search(study, known, max(0, board.training_frames - known.frames), strategy)
         found = best_for((*known.constants, *known.searched), settings.environment.trade_off_range)
         method = SEARCHES[strategy]
+        board.efforts[method] = Effort(known.frames, known.seconds)
         chosen = [policy for policy, _ in board.tune(method, [tried.policy for tried in found])]
         board.add(method, board.measure(method, chosen))
         if strategy == "greedy" and settings.heuristic.clairvoyant_points:
@@ -137,25 +144,14 @@ def measure_searches(board: Scoreboard, start: Start | None) -> None:
 def _measure_gradient(board: Scoreboard) -> None:
     """Thresholds per layer that are learned by gradients, tried with every keyframe interval."""
     study, method = board.study, "gradient_thresholds"
-    environment, frames = study.settings.environment, max(1, board.training_frames)
-    intervals, begun = environment.keyframe_intervals, time.monotonic()
+    intervals, begun = study.settings.environment.keyframe_intervals, time.monotonic()
     try:
-        with stage("gradient thresholds", frames) as advance:
-            learned = learn_thresholds(
-                study.problems["train"],
-                GradientSettings(frames),
-                interval=0 if 0 in intervals else max(intervals),
-                reference=environment.reference,
-                kappa=study.settings.heuristic.kappa,
-                seed=study.settings.seed,
-                progress=advance,
-            )
+        learned = learn(study, max(1, board.training_frames))
     except SettingsError as error:  # what was measured so far is still worth a report
         log.warning("No gradient thresholds: %s", error)
         return
     seconds = time.monotonic() - begun
-    log.info("gradient thresholds: %d environment frames in %.0f s", learned.frames, seconds)
-    board.tracker.log_metrics({f"{method}/seconds": seconds, f"{method}/frames": float(learned.frames)})
+    board.efforts[method] = Effort(learned.frames, seconds)
     spread = learned.spread(FRONT_POINTS)
     tried = [replace(policy, interval=interval) for policy in spread for interval in intervals]
     chosen = [policy for policy, _ in board.tune(method, tried)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from resq_rl.envs import Measurement, Policy
-from resq_rl.experiments.results.comparison import BdEntry, Comparison
+from resq_rl.experiments.results.comparison import BdEntry, Comparison, Effort
 from resq_rl.experiments.results.fronts import bops_step, compare_fronts, points_of
 from resq_rl.experiments.results.methods import METHODS, method_of
 from resq_rl.experiments.runs.progress import stage
@@ -41,6 +41,7 @@ class Scoreboard:
     measured: dict[str, list[Measurement]] = field(default_factory=dict)
     tuned: dict[str, list[Measured]] = field(default_factory=dict)
     deltas: dict[str, BdEntry] = field(default_factory=dict)
+    efforts: dict[str, Effort] = field(default_factory=dict)
     training_frames: int = 0
 
     def tune(self, name: str, policies: Sequence[P]) -> list[tuple[P, Measurement]]:
@@ -102,6 +103,7 @@ class Scoreboard:
             wall_seconds=time.monotonic() - self.started,
             fronts={m.key: points_of(self.measured.get(m.key, []), seed=settings.seed) for m in METHODS},
             bd_bops=dict(self.deltas),
+            efforts=dict(self.efforts),
         )
 
     def write(self) -> Comparison:

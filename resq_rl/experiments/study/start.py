@@ -2,25 +2,40 @@
 
 import logging
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise, product
+
+import numpy as np
 
 from resq_rl.envs import ActionScheme, Measurement
 from resq_rl.errors import SettingsError
+from resq_rl.experiments.config.settings import EnvironmentSettings
 from resq_rl.experiments.results.statistics import MAXIMUM_ACCURACY_LOSS
 from resq_rl.experiments.runs.progress import stage
 from resq_rl.experiments.study.study import Study
-from resq_rl.policies import GroupThresholds, StaticResQ
+from resq_rl.policies import GradientSettings, GroupThresholds, LearnedThresholds, StaticResQ, learn_thresholds
 from resq_rl.policies.ppo import FirstChoice
 from resq_rl.policies.search import Strategy, Tried, search_group_thresholds
 from resq_rl.quantization import Reference
 
-__all__ = ["Start", "first_choice", "first_choices", "measure_constants", "prepare_training", "search"]
+__all__ = [
+    "Start",
+    "first_choice",
+    "first_choices",
+    "learn",
+    "learning_interval",
+    "measure_constants",
+    "prepare_training",
+    "search",
+]
 
 log = logging.getLogger(__name__)
 
 SEARCH_CLIPS = 6
+SPREAD = 12  # of learned thresholds, measured by reward
+BASE_KNOTS = 5  # values of lambda for which one of them is the base
 
 
 @dataclass(frozen=True)
@@ -31,20 +46,32 @@ class Start:
         constants: the same choice (threshold or level) for all layer groups, at every keyframe interval.
         searched: a threshold for each layer group.
         clip_frames: frames that each of them took.
+        learned: a threshold for each layer, learned by gradients.
+        learning_frames: frames that learning them took.
+        seconds: wall time of all that.
     """
 
     constants: tuple[Tried, ...]
     searched: tuple[Tried, ...] = ()
     clip_frames: int = 0
+    learned: tuple[Tried, ...] = ()
+    learning_frames: int = 0
+    seconds: float = field(default=0.0, compare=False)
 
     @property
     def frames(self) -> int:
         """How many frames were simulated for all of them."""
-        return (len(self.constants) + len(self.searched)) * self.clip_frames
+        tried = len(self.constants) + len(self.searched) + len(self.learned)
+        return tried * self.clip_frames + self.learning_frames
 
     def best(self, trade_off: float) -> GroupThresholds | StaticResQ:
         """The policy with the highest reward for a lambda."""
         return min((*self.constants, *self.searched), key=lambda t: t.loss(trade_off)).policy
+
+    def base(self, trade_offs: Sequence[float]) -> tuple[tuple[float, ...], ...]:
+        """For each lambda, those learned thresholds of the layers that have the highest reward."""
+        best = (min(self.learned, key=lambda t: t.loss(trade_off)).policy for trade_off in trade_offs)
+        return tuple(policy.taus for policy in best if isinstance(policy, GroupThresholds))
 
     def even(self, place: float) -> GroupThresholds | StaticResQ:
         """The constant at a place, from 0 (most BOPs) to 1 (fewest), counting those of one keyframe interval."""
@@ -87,7 +114,7 @@ def _slope(a: tuple[float, float, float], b: tuple[float, float, float]) -> floa
 def prepare_training(study: Study) -> tuple[Study, Start | None]:
     """The study with its range of lambda settled, and what training begins from, where it was measured."""
     environment, training = study.settings.environment, study.settings.training
-    if environment.trade_off != "auto" and training.warm_start == "none":
+    if environment.trade_off != "auto" and (training.warm_start == "none" or training.trainer == "gradient"):
         return study, None
     scheme = study.scheme()
     start = measure_constants(study, scheme)
@@ -95,14 +122,56 @@ def prepare_training(study: Study) -> tuple[Study, Start | None]:
         chosen = start.trade_off_range()
         log.info("lambda from %g to %g", *chosen)
         study = replace(study, settings=replace(study.settings, environment=replace(environment, trade_off=chosen)))
+    if training.trainer == "gradient":
+        return study, start
     if training.warm_start == "best" and training.search_frames and scheme.by_threshold and scheme.by_group:
         start = search(study, start, training.search_frames, "greedy")
+    if training.warm_start == "gradient":
+        start = _learned(study, start, max(1, training.search_frames))
+        low, high = study.settings.environment.trade_off_range
+        study = replace(study, base=start.base(np.geomspace(low, high, BASE_KNOTS if high > low else 1).tolist()))
     return study, start
+
+
+def learn(study: Study, frames: int) -> LearnedThresholds:
+    """Learn thresholds per layer by gradients on all training clips.
+
+    Raises:
+        SettingsError: there is nothing to learn.
+    """
+    environment = study.settings.environment
+    with stage("gradient thresholds", frames) as advance:
+        return learn_thresholds(
+            study.problems["train"],
+            GradientSettings(frames),
+            interval=learning_interval(environment),
+            reference=environment.reference,
+            kappa=study.settings.heuristic.kappa,
+            seed=study.settings.seed,
+            progress=advance,
+        )
+
+
+def learning_interval(environment: EnvironmentSettings) -> int:
+    """The keyframe interval of learning by gradients: the longest, in which errors have the most time to build up."""
+    intervals = environment.keyframe_intervals
+    return 0 if 0 in intervals else max(intervals)
+
+
+def _learned(study: Study, start: Start, frames: int) -> Start:
+    """The start with thresholds that were learned, and measured as what it began with."""
+    begun = time.monotonic()
+    learned, few = learn(study, frames), _few_clips(study)
+    policies = learned.spread(SPREAD)
+    with stage("learned thresholds", len(policies) * few.problems["train"].frames) as advance:
+        tried = tuple(_tried(policy, few.measure(policy, "train", advance)) for policy in policies)
+    seconds = start.seconds + time.monotonic() - begun
+    return replace(start, learned=tried, learning_frames=learned.frames, seconds=seconds)
 
 
 def measure_constants(study: Study, scheme: ActionScheme) -> Start:
     """Measure every constant choice of a scheme at every keyframe interval."""
-    environment, few = study.settings.environment, _few_clips(study)
+    environment, few, begun = study.settings.environment, _few_clips(study), time.monotonic()
     problem = few.problems["train"]
     policies = [
         _constant(scheme, choice, interval, environment.reference)
@@ -111,7 +180,7 @@ def measure_constants(study: Study, scheme: ActionScheme) -> Start:
     with stage("constant fields", len(policies) * problem.frames) as advance:
         results = [few.measure(policy, "train", advance) for policy in policies]
     tried = (_tried(policy, result) for policy, result in zip(policies, results, strict=True))
-    return Start(tuple(tried), clip_frames=problem.frames)
+    return Start(tuple(tried), clip_frames=problem.frames, seconds=time.monotonic() - begun)
 
 
 def search(study: Study, start: Start, frames: int, strategy: Strategy) -> Start:
@@ -124,7 +193,7 @@ def search(study: Study, start: Start, frames: int, strategy: Strategy) -> Start
     Returns:
         The start with what was tried besides.
     """
-    settings, few = study.settings, _few_clips(study)
+    settings, few, begun = study.settings, _few_clips(study), time.monotonic()
     problem, environment = few.problems["train"], settings.environment
     evaluations = math.ceil(frames / problem.frames)
     with stage(f"{strategy} search", evaluations * problem.frames) as advance:
@@ -140,7 +209,7 @@ def search(study: Study, start: Start, frames: int, strategy: Strategy) -> Start
         )
     if len(found) < evaluations:
         log.info("There are no more than %d thresholds per layer group to try.", len(found))
-    return replace(start, searched=(*start.searched, *found))
+    return replace(start, searched=(*start.searched, *found), seconds=start.seconds + time.monotonic() - begun)
 
 
 def _tried(policy: GroupThresholds | StaticResQ, result: Measurement) -> Tried:
@@ -152,6 +221,8 @@ def first_choices(study: Study, start: Start | None) -> Callable[[float], FirstC
     scheme, kind = study.scheme(), study.settings.training.warm_start
     if start is None or kind == "none":
         return None
+    if scheme.base:
+        return lambda _: FirstChoice(scheme.neutral)
     low, high = study.settings.environment.trade_off_range
 
     def even(trade_off: float) -> FirstChoice:

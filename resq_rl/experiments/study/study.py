@@ -56,6 +56,7 @@ class Study:
         framing: how frames of any source are brought to the network, as those of the video were.
         tables: engines of frame-level decisions by split, from which policies are measured and trained where given.
         measurements: keeps what was measured on the network.
+        base: thresholds of every layer by lambda, of which agents choose factors (`ActionScheme.base`), if any.
     """
 
     settings: Settings
@@ -66,6 +67,7 @@ class Study:
     framing: Framing
     tables: Mapping[Split, TableEngine] = field(default_factory=dict)
     measurements: Measurements = field(default_factory=lambda: Measurements(None))
+    base: tuple[tuple[float, ...], ...] = ()
 
     @property
     def problem(self) -> Problem:
@@ -107,7 +109,7 @@ class Study:
     def scheme(self) -> ActionScheme:
         """The actions that the settings ask for."""
         environment, problem = self.settings.environment, self.problem
-        return ActionScheme(
+        scheme = ActionScheme(
             AGENTS[environment.id],
             environment.agents,
             problem.groups,
@@ -118,6 +120,7 @@ class Study:
             self.settings.heuristic.kappa,
             environment.ignored,
         )
+        return scheme.on(self.base, problem.model.group_of_site.tolist()) if self.base else scheme
 
     def agents(self, fields: Policy | None = None) -> BatchedEnvironment:
         """Agents on the training clips; agents that decide on keyframes alone where `fields` chooses the rest."""

@@ -1,7 +1,7 @@
 """Training a policy with progress, tracking and checkpoints; used by `train` and `compare`."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,13 +10,14 @@ from resq_rl.envs.sb3 import AgentsVecEnv
 from resq_rl.experiments.config.settings import Settings
 from resq_rl.experiments.runs.progress import stage
 from resq_rl.experiments.study.deployment import FILES, save_deployment
-from resq_rl.experiments.study.start import Start, first_choices
+from resq_rl.experiments.study.start import Start, first_choices, learning_interval
 from resq_rl.experiments.study.study import Study
 from resq_rl.experiments.tracking.tracker import Tracker
-from resq_rl.policies import LearnedPolicy
+from resq_rl.policies import GradientSettings, LearnedPolicy
+from resq_rl.policies.gradient_policy import PassFigures, learn_policy
 from resq_rl.policies.ppo import FirstChoice, PPOSettings, Progress, TrainingReport, train_ppo
 
-__all__ = ["front_candidates", "keyframe_settings", "load_policies", "train_policy"]
+__all__ = ["front_candidates", "keyframe_settings", "load_policies", "save_chosen", "train_policy"]
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +52,12 @@ def train_policy(
         The policy and the report, whose frames are of both trainings.
     """
     training, settings = study.settings.training, study.settings.training.ppo()
-    first = first_choices(study, start)
     run = _Trainings(seed, tracker, resume)
-    policy = run.train(f"training PPO, seed {seed}", study.agents(), settings, folder / "checkpoints", first)
+    if training.trainer == "gradient":
+        policy = run.descend(study, settings, folder / "checkpoints")
+    else:
+        first = first_choices(study, start)
+        policy = run.train(f"training PPO, seed {seed}", study.agents(), settings, folder / "checkpoints", first)
     policy.save(folder)
     save_deployment(study, folder)
     if training.keyframe_frames:
@@ -108,6 +112,30 @@ class _Trainings:
         )
         return policy
 
+    def descend(self, study: Study, settings: PPOSettings, folder: Path) -> LearnedPolicy:
+        """Train one policy by gradients; it goes on from nowhere but the start, and gives the same again."""
+        environment = study.settings.environment
+        with stage(f"training by gradients, seed {self.seed}", settings.frames) as advance:
+
+            def on_pass(figures: PassFigures) -> None:
+                advance(figures.frames - self.report.frames)
+                self.report.frames, self.report.rollouts = figures.frames, self.report.rollouts + 1
+                self.report.curve.append({name: float(value) for name, value in asdict(figures).items()})
+                metrics = {"train/divergence": figures.divergence, "train/bops": figures.bops}
+                self.tracker.log_metrics(metrics, step=figures.frames)
+
+            return learn_policy(
+                study.problems["train"],
+                study.scheme(),
+                GradientSettings(settings.frames),
+                hidden=settings.hidden,
+                bits=settings.policy_bits,
+                interval=learning_interval(environment),
+                reference=environment.reference,
+                seed=self.seed,
+                on_pass=on_pass,
+            )
+
     def _track(self, before: int, progress: Progress) -> None:
         groups = {name: "choices" if name.startswith("choice_") else "train" for name in progress.metrics}
         metrics = {f"{groups[name]}/{name}": value for name, value in progress.metrics.items()}
@@ -128,8 +156,20 @@ def load_policies(folder: Path) -> dict[int, LearnedPolicy]:
 
 
 def front_candidates(study: Study, policy: LearnedPolicy) -> list[LearnedPolicy]:
-    """A policy at every lambda, with every keyframe interval and its learned keyframes, if any; validation chooses."""
+    """What validation chooses from.
+
+    That is the policy at every lambda, with every keyframe interval and its learned keyframes, if any; and likewise the
+    static thresholds that it began at, where it chooses factors of such.
+    """
     trade_offs = study.settings.training.spread(policy.trade_off_range)
     intervals = study.settings.environment.keyframe_intervals if policy.scheme.agents == "region" else (0,)
     learned = [] if policy.keyframes is None else [policy.at(t) for t in trade_offs]
-    return [*learned, *(policy.at(t, i) for t in trade_offs for i in intervals)]
+    beginning = [] if policy.static or not policy.scheme.base else [policy.beginning()]
+    return [*learned, *(p.at(t, i) for p in (policy, *beginning) for t in trade_offs for i in intervals)]
+
+
+def save_chosen(folder: Path, chosen: Sequence[LearnedPolicy]) -> None:
+    """Where validation chose nothing but the beginning, keep that in a policy's folder instead of its network."""
+    if chosen and all(policy.static for policy in chosen):
+        log.info("%s: validation chose the policy's beginning, without its network.", folder.name)
+        chosen[len(chosen) // 2].save(folder)

@@ -61,7 +61,7 @@ def test_compare_writes_every_promised_name(compared: Path) -> None:
     values = json.loads((compared / "comparison.json").read_text())
     assert {
         "task", "video", "split", "clips", "frames", "accuracy_metric", "float_accuracy", "bops_convention",
-        "reference_bops_per_frame", "env_frames_used_for_training", "wall_seconds", "fronts", "bd_bops",
+        "reference_bops_per_frame", "env_frames_used_for_training", "wall_seconds", "fronts", "bd_bops", "efforts",
     } == set(values)  # fmt: skip
     assert (values["clips"], values["frames"]) == (3, 18)
     for method in ("per_frame", "static_resq", "dynamic_resq", "searched_thresholds", "gradient_thresholds", "ppo"):
@@ -83,6 +83,7 @@ def test_the_same_settings_give_the_same_comparison_twice(compared: Path, tmp_pa
     again = run(tmp_path, "compare", *BOUND)
     values = [json.loads((f / "comparison.json").read_text().replace(str(f), "RUN")) for f in (compared, again)]
     assert all(found.pop("wall_seconds") > 0 for found in values)
+    assert all(effort.pop("seconds") > 0 for found in values for effort in found["efforts"].values())
     assert values[0] == values[1]
     names = [
         f"seed{seed}/{name}" for seed in (0, 1) for name in ("policy.safetensors", "policy.json", "model.safetensors")
@@ -330,3 +331,39 @@ def test_no_labels_is_said_before_anything_is_computed(tmp_path: Path, capsys: p
     code = main(["compare", *tiny, f"results={tmp_path}", *overrides])
     assert code == 2
     assert capsys.readouterr().err.count("\n") <= 8
+
+
+# Policies that are learned by gradients ------------------------------------------------------------------------------
+
+FEW = ["training.seeds=[0]", "heuristic.references=[previous]", "heuristic.taus=[1.0]", "heuristic.other_kappas=[]"]
+FEW += ["heuristic.scene_changes=[]", "heuristic.searches=[]"]
+
+
+def test_a_policy_learned_by_gradients_is_compared_and_runs_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(tmp_path / "a", "compare", "training.trainer=gradient", *FEW)
+    comparison = Comparison.read(folder / "comparison.json")
+    assert not comparison.fronts["ppo"]
+    points, policy = comparison.fronts["gradient_policy"], LearnedPolicy.load(folder / "seed0")
+    assert "gradient_policy_vs_dynamic_resq" in comparison.bd_bops
+    assert comparison.efforts["gradient_policy"].frames == comparison.env_frames_used_for_training >= 120
+    assert (folder / "report.html").exists()
+    static = [bool(point.settings.get("static")) for point in points]
+    assert policy.static == all(static)
+    assert all((point.policy_bops == 0) == own for point, own in zip(points, static, strict=True))
+    again = Comparison.read(run(tmp_path / "b", "compare", f"policy={folder}", *FEW[1:]) / "comparison.json")
+    assert again.fronts["gradient_policy"]
+    capsys.readouterr()
+    assert main(["evaluate", *TINY, f"results={tmp_path}", f"policy={folder}"]) == 0
+
+
+def test_ppo_begins_at_gradient_thresholds(tmp_path: Path) -> None:
+    folder = run(tmp_path, "compare", "training.warm_start=gradient", *FEW)
+    comparison = Comparison.read(folder / "comparison.json")
+    policy = LearnedPolicy.load(folder / "seed0")
+    assert len(policy.scheme.base[0]) == len(policy.scheme.layers)
+    constants, spread = 2 * 12 * 18, 12 * 18  # on three clips of six frames
+    assert comparison.env_frames_used_for_training >= constants + spread + 30 + 120
+    for point in comparison.fronts["ppo"]:
+        assert (point.policy_bops == 0) == bool(point.settings.get("static"))

@@ -48,7 +48,7 @@ def study() -> Study:
 
 def pair_of(study: Study, heuristic: Policy, learned: Policy) -> Pair:
     measured = [(policy, study.measure(policy, "test")) for policy in (heuristic, learned)]
-    return trace_pair(study, "dynamic_resq", measured[0], measured[1])
+    return trace_pair(study, ("dynamic_resq", "ppo"), measured[0], measured[1])
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +140,19 @@ def test_without_the_first_anchor_the_next_one_with_a_number_speaks(comparison: 
     }
     assert "60.0% fewer bit-operations than static ResQ" in verdict_of(replace(comparison, bd_bops=deltas)).sentence
     assert verdict_of(replace(comparison, bd_bops={})).anchor == ""
+
+
+def test_policies_learned_by_gradients_are_named_and_their_beginnings_counted(comparison: Comparison) -> None:
+    points = comparison.fronts["ppo"]
+    static = replace(points[0], settings={**points[0].settings, "static": True})
+    fronts = {**comparison.fronts, "ppo": [], "gradient_policy": [static, *points]}
+    entry = BdEntry(-60.0, (-70.0, -50.0), (0.6, 0.7))
+    deltas = {"gradient_policy_vs_static_resq": entry, "oracle_vs_searched_thresholds": entry}
+    verdict = verdict_of(replace(comparison, fronts=fronts, bd_bops=deltas))
+    assert verdict.sentence.startswith("At equal accuracy, the gradient policy needs 60.0% fewer bit-operations")
+    assert (verdict.method, verdict.anchor) == ("gradient_policy", "static_resq")
+    assert f"At 1 of {1 + len(points)} points the policy is its beginning" in verdict.scope
+    assert "its beginning" not in verdict_of(replace(comparison, bd_bops={"ppo_vs_static_resq": entry})).scope
 
 
 def test_the_choice_is_the_cheapest_point_within_the_loss(comparison: Comparison) -> None:

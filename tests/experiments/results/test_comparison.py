@@ -16,6 +16,7 @@ from resq_rl.errors import ResultsError
 from resq_rl.experiments.results.comparison import (
     BdEntry,
     Comparison,
+    Effort,
     Point,
     print_comparison,
     print_policies,
@@ -40,6 +41,7 @@ NAMES = [
     "wall_seconds",
     "fronts",
     "bd_bops",
+    "efforts",
 ]
 POINT_NAMES = [
     "accuracy",
@@ -97,6 +99,14 @@ def test_json_has_the_promised_names(comparison: Comparison) -> None:
 def test_json_round_trip(comparison: Comparison, tmp_path: Path) -> None:
     path = comparison.write(tmp_path / "comparison.json")
     assert Comparison.read(path) == comparison
+
+
+def test_efforts_are_kept_and_may_be_missing_in_older_files(comparison: Comparison) -> None:
+    spent = dataclasses.replace(comparison, efforts={"ppo": Effort(1200, 3.5)})
+    assert Comparison.from_json(spent.to_json()) == spent
+    older = json.loads(comparison.to_json())
+    del older["efforts"]
+    assert Comparison.from_json(json.dumps(older)) == comparison
 
 
 def test_json_takes_numpy_paths_and_numbers_that_are_not_finite(tmp_path: Path) -> None:

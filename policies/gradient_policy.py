@@ -1,0 +1,97 @@
+"""A policy of region agents, learned by gradients through the unrolled closed loop, as static thresholds are.
+
+Thresholds per layer and the network that multiplies them by region and layer group are learned together, from the same
+loss and on the same frames (`resq_rl.policies.gradient`). The network sees what every agent observes and is deployed as
+one that PPO trained.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from resq_rl.envs import ActionScheme, Problem
+from resq_rl.errors import SettingsError
+from resq_rl.policies.fixed import GroupThresholds
+from resq_rl.policies.gradient import descend, first_thresholds
+from resq_rl.policies.learned import LearnedPolicy
+from resq_rl.policies.unrolled_clips import GradientSettings, RegionOffsets, UnrolledClips
+from resq_rl.quantization import Reference
+
+__all__ = ["PassFigures", "learn_policy"]
+
+
+@dataclass(frozen=True)
+class PassFigures:
+    """The means over one pass of clips: environment frames spent so far, divergence, and BOPs as a share of W8A8."""
+
+    frames: int
+    divergence: float
+    bops: float
+
+
+def learn_policy(
+    problem: Problem,
+    scheme: ActionScheme,
+    settings: GradientSettings | None = None,
+    *,
+    hidden: tuple[int, ...] = (16, 16),
+    bits: int = 8,
+    interval: int = 0,
+    reference: Reference = "previous",
+    seed: int = 0,
+    on_pass: Callable[[PassFigures], None] | None = None,
+) -> LearnedPolicy:
+    """Learn thresholds for every layer and a range of lambda, and a network that moves them by region.
+
+    Args:
+        problem: the network, its task and training clips.
+        scheme: region agents that choose thresholds; its thresholds are replaced by a base and factors of it.
+        hidden: units of each hidden layer.
+        bits: at which the network runs and is charged, 32 for float.
+        interval: frames between keyframes in training; 0 for the first only.
+        reference: what residuals are taken against.
+        on_pass: called after each pass over drawn clips.
+
+    Returns:
+        The policy, at the geometric middle of the range of lambda, which weighs BOPs against `Task.divergence`.
+
+    Raises:
+        SettingsError: the scheme chooses something else, no clip has a frame after its first, or no constant threshold
+            diverges less for more BOPs.
+    """
+    if (scheme.kind, scheme.agents) != ("region_thresholds", "region"):
+        raise SettingsError(
+            f"Gradients reach thresholds by region only: got actions {scheme.kind!r} of {scheme.agents!r} agents. Use "
+            "the environment resq_rl/RegionThresholds-v0 with region agents, or train by PPO."
+        )
+    first = GroupThresholds(reference, interval, taus=(1.0,) * len(problem.model.sites), kappa=scheme.kappa)
+    clips = UnrolledClips(problem, first, settings or GradientSettings(), seed)
+    knots, log_taus = first_thresholds(clips)
+    layers = problem.model.group_of_site.tolist()
+    scheme = scheme.on(log_taus.detach().exp().tolist(), layers)
+    clips.offsets = RegionOffsets(scheme, hidden, torch.Generator().manual_seed(seed))
+
+    def report(divergence: float, bops: float) -> None:
+        if on_pass is not None:
+            on_pass(PassFigures(clips.frames, divergence, bops))
+
+    descend(clips, knots, log_taus, report)
+    layers_of = [layer for layer in clips.offsets.layers if isinstance(layer, torch.nn.Linear)]
+    return LearnedPolicy(
+        tuple(_plain(layer.weight) for layer in layers_of),
+        tuple(_plain(layer.bias) for layer in layers_of),
+        scheme.on(log_taus.detach().exp().tolist(), layers),
+        trade_off=float((knots[0] * knots[-1]) ** 0.5),
+        trade_off_range=(float(knots[0]), float(knots[-1])),
+        interval=interval,
+        reference=reference,
+        bits=bits,
+        frame_size=problem.model.frame_size,
+        network=problem.model.groups,
+    )
+
+
+def _plain(parameter: Tensor) -> Tensor:
+    return parameter.detach().clone()

@@ -1,0 +1,172 @@
+"""Training clips that step together through the unrolled closed loop, under thresholds that are being learned."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from resq_rl.checked import Checked, Count, Positive
+from resq_rl.envs import ActionScheme, Conditions, Decision, FrameInputs, NetworkEngine, Problem
+from resq_rl.envs.problem import gather
+from resq_rl.errors import SettingsError
+from resq_rl.policies.fixed import GroupThresholds, periodic_at
+from resq_rl.quantization import ThresholdField
+
+__all__ = ["BACKWARD_FRAMES", "GradientSettings", "RegionOffsets", "UnrolledClips"]
+
+BACKWARD_FRAMES = 3  # a frame of backpropagation counts as so many
+
+
+@dataclass(frozen=True)
+class GradientSettings(Checked):
+    """How thresholds are learned.
+
+    Attributes:
+        frames: environment frames to spend, of which one that is backpropagated counts three times; rounded up to
+            whole windows.
+        window: frames through which gradients reach.
+        clips: clips that step together, each at its own lambda.
+        learning_rate: of Adam on the logarithms of thresholds; falls linearly to a tenth.
+        network_rate: of Adam on the weights of a network that decides by region; falls likewise.
+        sharpness: slope of a level's gate over the logarithm of the magnitude, in the backward pass.
+        knots: values of lambda at which thresholds are learned; between two, logarithms are interpolated.
+
+    Raises:
+        SettingsError: a value is out of range.
+    """
+
+    _group: ClassVar[str] = "gradient "
+
+    frames: Count = 15_000
+    window: Count = 6
+    clips: Count = 6
+    learning_rate: Positive = 0.05
+    network_rate: Positive = 0.01
+    sharpness: Positive = 3.0
+    knots: Count = 3
+
+
+class RegionOffsets(nn.Module):
+    """A multi-layer perceptron by region, whose outputs are places among the factors of a scheme's base.
+
+    It begins at the factor 1 everywhere. Places are rounded in the forward pass, and not in the backward one.
+
+    Args:
+        scheme: region agents that choose factors, which must be evenly spaced by ratio.
+        hidden: units of each hidden layer.
+        generator: draws the first weights.
+    """
+
+    def __init__(self, scheme: ActionScheme, hidden: tuple[int, ...], generator: torch.Generator) -> None:
+        super().__init__()
+        widths = [scheme.observation_size, *hidden, len(scheme.nvec)]
+        self.scheme = scheme
+        self.layers = nn.ModuleList(nn.utils.skip_init(nn.Linear, i, o) for i, o in pairwise(widths))
+        with torch.no_grad():
+            for layer in self.layers:
+                assert isinstance(layer, nn.Linear)
+                layer.weight.normal_(0, layer.in_features**-0.5, generator=generator)
+                layer.bias.zero_()
+            self.head.weight.zero_()
+            self.head.bias.fill_(float(scheme.neutral))
+
+    @property
+    def head(self) -> nn.Linear:
+        """The last layer."""
+        head = self.layers[-1]
+        assert isinstance(head, nn.Linear)
+        return head
+
+    def forward(self, observations: Float[Tensor, "n i"]) -> Float[Tensor, "n k"]:
+        """The logarithm of the factor of each region and layer group."""
+        x = observations
+        for layer in self.layers[:-1]:
+            x = torch.tanh(layer(x))
+        place = self.head(x)
+        top = len(self.scheme.thresholds) - 1
+        taken = place + (place.round().clamp(0, top) - place).detach()
+        logs = torch.tensor(self.scheme.thresholds).log()
+        moves: Tensor = (taken - self.scheme.neutral) * (logs[-1] - logs[0]) / top
+        return moves
+
+
+class UnrolledClips:
+    """Training clips that step together, from their first frames on.
+
+    Attributes:
+        frames: environment frames spent.
+        left: frames of the clips that were not run yet; 0 before any begin.
+        counts: `Task.counts` of agreement with the float network, of each frame since the clips began.
+        offsets: moves the thresholds of each region from its observation; None for thresholds that are the same
+            everywhere.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        policy: GroupThresholds,
+        settings: GradientSettings,
+        seed: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self.lengths = np.array([len(clip) for clip in problem.clips])
+        self.usable = np.flatnonzero(self.lengths > 1)
+        if not len(self.usable):
+            raise SettingsError("Thresholds are learned on residual frames: give training clips of 2 frames or more.")
+        self.problem, self.engine, self.policy, self.settings = problem, NetworkEngine(problem), policy, settings
+        self.generator, self._progress = np.random.default_rng(seed), progress
+        self.count = min(settings.clips, len(self.usable))
+        self.frames, self.left = 0, 0
+        self.offsets: RegionOffsets | None = None
+
+    def draw(self) -> np.ndarray:
+        """Clips to begin with; no two are the same."""
+        return self.generator.choice(self.usable, self.count, replace=False)
+
+    def start(self, drawn: np.ndarray, conditions: Conditions | None = None) -> None:
+        """Begin clips, with offsets under given conditions: their first frames run as keyframes."""
+        self.clip, self.time, self._conditions = torch.from_numpy(drawn), 0, conditions
+        self.left = int(self.lengths[drawn].min())
+        self.state = self.engine.new_state(self.count, self.policy.reference)
+        self.counts: list[Tensor] = []
+        self._step(torch.zeros(self.count, len(self.policy.taus)))
+
+    def window(self, log_taus: Float[Tensor, "b s"]) -> Float[Tensor, "2 b"]:
+        """Divergence and share of W8A8 BOPs of each clip, averaged over the next frames."""
+        self.state.references.detach()
+        frames = min(self.settings.window, self.left)
+        return torch.stack([self._step(log_taus) for _ in range(frames)]).mean(0)
+
+    def _step(self, log_taus: Float[Tensor, "b s"]) -> Float[Tensor, "2 b"]:
+        times = torch.full((self.count,), self.time)
+        age = self.state.age
+        inputs, sharpness = self.engine.inputs(self.clip, times), self.settings.sharpness
+        field = ThresholdField(self._moved(log_taus, inputs).exp(), self.policy.kappa)
+        decision = Decision((age < 0) | periodic_at(age, self.policy.interval), field)
+        output, prediction, cost = self.engine.unrolled(inputs, self.state, decision, sharpness)
+        teacher = self.problem.task.target(gather(self.problem.teacher, self.clip, times))
+        self.counts.append(self.problem.task.counts(prediction, teacher).sum(0))
+        divergence = self.problem.task.divergence(output, self.engine.float_output(self.clip, times))
+        self.time, self.left = self.time + 1, self.left - 1
+        spent = self.count * (BACKWARD_FRAMES if log_taus.requires_grad else 1)
+        self.frames += spent
+        if self._progress is not None:
+            self._progress(spent)
+        return torch.stack([divergence, (cost.total / self.problem.reference_bops).float()])
+
+    def _moved(self, log_taus: Float[Tensor, "b s"], inputs: FrameInputs) -> Float[Tensor, "b s rows columns"]:
+        """The logarithms of thresholds by region."""
+        whole = log_taus[:, :, None, None]
+        if self.offsets is None or self._conditions is None:
+            return whole
+        if not self.time:  # nothing was observed yet, and the frame is a keyframe
+            return whole.expand(-1, -1, *self.problem.grid)
+        observed = self.offsets.scheme.observe(self.engine.observe(inputs, self.state, self._conditions))
+        by_region = self.offsets(observed).unflatten(0, (self.count, *self.problem.grid))
+        moved: Tensor = whole + by_region.permute(0, 3, 1, 2)[:, self.problem.model.group_of_site]
+        return moved
