@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from resq_rl.errors import CalibrationError, SettingsError
-from resq_rl.quantization import QuantizationConfig, ResQModel
+from resq_rl.quantization import AffineQuantizer, QuantizationConfig, ResQModel
 from resq_rl.quantization.running import calibration
 from tests.quantization.networks import byte_clips, wrapped
 
@@ -21,6 +21,7 @@ def test_keyframe_ranges_cover_the_extremes_under_min_max() -> None:
     model = ResQModel(nn.Conv2d(3, 4, 3), torch.rand(1, 3, *SIZE), QuantizationConfig(range_estimator="min_max"))
     quantizer = model.calibrate(clips).ranges[0].keyframe
     largest = max(float(clip.max()) for clip in clips) / 255
+    assert isinstance(quantizer, AffineQuantizer)
     assert quantizer.zero_point == 0
     assert quantizer.step == pytest.approx(largest / 255, rel=1e-5)
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resq_rl.quantization import (
+    AffineQuantizer,
+    ChannelQuantizer,
     Field,
     LevelField,
     QuantizationConfig,
@@ -66,19 +68,24 @@ def thresholds(model: ResQModel, clips: int, frames: int, grid: tuple[int, int] 
     return [ThresholdField(torch.rand(shape, generator=generator) * 3) for _ in range(frames)]
 
 
+def step_of(quantizer: AffineQuantizer | ChannelQuantizer) -> float:
+    """The largest step of a quantizer."""
+    return max(q.step for q in ([quantizer] if isinstance(quantizer, AffineQuantizer) else quantizer.channels))
+
+
 # Still video ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reference", REFERENCES)
 def test_still_video_costs_nothing_under_thresholds(model: ResQModel, reference: Reference) -> None:
     # Whole multiples of the keyframe's step leave no rounding, and with it no residual, at the input ...
-    step = model.ranges[0].keyframe.step
+    step = step_of(model.ranges[0].keyframe)
     still = (batch(2, 1)[0] / step).round() * step
     state = model.new_state(2, reference)
     first, _ = model.step(still, state, everywhere(2, True), LevelField.constant(0, 2, len(model.groups)))
     first = [o.clone() for o in first]
     # ... and a threshold above the keyframe's rounding leaves none deeper down.
-    worst = max(r.keyframe.step / r.residual[reference].sigma for r in model.ranges)
+    worst = max(step_of(r.keyframe) / r.residual[reference].sigma for r in model.ranges)
     decision = ThresholdField.constant(worst, 2, len(model.groups))
     for _ in range(3):
         out, cost = model.step(still, state, everywhere(2, False), decision)
@@ -89,7 +96,7 @@ def test_still_video_costs_nothing_under_thresholds(model: ResQModel, reference:
 def test_still_video_has_a_zero_residual_where_inputs_are_representable() -> None:
     network = nn.Conv2d(3, 4, 3, padding=1)
     model = wrapped(network, 3, SIZE)
-    step = model.ranges[0].keyframe.step
+    step = step_of(model.ranges[0].keyframe)
     still = (batch(2, 1)[0] / step).round() * step
     state = model.new_state(2)
     first, _ = model.step(still, state, everywhere(2, True), LevelField.constant(3, 2, 1))

@@ -31,6 +31,8 @@ def errors(model: ResQModel, frames: Tensor) -> list[float]:
 class Uneven(nn.Module):
     """A depthwise layer with two outputs for each input channel, whose inputs differ in scale a thousandfold."""
 
+    scale: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.deep = nn.Conv2d(3, 6, 3, padding=1, groups=3)
@@ -75,10 +77,10 @@ def test_groups_get_the_ranges_that_they_would_get_alone() -> None:
     patches[2] = patches[2].abs()
     weights = torch.randn(4, 2, 9, generator=generator)
     ends = patches.amin((1, 2)), patches.amax((1, 2))
-    found = output_quantizers(patches, weights, *ends, 8)
+    found = output_quantizers(patches, weights, ends[0], ends[1], 8)
     for g in range(4):
         part = slice(g, g + 1)
-        assert found[part] == output_quantizers(patches[part], weights[part], *(end[part] for end in ends), 8)
+        assert found[part] == output_quantizers(patches[part], weights[part], ends[0][part], ends[1][part], 8)
     assert found[2].zero_point == 0
     assert all(quantizer.step > 0 for quantizer in found)
 

@@ -220,7 +220,8 @@ class ResidualOperator(nn.Module):
     def by_output(self, values: Float[Tensor, " in"]) -> Float[Tensor, " out"]:
         """Values that all input channels of a group have in common, by output channel."""
         groups = self.geometry.groups
-        return values.unflatten(0, (groups, -1))[:, 0].repeat_interleave(self.out_channels // groups)
+        one_each: Tensor = values.unflatten(0, (groups, -1))[:, 0]
+        return one_each.repeat_interleave(self.out_channels // groups)
 
     @property
     def channel_axis(self) -> int:

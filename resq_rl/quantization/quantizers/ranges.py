@@ -134,7 +134,8 @@ def output_quantizers(
         zero = torch.round(-low[:, None, None] / step)
         codes = (patches / step).round_().clamp_(-zero, 2**bits - 1 - zero)
         difference = codes.mul_(step).sub_(patches)
-        return (difference @ turned).square_().sum((1, 2))
+        errors: Tensor = (difference @ turned).square_().sum((1, 2))
+        return errors
 
     turned = weights.transpose(1, 2).contiguous()
     shrinks = _SHRINK[:37:2].to(patches)
