@@ -1,5 +1,6 @@
 """One quantized forward pass: the keyframe or residual arithmetic of every operator call, and its cost."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +25,7 @@ from resq_rl.quantization.specification.config import Part, QuantizationConfig
 from resq_rl.quantization.specification.fields import Field, LevelField, carry, cells_of
 from resq_rl.quantization.specification.ledger import FrameCost, bit_cost
 
-__all__ = ["Execution", "ProductPlan", "SitePlan", "check_order", "plan_site"]
+__all__ = ["Execution", "ProductPlan", "SitePlan", "as_image", "check_order", "from_image", "plan_site"]
 
 # Codes of so many bits have no more significant bits than bfloat16.
 EXACT_IN_BFLOAT16 = 8
@@ -144,7 +145,7 @@ class Execution:
         check_order(self.sites, self.position, operator)
         plan = self._layer(self.position)
         with own_types(), torch._C._DisableTorchDispatch():  # else `ProductCalls` would see the operator's own products
-            y = self._run(plan, self._entering(plan.site, x))
+            y = plan.site.arrangement.returned(self._run(plan, self._entering(plan.site, x)))
         self.position += 1
         if y.dtype != plan.site.dtype:
             return y.to(plan.site.dtype)
@@ -176,13 +177,14 @@ class Execution:
         Raises:
             NetworkError: the input is not one of those that the model was wrapped for.
         """
-        shape = len(self.refresh), *site.input_shape
-        if x.shape != shape or not x.is_floating_point() or x.layout != torch.strided or x.device != self.device:
+        fits = site.arrangement.fits(x, site.input_shape, len(self.refresh)) and x.is_floating_point()
+        if not fits or x.layout != torch.strided or x.device != self.device:
+            shape = len(self.refresh), *site.input_shape
             raise NetworkError(
                 f"Layer {site.name!r} is called on {x.dtype} of shape {tuple(x.shape)} on {x.device}, and was wrapped "
                 f"for floating-point numbers of shape {shape} on {self.device}."
             )
-        x = x.float()
+        x = site.arrangement.gathered(x.float())
         return x if site.operator.channel_axis == 1 else x.contiguous()
 
     def _run(self, plan: SitePlan, x: Tensor) -> Tensor:
@@ -222,7 +224,8 @@ class Execution:
         state, table = self.state, plan.ranges.residual[self.state.reference]
         reference = state.inputs[self.position][rows]  # of all clips a view, of some a copy
         step = table.step if state.reference == "previous" else None
-        codes, self._costs[self.position] = self._encode(plan, x, reference, table, step)
+        codes, cost = self._encode(plan, x, reference, table, step)
+        self._note(plan.site, cost)
         if step is not None and not isinstance(rows, slice):
             state.inputs[self.position][rows] = reference
         over = step is not None and isinstance(rows, slice)
@@ -232,18 +235,30 @@ class Execution:
     def _encode(
         self, plan: SitePlan, x: Tensor, reference: Tensor, table: ResidualTable, step: float | None
     ) -> tuple[Tensor, Float[Tensor, "b h w"]]:
-        """Codes of the residual, and the cost of a multiply-accumulate by pixel (h = w = 1 for a linear layer)."""
-        decision, site = self.rest_decision, plan.site
-        tau, index = self._carried_to(plan, site.map_size(x))
+        """Codes of the residual, and the cost of a multiply-accumulate by pixel or token."""
+        decision = self.rest_decision
+        image = as_image(plan.site, x)
+        tau, index = self._carried_to(plan, (image.shape[2], image.shape[3]))
         kappa = None if isinstance(decision, LevelField) else tuple(decision.kappa)
         steps = table.lookup(kappa, plan.costs, x.device)
-        shape = x.shape if site.operator.channel_axis == 1 else (len(x), -1, 1, 1)  # a linear layer has one level
-        parts = x.view(shape), reference.view(shape), steps, index, step, tau, table.sigma, kappa or (), plan.residual
+        parts = image, as_image(plan.site, reference), steps, index, step, tau, table.sigma, kappa or (), plan.residual
         codes, cost = self.kernels.encode(*parts)
-        return codes if site.operator.channel_axis == 1 else codes.view(x.shape), cost
+        return from_image(plan.site, codes, x), cost
+
+    def _note(self, site: Site, cost: Float[Tensor, "b h w"]) -> None:
+        """Keep what a multiply-accumulate costs at each place of the frame."""
+        self._costs[self.position] = cost if site.operator.channel_axis == 1 else site.tokens.by_pixel(cost)
 
     def _carried_to(self, plan: SitePlan, size: Pair) -> tuple[Tensor | None, Tensor]:
-        """At a layer's resolution, its thresholds and their rows in residual tables; or None and its levels."""
+        """For an image of `size` or for tokens, thresholds and their rows in residual tables; or None and levels."""
+        if plan.site.operator.channel_axis == 1:
+            return self._at(plan, size)
+        tokens = plan.site.tokens
+        (tau, index), (whole_tau, whole_index) = self._at(plan, tokens.size), self._at(plan, (1, 1))
+        by_token = None if tau is None or whole_tau is None else tokens.of_pixels(tau, whole_tau)
+        return by_token, tokens.of_pixels(index, whole_index)
+
+    def _at(self, plan: SitePlan, size: Pair) -> tuple[Tensor | None, Tensor]:
         place = self.position if self._by_layer else plan.group, size
         if place not in self._carried:
             self._carried[place] = self._carry(*place)
@@ -307,7 +322,9 @@ class Execution:
             costs = torch.stack([self._costs[position] for position in members], 1).cpu()
             spent = (costs * torch.stack([pooling.coverage for pooling in poolings])).to(poolings[0].rows.dtype)
             by_region = (poolings[0].rows @ (spent @ poolings[0].columns)).double()
-            macs = torch.tensor([float(self._layer(p).site.macs_per_pixel) for p in members], dtype=torch.float64)
+            macs = torch.tensor(
+                [float(self._layer(p).site.operator.macs_per_tap) for p in members], dtype=torch.float64
+            )
             bops[self.rest.cpu()[:, None], torch.tensor(members)] = by_region * macs[:, None, None]
         return bops
 
@@ -319,7 +336,20 @@ class Execution:
     def _pooling(self, position: int) -> "_Pooling":
         plan, cost = self._layer(position), self._costs[position]
         size = (cost.shape[1], cost.shape[2])
-        return _pooling(plan.site.operator.geometry, size, self.decision.grid, max(plan.costs))
+        crowd = 1.0 if plan.site.operator.channel_axis == 1 else plan.site.tokens.crowd
+        return _pooling(plan.site.operator.geometry, size, self.decision.grid, max(plan.costs) * crowd)
+
+
+def as_image(site: Site, x: Tensor) -> Float[Tensor, "b c h w"]:
+    """An input as an image, one pixel for each vector of a linear layer: a view, whose channels lie last in memory."""
+    if site.operator.channel_axis == 1:
+        return x
+    return x.view(len(x), 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
+
+
+def from_image(site: Site, image: Float[Tensor, "b c h w"], like: Tensor) -> Tensor:
+    """The inverse of `as_image`, for an input with the shape of `like`."""
+    return image if site.operator.channel_axis == 1 else image.permute(0, 2, 3, 1).reshape(like.shape)
 
 
 @dataclass(frozen=True)
@@ -349,8 +379,16 @@ def _keyframe_bops(sites: Sequence[AnySite], grid: Pair, cost: int) -> Float64[T
         if isinstance(site, ProductSite):
             found.append(torch.zeros(grid, dtype=torch.float64))
             continue
-        size = (site.input_shape[1], site.input_shape[2]) if site.operator.channel_axis == 1 else (1, 1)
-        found.append(_even_bops(site.operator.geometry, size, grid, cost) * site.macs_per_pixel)
+        operator = site.operator
+        if operator.channel_axis == 1:
+            spent = _even_bops(operator.geometry, (site.input_shape[1], site.input_shape[2]), grid, cost)
+        else:
+            tokens = site.tokens
+            pooling = _pooling(operator.geometry, tokens.size, grid, math.inf)
+            spent = (
+                pooling.rows @ tokens.by_pixel(torch.full((1, 1, len(tokens.index)), float(cost)))[0] @ pooling.columns
+            )
+        found.append(spent * operator.macs_per_tap)
     return torch.stack(found)
 
 
