@@ -4,7 +4,7 @@
 arithmetic itself, with int64 accumulators and one float32 rounding per documented operation.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
@@ -123,12 +123,21 @@ def integer_product(a: Floats, b: Floats, bits: int) -> Floats:
 class Oracle:
     """Replays one call site of a model on frames, clip by clip state included.
 
+    `places` are those of a linear layer's tokens: the size of a raster, and the pixel of each token in it or -1.
+
     Attributes:
         levels: level of each pixel in the last residual step, (b, h, w).
         largest: largest accumulator magnitude met so far.
     """
 
-    def __init__(self, model: ResQModel, site: int, setting: Setting, reference: Reference) -> None:
+    def __init__(
+        self,
+        model: ResQModel,
+        site: int,
+        setting: Setting,
+        reference: Reference,
+        places: tuple[Pair, Sequence[int]] | None = None,
+    ) -> None:
         self.setting, self.reference = setting, reference
         operator, ranges = model.layers[site].operator, model.ranges[site]
         self.key, self.table = ranges.keyframe, ranges.residual[reference]
@@ -145,6 +154,7 @@ class Oracle:
         self.x_ref: Floats = np.zeros(0, np.float32)
         self.y_ref: Floats = np.zeros(0, np.float32)
         self.levels: Ints = np.zeros(0, np.int64)
+        self.places = places
         self.largest = 0
 
     def keyframe(self, x: Floats) -> Floats:
@@ -171,6 +181,8 @@ class Oracle:
         """y = y_ref + W_res * Q(x - x_ref); the reference follows in the closed loop."""
         r = x - self.x_ref
         size = (1, 1) if self.setting.kind == "linear" else (x.shape[2], x.shape[3])
+        if self.places is not None:
+            size = self.places[0]
         rows = self._decide(r, decision, size)
         kappa = None if isinstance(decision, LevelField) else tuple(decision.kappa)
         inverses, _, all_units = (table.numpy() for table in self.table.steps(kappa))
@@ -198,12 +210,12 @@ class Oracle:
 
     def _decide(self, r: Floats, decision: LevelField | ThresholdField, size: Pair) -> Ints:
         if isinstance(decision, LevelField):
-            self.levels = spread(decision.levels[:, self.group].numpy(), size, max)
+            self.levels = self._at_tokens(decision.levels[:, self.group].numpy(), size, max, r)
             return np.zeros_like(self.levels)
-        tau = spread(decision.thresholds[:, self.group].numpy(), size, min)
-        clips = len(r)
-        flat = np.abs(r).reshape(clips, -1, 1, 1) if size == (1, 1) else np.abs(r)
-        magnitude = flat.max(1)
+        tau = self._at_tokens(decision.thresholds[:, self.group].numpy(), size, min, r)
+        magnitude = np.abs(r).max(1)
+        if self.setting.kind == "linear":  # one level for each vector
+            magnitude = np.abs(r).max(-1).reshape(len(r), 1, -1)
         bound = (tau * np.float32(self.table.sigma)).astype(np.float32)
         bounds = np.stack([bound * np.float32(k) for k in decision.kappa])
         self.levels = (magnitude > bounds).sum(0)
@@ -211,9 +223,21 @@ class Oracle:
         means = 2.0 ** (-3.75 + 0.5 * np.arange(14.0))
         return np.asarray((tau > means[:, None, None, None]).sum(0))
 
+    def _at_tokens(
+        self, grid: NDArray[Number], size: Pair, finest: Callable[[list[Number]], Number], r: Floats
+    ) -> NDArray[Number]:
+        """A grid of decisions by pixel (b, h, w), or by token (b, 1, n)."""
+        values = spread(grid, size, finest)
+        if self.setting.kind != "linear":
+            return values
+        whole = spread(grid, (1, 1), finest)[:, 0, 0]
+        index = self.places[1] if self.places is not None else [-1] * (r[0].size // r.shape[-1])
+        flat = values.reshape(len(values), -1)
+        return np.stack([whole if i < 0 else flat[:, i] for i in index], 1)[:, None]
+
     def _broadcast(self, values: NDArray[np.float32], x: Floats) -> Floats:
         if self.setting.kind == "linear":
-            return values.reshape(-1, *[1] * (x.ndim - 1))
+            return values.reshape(*x.shape[:-1], 1)
         return values[:, None]
 
 

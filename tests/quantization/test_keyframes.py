@@ -95,7 +95,7 @@ def test_corrected_layers_have_the_mean_of_the_float_output(bias: bool, monkeypa
     network = nn.Sequential(nn.Conv2d(3, 8, 3, bias=bias), nn.ReLU(), nn.Conv2d(8, 4, 3, bias=bias))
     clips = smooth_clips(4, 6, 3, SIZE)
     model = ResQModel(network, to_float(clips[0][:1]), QuantizationConfig(key_activation_bits=3)).calibrate(clips)
-    (frames,), _ = keyframes.chosen_frames(clips, 24, model.sites, model.device)
+    (frames,), _ = keyframes.chosen_frames(clips, 24, model.layers, model.device)
     corrected = keyframes_of(model, frames)[0].double().mean((0, 2, 3))
     use_plain_ranges(monkeypatch)
     plain = keyframes_of(model.calibrate(clips), frames)[0].double().mean((0, 2, 3))
@@ -121,7 +121,7 @@ def test_the_choice_never_loses_on_the_frames_it_is_made_by(seed: int, monkeypat
     torch.manual_seed(seed)
     network, clips = perturb_statistics(SmallNet(), seed), smooth_clips(4, 8, 3, SIZE)
     model = ResQModel(network, to_float(clips[0][:1])).calibrate(clips)
-    _, (held,) = keyframes.chosen_frames(clips, 24, model.sites, model.device)
+    _, (held,) = keyframes.chosen_frames(clips, 24, model.layers, model.device)
     chosen = torch.tensor(errors(model, held)).log().sum()
     use_plain_ranges(monkeypatch)
     plain = torch.tensor(errors(model.calibrate(clips), held)).log().sum()
@@ -153,7 +153,7 @@ def test_frames_to_fit_to_and_to_choose_by_are_apart_and_fit_in_memory(monkeypat
     clips = [torch.arange(10 * i, 10 * i + 10, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2, 2) for i in (0, 1)]
 
     def numbers(most: int) -> tuple[list[int], list[int]]:
-        parts = keyframes.chosen_frames(clips, most, model.sites, model.device)
+        parts = keyframes.chosen_frames(clips, most, model.layers, model.device)
         fitted, held = ([round(float(v) * 255) for v in part[0][:, 0, 0, 0]] for part in parts)
         return fitted, held
 

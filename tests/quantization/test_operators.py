@@ -52,7 +52,7 @@ def test_any_geometry(operator: tuple[Geometry, Setting, int, int], size: tuple[
 
 
 def test_a_linear_layer_is_one_position() -> None:
-    assert Geometry("linear").coverage((5, 7)).tolist() == [[1.0]]
+    assert Geometry("linear").coverage((2, 3)).tolist() == [[1.0] * 3] * 2
 
 
 # Patches -------------------------------------------------------------------------------------------------------------

@@ -86,9 +86,7 @@ COUNTS: dict[str, tuple[Callable[[Any, Tensor], Any], dict[str, nn.Module], list
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "program"), [(name, program) for name in COUNTS for program in (False, True) if name != "multihead"]
-)
+@pytest.mark.parametrize(("name", "program"), [(name, program) for name in COUNTS for program in (False, True)])
 def test_every_form_is_counted_as_by_hand(name: str, program: bool) -> None:
     call, modules, macs = COUNTS[name]
     network = Net(call, **modules).eval()

@@ -148,7 +148,7 @@ def _thresholds(work: _Export, reference: Trace) -> dict[str, Any]:
     study, scheme, split = work.study, work.policy.scheme, work.study.settings.split
     if not scheme.by_threshold:
         raise _SkippedError(f"a table holds thresholds, and the policy chooses {scheme.kind.replace('_', ' ')}")
-    layers = tuple(site.operator.name for site in study.model.sites)
+    layers = tuple(site.name for site in study.model.sites)
     table = ThresholdTable(
         layers if scheme.base else study.model.groups,
         study.model.config.levels,

@@ -36,9 +36,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from resq_rl.errors import UnsupportedOperatorError
+from resq_rl.quantization.graph.memory import MOVES, base_name, block_of, geometry_of, written
 from resq_rl.quantization.graph.products import FACTORS, factors_of
 
-__all__ = ["SUPPORTED", "Exposure", "Follow", "block_of", "multiplies"]
+__all__ = ["SUPPORTED", "Exposure", "Follow", "multiplies"]
 
 # Names of torch's operators that multiply and accumulate.
 _MULTIPLIES = re.compile(
@@ -47,13 +48,6 @@ _MULTIPLIES = re.compile(
 )
 # Operators of other libraries may do anything, so they are refused; these are torch's own.
 _NAMESPACES = ("aten", "prim", "prims", "profiler")
-# Operators that put values elsewhere, unchanged, beside views, which share memory.
-_MOVES = re.compile(
-    r"^(_to_copy|_reshape_alias|_unsafe_view|.*_copy|cat|channel_shuffle|clone|constant_pad_nd|contiguous|copy|diag.*"
-    r"|flip|gather|im2col|index|index_select|_unsafe_index|lift.*|masked_select|pixel_shuffle|pixel_unshuffle"
-    r"|reflection_pad.*|replication_pad.*|repeat|repeat_interleave|roll|rot90|.*_scatter|stack|take|take_along_dim|tril"
-    r"|triu|unfold|_pad_.*)$"
-)
 # Operators that sum along given axes, over windows of the last axes, and into places that others are summed into too.
 _SUMS = re.compile(r"^(sum|mean|nansum|nanmean|cumsum)$")
 _WINDOWS = re.compile(r"^_?(adaptive_)?avg_pool(\d)d$")
@@ -158,7 +152,7 @@ class Follow(TorchDispatchMode):
         elif followed and multiplies(func):
             self._refuse(func.name())
         out = func(*args, **kwargs)
-        targets = _written(func, args, kwargs)
+        targets = written(func, args, kwargs)
         for t in targets:
             self.note_written(t)
         if followed:
@@ -169,7 +163,7 @@ class Follow(TorchDispatchMode):
         return out
 
     def _value(self, func: OpOverload, args: Any, kwargs: Any, followed: list[Tensor], out: Tensor) -> _Value:
-        name, first = _base(func), followed[0]
+        name, first = base_name(func), followed[0]
         fresh = self._fresh(frozenset().union(*(self._of(t).statistics for t in followed)))
         if func in FACTORS:
             return fresh
@@ -190,7 +184,7 @@ class Follow(TorchDispatchMode):
                 return fresh
             products = tuple(_laid(factors, out) for factors in self._products(args[1]))
             return replace(self._of(args[1]), products=products)
-        if _MOVES.match(name):
+        if MOVES.match(name):
             return self._moved(func, args, kwargs, followed, fresh)
         self._check_pooling(name, args, kwargs, followed)
         if out.numel() < first.numel():
@@ -251,7 +245,7 @@ class Follow(TorchDispatchMode):
         of, value = self._of(followed[0]), fresh
         if len({self._of(t).root for t in followed}) == 1:
             about = func.name(), tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
-            copied = _base(func) in ("clone", "_to_copy", "lift_fresh")
+            copied = base_name(func) in ("clone", "_to_copy", "lift_fresh")
             value = replace(fresh, root=of.root, place=of.place if copied else (of.place, about), inverse=of.inverse)
         terms = [self._products(t) for t in followed]
         if not all(len(own) == 1 for own in terms):
@@ -305,7 +299,7 @@ class Follow(TorchDispatchMode):
 
     def _of(self, t: Tensor) -> _Value:
         """What is known of a tensor, which may be a view of the one that was made."""
-        geometry = _geometry(t)
+        geometry = geometry_of(t)
         value = self._views.get((block_of(t), geometry)) or self._blocks[block_of(t)]
         return value if geometry == value.geometry else replace(value, place=(value.place, geometry), parts=())
 
@@ -318,7 +312,7 @@ class Follow(TorchDispatchMode):
 
     def _products(self, t: Tensor) -> list[list[Tensor]]:
         """The products that a tensor is a sum of, each factor viewed as the tensor views its block."""
-        return [[f.as_strided(*_geometry(t)) for f in factors] for factors in self._of(t).products]
+        return [[f.as_strided(*geometry_of(t)) for f in factors] for factors in self._of(t).products]
 
     def _factors(self, t: Tensor) -> list[Tensor]:
         products = self._products(t)
@@ -330,7 +324,7 @@ class Follow(TorchDispatchMode):
         return a.shape == b.shape and (alike or torch.equal(a, b))
 
     def _put(self, t: Tensor, value: _Value) -> None:
-        block, value = block_of(t), replace(value, geometry=_geometry(t))
+        block, value = block_of(t), replace(value, geometry=geometry_of(t))
         self._kept.append(t.untyped_storage())
         if _length(t) == t.numel():
             self._blocks[block] = value
@@ -353,39 +347,15 @@ class Exposure(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def block_of(t: Tensor) -> int:
-    """Identity of the block of memory that a tensor lies in."""
-    return int(t.untyped_storage()._cdata)
-
-
 def _length(t: Tensor) -> int:
     return t.untyped_storage().nbytes() // t.element_size()
-
-
-def _base(func: OpOverload) -> str:
-    """The operator's name without namespace and overload, and without the sign of one that works in place."""
-    name = str(func.name()).split(".")[0].partition("::")[2]
-    return name[:-1] if name.endswith("_") else name
-
-
-def _geometry(t: Tensor) -> Any:
-    return tuple(t.size()), t.stride(), t.storage_offset()
-
-
-def _written(func: OpOverload, args: Any, kwargs: Any) -> list[Tensor]:
-    """The tensors among the arguments that an operator writes to."""
-    names = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    if not names:
-        return []
-    given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-    return [t for n in names for t in tree_leaves(given.get(n)) if isinstance(t, Tensor)]
 
 
 def _laid(factors: list[Tensor], out: Tensor) -> tuple[Tensor, ...]:
     """Factors broadcast over `out`, each in a block laid out as that of `out`."""
     blocks = [torch.ones(_length(out), dtype=factor.dtype, device=factor.device) for factor in factors]
     for block, factor in zip(blocks, factors, strict=True):
-        block.as_strided(*_geometry(out)).copy_(factor.expand(out.shape))
+        block.as_strided(*geometry_of(out)).copy_(factor.expand(out.shape))
     return tuple(blocks)
 
 
@@ -396,7 +366,7 @@ def _merged(whole: Any, written: Any, t: Tensor) -> Any:
     first, last = written[-1][0], written[-1][-1]
     blocks = whole[-1] if whole else (torch.ones_like(first), torch.ones_like(first))
     for block, factor in zip((blocks[0], blocks[-1]), (first, last), strict=True):
-        block.as_strided(*_geometry(t)).copy_(factor.as_strided(*_geometry(t)))
+        block.as_strided(*geometry_of(t)).copy_(factor.as_strided(*geometry_of(t)))
     return (blocks,)
 
 

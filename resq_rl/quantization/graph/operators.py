@@ -49,11 +49,7 @@ class Geometry:
         )
 
     def coverage(self, size: Pair) -> Float[Tensor, "h w"]:
-        """How many (output position, kernel tap) pairs read each input pixel of an input of `size`.
-
-        A linear operator reads each input position once: its map has one position, multiplied by the count of
-        positions in `macs_per_tap` of the caller.
-        """
+        """How many (output position, kernel tap) pairs read each input pixel of an input of `size`."""
         return _coverage(self, size)
 
     def patches(
@@ -95,7 +91,7 @@ class Geometry:
 @lru_cache(maxsize=1024)
 def _coverage(geometry: Geometry, size: Pair) -> Tensor:
     if geometry.operator == "linear":
-        return torch.ones(1, 1, dtype=torch.float32, device="cpu")
+        return torch.ones(size, dtype=torch.float32, device="cpu")
     kernel = torch.ones(1, 1, *geometry.kernel, dtype=torch.float32, device="cpu")
     plain = replace(geometry, groups=1)
     # The gradient of sum(output) with respect to a pixel is the number of taps that read it.

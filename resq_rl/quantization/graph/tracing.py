@@ -1,22 +1,26 @@
 """One trial pass through a wrapped network: which operators are called in which order, and is every call sound?"""
 
+import logging
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch._ops import OpOverload
 
 from resq_rl.errors import NetworkError, ResqError
-from resq_rl.quantization.graph.dependence import Exposure, Follow, block_of
+from resq_rl.quantization.graph.dependence import Exposure, Follow
+from resq_rl.quantization.graph.memory import block_of
 from resq_rl.quantization.graph.operators import ResidualOperator, Switch
 from resq_rl.quantization.graph.outputs import tensors_of
+from resq_rl.quantization.graph.places import Arrangement, Places, Tokens
 from resq_rl.quantization.graph.products import ProductSite, decomposed, factors_of, product_macs
 from resq_rl.quantization.specification.config import LayerKind
 from resq_rl.quantization.specification.costs import LayerSize
 from resq_rl.quantization.specification.ledger import coverage_total
+
+log = logging.getLogger(__name__)
 
 __all__ = ["AnySite", "Site", "Traced", "trace"]
 
@@ -29,6 +33,7 @@ class Site:
         operator: the operator called.
         input_shape, output_shape: shapes of one clip's input and output, without the clip dimension.
         dtype: type of the output; whatever it is, references and codes are float32.
+        arrangement, tokens: where the clips and the tokens of a linear layer lie.
         overwritten: whether later code may overwrite the output in place, or the caller gets it and might, so that the
             stored reference needs a copy.
     """
@@ -37,6 +42,8 @@ class Site:
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
+    arrangement: Arrangement = field(default_factory=Arrangement)
+    tokens: Tokens = field(default_factory=lambda: Tokens.nowhere(1))
     overwritten: bool = False
 
     @property
@@ -69,27 +76,13 @@ class Site:
         """Height and width of the output; (1, 1) for a linear layer."""
         return self.output_shape[1:] if self.operator.channel_axis == 1 else (1, 1)
 
-    def map_size(self, x: Tensor) -> tuple[int, int]:
-        """Size of the level map for an input: one level per pixel, one in all for a linear layer."""
-        return (x.shape[2], x.shape[3]) if self.operator.channel_axis == 1 else (1, 1)
-
-    def coverage(self, size: tuple[int, int]) -> Float[Tensor, "h w"]:
-        """How many (output position, tap) pairs read each pixel of an input of `size`."""
-        return self.operator.geometry.coverage(size)
-
-    @property
-    def macs_per_pixel(self) -> int:
-        """Multiply-accumulates per unit of coverage."""
-        positions = 1
-        if self.operator.channel_axis == -1:
-            positions = int(torch.Size(self.input_shape[:-1]).numel())
-        return self.operator.macs_per_tap * positions
-
     @property
     def macs(self) -> int:
         """Multiply-accumulates of one frame; padding is not counted."""
-        size = self.input_shape[1:] if self.operator.channel_axis == 1 else (1, 1)
-        return coverage_total(self.coverage((size[0], size[1]))) * self.macs_per_pixel
+        if self.operator.channel_axis == -1:
+            return len(self.tokens.index) * self.operator.macs_per_tap
+        size = self.input_shape[1], self.input_shape[2]
+        return coverage_total(self.operator.geometry.coverage(size)) * self.operator.macs_per_tap
 
 
 AnySite = Site | ProductSite
@@ -115,7 +108,7 @@ def trace(network: nn.Module, switch: Switch, inputs: tuple[Tensor, ...]) -> Tra
         NetworkError: the network does not accept the inputs, or the clip dimension does not lead somewhere.
     """
     inputs = tuple(part.clone() for part in inputs)
-    calls = _Calls(inputs)
+    calls = _Calls(inputs, _located(network, switch, tuple(part.clone() for part in inputs)))
     switch.execute = calls.operator
     try:
         with torch.no_grad(), decomposed(), ExitStack() as stack:
@@ -143,6 +136,37 @@ def trace(network: nn.Module, switch: Switch, inputs: tuple[Tensor, ...]) -> Tra
     return Traced(calls.sites, frozenset(calls.constant))
 
 
+def _located(network: nn.Module, switch: Switch, inputs: tuple[Tensor, ...]) -> list[tuple[Arrangement | None, Tokens]]:
+    """Where clips and tokens lie in the input of each operator call; shorter where the pass ends in an error."""
+    found: list[tuple[Arrangement | None, Tokens]] = []
+    linear = (nn.Linear, ResidualOperator)
+    if not any(isinstance(module, linear) for module in network.modules()):
+        return found
+    clips, places = len(inputs[0]), Places(inputs)
+
+    def locate(operator: ResidualOperator, x: Tensor) -> Tensor:
+        places.inside = True
+        y = operator.float_output(x)
+        arrangement = None
+        if operator.channel_axis == -1:
+            arrangement = places.arrangement(x, clips)
+            places.linear(x, y)
+        else:
+            places.begin(y)
+        known = None if arrangement is None else places.tokens(x, arrangement, clips)
+        found.append((arrangement, known or Tokens.nowhere(1)))
+        places.inside = False
+        return y
+
+    switch.execute = locate
+    try:
+        with torch.no_grad(), decomposed(), places:
+            network(*inputs)
+    except Exception:
+        log.debug("Places are known of the first %d calls only.", len(found), exc_info=True)
+    return found
+
+
 class _Calls:
     """Collects the calls of one pass in float.
 
@@ -151,8 +175,9 @@ class _Calls:
         constant: as of `Traced`.
     """
 
-    def __init__(self, inputs: tuple[Tensor, ...]) -> None:
+    def __init__(self, inputs: tuple[Tensor, ...], located: list[tuple[Arrangement | None, Tokens]]) -> None:
         self.clips = len(inputs[0])
+        self.located = located
         self.follow = Follow(inputs, self.product)
         self.sites: list[AnySite] = []
         self.outputs: list[tuple[Site, Tensor, Tensor]] = []
@@ -161,19 +186,32 @@ class _Calls:
 
     def operator(self, operator: ResidualOperator, x: Tensor) -> Tensor:
         """Run an operator in float and add its site."""
-        if len(x) != self.clips or x.dim() < 2 or (operator.channel_axis == 1 and x.dim() != 4):
+        arrangement, tokens = self._where(operator, x)
+        if arrangement is None:
             raise NetworkError(
                 f"Layer {operator.name!r} is called on a tensor of shape {tuple(x.shape)} for a batch of {self.clips} "
                 "clips; the clip dimension must lead in every layer."
             )
         self.follow.inside = True
         y = operator.float_output(x)
-        site = Site(operator, tuple(x.shape[1:]), tuple(y.shape[1:]), y.dtype)
+        shape = arrangement.gathered(x).shape
+        made = (operator.out_channels,) if operator.channel_axis == -1 else ()
+        outer = (*shape[1:-1], *made) if made else tuple(y.shape[1:])
+        site = Site(operator, tuple(shape[1:]), outer, y.dtype, arrangement, tokens)
         self.sites.append(site)
         self.outputs.append((site, y, y.clone()))
         self.follow.inside = False
         self.follow.begin(y)
         return y
+
+    def _where(self, operator: ResidualOperator, x: Tensor) -> tuple[Arrangement | None, Tokens]:
+        """How the clips and the tokens lie in an operator's input; None for clips that do not lie apart."""
+        number = len(self.outputs)
+        if operator.channel_axis == -1 and number < len(self.located):
+            return self.located[number]
+        leads = len(x) == self.clips and (x.dim() == 4 or (operator.channel_axis == -1 and x.dim() > 1))
+        count = x.numel() // max(1, self.clips * x.shape[-1]) if operator.channel_axis == -1 else 1
+        return Arrangement() if leads else None, Tokens.nowhere(count, known=count == 1)
 
     def product(self, func: OpOverload, args: Any, own: list[Tensor]) -> None:
         """Add the site of a product of matrices, of which the factors in `own` depend on the frame."""

@@ -176,7 +176,7 @@ class Kernels:
         """
         codes, cost = self.encode(x, reference, choice, unit if moves else None, product)
         if product.geometry.operator == "linear":
-            codes = codes.view(*base.shape[:-1], -1)
+            codes = codes.permute(0, 2, 3, 1).reshape(*base.shape[:-1], -1)
         return self.accumulate(product, codes, unit, base, over=over), cost
 
     def highest(self, scores: Float[Tensor, "b k h w"]) -> UInt8[Tensor, "b h w"]:

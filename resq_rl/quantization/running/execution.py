@@ -28,7 +28,16 @@ from resq_rl.quantization.specification.costs import CostTable, mac_cost
 from resq_rl.quantization.specification.fields import Field, LevelField, carry, cells_of
 from resq_rl.quantization.specification.ledger import FrameCost
 
-__all__ = ["Execution", "ProductPlan", "SitePlan", "check_order", "keyframe_output", "plan_site"]
+__all__ = [
+    "Execution",
+    "ProductPlan",
+    "SitePlan",
+    "as_image",
+    "check_order",
+    "from_image",
+    "keyframe_output",
+    "plan_site",
+]
 
 # Codes of so many bits have no more significant bits than bfloat16.
 EXACT_IN_BFLOAT16 = 8
@@ -184,7 +193,7 @@ class Execution:
         check_order(self.sites, self.position, operator)
         plan = self._layer(self.position)
         with own_types(), torch._C._DisableTorchDispatch():  # else `ProductCalls` would see the operator's own products
-            y = self._run(plan, self._entering(plan.site, x))
+            y = plan.site.arrangement.returned(self._run(plan, self._entering(plan.site, x)))
         self.position += 1
         if y.dtype != plan.site.dtype:
             return y.to(plan.site.dtype)
@@ -216,13 +225,14 @@ class Execution:
         Raises:
             NetworkError: the input is not one of those that the model was wrapped for.
         """
-        shape = len(self.refresh), *site.input_shape
-        if x.shape != shape or not x.is_floating_point() or x.layout != torch.strided or x.device != self.device:
+        fits = site.arrangement.fits(x, site.input_shape, len(self.refresh)) and x.is_floating_point()
+        if not fits or x.layout != torch.strided or x.device != self.device:
+            shape = len(self.refresh), *site.input_shape
             raise NetworkError(
                 f"Layer {site.name!r} is called on {x.dtype} of shape {tuple(x.shape)} on {x.device}, and was wrapped "
                 f"for floating-point numbers of shape {shape} on {self.device}."
             )
-        x = x.float()
+        x = site.arrangement.gathered(x.float())
         return x if site.operator.channel_axis == 1 else x.contiguous()
 
     def _run(self, plan: SitePlan, x: Tensor) -> Tensor:
@@ -260,31 +270,47 @@ class Execution:
         state, table = self.state, plan.ranges.residual[self.state.reference]
         reference = state.inputs[self.position][rows]  # of all clips a view, of some a copy
         every, moves = isinstance(rows, slice), state.reference == "previous"
-        shape = x.shape if plan.site.operator.channel_axis == 1 else (len(x), -1, 1, 1)  # a linear layer has one level
+        image = as_image(plan.site, x)
         y, cost = self.kernels.residual(
             plan.residual,
-            x.view(shape),
-            reference.view(shape),
-            self._choice(plan, table, x),
+            image,
+            as_image(plan.site, reference),
+            self._choice(plan, table, image),
             table.step,
             state.outputs[self.position][rows],
             moves=moves,
             over=moves or not every,
         )
-        self._costs[self.position] = cost
+        self._note(plan.site, cost)
         if moves and not every:
             state.inputs[self.position][rows] = reference
         return y
 
-    def _choice(self, plan: SitePlan, table: ResidualTable, x: Tensor) -> Choice:
-        """The quantizer of each pixel of an operator's input."""
+    def _choice(self, plan: SitePlan, table: ResidualTable, image: Float[Tensor, "b c h w"]) -> Choice:
+        """The quantizer of each pixel or token of an operator's input."""
         decision = self.rest_decision
-        tau, index = self._carried_to(plan, plan.site.map_size(x))
+        tau, index = self._carried_to(plan, (image.shape[2], image.shape[3]))
         kappa = None if isinstance(decision, LevelField) else tuple(decision.kappa)
-        return Choice(table.lookup(kappa, plan.costs, x.device), index, tau, table.sigma, kappa or ())
+        return Choice(table.lookup(kappa, plan.costs, image.device), index, tau, table.sigma, kappa or ())
+
+    def _note(self, site: Site, cost: Float[Tensor, "b h w"]) -> None:
+        """Keep what a multiply-accumulate costs at each place of the frame."""
+        if site.operator.channel_axis != 1:
+            cost = site.tokens.by_pixel(cost)
+        elif isinstance(self.config.cost, CostTable):
+            cost = _by_tile(cost, self.config.cost.tile)
+        self._costs[self.position] = cost
 
     def _carried_to(self, plan: SitePlan, size: Pair) -> tuple[Tensor | None, Tensor]:
-        """At a layer's resolution, its thresholds and their rows in residual tables; or None and its levels."""
+        """For an image of `size` or for tokens, thresholds and their rows in residual tables; or None and levels."""
+        if plan.site.operator.channel_axis == 1:
+            return self._at(plan, size)
+        tokens = plan.site.tokens
+        (tau, index), (whole_tau, whole_index) = self._at(plan, tokens.size), self._at(plan, (1, 1))
+        by_token = None if tau is None or whole_tau is None else tokens.of_pixels(tau, whole_tau)
+        return by_token, tokens.of_pixels(index, whole_index)
+
+    def _at(self, plan: SitePlan, size: Pair) -> tuple[Tensor | None, Tensor]:
         place = self.position if self._by_layer else plan.group, size
         if place not in self._carried:
             self._carried[place] = self._carry(*place)
@@ -345,12 +371,12 @@ class Execution:
         for members in places.values():
             poolings = [self._pooling(position) for position in members]
             costs = torch.stack([self._costs[position] for position in members], 1).cpu()
-            if isinstance(table, CostTable):
-                costs = _by_tile(costs, table.tile)
             exact = poolings[0].rows.dtype
             spent = costs.to(exact) * torch.stack([pooling.coverage for pooling in poolings]).to(exact)
             by_region = (poolings[0].rows @ (spent @ poolings[0].columns)).double()
-            macs = torch.tensor([float(self._layer(p).site.macs_per_pixel) for p in members], dtype=torch.float64)
+            macs = torch.tensor(
+                [float(self._layer(p).site.operator.macs_per_tap) for p in members], dtype=torch.float64
+            )
             bops[self.rest.cpu()[:, None], torch.tensor(members)] = by_region * macs[:, None, None]
         if isinstance(table, CostTable):
             bops += (table.operator + table.frame / len(self.plans)) / (grid[0] * grid[1])
@@ -364,16 +390,29 @@ class Execution:
     def _pooling(self, position: int) -> "_Pooling":
         plan, cost = self._layer(position), self._costs[position]
         size = (cost.shape[1], cost.shape[2])
-        return _pooling(plan.site.operator.geometry, size, self.decision.grid, _highest(plan.costs))
+        crowd = 1.0 if plan.site.operator.channel_axis == 1 else plan.site.tokens.crowd
+        return _pooling(plan.site.operator.geometry, size, self.decision.grid, _highest(plan.costs) * crowd)
 
 
-def _by_tile(costs: Float[Tensor, "b s h w"], tile: Pair) -> Float[Tensor, "b s h w"]:
+def _by_tile(cost: Float[Tensor, "b h w"], tile: Pair) -> Float[Tensor, "b h w"]:
     """The cost of each pixel as that of the dearest pixel of its tile."""
     if tile == (1, 1):
-        return costs
-    highest = F.max_pool2d(costs, tile, ceil_mode=True)
-    spread = highest.repeat_interleave(tile[0], 2).repeat_interleave(tile[1], 3)
-    return spread[:, :, : costs.shape[2], : costs.shape[3]]
+        return cost
+    highest = F.max_pool2d(cost, tile, ceil_mode=True)
+    spread = highest.repeat_interleave(tile[0], 1).repeat_interleave(tile[1], 2)
+    return spread[:, : cost.shape[1], : cost.shape[2]]
+
+
+def as_image(site: Site, x: Tensor) -> Float[Tensor, "b c h w"]:
+    """An input as an image, one pixel for each vector of a linear layer: a view, whose channels lie last in memory."""
+    if site.operator.channel_axis == 1:
+        return x
+    return x.view(len(x), 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
+
+
+def from_image(site: Site, image: Float[Tensor, "b c h w"], like: Tensor) -> Tensor:
+    """The inverse of `as_image`, for an input with the shape of `like`."""
+    return image if site.operator.channel_axis == 1 else image.permute(0, 2, 3, 1).reshape(like.shape)
 
 
 @dataclass(frozen=True)
@@ -408,9 +447,16 @@ def _keyframe_bops(plans: Sequence["SitePlan | ProductPlan"], grid: Pair) -> Flo
         if isinstance(plan, ProductPlan):
             found.append(torch.zeros(grid, dtype=torch.float64))
             continue
-        site = plan.site
-        size = (site.input_shape[1], site.input_shape[2]) if site.operator.channel_axis == 1 else (1, 1)
-        found.append(_even_bops(site.operator.geometry, size, grid, plan.keyframe_cost) * site.macs_per_pixel)
+        site, operator, cost = plan.site, plan.site.operator, plan.keyframe_cost
+        if operator.channel_axis == 1:
+            spent = _even_bops(operator.geometry, (site.input_shape[1], site.input_shape[2]), grid, cost)
+        else:
+            tokens = site.tokens
+            pooling = _pooling(operator.geometry, tokens.size, grid, math.inf)
+            spent = (
+                pooling.rows @ tokens.by_pixel(torch.full((1, 1, len(tokens.index)), float(cost)))[0] @ pooling.columns
+            )
+        found.append(spent * operator.macs_per_tap)
     return torch.stack(found)
 
 

@@ -1,5 +1,6 @@
 """A frozen network under residual quantization, stepped frame by frame over a batch of clips."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -35,6 +36,8 @@ from resq_rl.quantization.specification.inputs import Inputs, as_tuple, float_fr
 from resq_rl.quantization.specification.ledger import FrameCost
 
 __all__ = ["ResQModel"]
+
+log = logging.getLogger(__name__)
 
 
 class ResQModel:
@@ -82,6 +85,12 @@ class ResQModel:
         traced = trace(self.network, self._switch, tuple(part[:2] for part in clips))
         self.sites: list[AnySite] = traced.sites
         self._constant_products = traced.constant
+        if self.unplaced:
+            log.info(
+                "No place in the frame is known of the tokens of layers %s: all regions decide for them together, and "
+                "share their cost.",
+                ", ".join(self.unplaced),
+            )
         original.check()
         self.layout = original.layout_of(self.network)
         self.groups, self.group_of_site = layer_groups(self.sites, self.config.groups)
@@ -101,6 +110,11 @@ class ResQModel:
     def layers(self) -> list[Site]:
         """The sites of operators, which have weights, ranges and levels; `sites` has products of activations too."""
         return [site for site in self.sites if isinstance(site, Site)]
+
+    @property
+    def unplaced(self) -> list[str]:
+        """Names of linear layers of whose tokens the place in the frame could not be traced: one region decides."""
+        return list(dict.fromkeys(site.name for site in self.layers if not site.tokens.known))
 
     @property
     def operators(self) -> list[ResidualOperator]:
@@ -239,7 +253,7 @@ class ResQModel:
         def record(operator: ResidualOperator, value: Tensor) -> Tensor:
             nonlocal position
             check_order(layers, position, operator)
-            recorders[position].record(value, age, generator)
+            recorders[position].record(layers[position].arrangement.gathered(value), age, generator)
             position += 1
             return operator.float_output(value)
 

@@ -23,7 +23,7 @@ from resq_rl.errors import PolicyError, SettingsError
 from resq_rl.quantization.graph.operators import Pair
 from resq_rl.quantization.kernels.plain import quantize
 from resq_rl.quantization.quantizers.residual import ResidualTable
-from resq_rl.quantization.running.execution import Execution, SitePlan
+from resq_rl.quantization.running.execution import Execution, SitePlan, as_image, from_image
 from resq_rl.quantization.specification.fields import LevelField
 
 __all__ = ["UnrolledExecution"]
@@ -58,11 +58,11 @@ class UnrolledExecution(Execution):
         state, position, operator = self.state, self.position, plan.site.operator
         table = plan.ranges.residual[state.reference]
         reference, before = state.inputs[position][rows], state.outputs[position][rows]
-        shape = x.shape if operator.channel_axis == 1 else (len(x), -1, 1, 1)  # a linear layer has one level
-        gates = self._gates(plan, table, (shape[-2], shape[-1]) if operator.channel_axis == 1 else (1, 1))
-        codes, cost = _Gated.apply((x - reference).reshape(shape), gates.tau, gates)  # type: ignore[no-untyped-call]
-        codes = codes.reshape(x.shape)
-        self._costs[position] = cost
+        image = as_image(plan.site, x - reference)
+        gates = self._gates(plan, table, (image.shape[2], image.shape[3]))
+        codes, cost = _Gated.apply(image, gates.tau, gates)  # type: ignore[no-untyped-call]
+        codes = from_image(plan.site, codes, x)
+        self._note(plan.site, cost)
         if state.reference == "previous":
             moved = torch.addcmul(reference, codes, codes.new_tensor(table.step))
             state.inputs[position] = (

@@ -60,7 +60,7 @@ class CostTable(Checked):
         weight_traffic, activation_traffic: cost of moving a weight or an input element of 8 bits, other widths in
             proportion. The layer takes as long as the slowest of multiplying, moving inputs and moving weights, which
             is shared evenly among its multiply-accumulates. Both are paid where codes are multiplied only.
-        tile: rows and columns of input pixels that are computed together: each costs as the dearest among them.
+        tile: rows and columns of a convolution's input pixels that are computed together: each costs as the dearest.
         operator: overhead of each call of an operator in each frame, skipped or not.
         frame: overhead of each frame.
     """
