@@ -258,12 +258,12 @@ class Execution:
         places: dict[tuple[Pair, torch.dtype], list[int]] = {}  # sites that are summed together
         for position, cost_map in enumerate(self._costs):
             pooling = self._pooling(position)
-            places.setdefault(((cost_map.shape[1], cost_map.shape[2]), pooling.rows.dtype), []).append(position)
+            places.setdefault(((cost_map.shape[1], cost_map.shape[2]), pooling.columns.dtype), []).append(position)
         for members in places.values():
             poolings = [self._pooling(position) for position in members]
             costs = torch.stack([self._costs[position] for position in members], 1).cpu()
-            spent = (costs * torch.stack([pooling.coverage for pooling in poolings])).to(poolings[0].rows.dtype)
-            by_region = (poolings[0].rows @ (spent @ poolings[0].columns)).double()
+            spent = (costs * torch.stack([pooling.coverage for pooling in poolings])).to(poolings[0].columns.dtype)
+            by_region = poolings[0].rows @ (spent @ poolings[0].columns).double()
             macs = torch.tensor([float(self.plans[p].site.macs_per_pixel) for p in members], dtype=torch.float64)
             bops[self.rest.cpu()[:, None], torch.tensor(members)] = by_region * macs[:, None, None]
         return bops
@@ -276,7 +276,10 @@ class Execution:
 
 @dataclass(frozen=True)
 class _Pooling:
-    """Coverage of an input, and the matrices that sum it over regions when multiplied from the left and the right."""
+    """Coverage of an input, and the matrices that sum it over regions when multiplied from the left and the right.
+
+    `columns`, which come first, are in single precision where their sums are exact in it.
+    """
 
     coverage: Tensor
     rows: Tensor
@@ -285,13 +288,13 @@ class _Pooling:
 
 @lru_cache(maxsize=1024)
 def _pooling(geometry: Geometry, size: Pair, grid: Pair, highest: float) -> _Pooling:
-    """Single precision where sums of costs up to `highest` are exact in it, else double."""
+    """How costs of up to `highest` are summed over regions."""
     coverage = geometry.coverage(size)
-    whole = size[0] >= grid[0] and size[1] >= grid[1]  # no pixel is shared between regions
-    small = coverage.numel() * float(coverage.max()) * highest < 2**24
+    whole = size[1] >= grid[1]  # no pixel is shared between columns of regions
+    small = size[1] * float(coverage.max()) * highest < EXACT_SUMS
     exact = torch.float32 if whole and small else torch.float64
     rows, columns = _exact_share(size[0], grid[0]), _exact_share(size[1], grid[1]).T.contiguous()
-    return _Pooling(coverage, rows.to(exact), columns.to(exact))
+    return _Pooling(coverage, rows, columns.to(exact))
 
 
 def _keyframe_bops(sites: Sequence[Site], grid: Pair, cost: int) -> Float64[Tensor, "s gh gw"]:
@@ -307,8 +310,8 @@ def _keyframe_bops(sites: Sequence[Site], grid: Pair, cost: int) -> Float64[Tens
 def _even_bops(geometry: Geometry, size: Pair, grid: Pair, cost: int) -> Float64[Tensor, "gh gw"]:
     """Costs of an input by region, for one channel in and out, where every pixel costs the same."""
     pooling = _pooling(geometry, size, grid, float(cost))
-    spent = (cost * pooling.coverage).to(pooling.rows.dtype)
-    return (pooling.rows @ spent @ pooling.columns).double()
+    spent = (cost * pooling.coverage).to(pooling.columns.dtype)
+    return pooling.rows @ (spent @ pooling.columns).double()
 
 
 def _exact_share(length: int, cells: int) -> Float64[Tensor, "cells length"]:
