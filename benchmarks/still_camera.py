@@ -31,7 +31,7 @@ FRAMES = 7
 # Share of the picture's width and height that changes, in generated frames.
 TAU = 1.0
 # Thresholds for video.
-TAUS = (1.0, 2.0, 4.0)
+TAUS = (2.0, 4.0)
 EXTENTS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.6)
 
 
