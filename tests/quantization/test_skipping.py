@@ -11,7 +11,7 @@ from torch import Tensor
 from resq_rl.quantization import Reference, ResQModel, ThresholdField
 from resq_rl.quantization.graph.operators import Geometry
 from resq_rl.quantization.kernels import PLAIN, Choice, Kernels, Product, native
-from resq_rl.quantization.kernels.skipping import Skipping, Tiling, rounded, tiling_of
+from resq_rl.quantization.kernels.skipping import PAUSE, Plan, Skipping, Tiling, rounded, tiling_of
 from tests.quantization.networks import SmallNet, byte_clips, perturb_statistics
 
 STEPS = torch.tensor([[0.0, 9.0, 90.0], [0.0, 7.0, 127.0], [0.0, 24.0, 4.0], [0.0, 1.0, 2.0]])
@@ -25,6 +25,12 @@ def fast() -> Kernels:
     return native()
 
 
+def always_tiles(own: Skipping, product: Product, shape: torch.Size, dense: object) -> Plan:
+    """As `Skipping.planned` where tiles are always faster."""
+    tiling = tiling_of(product.geometry, shape[0], (shape[2], shape[3]))
+    return Plan(tiling, tiling.count if tiling else 0)
+
+
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Tiles are multiplied however many are active. Holds the shares of active tiles met."""
@@ -36,7 +42,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         shares.append(len(tiles) / tiling.count)
         return tiles
 
-    monkeypatch.setattr(Skipping, "most", lambda _, product, tiling, channels, dense: tiling.count)
+    monkeypatch.setattr(Skipping, "planned", always_tiles)
     monkeypatch.setattr(Skipping, "find", found)
     return shares
 
@@ -80,8 +86,8 @@ def test_tiles_give_the_numbers_of_the_whole_convolution(fast: Kernels, data: st
     )
     product = Product(geometry, weight, scale, "ieee", any_order=True)
     with pytest.MonkeyPatch.context() as patch:
-        most = data.draw(st.sampled_from([0, 1, tiling.count]))
-        patch.setattr(Skipping, "most", lambda *_: most)
+        most = data.draw(st.sampled_from([1, tiling.count]))
+        patch.setattr(Skipping, "planned", lambda *_: Plan(tiling, most))
         own = residual_of(fast, product, x, start, base, choice)
     assert all(map(torch.equal, own, residual_of(PLAIN, product, x, start, base, choice)))
 
@@ -134,12 +140,22 @@ def test_numbers_of_tiles_are_rounded_up_to_few_sizes() -> None:
 
 def test_the_break_even_is_measured_once_and_for_like_batches(fast: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     skipping = Skipping.__new__(Skipping)
-    skipping._shares = {}
-    seconds = iter([1.0, 0.4, 0.9, 1.1])  # the whole, then tiles of a half, three quarters and seven eighths
+    skipping._shares, skipping._plans = {}, {}
+    seconds = iter([1.0, 0.4, 0.7, 0.9])  # the whole, then tiles of a half, three quarters and seven eighths
     monkeypatch.setattr("resq_rl.quantization.kernels.skipping._seconds", lambda _: next(seconds))
     geometry = Geometry("conv2d", (3, 3), (1, 1), (1, 1, 1, 1))
     product = Product(geometry, torch.zeros(4, 2, 3, 3), torch.ones(1, 4, 1, 1), "ieee", any_order=True)
-    for clips in (3, 4):
-        tiling = tiling_of(geometry, clips, (64, 64))
-        assert tiling is not None
-        assert skipping.most(product, tiling, 2, lambda *_: None) == int(0.75 * 64 * clips)
+    for clips in (3, 4, 3):
+        plan = skipping.planned(product, torch.Size([clips, 2, 64, 64]), lambda *_: None)
+        assert plan == Plan(tiling_of(geometry, clips, (64, 64)), int(0.75 * 64 * clips))
+
+
+def test_tiles_are_not_sought_for_a_while_after_too_many_were_active() -> None:
+    tiling = tiling_of(Geometry("conv2d"), 1, (64, 64))
+    plan = Plan(tiling, 10)
+    assert plan.sought() is tiling
+    assert plan.few(10)
+    assert plan.sought() is tiling
+    assert not plan.few(11)
+    assert [plan.sought() for _ in range(PAUSE + 1)] == [None] * PAUSE + [tiling]
+    assert Plan(tiling, 0).sought() is None

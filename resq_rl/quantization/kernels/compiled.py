@@ -16,7 +16,7 @@ from resq_rl.errors import NetworkError
 from resq_rl.quantization.graph.operators import Geometry
 from resq_rl.quantization.kernels.library import Function, load
 from resq_rl.quantization.kernels.plain import PLAIN, Bound, Choice, Kernels, Product
-from resq_rl.quantization.kernels.skipping import Skipping, tiling_of
+from resq_rl.quantization.kernels.skipping import Skipping
 
 __all__ = ["native"]
 
@@ -132,22 +132,19 @@ class _Native(Kernels):
         moves: bool,
         over: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        last = torch.channels_last
-        tiling = tiling_of(product.geometry, len(x), (x.shape[2], x.shape[3])) if product.any_order else None
-        fits = tiling is not None and product.tiles is None and _fits(x, reference, choice) and _read(base)
-        most = 0
-        if tiling is not None and fits and reference.is_contiguous(memory_format=last):
-            most = self.skipping.most(
-                product, tiling, x.shape[1], lambda codes, y: self.accumulate(product, codes, 1.0, y)
-            )
-        if tiling is None or not most:
+        last, plan = torch.channels_last, None
+        fits = product.any_order and product.tiles is None and _fits(x, reference, choice) and _read(base)
+        if fits and reference.is_contiguous(memory_format=last):
+            plan = self.skipping.planned(product, x.shape, lambda codes, y: self.accumulate(product, codes, 1.0, y))
+        tiling = None if plan is None else plan.sought()
+        if plan is None or tiling is None:
             return super().residual(product, x, reference, choice, unit, base, moves=moves, over=over)
         active = torch.empty(choice.index.shape, dtype=torch.uint8, device="cpu")
         with self.skipping.codes(x.shape, active) as codes:
             x = x.contiguous(memory_format=last)
             cost = self._encoded(x, reference, choice, unit if moves else None, codes, active=active)
             tiles = self.skipping.find(tiling, active)
-            if len(tiles) > most:
+            if not plan.few(len(tiles)):
                 return self.accumulate(product, codes, unit, base, over=over), cost
             y = base if over and base.is_contiguous(memory_format=last) else base.clone(memory_format=last)
             self.skipping.add(product, tiling, tiles, codes, unit, y)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,13 +22,17 @@ from resq_rl.quantization.graph.operators import Geometry, Pair, products_in
 from resq_rl.quantization.kernels.library import Function
 from resq_rl.quantization.kernels.plain import Product
 
-__all__ = ["Skipping", "Tiling", "rounded", "tiling_of"]
+__all__ = ["Plan", "Skipping", "Tiling", "rounded", "tiling_of"]
 
 # Outputs along the side of a tile, and of a tile where the output has fewer than SMALL rows or columns.
 SIDE, SMALL_SIDE, SMALL = 8, 4, 32
 FEWEST = 8  # tiles that are worth choosing from
 # Times that a duration is measured, of which the shortest counts, and how finely the break-even is sought.
 ROUNDS, BISECTIONS = 2, 3
+# Largest share of the whole convolution's time that tiles may take, so that they pay for being sought.
+WORTH = 0.8
+# Products that run whole, without seeking tiles, after one that had too many active.
+PAUSE = 7
 
 
 @dataclass(frozen=True)
@@ -49,17 +53,17 @@ class Tiling:
     output: Pair
     side: int
 
-    @property
+    @cached_property
     def grid(self) -> Pair:
         """Rows and columns of tiles in each clip."""
         return -(-self.output[0] // self.side), -(-self.output[1] // self.side)
 
-    @property
+    @cached_property
     def count(self) -> int:
         """All tiles of all clips."""
         return self.clips * self.grid[0] * self.grid[1]
 
-    @property
+    @cached_property
     def window(self) -> Pair:
         """Height and width of the input that a tile reads."""
         geometry = self.geometry
@@ -69,12 +73,17 @@ class Tiling:
         )
         return high, wide
 
-    @property
+    @cached_property
+    def inside(self) -> Geometry:
+        """The convolution of a window, which holds its own padding."""
+        return replace(self.geometry, padding=(0, 0, 0, 0))
+
+    @cached_property
     def places(self) -> dict[str, int]:
         """The arguments of the compiled functions that say where tiles lie in the output."""
         return dict(zip(("down", "across", "rows", "columns"), (*self.grid, *self.output), strict=True))
 
-    @property
+    @cached_property
     def windows(self) -> dict[str, int]:
         """The arguments of the compiled functions that say where windows lie in the input."""
         (down, right), (left, _, top, _) = self.geometry.stride, self.geometry.padding
@@ -84,7 +93,6 @@ class Tiling:
         return dict(zip(names, values, strict=True)) | {"lead_rows": top, "lead_columns": left}
 
 
-@lru_cache(maxsize=1024)
 def tiling_of(geometry: Geometry, clips: int, size: Pair) -> Tiling | None:
     """The tiles of a convolution's output for inputs of a size; None for other operators and few tiles."""
     if geometry.operator != "conv2d":
@@ -99,6 +107,35 @@ def tiling_of(geometry: Geometry, clips: int, size: Pair) -> Tiling | None:
     side = SIDE if min(height, width) >= SMALL else SMALL_SIDE
     tiling = Tiling(geometry, clips, size, (height, width), side)
     return tiling if tiling.count >= FEWEST * clips else None
+
+
+@dataclass
+class Plan:
+    """When products of a shape run by tiles.
+
+    Seeking tiles costs a little, so that products pause after one in which too many were active.
+
+    Attributes:
+        tiling: the tiles, or None where there are too few.
+        most: number of active tiles up to which they are faster than the whole convolution.
+        pause: products to come for which no tiles are sought.
+    """
+
+    tiling: Tiling | None
+    most: int
+    pause: int = 0
+
+    def sought(self) -> Tiling | None:
+        """The tiling where tiles are worth seeking in the next product."""
+        if not self.most or self.pause:
+            self.pause = max(0, self.pause - 1)
+            return None
+        return self.tiling
+
+    def few(self, active: int) -> bool:
+        """Whether so many active tiles are faster than the whole convolution."""
+        self.pause = 0 if active <= self.most else PAUSE
+        return active <= self.most
 
 
 def rounded(count: int) -> int:
@@ -119,6 +156,7 @@ class Skipping:
         self._scatter, self._clear = Function(library, "scatter"), Function(library, "clear")
         self._kept: list[Tensor] = []  # one for each thread that steps a model
         self._shares: dict[tuple[Any, ...], float] = {}
+        self._plans: dict[tuple[Any, ...], Plan] = {}
 
     @contextmanager
     def codes(self, shape: torch.Size, active: UInt8[Tensor, "b h w"]) -> Iterator[Float[Tensor, "b c h w"]]:
@@ -161,8 +199,7 @@ class Skipping:
         threads = {"count": len(tiles), "threads": torch.get_num_threads(), "tiles": tiles}
         self._gather(**tiling.windows, **threads, channels=channels, codes=codes, windows=windows)
         with products_in(product.precision, product.geometry, "cpu"):
-            inside = replace(tiling.geometry, padding=(0, 0, 0, 0))
-            totals = inside.apply(windows.permute(0, 3, 1, 2), product.codes)
+            totals = tiling.inside.apply(windows.permute(0, 3, 1, 2), product.codes)
         self._scatter(
             **tiling.places,
             **threads,
@@ -173,33 +210,42 @@ class Skipping:
             y=y,
         )
 
-    def most(self, product: Product, tiling: Tiling, channels: int, dense: Callable[[Tensor, Tensor], object]) -> int:
-        """The number of active tiles up to which tiles are faster than the whole convolution, on this machine.
-
-        It is measured when a shape is first met, and changes no number. Batches share what was measured for the next
-        power of two.
+    def planned(self, product: Product, shape: torch.Size, dense: Callable[[Tensor, Tensor], object]) -> Plan:
+        """When products of codes of a shape run by tiles.
 
         Args:
-            channels: of the input.
             dense: adds the product of codes, the first argument, to the second.
         """
-        measured = replace(tiling, clips=2 ** (tiling.clips - 1).bit_length())
-        weight = tuple(product.codes.shape)
-        key = measured, channels, weight, product.precision, torch.get_num_threads()
+        key = product.geometry, product.codes.shape, product.precision, shape, torch.get_num_threads()
+        if key not in self._plans:
+            tiling = tiling_of(product.geometry, shape[0], (shape[2], shape[3]))
+            share = 0.0 if tiling is None else self._break_even(product, tiling, shape[1], dense)
+            self._plans[key] = Plan(tiling, 0 if tiling is None else int(share * tiling.count))
+        return self._plans[key]
+
+    def _break_even(
+        self, product: Product, tiling: Tiling, channels: int, dense: Callable[[Tensor, Tensor], object]
+    ) -> float:
+        """The share of active tiles up to which tiles are faster than the whole convolution, measured.
+
+        Batches share what is measured for the next power of two.
+        """
+        tiling = replace(tiling, clips=2 ** (tiling.clips - 1).bit_length())
+        key = tiling, product.codes.shape, product.precision, torch.get_num_threads()
         if key not in self._shares:
             codes, y = (
-                torch.zeros(measured.clips, *size, c, dtype=torch.float32, device="cpu").permute(0, 3, 1, 2)
-                for size, c in ((tiling.input, channels), (tiling.output, weight[0]))
+                torch.zeros(tiling.clips, *size, c, dtype=torch.float32, device="cpu").permute(0, 3, 1, 2)
+                for size, c in ((tiling.input, channels), (tiling.output, len(product.codes)))
             )
             whole = _seconds(lambda: dense(codes, y))
             low, high = 0.0, 1.0
             for _ in range(BISECTIONS):
                 share = (low + high) / 2
-                tiles = torch.arange(max(1, int(share * measured.count)), device="cpu")
-                faster = _seconds(lambda some=tiles: self.add(product, measured, some, codes, 1.0, y)) < whole  # type: ignore[misc]
-                low, high = (share, high) if faster else (low, share)
+                tiles = torch.arange(max(1, int(share * tiling.count)), device="cpu")
+                spent = _seconds(lambda some=tiles: self.add(product, tiling, some, codes, 1.0, y))  # type: ignore[misc]
+                low, high = (share, high) if spent < WORTH * whole else (low, share)
             self._shares[key] = low
-        return int(self._shares[key] * tiling.count)
+        return self._shares[key]
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -367,13 +367,13 @@ class Execution:
         places: dict[tuple[Pair, torch.dtype], list[int]] = {}  # sites that are summed together
         for position, cost_map in self._costs.items():
             pooling = self._pooling(position)
-            places.setdefault(((cost_map.shape[1], cost_map.shape[2]), pooling.rows.dtype), []).append(position)
+            places.setdefault(((cost_map.shape[1], cost_map.shape[2]), pooling.columns.dtype), []).append(position)
         for members in places.values():
             poolings = [self._pooling(position) for position in members]
             costs = torch.stack([self._costs[position] for position in members], 1).cpu()
-            exact = poolings[0].rows.dtype
+            exact = poolings[0].columns.dtype
             spent = costs.to(exact) * torch.stack([pooling.coverage for pooling in poolings]).to(exact)
-            by_region = (poolings[0].rows @ (spent @ poolings[0].columns)).double()
+            by_region = poolings[0].rows @ (spent @ poolings[0].columns).double()
             macs = torch.tensor(
                 [float(self._layer(p).site.operator.macs_per_tap) for p in members], dtype=torch.float64
             )
@@ -417,7 +417,10 @@ def from_image(site: Site, image: Float[Tensor, "b c h w"], like: Tensor) -> Ten
 
 @dataclass(frozen=True)
 class _Pooling:
-    """Coverage of an input, and the matrices that sum it over regions when multiplied from the left and the right."""
+    """Coverage of an input, and the matrices that sum it over regions when multiplied from the left and the right.
+
+    `columns`, which come first, are in single precision where their sums are exact in it.
+    """
 
     coverage: Tensor
     rows: Tensor
@@ -431,13 +434,13 @@ def _highest(costs: Sequence[float]) -> float:
 
 @lru_cache(maxsize=1024)
 def _pooling(geometry: Geometry, size: Pair, grid: Pair, highest: float) -> _Pooling:
-    """Single precision where sums of whole costs up to `highest` are exact in it, else double."""
+    """How whole costs of up to `highest` are summed over regions: along a row in single precision where that is exact."""
     coverage = geometry.coverage(size)
-    whole = size[0] >= grid[0] and size[1] >= grid[1]  # no pixel is shared between regions
-    small = coverage.numel() * float(coverage.max()) * highest < 2**24
+    whole = size[1] >= grid[1]  # no pixel is shared between columns of regions
+    small = size[1] * float(coverage.max()) * highest < EXACT_SUMS
     exact = torch.float32 if whole and small else torch.float64
     rows, columns = _exact_share(size[0], grid[0]), _exact_share(size[1], grid[1]).T.contiguous()
-    return _Pooling(coverage, rows.to(exact), columns.to(exact))
+    return _Pooling(coverage, rows, columns.to(exact))
 
 
 def _keyframe_bops(plans: Sequence["SitePlan | ProductPlan"], grid: Pair) -> Float64[Tensor, "s gh gw"]:
@@ -464,8 +467,8 @@ def _keyframe_bops(plans: Sequence["SitePlan | ProductPlan"], grid: Pair) -> Flo
 def _even_bops(geometry: Geometry, size: Pair, grid: Pair, cost: float) -> Float64[Tensor, "gh gw"]:
     """Costs of an input by region, for one channel in and out, where every pixel costs the same."""
     pooling = _pooling(geometry, size, grid, _highest((cost,)))
-    spent = pooling.coverage.to(pooling.rows.dtype) * cost
-    return (pooling.rows @ spent @ pooling.columns).double()
+    spent = pooling.coverage.to(pooling.columns.dtype) * cost
+    return pooling.rows @ (spent @ pooling.columns).double()
 
 
 def _exact_share(length: int, cells: int) -> Float64[Tensor, "cells length"]:
