@@ -434,7 +434,7 @@ def _highest(costs: Sequence[float]) -> float:
 
 @lru_cache(maxsize=1024)
 def _pooling(geometry: Geometry, size: Pair, grid: Pair, highest: float) -> _Pooling:
-    """How whole costs of up to `highest` are summed over regions: along a row in single precision where that is exact."""
+    """How whole costs of up to `highest` are summed over regions: along rows in single precision where it is exact."""
     coverage = geometry.coverage(size)
     whole = size[1] >= grid[1]  # no pixel is shared between columns of regions
     small = size[1] * float(coverage.max()) * highest < EXACT_SUMS
