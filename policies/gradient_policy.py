@@ -58,8 +58,8 @@ def learn_policy(
         The policy, at the geometric middle of the range of lambda, which weighs BOPs against `Task.divergence`.
 
     Raises:
-        SettingsError: the scheme chooses something else, no clip has a frame after its first, or no constant threshold
-            diverges less for more BOPs.
+        SettingsError: the scheme chooses something else, the frames do not go beyond the first trials, no clip has a
+            frame after its first, or no constant threshold diverges less for more BOPs.
     """
     if (scheme.kind, scheme.agents) != ("region_thresholds", "region"):
         raise SettingsError(
@@ -69,6 +69,11 @@ def learn_policy(
     first = GroupThresholds(reference, interval, taus=(1.0,) * len(problem.model.sites), kappa=scheme.kappa)
     clips = UnrolledClips(problem, first, settings or GradientSettings(), seed)
     knots, log_taus = first_thresholds(clips)
+    if clips.frames >= clips.settings.frames:
+        raise SettingsError(
+            f"Of {clips.settings.frames} environment frames nothing is left to learn from: the constant thresholds "
+            f"that are tried first took {clips.frames}. Give more of them (training.frames)."
+        )
     layers = problem.model.group_of_site.tolist()
     scheme = scheme.on(log_taus.detach().exp().tolist(), layers)
     clips.offsets = RegionOffsets(scheme, hidden, torch.Generator().manual_seed(seed))

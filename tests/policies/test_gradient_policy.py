@@ -113,6 +113,11 @@ def test_other_actions_are_refused(problem: Problem) -> None:
         learn_policy(problem, problems.scheme(problem, "region_bits"), QUICK)
 
 
+def test_too_few_frames_are_refused(problem: Problem) -> None:
+    with pytest.raises(SettingsError, match="Of 20 environment frames nothing is left"):
+        learn_policy(problem, problems.scheme(problem), GradientSettings(frames=20, clips=1))
+
+
 def test_a_policy_without_a_base_has_no_beginning(problem: Problem) -> None:
     scheme = problems.scheme(problem)
     weights = (torch.zeros(len(scheme.nvec), scheme.observation_size),)

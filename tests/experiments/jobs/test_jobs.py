@@ -342,12 +342,12 @@ FEW += ["heuristic.scene_changes=[]", "heuristic.searches=[]"]
 def test_a_policy_learned_by_gradients_is_compared_and_runs_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = run(tmp_path / "a", "compare", "training.trainer=gradient", *FEW)
+    folder = run(tmp_path / "a", "compare", "training.trainer=gradient", "training.frames=400", *FEW)
     comparison = Comparison.read(folder / "comparison.json")
     assert not comparison.fronts["ppo"]
     points, policy = comparison.fronts["gradient_policy"], LearnedPolicy.load(folder / "seed0")
     assert "gradient_policy_vs_dynamic_resq" in comparison.bd_bops
-    assert comparison.efforts["gradient_policy"].frames == comparison.env_frames_used_for_training >= 120
+    assert comparison.efforts["gradient_policy"].frames == comparison.env_frames_used_for_training >= 400
     assert (folder / "report.html").exists()
     static = [bool(point.settings.get("static")) for point in points]
     assert policy.static == all(static)
