@@ -60,3 +60,24 @@ def test_pose_landmarks(shared: Path) -> None:
         wanted = tree_leaves(network(frames))
     for a, b in zip(wanted, tree_leaves(model.float_forward(frames)), strict=True):
         torch.testing.assert_close(b, a, atol=1e-5 * float(a.abs().max()) + 1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+def test_attention_over_3600_places(shared: Path) -> None:
+    network, size = load(shared, "twinlitenet.pt2"), (360, 640)
+    frames = video(2, 3, size)[:, None]
+    model = ResQModel(network, frames[0])
+    products = [site.macs for site in model.sites if site.layer_kind == "product"]
+    assert products == [3600 * 3600 * 4, 3600 * 3600 * 32, 32 * 32 * 3600, 32 * 32 * 3600]
+    model.calibrate(byte_clips(1, 2, 3, size))
+    state, groups = model.new_state(1), len(model.groups)
+    out, cost = model.step(frames[0], state, everywhere(1, True), LevelField.constant(0, 1, groups, (6, 10)))
+    assert float(cost.total) == pytest.approx(model.reference_bops(), rel=1e-12)
+    with torch.no_grad():
+        wanted = tree_leaves(network(frames[0]))
+    for a, b in zip(wanted, tree_leaves(out), strict=True):
+        assert float((a - b).norm()) < 0.3 * float(a.norm())
+    out, cost = model.step(frames[1], state, everywhere(1, False), ThresholdField.constant(1e9, 1, groups, (6, 10)))
+    assert float(cost.total) == pytest.approx(64 * sum(products), rel=1e-12)
+    assert all(bool(y.isfinite().all()) for y in tree_leaves(out))

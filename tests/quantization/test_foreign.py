@@ -1,0 +1,90 @@
+"""Networks from `transformers`, wrapped as they are: equal at full bits, counted as torch counts, streamed."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from resq_rl.quantization import LevelField, QuantizationConfig, Reference, ResQModel, ThresholdField
+from resq_rl.quantization.graph.outputs import tensors_of
+from resq_rl.quantization.running import calibration
+from tests.quantization.foreign import NETWORKS, SIZE, made
+from tests.quantization.networks import byte_clips, everywhere, wrapped
+
+# At 16 bits everywhere the output is off by at most this share of its largest value, once no range clips.
+FULL_BITS = 2.0**-10
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def transformers() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("transformers", reason="the extra 'transformers' is not installed")
+
+
+def without_padding(
+    x: Any, w: Any, _b: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, *rest: Any, **_: Any
+) -> int:
+    """Twice the multiply-accumulates of a convolution, of which taps on padding are none."""
+    size = tuple(x[2:])
+    ones = torch.ones(1, 1, *size), torch.ones(1, 1, *w[2:])
+    if transposed:
+        taps = F.conv_transpose2d(*ones, None, stride, padding, rest[0], 1, dilation)
+    else:
+        taps = F.conv2d(*ones, None, stride, padding, dilation)
+    return 2 * int(taps.double().sum()) * int(x[0] * w[0] * w[1])
+
+
+def counted(network: nn.Module, x: Tensor) -> float:
+    """Multiply-accumulates of a forward pass as torch counts them."""
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution: without_padding})
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        network(x)
+    return counter.get_total_flops() / 2
+
+
+def every_pixel(recorder: calibration.SiteRecorder, x: Tensor, _: torch.Generator) -> Tensor:
+    return x.movedim(recorder.site.operator.channel_axis, -1).flatten(0, -2)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_is_counted_streamed_and_equal_at_full_bits(
+    name: str, transformers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration.SiteRecorder, "_pixels", every_pixel)  # so that no range clips
+    monkeypatch.setattr(calibration, "MOST_VALUES", 10_000_000)
+    network, clips = made(name, transformers), byte_clips(2, 3, 3, SIZE)
+    config = QuantizationConfig(
+        16, 16, levels=(0, 16), residual_weight_bits=16, range_estimator="min_max", weight_rounding="nearest"
+    )
+    model = ResQModel(network, torch.rand(1, 3, *SIZE), config).calibrate(clips)
+    assert model.unplaced == []
+    assert model.macs == counted(network, torch.rand(1, 3, *SIZE))
+    references: tuple[Reference, ...] = ("previous", "keyframe")
+    for reference in references:
+        state, finest = model.new_state(2, reference), LevelField.constant(1, 2, len(model.groups))
+        for t in range(3):
+            x = torch.stack([clip[t] for clip in clips]).float() / 255
+            found, cost = model.step(x, state, everywhere(2, t == 0), finest)
+            with torch.no_grad():
+                wanted = network(x)
+            for a, b in zip(tensors_of(wanted), tensors_of(found), strict=True):
+                assert float((a - b).abs().max()) <= FULL_BITS * float(a.abs().max())
+            assert torch.equal(cost.total, torch.full((2,), float(model.macs * 256)).double())
+
+
+def test_regions_of_a_frame_that_stays_cost_the_products_only(transformers: Any) -> None:
+    model = wrapped(made("Swin + UPerNet", transformers), size=SIZE)
+    state, groups = model.new_state(1), len(model.groups)
+    x = torch.rand(1, 3, *SIZE)
+    model.step(x, state, everywhere(1, True), LevelField.constant(0, 1, groups))
+    _, cost = model.step(x, state, everywhere(1, False), ThresholdField.constant(1e9, 1, groups, (2, 3)))
+    products = sum(site.macs for site in model.sites if site.layer_kind == "product") * 64
+    assert float(cost.total) == pytest.approx(products, rel=1e-12)
