@@ -48,7 +48,8 @@ class Replay(TorchFunctionMode):
         self.decision: Field = LevelField.constant(0, 1, 1)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.__matmul__, Tensor.matmul, torch.matmul, torch.bmm):
+        products = Tensor.__matmul__, Tensor.matmul, torch.matmul, torch.bmm
+        if func in products and args[0].dim() > 1:  # a product of vectors here is of constants
             return torch.from_numpy(integer_product(args[0].numpy(), args[1].numpy(), 8))
         if func not in (F.conv2d, F.conv_transpose2d, F.linear):
             return func(*args, **(kwargs or {}))

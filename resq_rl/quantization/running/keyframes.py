@@ -185,22 +185,25 @@ def _quantizer(site: Site, x: Tensor, bits: int, generator: torch.Generator) -> 
     rows = operator.weight_rows()
     if rows.shape[1] > WIDEST:
         return None
-    each = -(-PATCHES // len(x))
-    patches = torch.cat(
-        [
-            operator.geometry.patches(
-                x[i : i + 1], site.output_size, positions_of(operator, site.output_shape, generator)[:each]
-            )
-            for i in range(len(x))
-        ],
-        1,
-    )
+    patches = _patches(site, x, generator)
     weights = rows.unflatten(0, (groups, -1))
     few = torch.linspace(0, weights.shape[1] - 1, min(OUTPUTS, weights.shape[1])).long()
     by_group = x.movedim(operator.channel_axis, 0).reshape(groups, -1)
     ends = by_group.amin(1), by_group.amax(1)
     found = output_quantizers(patches, weights[:, few.to(x.device)], *ends, bits)
     return found[0] if groups == 1 else ChannelQuantizer(tuple(q for q in found for _ in range(x.shape[1] // groups)))
+
+
+def _patches(site: Site, x: Tensor, generator: torch.Generator) -> Float[Tensor, "g k n"]:
+    """Some of the patches that the operator multiplies, of all frames."""
+    operator = site.operator
+    if operator.channel_axis != 1:  # the axis of clips may be any of those before the channels, or part of one
+        vectors = x.flatten(0, -2)
+        return vectors[None, torch.randint(len(vectors), (PATCHES,), generator=generator).to(x.device)]
+    each = -(-PATCHES // len(x))
+    positions = [positions_of(operator, site.output_shape, generator)[:each] for _ in range(len(x))]
+    by_frame = [operator.geometry.patches(x[i : i + 1], site.output_size, own) for i, own in enumerate(positions)]
+    return torch.cat(by_frame, 1)
 
 
 def _laid_out(operator: ResidualOperator, x: Tensor) -> Tensor:

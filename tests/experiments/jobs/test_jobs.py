@@ -40,6 +40,7 @@ TINY = [
     "heuristic.references=[previous,keyframe]",
     "heuristic.taus=[0.3,1.0]",
     "quantization.calibration_clips=2",
+    "quantization.weight_rounding=nearest",
 ]
 BOUND = ["heuristic.clairvoyant_points=2", "heuristic.clairvoyant_horizon=2", "heuristic.searches=[greedy,gradient]"]
 STAGES = ("checkpoints", "keyframes")
