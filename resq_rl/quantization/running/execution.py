@@ -1,139 +1,29 @@
 """One quantized forward pass: the keyframe or residual arithmetic of every operator call, and its cost."""
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch._ops import OpOverload
 
 from resq_rl.errors import NetworkError, PolicyError
-from resq_rl.quantization.graph.operators import Geometry, Pair, ResidualOperator, own_types
+from resq_rl.quantization.graph.operators import Pair, ResidualOperator, own_types
 from resq_rl.quantization.graph.products import ProductSite, product_macs
 from resq_rl.quantization.graph.tracing import AnySite, Site
-from resq_rl.quantization.kernels.plain import Bound, Choice, Kernels, Product
-from resq_rl.quantization.quantizers.quantizer import AffineQuantizer
-from resq_rl.quantization.quantizers.residual import ResidualTable, largest_code, threshold_row
-from resq_rl.quantization.quantizers.rounding import IntegerWeight
-from resq_rl.quantization.running.calibration import SiteRanges
+from resq_rl.quantization.kernels.plain import Choice, Kernels
+from resq_rl.quantization.quantizers.residual import ResidualTable, threshold_row
+from resq_rl.quantization.running.plans import ProductPlan, SitePlan, keyframe_output
 from resq_rl.quantization.running.products import quantized_product
+from resq_rl.quantization.running.spending import by_tile, frame_bops
 from resq_rl.quantization.running.state import StreamState
-from resq_rl.quantization.specification.config import Part, QuantizationConfig
-from resq_rl.quantization.specification.costs import CostTable, mac_cost
-from resq_rl.quantization.specification.fields import Field, LevelField, carry, cells_of
+from resq_rl.quantization.specification.config import QuantizationConfig
+from resq_rl.quantization.specification.costs import CostTable
+from resq_rl.quantization.specification.fields import Field, LevelField, carry
 from resq_rl.quantization.specification.ledger import FrameCost
 
-__all__ = [
-    "Execution",
-    "ProductPlan",
-    "SitePlan",
-    "as_image",
-    "check_order",
-    "from_image",
-    "keyframe_output",
-    "plan_site",
-]
-
-# Codes of so many bits have no more significant bits than bfloat16.
-EXACT_IN_BFLOAT16 = 8
-# With fewer channels under a tap, converting to bfloat16 takes longer than its products save.
-WORTH_CONVERTING = 16
-# Integers of smaller magnitude, and so their sums, are exact in float32.
-EXACT_SUMS = 2**24
-
-
-@dataclass(frozen=True)
-class SitePlan:
-    """The data that all passes of a calibrated model share at one operator call.
-
-    Attributes:
-        group: index of its layer group.
-        keyframe, residual: the integer weights that codes are multiplied by.
-        bounds: step, lowest and highest code of the input at keyframes.
-        step: the unit of the codes at keyframes; 1 where the weights' own steps hold those of the channels.
-        bias: what is added to the sums at keyframes.
-        keyframe_cost: BOPs of one multiply-accumulate of a keyframe.
-        costs: BOPs of one multiply-accumulate by level, under residual weights.
-    """
-
-    site: Site
-    ranges: SiteRanges
-    group: int
-    keyframe: Product
-    residual: Product
-    bounds: tuple[Bound, Bound, Bound]
-    step: float
-    bias: Tensor | None
-    keyframe_cost: float
-    costs: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class ProductPlan:
-    """The same of a product of activations.
-
-    Attributes:
-        group: index of its layer group, which decides nothing about it.
-        cost: BOPs of one frame.
-    """
-
-    site: ProductSite
-    group: int
-    cost: float
-
-
-def plan_site(
-    site: Site,
-    ranges: SiteRanges,
-    group: int,
-    weights: Mapping[Part, IntegerWeight],
-    config: QuantizationConfig,
-    kernels: Kernels,
-) -> SitePlan:
-    """The plan of a site with integer `weights` of keyframes and residuals."""
-    operator = site.operator
-    width = config.weight_bits(operator.layer_kind)
-    exact = max(config.key_weight_bits, config.key_activation_bits, width, *config.levels) <= EXACT_IN_BFLOAT16
-    narrow = operator.channels_per_tap < WORTH_CONVERTING
-    largest = float(weights["residual"].codes.flatten(1).abs().sum(1).max()) * largest_code(config.levels)
-
-    def product(part: Part, steps: Tensor | None = None) -> Product:
-        weight = weights[part]
-        precision: Literal["bf16", "ieee"] = "bf16" if exact and not narrow else "ieee"
-        scale = weight.scale if steps is None else weight.scale * steps
-        made = kernels.product(operator.geometry, weight.codes, scale, exact=exact, precision=precision)
-        return replace(made, any_order=part == "residual" and largest < EXACT_SUMS)
-
-    cost = float(mac_cost(config.cost, config.key_weight_bits, config.key_activation_bits, site.size))
-    costs = tuple(float(mac_cost(config.cost, width, bits, site.size)) for bits in config.levels)
-    device, residual = weights["keyframe"].codes.device, product("residual")
-    quantizer, bias = ranges.keyframe, _bias(operator, ranges.correction, device)
-    if isinstance(quantizer, AffineQuantizer):
-        key = product("keyframe")
-        return SitePlan(site, ranges, group, key, residual, quantizer.bounds, quantizer.step, bias, cost, costs)
-    step, low, high = (bound.to(device) for bound in quantizer.bounds)
-    key = product("keyframe", operator.per_channel(operator.by_output(step.flatten())))
-    return SitePlan(site, ranges, group, key, residual, (step, low, high), 1.0, bias, cost, costs)
-
-
-def _bias(operator: ResidualOperator, correction: Sequence[float], device: torch.device) -> Tensor | None:
-    """The operator's bias with the correction added, in float32, shaped to broadcast over the output."""
-    bias = None if operator.bias is None else operator.bias.float()
-    if correction:
-        added = torch.tensor(correction, dtype=torch.float32, device=device)
-        bias = added if bias is None else bias + added
-    return None if bias is None else operator.per_channel(bias)
-
-
-def keyframe_output(plan: SitePlan, kernels: Kernels, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The operator on the input quantized as at keyframes, and the values of that input."""
-    codes, values = kernels.encode_keyframe(x, *plan.bounds, plan.keyframe)
-    return kernels.accumulate(plan.keyframe, codes, plan.step, plan.bias), values
+__all__ = ["Execution", "as_image", "check_order", "from_image"]
 
 
 def check_order(sites: Sequence[AnySite], position: int, operator: ResidualOperator) -> None:
@@ -191,7 +81,8 @@ class Execution:
     def __call__(self, operator: ResidualOperator, x: Tensor) -> Tensor:
         """Compute the operator's quantized output and record its cost."""
         check_order(self.sites, self.position, operator)
-        plan = self._layer(self.position)
+        plan = self.plans[self.position]
+        assert isinstance(plan, SitePlan)  # as the order says
         with own_types(), torch._C._DisableTorchDispatch():  # else `ProductCalls` would see the operator's own products
             y = plan.site.arrangement.returned(self._run(plan, self._entering(plan.site, x)))
         self.position += 1
@@ -298,7 +189,7 @@ class Execution:
         if site.operator.channel_axis != 1:
             cost = site.tokens.by_pixel(cost)
         elif isinstance(self.config.cost, CostTable):
-            cost = _by_tile(cost, self.config.cost.tile)
+            cost = by_tile(cost, self.config.cost.tile)
         self._costs[self.position] = cost
 
     def _carried_to(self, plan: SitePlan, size: Pair) -> tuple[Tensor | None, Tensor]:
@@ -346,7 +237,8 @@ class Execution:
         inputs, outputs = sum(s.input_elements for s in layers), sum(s.output_elements for s in layers)
         factors = sum(s.input_elements for s in self.sites) - inputs  # quantized in every frame
         elementwise = torch.where(self.refresh, float(inputs), float(3 * inputs + outputs)).double() + factors
-        return FrameCost(self._bops(), self.refresh.clone(), elementwise)
+        bops = frame_bops(self.plans, self._costs, self.refresh, self.decision.grid, self.config.cost)
+        return FrameCost(bops, self.refresh.clone(), elementwise)
 
     def _check_untouched(self, site: AnySite, position: int) -> None:
         if self.state.outputs[position]._version != self.state.versions[position]:
@@ -354,53 +246,6 @@ class Execution:
                 f"The output of layer {site.name!r} was overwritten in place by a path not seen when the "
                 "network was wrapped. Use out-of-place operations there."
             )
-
-    def _bops(self) -> Float64[Tensor, "b s gh gw"]:
-        """BOPs by clip, site and region: sum over pixels of cost(w, a(p)) n(p), shared among the regions."""
-        grid, table = self.decision.grid, self.config.cost
-        bops = torch.zeros(len(self.refresh), len(self.plans), *grid, dtype=torch.float64)
-        if len(self.key):
-            bops[self.key.cpu()] = _keyframe_bops(self.plans, grid)
-        for position, plan in enumerate(self.plans):
-            if isinstance(plan, ProductPlan):
-                bops[:, position] = plan.cost / (grid[0] * grid[1])
-        places: dict[tuple[Pair, torch.dtype], list[int]] = {}  # sites that are summed together
-        for position, cost_map in self._costs.items():
-            pooling = self._pooling(position)
-            places.setdefault(((cost_map.shape[1], cost_map.shape[2]), pooling.columns.dtype), []).append(position)
-        for members in places.values():
-            poolings = [self._pooling(position) for position in members]
-            costs = torch.stack([self._costs[position] for position in members], 1).cpu()
-            exact = poolings[0].columns.dtype
-            spent = costs.to(exact) * torch.stack([pooling.coverage for pooling in poolings]).to(exact)
-            by_region = poolings[0].rows @ (spent @ poolings[0].columns).double()
-            macs = torch.tensor(
-                [float(self._layer(p).site.operator.macs_per_tap) for p in members], dtype=torch.float64
-            )
-            bops[self.rest.cpu()[:, None], torch.tensor(members)] = by_region * macs[:, None, None]
-        if isinstance(table, CostTable):
-            bops += (table.operator + table.frame / len(self.plans)) / (grid[0] * grid[1])
-        return bops
-
-    def _layer(self, position: int) -> SitePlan:
-        plan = self.plans[position]
-        assert isinstance(plan, SitePlan)
-        return plan
-
-    def _pooling(self, position: int) -> "_Pooling":
-        plan, cost = self._layer(position), self._costs[position]
-        size = (cost.shape[1], cost.shape[2])
-        crowd = 1.0 if plan.site.operator.channel_axis == 1 else plan.site.tokens.crowd
-        return _pooling(plan.site.operator.geometry, size, self.decision.grid, _highest(plan.costs) * crowd)
-
-
-def _by_tile(cost: Float[Tensor, "b h w"], tile: Pair) -> Float[Tensor, "b h w"]:
-    """The cost of each pixel as that of the dearest pixel of its tile."""
-    if tile == (1, 1):
-        return cost
-    highest = F.max_pool2d(cost, tile, ceil_mode=True)
-    spread = highest.repeat_interleave(tile[0], 1).repeat_interleave(tile[1], 2)
-    return spread[:, : cost.shape[1], : cost.shape[2]]
 
 
 def as_image(site: Site, x: Tensor) -> Float[Tensor, "b c h w"]:
@@ -413,65 +258,3 @@ def as_image(site: Site, x: Tensor) -> Float[Tensor, "b c h w"]:
 def from_image(site: Site, image: Float[Tensor, "b c h w"], like: Tensor) -> Tensor:
     """The inverse of `as_image`, for an input with the shape of `like`."""
     return image if site.operator.channel_axis == 1 else image.permute(0, 2, 3, 1).reshape(like.shape)
-
-
-@dataclass(frozen=True)
-class _Pooling:
-    """Coverage of an input, and the matrices that sum it over regions when multiplied from the left and the right.
-
-    `columns`, which come first, are in single precision where their sums are exact in it.
-    """
-
-    coverage: Tensor
-    rows: Tensor
-    columns: Tensor
-
-
-def _highest(costs: Sequence[float]) -> float:
-    """The highest of whole costs; infinite if one is not whole, since then no sum is exact in single precision."""
-    return max(costs) if all(float(cost).is_integer() for cost in costs) else math.inf
-
-
-@lru_cache(maxsize=1024)
-def _pooling(geometry: Geometry, size: Pair, grid: Pair, highest: float) -> _Pooling:
-    """How whole costs of up to `highest` are summed over regions: along rows in single precision where it is exact."""
-    coverage = geometry.coverage(size)
-    whole = size[1] >= grid[1]  # no pixel is shared between columns of regions
-    small = size[1] * float(coverage.max()) * highest < EXACT_SUMS
-    exact = torch.float32 if whole and small else torch.float64
-    rows, columns = _exact_share(size[0], grid[0]), _exact_share(size[1], grid[1]).T.contiguous()
-    return _Pooling(coverage, rows, columns.to(exact))
-
-
-def _keyframe_bops(plans: Sequence["SitePlan | ProductPlan"], grid: Pair) -> Float64[Tensor, "s gh gw"]:
-    """BOPs of a keyframe, of which each multiply-accumulate of a site costs the same; 0 for products."""
-    found = []
-    for plan in plans:
-        if isinstance(plan, ProductPlan):
-            found.append(torch.zeros(grid, dtype=torch.float64))
-            continue
-        site, operator, cost = plan.site, plan.site.operator, plan.keyframe_cost
-        if operator.channel_axis == 1:
-            spent = _even_bops(operator.geometry, (site.input_shape[1], site.input_shape[2]), grid, cost)
-        else:
-            tokens = site.tokens
-            pooling = _pooling(operator.geometry, tokens.size, grid, math.inf)
-            spent = (
-                pooling.rows @ tokens.by_pixel(torch.full((1, 1, len(tokens.index)), float(cost)))[0] @ pooling.columns
-            )
-        found.append(spent * operator.macs_per_tap)
-    return torch.stack(found)
-
-
-@lru_cache(maxsize=1024)
-def _even_bops(geometry: Geometry, size: Pair, grid: Pair, cost: float) -> Float64[Tensor, "gh gw"]:
-    """Costs of an input by region, for one channel in and out, where every pixel costs the same."""
-    pooling = _pooling(geometry, size, grid, _highest((cost,)))
-    spent = pooling.coverage.to(pooling.columns.dtype) * cost
-    return pooling.rows @ (spent @ pooling.columns).double()
-
-
-def _exact_share(length: int, cells: int) -> Float64[Tensor, "cells length"]:
-    """The share of each position's cost that each cell bears, in double precision: regions must sum to the whole."""
-    members = (cells_of(length, cells)[1] > 0).double()
-    return members / members.sum(0)

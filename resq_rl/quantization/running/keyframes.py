@@ -31,7 +31,8 @@ from resq_rl.quantization.quantizers.quantizer import AffineQuantizer, ChannelQu
 from resq_rl.quantization.quantizers.ranges import output_quantizers
 from resq_rl.quantization.quantizers.rounding import WIDEST, positions_of
 from resq_rl.quantization.running.calibration import SiteRanges
-from resq_rl.quantization.running.execution import SitePlan, check_order, keyframe_output
+from resq_rl.quantization.running.execution import check_order
+from resq_rl.quantization.running.plans import SitePlan, keyframe_output
 from resq_rl.quantization.specification.inputs import Inputs, as_tuple, to_float
 
 __all__ = ["KeyframeFit", "chosen_frames"]

@@ -25,8 +25,9 @@ from resq_rl.quantization.quantizers.residual import largest_code
 from resq_rl.quantization.quantizers.rounding import FINE, IntegerWeight, integer_weight
 from resq_rl.quantization.running.calibration import SiteRanges, SiteRecorder
 from resq_rl.quantization.running.checks import check_clips, check_decision, check_inputs
-from resq_rl.quantization.running.execution import Execution, ProductPlan, SitePlan, check_order, plan_site
+from resq_rl.quantization.running.execution import Execution, check_order
 from resq_rl.quantization.running.keyframes import KeyframeFit, chosen_frames
+from resq_rl.quantization.running.plans import ProductPlan, SitePlan, plan_site
 from resq_rl.quantization.running.state import StreamState
 from resq_rl.quantization.running.unrolled import UnrolledExecution
 from resq_rl.quantization.specification.config import LayerKind, Part, QuantizationConfig, Reference

@@ -23,7 +23,8 @@ from resq_rl.errors import PolicyError, SettingsError
 from resq_rl.quantization.graph.operators import Pair
 from resq_rl.quantization.kernels.plain import quantize
 from resq_rl.quantization.quantizers.residual import ResidualTable
-from resq_rl.quantization.running.execution import Execution, SitePlan, as_image, from_image
+from resq_rl.quantization.running.execution import Execution, as_image, from_image
+from resq_rl.quantization.running.plans import SitePlan
 from resq_rl.quantization.specification.fields import LevelField
 
 __all__ = ["UnrolledExecution"]
