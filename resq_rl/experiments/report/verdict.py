@@ -39,22 +39,20 @@ def verdict_of(comparison: Comparison) -> Verdict:
     """The first delta of the learned policies that has a value, as a sentence; deltas are in order of importance."""
     method = learned_method(comparison.fronts)
     own, prefix = method_of(method).title, f"{method}_vs_"
-    own = own if own.isupper() else f"the {own}"
+    own, first = (own, own) if own.isupper() else (f"the {own}", f"The {own}")
     deltas = {name.removeprefix(prefix): e for name, e in comparison.bd_bops.items() if name.startswith(prefix)}
     if not deltas:
         return Verdict("No learned policy was compared with a heuristic.", "", "none", "", method)
     anchor, entry = next(((name, e) for name, e in deltas.items() if e.value is not None), next(iter(deltas.items())))
     title = method_of(anchor).title
     if entry.value is None:
-        reason = f"{own[:1].upper()}{own[1:]} and {title} cannot be compared at equal accuracy: {entry.reason}."
+        reason = f"{first} and {title} cannot be compared at equal accuracy: {entry.reason}."
         return Verdict(reason, "", "none", anchor, method)
     amount = f"{abs(entry.value):.1f}% {'fewer' if entry.value < 0 else 'more'} bit-operations than {title}"
     tone: Tone
     if entry.ci95 is None:
         tone = "unclear"
-        sentence = (
-            f"{own[:1].upper()}{own[1:]} needs {amount} at equal accuracy, but the interval is unknown: {entry.reason}."
-        )
+        sentence = f"{first} needs {amount} at equal accuracy, but the interval is unknown: {entry.reason}."
     elif entry.ci95[0] <= 0 <= entry.ci95[1]:
         tone, (low, high) = "unclear", entry.ci95
         interval = f"95% interval from {low:+.1f}% to {high:+.1f}%"

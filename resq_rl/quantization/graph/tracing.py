@@ -3,6 +3,7 @@
 import logging
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -76,7 +77,7 @@ class Site:
         """Height and width of the output; (1, 1) for a linear layer."""
         return self.output_shape[1:] if self.operator.channel_axis == 1 else (1, 1)
 
-    @property
+    @cached_property
     def macs(self) -> int:
         """Multiply-accumulates of one frame; padding is not counted."""
         if self.operator.channel_axis == -1:

@@ -4,6 +4,7 @@
 bit: every step rounds once, and so do the multiply-adds.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from resq_rl.quantization.graph.operators import Geometry, products_in
 
-__all__ = ["PLAIN", "Bound", "Choice", "Kernels", "Product", "affine_codes", "quantize"]
+__all__ = ["PLAIN", "Bound", "Choice", "Kernels", "Product", "affine_codes", "from_image", "quantize"]
 
 
 def quantize(
@@ -39,6 +40,11 @@ def choose(
     for factor in kappa:
         index = index + (magnitude > bound * factor)
     return index
+
+
+def from_image(geometry: Geometry, image: Float[Tensor, "b c h w"], leading: Sequence[int]) -> Tensor:
+    """An image as an operator takes it: a linear layer takes the vectors of its pixels, with `leading` dimensions."""
+    return image if geometry.operator != "linear" else image.permute(0, 2, 3, 1).reshape(*leading, image.shape[1])
 
 
 Bound = float | Tensor
@@ -175,8 +181,7 @@ class Kernels:
             over: whether `base` is no longer needed, so that the result may take its place in memory.
         """
         codes, cost = self.encode(x, reference, choice, unit if moves else None, product)
-        if product.geometry.operator == "linear":
-            codes = codes.permute(0, 2, 3, 1).reshape(*base.shape[:-1], -1)
+        codes = from_image(product.geometry, codes, base.shape[:-1])
         return self.accumulate(product, codes, unit, base, over=over), cost
 
     def highest(self, scores: Float[Tensor, "b k h w"]) -> UInt8[Tensor, "b h w"]:

@@ -87,4 +87,5 @@ class ChannelQuantizer:
 
     def __call__(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Quantize and dequantize `x`."""
-        return self.integers(x) * self.bounds[0]
+        step, low, high = self.bounds
+        return affine_codes(x, step, low, high) * step

@@ -1,6 +1,6 @@
 """One quantized forward pass: the keyframe or residual arithmetic of every operator call, and its cost."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from resq_rl.quantization.specification.costs import CostTable
 from resq_rl.quantization.specification.fields import Field, LevelField, carry
 from resq_rl.quantization.specification.ledger import FrameCost
 
-__all__ = ["Execution", "as_image", "check_order", "from_image"]
+__all__ = ["Execution", "as_image", "numbered"]
 
 
 def check_order(sites: Sequence[AnySite], position: int, operator: ResidualOperator) -> None:
@@ -31,6 +31,21 @@ def check_order(sites: Sequence[AnySite], position: int, operator: ResidualOpera
     site = sites[position] if position < len(sites) else None
     if not isinstance(site, Site) or site.operator is not operator:
         raise _out_of_order(f"layer {operator.name!r}")
+
+
+def numbered(
+    sites: Sequence[AnySite], execute: Callable[[int, ResidualOperator, Tensor], Tensor]
+) -> Callable[[ResidualOperator, Tensor], Tensor]:
+    """What runs the operators of one pass by `execute`, which gets the position of each call among `sites`."""
+    position = 0
+
+    def call(operator: ResidualOperator, x: Tensor) -> Tensor:
+        nonlocal position
+        check_order(sites, position, operator)
+        position += 1
+        return execute(position - 1, operator, x)
+
+    return call
 
 
 def _out_of_order(what: str) -> NetworkError:
@@ -253,8 +268,3 @@ def as_image(site: Site, x: Tensor) -> Float[Tensor, "b c h w"]:
     if site.operator.channel_axis == 1:
         return x
     return x.view(len(x), 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
-
-
-def from_image(site: Site, image: Float[Tensor, "b c h w"], like: Tensor) -> Tensor:
-    """The inverse of `as_image`, for an input with the shape of `like`."""
-    return image if site.operator.channel_axis == 1 else image.permute(0, 2, 3, 1).reshape(like.shape)

@@ -31,7 +31,7 @@ from resq_rl.quantization.quantizers.quantizer import AffineQuantizer, ChannelQu
 from resq_rl.quantization.quantizers.ranges import output_quantizers
 from resq_rl.quantization.quantizers.rounding import WIDEST, positions_of
 from resq_rl.quantization.running.calibration import SiteRanges
-from resq_rl.quantization.running.execution import check_order
+from resq_rl.quantization.running.execution import numbered
 from resq_rl.quantization.running.plans import SitePlan, keyframe_output
 from resq_rl.quantization.specification.inputs import Inputs, as_tuple, to_float
 
@@ -125,15 +125,7 @@ class KeyframeFit:
 
     def _run(self, inputs: tuple[Tensor, ...], execute: Callable[[int, ResidualOperator, Tensor], Tensor]) -> Any:
         """A pass in which `execute` gets the position of every call, and the input in float32."""
-        position = 0
-
-        def call(operator: ResidualOperator, x: Tensor) -> Tensor:
-            nonlocal position
-            check_order(self._sites, position, operator)
-            position += 1
-            return execute(position - 1, operator, x)
-
-        return self._run_network(inputs, call)
+        return self._run_network(inputs, numbered(self._sites, execute))
 
     def _observe(self, bits: int, generator: torch.Generator) -> tuple[list[Quantizer | None], list[Tensor]]:
         """By site, the quantizer that loses least in the output, and the mean of each channel of the float output."""

@@ -25,7 +25,7 @@ from resq_rl.quantization.quantizers.residual import largest_code
 from resq_rl.quantization.quantizers.rounding import FINE, IntegerWeight, integer_weight
 from resq_rl.quantization.running.calibration import SiteRanges, SiteRecorder
 from resq_rl.quantization.running.checks import check_clips, check_decision, check_inputs
-from resq_rl.quantization.running.execution import Execution, check_order
+from resq_rl.quantization.running.execution import Execution, numbered
 from resq_rl.quantization.running.keyframes import KeyframeFit, chosen_frames
 from resq_rl.quantization.running.plans import ProductPlan, SitePlan, plan_site
 from resq_rl.quantization.running.state import StreamState
@@ -86,6 +86,7 @@ class ResQModel:
         traced = trace(self.network, self._switch, tuple(part[:2] for part in clips))
         self.sites: list[AnySite] = traced.sites
         self._constant_products = traced.constant
+        self._multiplies = bool(traced.constant) or len(self.layers) < len(self.sites)  # matrices, outside of layers
         if self.unplaced:
             log.info(
                 "No place in the frame is known of the tokens of layers %s: all regions decide for them together, and "
@@ -249,16 +250,13 @@ class ResQModel:
     def _record(
         self, inputs: tuple[Tensor, ...], recorders: list[SiteRecorder], age: int, generator: torch.Generator
     ) -> None:
-        position, layers = 0, self.layers
+        layers = self.layers
 
-        def record(operator: ResidualOperator, value: Tensor) -> Tensor:
-            nonlocal position
-            check_order(layers, position, operator)
+        def record(position: int, operator: ResidualOperator, value: Tensor) -> Tensor:
             recorders[position].record(layers[position].arrangement.gathered(value), age, generator)
-            position += 1
             return operator.float_output(value)
 
-        self._run(inputs, record)
+        self._run(inputs, numbered(layers, record))
 
     # Running ---------------------------------------------------------------------------------------------------------
 
@@ -266,7 +264,7 @@ class ResQModel:
         before, self._switch.execute = self._switch.execute, execute
         given = (part.to(dtype) for part, dtype in zip(inputs, self._input_types, strict=True))
         try:
-            if len(self.layers) == len(self.sites) and not self._constant_products:
+            if not self._multiplies:
                 return self.network(*given)
             with decomposed(), ProductCalls(execute.product) if isinstance(execute, Execution) else nullcontext():
                 return self.network(*given)
@@ -373,7 +371,8 @@ class ResQModel:
             SettingsError: the cost table has no such widths.
         """
         cost = self.config.cost
-        spent = sum(site.macs * mac_cost(cost, weight_bits, activation_bits, site.size) for site in self.sites)
+        sizes = (site.size for site in self.sites)
+        spent = sum(size.macs * mac_cost(cost, weight_bits, activation_bits, size) for size in sizes)
         return spent + (cost.operator * len(self.sites) + cost.frame if isinstance(cost, CostTable) else 0)
 
     @property

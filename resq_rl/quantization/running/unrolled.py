@@ -21,9 +21,9 @@ from torch import Tensor
 
 from resq_rl.errors import PolicyError, SettingsError
 from resq_rl.quantization.graph.operators import Pair
-from resq_rl.quantization.kernels.plain import quantize
+from resq_rl.quantization.kernels.plain import from_image, quantize
 from resq_rl.quantization.quantizers.residual import ResidualTable
-from resq_rl.quantization.running.execution import Execution, as_image, from_image
+from resq_rl.quantization.running.execution import Execution, as_image
 from resq_rl.quantization.running.plans import SitePlan
 from resq_rl.quantization.specification.fields import LevelField
 
@@ -62,7 +62,7 @@ class UnrolledExecution(Execution):
         image = as_image(plan.site, x - reference)
         gates = self._gates(plan, table, (image.shape[2], image.shape[3]))
         codes, cost = _Gated.apply(image, gates.tau, gates)  # type: ignore[no-untyped-call]
-        codes = from_image(plan.site, codes, x)
+        codes = from_image(operator.geometry, codes, x.shape[:-1])
         self._note(plan.site, cost)
         if state.reference == "previous":
             moved = torch.addcmul(reference, codes, codes.new_tensor(table.step))

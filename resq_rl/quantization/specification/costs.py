@@ -111,10 +111,14 @@ class CostTable(Checked):
 
 def _read(value: Any) -> Any:
     """A convention as it is; a table from its name, its file or its fields."""
-    if isinstance(value, Mapping):
-        return convert_dataclass(_complete(value), CostTable, "cost.")
     if isinstance(value, CostTable) or value in get_args(Convention):
         return value
+    values = value if isinstance(value, Mapping) else _loaded(value)
+    return convert_dataclass(_complete(values), CostTable, "cost.")
+
+
+def _loaded(value: Any) -> Mapping[Any, Any]:
+    """The fields of a table, from its name or its file."""
     if not isinstance(value, str) or not (value in SHIPPED or value.endswith((".yaml", ".yml"))):
         raise ValueError("no such cost")
     path = _TABLES / f"{value}.yaml" if value in SHIPPED else Path(value)
@@ -124,7 +128,7 @@ def _read(value: Any) -> Any:
         raise SettingsError(f"Cannot read the cost table {value}: {' '.join(str(error).split())}.") from error
     if not isinstance(values, Mapping):
         raise SettingsError(f"Cannot read the cost table {value}: it must hold a mapping with name, source and macs.")
-    return convert_dataclass(_complete(values), CostTable, "cost.")
+    return values
 
 
 def _complete(values: Mapping[Any, Any]) -> dict[str, Any]:

@@ -240,6 +240,12 @@ def test_results_that_name_no_folder_are_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_cost_is_short_for_the_setting_of_cost_tables(run: Run, tmp_path: Path) -> None:
+    assert run("train", "seed=3", "cost=roofline") == 0
+    (folder,) = (tmp_path / "results" / "train").iterdir()
+    assert "bops_convention: roofline\n" in (folder / "config.yaml").read_text()
+
+
 def test_a_command_says_what_it_does_and_what_is_useful_next(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train", "seed=4") == 0
     lines = capsys.readouterr().err.splitlines()
