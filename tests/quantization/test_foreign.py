@@ -5,14 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
 from resq_rl.quantization import LevelField, QuantizationConfig, Reference, ResQModel, ThresholdField
 from resq_rl.quantization.graph.outputs import tensors_of
 from resq_rl.quantization.running import calibration
+from tests.quantization.flops import counted
 from tests.quantization.foreign import NETWORKS, SIZE, made
 from tests.quantization.networks import byte_clips, everywhere, wrapped
 
@@ -27,27 +25,6 @@ def transformers() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return pytest.importorskip("transformers", reason="the extra 'transformers' is not installed")
-
-
-def without_padding(
-    x: Any, w: Any, _b: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, *rest: Any, **_: Any
-) -> int:
-    """Twice the multiply-accumulates of a convolution, of which taps on padding are none."""
-    size = tuple(x[2:])
-    ones = torch.ones(1, 1, *size), torch.ones(1, 1, *w[2:])
-    if transposed:
-        taps = F.conv_transpose2d(*ones, None, stride, padding, rest[0], 1, dilation)
-    else:
-        taps = F.conv2d(*ones, None, stride, padding, dilation)
-    return 2 * int(taps.double().sum()) * int(x[0] * w[0] * w[1])
-
-
-def counted(network: nn.Module, x: Tensor) -> float:
-    """Multiply-accumulates of a forward pass as torch counts them."""
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution: without_padding})
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        network(x)
-    return counter.get_total_flops() / 2
 
 
 def every_pixel(recorder: calibration.SiteRecorder, x: Tensor, _: torch.Generator) -> Tensor:
