@@ -122,10 +122,10 @@ class Places(TorchDispatchMode):
         for x in inputs:
             self.begin(x)
 
-    def begin(self, t: Tensor) -> None:
+    def begin(self, t: Tensor, *, placed: bool = True) -> None:
         """Take a tensor whose first axis is that of the clips as an image (b, c, h, w), or else as of no place."""
         clips = torch.arange(len(t), dtype=torch.float64).view(-1, *[1] * (t.dim() - 1)) * _CLIP + 1
-        if t.dim() == 4:
+        if t.dim() == 4 and placed:
             h, w = t.shape[2:]
             raster = self._raster((h, w)) * _RASTER + torch.arange(h * w, dtype=torch.float64).view(1, 1, h, w)
             clips = clips + raster
