@@ -1,11 +1,11 @@
-"""Networks from `transformers`, wrapped as they are: equal at full bits, counted as torch counts, streamed."""
+"""Networks from `transformers`, as they are and exported: equal at full bits, counted as torch counts, streamed."""
 
 import warnings
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from resq_rl.quantization import LevelField, QuantizationConfig, Reference, ResQModel, ThresholdField
 from resq_rl.quantization.graph.outputs import tensors_of
@@ -27,17 +27,31 @@ def transformers() -> Any:
         return pytest.importorskip("transformers", reason="the extra 'transformers' is not installed")
 
 
+def exported(network: nn.Module) -> nn.Module:
+    """The module of an exported program, for any number of clips, without layers whose output nothing uses."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        clips = {0: torch.export.Dim("clips", min=1, max=64)}
+        program = torch.export.export(network, (torch.rand(2, 3, *SIZE),), dynamic_shapes=(clips,), strict=False)
+        module = program.module()
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+
 def every_pixel(recorder: calibration.SiteRecorder, x: Tensor, _: torch.Generator) -> Tensor:
     return x.movedim(recorder.site.operator.channel_axis, -1).flatten(0, -2)
 
 
+@pytest.mark.parametrize("program", [False, True], ids=["module", "program"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_is_counted_streamed_and_equal_at_full_bits(
-    name: str, transformers: Any, monkeypatch: pytest.MonkeyPatch
+    name: str, program: bool, transformers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calibration.SiteRecorder, "_pixels", every_pixel)  # so that no range clips
     monkeypatch.setattr(calibration, "MOST_VALUES", 10_000_000)
     network, clips = made(name, transformers), byte_clips(2, 3, 3, SIZE)
+    network = exported(network) if program else network
     config = QuantizationConfig(
         16, 16, levels=(0, 16), residual_weight_bits=16, range_estimator="min_max", weight_rounding="nearest"
     )
