@@ -19,8 +19,8 @@ _sizes = jaxtyping.jaxtyped  # as a context, it opens a scope in which names of 
 def hook(package: str) -> AbstractContextManager[object]:
     """Check every annotated argument and result of a package that is not imported yet.
 
-    The import hook puts `jaxtyping.jaxtyped` before every function. That binds the arguments to the signature and checks
-    them twice, for better messages, which takes most of the time of a test. `checked` checks the same things once.
+    The import hook puts `jaxtyping.jaxtyped` before every function. That binds the arguments to the signature and
+    checks them twice, for better messages, which takes most of the time of a test. `checked` checks the same once.
     """
     jaxtyping.jaxtyped = checked  # type: ignore[assignment]
     return jaxtyping.install_import_hook(package, None)
