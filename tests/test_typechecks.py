@@ -14,6 +14,7 @@ from tests import typechecks
 SOURCE = """
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
@@ -29,6 +30,16 @@ def nested(x: Float[Tensor, "h w"], y: Float[Tensor, "w h"]) -> Float[Tensor, "h
 
 def lengths(names: Sequence[str], factor: float = 1) -> list[int]:
     return [len(name) for name in names]
+
+def scaled(factor: float) -> Any:
+    def within(x: Float[Tensor, "n n"]) -> float:
+        return (factor * x).sum().item()
+    return within
+
+@dataclass
+class Same:
+    x: int
+    y: int
 
 @dataclass
 class Pair:
@@ -68,6 +79,7 @@ def test_what_fits_passes(checked: Any) -> None:
     assert checked.add(ones(2, 3), ones(2, 3)).shape == (2, 3)
     assert checked.nested(ones(2, 3), ones(3, 2)).shape == (2, 2), "h and w are other sizes in a call within"
     assert checked.lengths(["a"], 2) == [1]
+    assert [checked.scaled(factor)(ones(2, 2)) for factor in (1, 2)] == [4, 8]
     assert len(checked.Pair.of(ones(4)).x) == 4
 
 
@@ -80,6 +92,8 @@ def test_what_fits_passes(checked: Any) -> None:
         lambda m: m.flat(ones(2, 3)),  # the result
         lambda m: m.lengths([1]),
         lambda m: m.lengths("a", "1"),
+        lambda m: [m.scaled(factor)(ones(2, n)) for factor, n in ((1, 2), (2, 3))],  # the second closure of one code
+        lambda m: m.Same(ones(3), ones(3)),  # the code of its __init__ is that of Pair
         lambda m: m.Pair(ones(3), ones(4)),
         lambda m: m.Pair.of(ones(3)).total,
         lambda m: m.Pair.of(ones(3, 3)),

@@ -4,6 +4,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from types import CodeType, FunctionType
 from typing import Any, get_args
 
 import jaxtyping
@@ -13,6 +14,7 @@ from jaxtyping import AbstractArray
 __all__ = ["hook"]
 
 _check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # as for mypy, an int will do where a float is wanted
+_closures: dict[tuple[str, CodeType], Any] = {}
 _sizes = jaxtyping.jaxtyped  # as a context, it opens a scope in which names of axes mean sizes
 
 
@@ -34,7 +36,7 @@ def checked(*, typechecker: object) -> Callable[[Any], Any]:
 def _checked(given: Any) -> Any:
     if inspect.isclass(given):
         if "__dataclass_fields__" in vars(given) and "__init__" in vars(given):
-            given.__init__ = _checked(given.__init__)  # type: ignore[misc]
+            given.__init__ = _checked(given.__init__)
         return given
     if isinstance(given, (classmethod, staticmethod)):
         return type(given)(_checked(given.__func__))
@@ -42,7 +44,18 @@ def _checked(given: Any) -> Any:
         return property(*(function and _checked(function) for function in (given.fget, given.fset, given.fdel)))
     if not given.__annotations__ or getattr(given, "__no_type_check__", False):
         return given
-    return _switched(given, _check(given))
+    return _switched(given, _check_closure(given) if "<locals>" in given.__qualname__ else _check(given))
+
+
+def _check_closure(given: FunctionType) -> FunctionType:
+    """Check a function within another, which is made anew in every call; its checks are compiled once."""
+    key = given.__code__.co_filename, given.__code__
+    if key not in _closures:
+        _closures[key] = _check(given)
+    strict = _closures[key]
+    own = FunctionType(strict.__code__, strict.__globals__, strict.__name__, strict.__defaults__, strict.__closure__)
+    own.__kwdefaults__ = {**strict.__kwdefaults__, "__beartype_func": given}
+    return own
 
 
 def _switched(plain: Callable[..., Any], strict: Callable[..., Any]) -> Callable[..., Any]:
