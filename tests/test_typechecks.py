@@ -34,7 +34,9 @@ def lengths(names: Sequence[str], factor: float = 1) -> list[int]:
 def scaled(factor: float) -> Any:
     def within(x: Float[Tensor, "n n"]) -> float:
         return (factor * x).sum().item()
-    return within
+    def anything(x: Any) -> Any:
+        return x * factor
+    return within if factor else anything
 
 @dataclass
 class Same:
@@ -80,6 +82,7 @@ def test_what_fits_passes(checked: Any) -> None:
     assert checked.nested(ones(2, 3), ones(3, 2)).shape == (2, 2), "h and w are other sizes in a call within"
     assert checked.lengths(["a"], 2) == [1]
     assert [checked.scaled(factor)(ones(2, 2)) for factor in (1, 2)] == [4, 8]
+    assert checked.scaled(0)("a") == ""
     assert len(checked.Pair.of(ones(4)).x) == 4
 
 

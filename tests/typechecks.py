@@ -44,7 +44,8 @@ def _checked(given: Any) -> Any:
         return property(*(function and _checked(function) for function in (given.fget, given.fset, given.fdel)))
     if not given.__annotations__ or getattr(given, "__no_type_check__", False):
         return given
-    return _switched(given, _check_closure(given) if "<locals>" in given.__qualname__ else _check(given))
+    strict = _check_closure(given) if "<locals>" in given.__qualname__ else _check(given)
+    return given if strict is given else _switched(given, strict)
 
 
 def _check_closure(given: FunctionType) -> FunctionType:
@@ -53,6 +54,8 @@ def _check_closure(given: FunctionType) -> FunctionType:
     if key not in _closures:
         _closures[key] = _check(given)
     strict = _closures[key]
+    if "__beartype_func" not in (strict.__kwdefaults__ or {}):  # nothing to check
+        return given
     own = FunctionType(strict.__code__, strict.__globals__, strict.__name__, strict.__defaults__, strict.__closure__)
     own.__kwdefaults__ = {**strict.__kwdefaults__, "__beartype_func": given}
     return own
