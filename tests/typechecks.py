@@ -44,7 +44,9 @@ def _checked(given: Any) -> Any:
         return property(*(function and _checked(function) for function in (given.fget, given.fset, given.fdel)))
     if not given.__annotations__ or getattr(given, "__no_type_check__", False):
         return given
-    strict = _check_closure(given) if "<locals>" in given.__qualname__ else _check(given)
+    if "<locals>" not in given.__qualname__:
+        return _switched(given, None)
+    strict = _check_closure(given)
     return given if strict is given else _switched(given, strict)
 
 
@@ -61,23 +63,25 @@ def _check_closure(given: FunctionType) -> FunctionType:
     return own
 
 
-def _switched(plain: Callable[..., Any], strict: Callable[..., Any]) -> Callable[..., Any]:
-    """The strict function unless checks are switched off, in a scope of its own if it names axes."""
+def _switched(plain: Callable[..., Any], strict: Callable[..., Any] | None) -> Callable[..., Any]:
+    """The strict function unless checks are switched off, in a scope of its own if it names axes.
+
+    None stands for checks that are compiled when they are first needed: few tests call every function.
+    """
     config = jaxtyping.config
-    if not any(map(_names_axes, plain.__annotations__.values())):
+    named = any(map(_names_axes, plain.__annotations__.values()))
 
-        @functools.wraps(plain)
-        def call(*args: Any, **settings: Any) -> Any:
-            return (plain if config.jaxtyping_disable else strict)(*args, **settings)
-
-    else:
-
-        @functools.wraps(plain)
-        def call(*args: Any, **settings: Any) -> Any:
-            if config.jaxtyping_disable:
-                return plain(*args, **settings)
-            with _sizes("context"):
-                return strict(*args, **settings)
+    @functools.wraps(plain)
+    def call(*args: Any, **settings: Any) -> Any:
+        nonlocal strict
+        if config.jaxtyping_disable:
+            return plain(*args, **settings)
+        if strict is None:
+            strict = _check(plain)
+        if not named:
+            return strict(*args, **settings)
+        with _sizes("context"):
+            return strict(*args, **settings)
 
     return call
 
