@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from resq_rl.errors import CalibrationError, NetworkError, SettingsError
 from resq_rl.quantization.graph.behaviour import Behaviour, kept_random_state, probe_clips
+from resq_rl.quantization.graph.copying import copy_of
 from resq_rl.quantization.graph.groups import layer_groups
 from resq_rl.quantization.graph.operators import ResidualOperator, Switch, laid_out, own_types, undisturbed
 from resq_rl.quantization.graph.products import ProductCalls, decomposed
 from resq_rl.quantization.graph.tracing import AnySite, Site, trace
-from resq_rl.quantization.graph.wrapping import copy_of, fold_batch_norm, insert_operators
+from resq_rl.quantization.graph.wrapping import fold_batch_norm, insert_operators
 from resq_rl.quantization.kernels.compiled import native
 from resq_rl.quantization.kernels.plain import PLAIN, Kernels
 from resq_rl.quantization.quantizers.quantizer import symmetric_limit
@@ -116,8 +117,12 @@ class ResQModel:
 
     @property
     def unplaced(self) -> list[str]:
-        """Names of linear layers of whose tokens the place in the frame could not be traced: one region decides."""
-        return list(dict.fromkeys(site.name for site in self.layers if not site.tokens.known))
+        """Names of layers of whose input the place in the frame could not be traced: one region decides.
+
+        They are linear layers over tokens, and 1-D convolutions of more than one tap.
+        """
+        hidden = (site.name for site in self.layers if not site.tokens.known or site.operator.geometry.line)
+        return list(dict.fromkeys(hidden))
 
     @property
     def operators(self) -> list[ResidualOperator]:
