@@ -23,10 +23,9 @@ import torch
 from jaxtyping import Float, Float64, Int64, Num
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from resq_rl.quantization.graph.memory import MOVES, base_name, block_of, geometry_of, written
+from resq_rl.quantization.graph.memory import MOVES, EagerMode, base_name, block_of, geometry_of, written
 from resq_rl.quantization.graph.products import FACTORS
 
 __all__ = ["Arrangement", "Places", "Tokens"]
@@ -120,7 +119,7 @@ class Arrangement:
         return x.dim() > self.axis and x.movedim(self.axis, 0).shape == (clips, *shape)
 
 
-class Places(TorchDispatchMode):
+class Places(EagerMode):
     """Keeps the shadows of all tensors of a pass that depend on the frame."""
 
     def __init__(self, inputs: tuple[Tensor, ...]) -> None:

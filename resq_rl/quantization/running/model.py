@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -32,7 +33,7 @@ from resq_rl.quantization.running.plans import ProductPlan, SitePlan, plan_site
 from resq_rl.quantization.running.state import StreamState
 from resq_rl.quantization.running.unrolled import UnrolledExecution
 from resq_rl.quantization.specification.config import LayerKind, Part, QuantizationConfig, Reference
-from resq_rl.quantization.specification.costs import CostTable, mac_cost
+from resq_rl.quantization.specification.costs import Convention, CostTable, mac_cost
 from resq_rl.quantization.specification.fields import Field
 from resq_rl.quantization.specification.inputs import Inputs, as_tuple, float_frames
 from resq_rl.quantization.specification.ledger import FrameCost
@@ -366,6 +367,17 @@ class ResQModel:
         return output, cost
 
     # Cost ------------------------------------------------------------------------------------------------------------
+
+    def priced(self, cost: Convention | CostTable) -> "ResQModel":
+        """This model under another cost; both share the network, its calibration and what calibrates it later.
+
+        Raises:
+            SettingsError: the cost table lacks a width or a kind of layer.
+        """
+        other = copy(self)
+        other.config = replace(self.config, bops_convention=cost)
+        other._plan()
+        return other
 
     def reference_bops(self, weight_bits: int = 8, activation_bits: int = 8) -> float:
         """BOPs of one frame with every operator at the given widths (W8A8 by default), at the example's resolution.
