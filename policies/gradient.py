@@ -86,12 +86,10 @@ def learn_thresholds(
     Raises:
         SettingsError: no clip has a frame after its first, or no constant threshold diverges less for more BOPs.
     """
-    settings = settings or GradientSettings()
-    first = GroupThresholds(reference, interval, taus=(1.0,) * len(problem.model.sites), kappa=kappa)
-    clips = UnrolledClips(problem, first, settings, seed, progress)
+    clips = UnrolledClips.of_layers(problem, reference, interval, kappa, settings, seed, progress)
     knots, log_taus = first_thresholds(clips, trade_offs)
     descend(clips, knots, log_taus)
-    learned = tuple(_with_taus(first, row) for row in log_taus.detach().exp().double().numpy())
+    learned = tuple(_with_taus(clips.policy, row) for row in log_taus.detach().exp().double().numpy())
     return LearnedThresholds(tuple(map(float, knots)), learned, clips.frames)
 
 
