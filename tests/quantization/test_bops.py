@@ -113,6 +113,23 @@ def test_a_linear_layer_has_one_pixel_that_all_regions_share() -> None:
     assert_equal(cost.bops[0, 0], np.full((2, 3), vectors * 6 * 5 * 4 * 4 / 6))  # the finest level of all: 4 bits
 
 
+def test_a_convolution_along_one_axis_is_shared_by_all_regions() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(2), nn.Conv1d(4, 5, 3, padding=1), nn.Conv1d(5, 2, 1))
+    model = wrapped(network, 3, (1, 6))  # the first layer's image is as large as the row of the second
+    frames = video(2, 3, (1, 6))[:, None]
+    state = model.new_state(1)
+    _, key = model.step(frames[0], state, everywhere(1, True), LevelField.constant(0, 1, 3, (1, 3)))
+    levels = torch.tensor([[[[0, 1, 2]]]]).expand(-1, 3, -1, -1)
+    _, cost = model.step(frames[1], state, everywhere(1, False), LevelField(levels))
+    taps = 6 * 3 - 2
+    assert model.unplaced == ["2", "3"]
+    assert [site.macs for site in model.sites] == [6 * 12, taps * 20, 6 * 10]
+    assert_equal(key.bops[0, 0], np.full((1, 3), 2 * 12 * 64))
+    assert_equal(cost.bops[0, 0], np.array([[0, 2 * 12 * 2 * 4, 2 * 12 * 4 * 4]], float))  # each column its own
+    for site, macs in ((1, taps * 20), (2, 60)):  # the finest level of all: 4 bits
+        assert cost.bops[0, site].flatten().tolist() == pytest.approx([macs * 4 * 4 / 3] * 3, rel=1e-14)
+
+
 def test_a_grid_finer_than_a_squeezed_layer_shares_its_cost() -> None:
     network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 4, 1))
     model = wrapped(network, 3, (8, 8))

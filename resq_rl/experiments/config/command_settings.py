@@ -1,4 +1,4 @@
-"""Settings of single commands: `bench`, `run` and `export`."""
+"""Settings of single commands: `bench` and `profile`, `run`, and `export`."""
 
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -13,13 +13,15 @@ __all__ = ["BenchmarkSettings", "ExportSettings", "RunningSettings"]
 
 @dataclass(frozen=True)
 class BenchmarkSettings(Checked):
-    """What `bench` measures.
+    """What `bench` and `profile` measure.
 
     Attributes:
-        batches: clips that one step runs.
+        batches: clips that one step of `bench` runs.
         rounds: how often all that is compared runs in turn.
         processes: environments of one clip, each in a process of its own, that region agents are compared with.
         soak_steps: steps over which memory must not grow.
+        frames: frames of a clip that `profile` times, after the first.
+        compiled: whether `profile` also times the float network under torch.compile, which takes a minute or more.
     """
 
     _group: ClassVar[str] = "benchmark."
@@ -28,6 +30,8 @@ class BenchmarkSettings(Checked):
     rounds: Count = 9
     processes: Count = 8
     soak_steps: Count = 10_000
+    frames: Count = 24
+    compiled: bool = True
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,8 @@ _EXPOSING = ("numpy", "__array__", "__dlpack__", "data_ptr", "storage", "untyped
 # Parts of one tensor with different factors that may be added: corners of boxes and blends take two.
 _PARTS = 2
 SUPPORTED = (
-    "2-D convolution and transposed convolution with zero padding, linear layers, and products of matrices (attention)"
+    "1-D and 2-D convolution and 2-D transposed convolution with zero padding, linear layers, and products of matrices "
+    "(attention)"
 )
 
 
