@@ -19,7 +19,7 @@ from resq_rl.perception.compact_networks import CompactDDRNet
 from resq_rl.policies import LearnedPolicy
 from resq_rl.quantization import ResQModel, save_model
 from resq_rl.sealed import Checkpoints
-from tests.envs.problems import moving_frames, tiny_network
+from tests.envs.problems import TINY_NETWORK, moving_frames, tiny_network
 from tests.policies.test_learned import made
 
 TINY = [
@@ -46,13 +46,11 @@ TINY = [
     "quantization.calibration_clips=2",
     "quantization.weight_rounding=nearest",
 ]
-# Of few layers, because a job takes almost all its time in Python between them. It is code of the tests, to be trusted.
-NETWORK = ["model=custom", "model._target_=tests.envs.problems.tiny_network", "+model.classes=6", "trusted=true"]
 BOUND = ["heuristic.clairvoyant_points=2", "heuristic.clairvoyant_horizon=2", "heuristic.searches=[greedy,gradient]"]
 STAGES = ("checkpoints", "keyframes")
 
 
-def run(tmp_path: Path, command: str, *overrides: str, network: Sequence[str] = NETWORK) -> Path:
+def run(tmp_path: Path, command: str, *overrides: str, network: Sequence[str] = TINY_NETWORK) -> Path:
     """Run a command in a results folder of its own; returns the newest run folder."""
     code = main([command, *TINY, *network, f"results={tmp_path}", *overrides])
     assert code == 0
@@ -164,16 +162,16 @@ def test_compare_measures_policies_of_another_run(compared: Path, tmp_path: Path
 
 
 def test_evaluate_without_a_policy_says_what_to_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", *TINY, *NETWORK, f"results={tmp_path}"]) == 2
+    assert main(["evaluate", *TINY, *TINY_NETWORK, f"results={tmp_path}"]) == 2
     assert "policy=FOLDER" in capsys.readouterr().err
-    assert main(["evaluate", *TINY, *NETWORK, f"results={tmp_path}", f"policy={tmp_path}/none"]) == 2
+    assert main(["evaluate", *TINY, *TINY_NETWORK, f"results={tmp_path}", f"policy={tmp_path}/none"]) == 2
     assert "policy.json" in capsys.readouterr().err
 
 
 def test_compare_looks_for_given_policies_before_anything_is_computed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["compare", *TINY, *NETWORK, f"results={tmp_path}", f"policy={tmp_path}/none"]) == 2
+    assert main(["compare", *TINY, *TINY_NETWORK, f"results={tmp_path}", f"policy={tmp_path}/none"]) == 2
     error = capsys.readouterr().err
     assert "No policy in" in error
     assert "reading video" not in error
@@ -197,7 +195,7 @@ def test_training_resumes_from_its_checkpoints(tmp_path: Path, capsys: pytest.Ca
     capsys.readouterr()
     assert main(["train", "trusted=true", f"training.resume={first}", "training.frames=120"]) == 2
     assert "was begun with training.frames=60 and cannot go on with 120" in capsys.readouterr().err
-    other = ["train", *TINY, *NETWORK, "video.speed=2.0", f"results={tmp_path}", f"training.resume={first}"]
+    other = ["train", *TINY, *TINY_NETWORK, "video.speed=2.0", f"results={tmp_path}", f"training.resume={first}"]
     assert main(other) == 2
     assert "has other settings of video" in capsys.readouterr().err
     assert "speed: 2.0" not in (first / "config.yaml").read_text()
@@ -394,7 +392,7 @@ def test_a_policy_learned_by_gradients_is_compared_and_runs_on(
     again = Comparison.read(run(tmp_path / "b", "compare", f"policy={folder}", *FEW[1:]) / "comparison.json")
     assert again.fronts["gradient_policy"]
     capsys.readouterr()
-    assert main(["evaluate", *TINY, *NETWORK, f"results={tmp_path}", f"policy={folder}"]) == 0
+    assert main(["evaluate", *TINY, *TINY_NETWORK, f"results={tmp_path}", f"policy={folder}"]) == 0
 
 
 def test_ppo_begins_at_gradient_thresholds(tmp_path: Path, without_pictures: None) -> None:
