@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import psutil
 import torch
-from jaxtyping import Bool, Float, Int64, Num, UInt8
+from jaxtyping import Bool, Float, Float64, Int64, Num, UInt8
 from torch import Tensor
 
 from resq_rl.envs.observation import Observation, Seen, frame_values, observed, pool_mean
@@ -139,11 +139,16 @@ class Engine(Protocol):
     def inputs(self, clips: Int64[Tensor, " b"], times: Int64[Tensor, " b"]) -> Any:
         """The inputs of frame `times[i]` of the problem's clip `clips[i]` for every i."""
 
-    def step(self, inputs: Any, state: Any, decision: Decision) -> FrameResult:
+    def step(
+        self, inputs: Any, state: Any, decision: Decision, limit: Float64[Tensor, " b"] | None = None
+    ) -> FrameResult:
         """Run a frame of each clip; `state` is updated in place.
 
+        Args:
+            limit: BOPs that the frame of each clip may cost at most, as shares of W8A8; None for no limit.
+
         Raises:
-            PolicyError: the decision does not fit. NetworkError: an output is not finite.
+            PolicyError: the decision does not fit, or a limit cannot be kept. NetworkError: an output is not finite.
         """
 
     def observe(self, inputs: Any, state: Any, conditions: Conditions) -> Observation:
@@ -263,15 +268,22 @@ class NetworkEngine:
             lambda i: f"{problem.clips[int(clips[i])].name}, frame {int(times[i])}",
         )
 
-    def step(self, inputs: FrameInputs, state: NetworkState, decision: Decision) -> FrameResult:
-        """Run a frame of each clip; `state` is updated in place.
+    def step(
+        self,
+        inputs: FrameInputs,
+        state: NetworkState,
+        decision: Decision,
+        limit: Float64[Tensor, " b"] | None = None,
+    ) -> FrameResult:
+        """Run a frame of each clip, as `Engine` says; under a limit as `resq_rl.quantization.running.budgeted` does.
 
         Raises:
-            PolicyError: the decision does not fit. NetworkError: an output is not finite.
+            PolicyError: the decision does not fit, or a limit cannot be kept. NetworkError: an output is not finite.
         """
         problem = self.problem
         given, field = self._network_inputs(inputs, state.previous), _on_grid(decision.field, problem.grid)
-        raw, cost = problem.model.step(given, state.references, decision.refresh, field)
+        bops = None if limit is None else limit * problem.reference_bops
+        raw, cost = problem.model.step(given, state.references, decision.refresh, field, bops)
         output = problem.task.output(raw, problem.model.frame_size)
         self._check_finite(output, inputs, state)
         prediction = self._predicted(output, inputs, state)
@@ -294,7 +306,8 @@ class NetworkEngine:
         maps = problem.task.features(output, prediction)
         state.output = torch.stack([pool_mean(values.cpu(), problem.grid) for values in maps], -1)
         state.frame = inputs.pixels
-        state.key_frame[cost.keyframe] = inputs.pixels[cost.keyframe]
+        begun = state.age == 0  # at a keyframe, and at what stands for one that no budget allows
+        state.key_frame[begun] = inputs.pixels[begun]
         share, state.spent = self.spending(cost)
         return share
 

@@ -176,12 +176,12 @@ class Execution:
         state, table = self.state, plan.ranges.residual[self.state.reference]
         reference = state.inputs[self.position][rows]  # of all clips a view, of some a copy
         every, moves = isinstance(rows, slice), state.reference == "previous"
-        image = as_image(plan.site, x)
+        image, before = as_image(plan.site, x), as_image(plan.site, reference)
         y, cost = self.kernels.residual(
             plan.residual,
             image,
-            as_image(plan.site, reference),
-            self._choice(plan, table, image),
+            before,
+            self._choice(plan, table, image, before),
             table.step,
             state.outputs[self.position][rows],
             moves=moves,
@@ -192,8 +192,10 @@ class Execution:
             state.inputs[self.position][rows] = reference
         return y
 
-    def _choice(self, plan: SitePlan, table: ResidualTable, image: Float[Tensor, "b c h w"]) -> Choice:
-        """The quantizer of each pixel or token of an operator's input."""
+    def _choice(
+        self, plan: SitePlan, table: ResidualTable, image: Float[Tensor, "b c h w"], before: Float[Tensor, "b c h w"]
+    ) -> Choice:
+        """The quantizer of each pixel or token of an operator's input, whose reference is `before`."""
         decision = self.rest_decision
         tau, index = self._carried_to(plan, (image.shape[2], image.shape[3]))
         kappa = None if isinstance(decision, LevelField) else tuple(decision.kappa)

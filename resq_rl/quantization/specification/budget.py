@@ -1,0 +1,82 @@
+"""Budgets of a stream: the most that one frame may cost, and the most that frames may cost on average.
+
+The mean is kept by a leaky bucket. It holds the credit c that a stream has left, in W8A8 frames; with the mean rate r
+and a capacity of n frames,
+
+    c_0 = r,      a frame may spend min(peak, c_t),      c_(t+1) = min(c_t - spent_t + r, n r).
+
+The bucket begins with the credit of one frame, so that the mean over the first frames of a stream never exceeds r,
+however many they are; any k frames later on spend at most (k + n - 1) r.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from jaxtyping import Bool, Float, Float64
+from pydantic import Field
+from torch import Tensor
+
+from resq_rl.checked import Checked, Positive
+from resq_rl.errors import SettingsError
+
+__all__ = ["ROUNDING", "Budget", "exceeds"]
+
+# What sums in double precision may differ by, as a share of them.
+ROUNDING = 1e-12
+
+
+@dataclass(frozen=True)
+class Budget(Checked):
+    """What the frames of a stream may cost, in BOPs as shares of W8A8, the policy's own included.
+
+    Attributes:
+        peak: most that any frame may cost.
+        mean: most that frames may cost on average; None for no limit beside the peak.
+        bucket: frames whose credit can be saved up, the frame that runs next among them; 1 saves nothing.
+
+    Raises:
+        SettingsError: a value is out of bounds, or the mean exceeds the peak.
+    """
+
+    peak: Positive = 1.0
+    mean: Positive | None = None
+    bucket: Annotated[float, Field(ge=1)] = 8.0
+
+    _group = "budget."
+
+    def _check(self) -> None:
+        if self.mean is not None and self.mean > self.peak:
+            raise SettingsError(
+                f"Setting 'budget.mean' is {self.mean:g}, more than budget.peak, {self.peak:g}: no frame may cost more "
+                "than the peak. Lower the mean or raise the peak."
+            )
+
+    @property
+    def least(self) -> float:
+        """What every frame is sure to be allowed."""
+        return self.peak if self.mean is None else self.mean
+
+    def begin(self, clips: int) -> Float64[Tensor, " b"]:
+        """The credit of so many streams before their first frame."""
+        return torch.full((clips,), self.least, dtype=torch.float64)
+
+    def limit(self, credit: Float64[Tensor, " b"]) -> Float64[Tensor, " b"]:
+        """What the next frame of each stream may cost."""
+        return credit.clamp_max(self.peak)
+
+    def after(self, credit: Float64[Tensor, " b"], spent: Float64[Tensor, " b"]) -> Float64[Tensor, " b"]:
+        """The credit after a frame that cost `spent`."""
+        if self.mean is None:
+            return credit
+        return (credit - spent + self.mean).clamp_max(self.bucket * self.mean)
+
+    def left(self, credit: Float64[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """How full the bucket is, from 0 to 1; 1 without a mean."""
+        full = self.least if self.mean is None else self.bucket * self.mean
+        return (credit / full).float().clamp(0, 1)
+
+
+def exceeds(spent: Float64[Tensor, " b"], limit: Float64[Tensor, " b"]) -> Bool[Tensor, " b"]:
+    """Which costs exceed their limit by more than rounding."""
+    return spent > limit * (1 + 100 * ROUNDING)
