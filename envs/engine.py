@@ -15,6 +15,7 @@ from resq_rl.envs.problem import Problem, gather
 from resq_rl.errors import NetworkError, PolicyError
 from resq_rl.perception import Beginning, recurrent_inputs
 from resq_rl.quantization import (
+    Budget,
     Field,
     FrameCost,
     Inputs,
@@ -88,17 +89,20 @@ class Conditions:
     Attributes:
         trade_off: lambda of each clip.
         trade_off_range: range of lambda, by which it is scaled.
-        budget_left: share of each clip's budget of BOPs that is left; 1 without a budget.
+        budget_left: how full the bucket of each clip's budget is, from 0 to 1; 1 without a mean to keep.
+        rate: BOPs of the last frame over the mean of the budget; 1 without a mean. Policies may use it, observations
+            do not show it.
     """
 
     trade_off: Float[Tensor, " b"]
     trade_off_range: tuple[float, float]
     budget_left: Float[Tensor, " b"]
+    rate: Float[Tensor, " b"]
 
     @staticmethod
     def alone(trade_off: float, trade_off_range: tuple[float, float]) -> "Conditions":
         """The conditions of one clip without a budget."""
-        return Conditions(torch.tensor([trade_off], dtype=torch.float32), trade_off_range, torch.ones(1))
+        return Conditions(torch.tensor([trade_off], dtype=torch.float32), trade_off_range, torch.ones(1), torch.ones(1))
 
 
 @runtime_checkable
@@ -150,6 +154,9 @@ class Engine(Protocol):
         Raises:
             PolicyError: the decision does not fit, or a limit cannot be kept. NetworkError: an output is not finite.
         """
+
+    def check_budget(self, budget: Budget, charge: float = 0.0) -> None:
+        """Raise SettingsError unless frames can always keep a budget, which pays `charge` before each of them."""
 
     def observe(self, inputs: Any, state: Any, conditions: Conditions) -> Observation:
         """The observation before the frame of `inputs` runs."""
@@ -291,6 +298,16 @@ class NetworkEngine:
         return FrameResult(
             prediction, self._error(prediction, inputs), cost, share, cost.total / problem.reference_bops
         )
+
+    def check_budget(self, budget: Budget, charge: float = 0.0) -> None:
+        """Raise SettingsError unless frames can always keep a budget, which pays `charge` before each of them."""
+        costs, whole = self.problem.model.layer_costs, self.problem.reference_bops
+        least, sure = costs.least / whole + charge, budget.least
+        if sure < least:
+            raise SettingsError(
+                f"The budget allows a frame {sure:g} of W8A8, but products of activations, overheads and the policy's "
+                f"own network cost {least:g} in every frame: raise budget.{'peak' if budget.mean is None else 'mean'}."
+            )
 
     @torch.no_grad()
     def _keep(

@@ -11,36 +11,46 @@ and w the weights of the layers, layer i may spend its least and
 more; what it does not spend is left to the layers after it. What levels cost is known before the frame runs: they are
 lowered to the highest cap that fits, one for the whole frame.
 
-A keyframe that does not fit runs as the finest residual that does (thresholds of 0 and the floors). On the first frame
-of a stream that is a residual against nothing, inputs of 0, and the frames that follow refine it.
+A keyframe that does not fit runs as the finest residual that does: under thresholds of 0 and the floors, with
+quantizers for the range of keyframes. On the first frame of a stream that is a residual against nothing, which are
+inputs of 0, and the frames that follow refine it.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from resq_rl.errors import PolicyError
 from resq_rl.quantization.graph.operators import Pair
+from resq_rl.quantization.graph.tracing import Site
 from resq_rl.quantization.kernels.plain import Choice, choose, smallest_floor
 from resq_rl.quantization.quantizers.residual import ResidualTable, threshold_row
-from resq_rl.quantization.running.execution import Execution
+from resq_rl.quantization.running.execution import Execution, Image, Run
 from resq_rl.quantization.running.plans import ProductPlan, SitePlan, keyframe_output
 from resq_rl.quantization.running.spending import by_tile, frame_bops
 from resq_rl.quantization.specification.budget import ROUNDING, exceeds
 from resq_rl.quantization.specification.costs import Convention, CostTable
-from resq_rl.quantization.specification.fields import DEFAULT_KAPPA, Field, LevelField, ThresholdField
+from resq_rl.quantization.specification.fields import DEFAULT_KAPPA, LevelField
 
 __all__ = ["BudgetedExecution", "LayerCosts"]
+
+# Standard deviations in the range of inputs, so that thresholds for it lie where those of residuals do.
+DEVIATIONS = 8
 
 
 class LayerCosts:
     """What each layer of a model costs at least, and its weight where layers share what a frame may cost.
 
-    The weight of a layer is what it costs at the highest level everywhere, beyond its least.
+    Args:
+        plans: the plans of all sites.
+        cost: the convention, or the table.
+        weights: of all sites; by default a layer's is what it costs at the highest level everywhere, beyond its least.
 
     Attributes:
         least: BOPs of a frame of which every layer runs at its lowest level: products and overheads.
@@ -49,19 +59,27 @@ class LayerCosts:
         share: by site, its weight over the weights of the sites from it on.
         coverage: by site, how often each pixel or token is read; None for products.
         by_level: by site, as `Kernels.fit` takes them; None for products.
+        openings: by site, the quantizers of keyframes that do not fit; None for products.
     """
 
-    def __init__(self, plans: Sequence[SitePlan | ProductPlan], cost: Convention | CostTable) -> None:
+    def __init__(
+        self,
+        plans: Sequence[SitePlan | ProductPlan],
+        cost: Convention | CostTable,
+        weights: Sequence[float] = (),
+    ) -> None:
         refresh = torch.tensor([True])
         self.keyframe = float(frame_bops(plans, {}, refresh, (1, 1), cost).sum())
         overhead = float(frame_bops(plans, {}, ~refresh, (1, 1), cost).sum())
         layers = [plan if isinstance(plan, SitePlan) else None for plan in plans]
         self.lowest = [0.0 if plan is None else float(_single(plan)[0]) * plan.site.macs for plan in layers]
         self.least = overhead + sum(self.lowest)
-        weights = [0.0 if p is None else (max(p.costs) - p.costs[0]) * p.site.macs for p in layers]
+        if not weights:
+            weights = [0.0 if p is None else (max(p.costs) - p.costs[0]) * p.site.macs for p in layers]
         self.share = [w and w / sum(weights[i:]) for i, w in enumerate(weights)]
         self.coverage = [None if plan is None else _coverage(plan) for plan in layers]
         self.by_level = [None if plan is None else _by_level(plan) for plan in layers]
+        self.openings = [None if plan is None else _opening(plan) for plan in layers]
 
 
 def _coverage(plan: SitePlan) -> Tensor:
@@ -78,10 +96,16 @@ def _single(plan: SitePlan) -> Float64[Tensor, " l"]:
 
 
 def _by_level(plan: SitePlan) -> Float64[Tensor, " l"]:
-    site = plan.site
     costs = _single(plan)
-    steps = costs.diff() * site.operator.macs_per_tap
-    return torch.cat([costs[:1] * site.macs, steps])
+    return torch.cat([costs[:1] * plan.site.macs, costs.diff() * plan.site.operator.macs_per_tap])
+
+
+def _opening(plan: SitePlan) -> ResidualTable:
+    """Quantizers like those of residuals, for the range of a keyframe's inputs."""
+    table = plan.ranges.residual["previous"]
+    step, low, high = (torch.as_tensor(bound, dtype=torch.float64).cpu() for bound in plan.ranges.keyframe.bounds)
+    reach = float((torch.maximum(low.abs(), high.abs()) * step).max())
+    return replace(table, sigma=reach / DEVIATIONS, step=reach / (table.limits[-1] * table.units[-1]))
 
 
 class BudgetedExecution(Execution):
@@ -105,19 +129,26 @@ class BudgetedExecution(Execution):
         config, kernels, state, refresh, decision, *rest = execution
         _check_limit(limit, costs, len(refresh))
         over = refresh & exceeds(torch.full_like(limit, costs.keyframe), limit)
-        super().__init__(plans, config, kernels, state, refresh & ~over, _finest(decision, over), *rest)
-        self._allowed = costs
-        own = self.rest.cpu()
-        self._over, self._limit = over[own], limit[own]
-        self._left = self._limit - costs.least  # beyond the lowest levels, of the layers still to come
-        if isinstance(self.rest_decision, LevelField) and len(own):
-            self.rest_decision = self._lowered(self.rest_decision)
+        super().__init__(plans, config, kernels, state, refresh & ~over, decision, *rest)
+        self.layer_costs = costs
+        self.rest, self.opened, self._moved = (
+            torch.nonzero(which)[:, 0].to(self.device) for which in (~refresh, over, refresh)
+        )
+        self.rest_decision = decision.rows(self.rest)
+        self._residual_rows = torch.nonzero(~self.refresh)[:, 0]
+        self._left = limit - costs.least  # beyond the lowest levels, of the layers still to come
+        self._noted: dict[int, Tensor] = {}  # costs of all clips, by position
+        if isinstance(self.rest_decision, LevelField) and len(self.rest):
+            self.rest_decision = self._lowered(self.rest_decision, limit[self.rest.cpu()])
 
-    def _lowered(self, field: LevelField) -> LevelField:
+    def _parts(self) -> list[tuple[Tensor, Run]]:
+        return [*super()._parts(), (self.opened, self._opened)]
+
+    def _lowered(self, field: LevelField, limit: Float64[Tensor, " k"]) -> LevelField:
         """The levels under the highest cap, by clip, under which the frame fits its limit."""
         levels = field.levels
         for cap in range(len(self.config.levels) - 1, 0, -1):
-            over = exceeds(self._level_bops(LevelField(levels)), self._limit)
+            over = exceeds(self._level_bops(LevelField(levels)), limit)
             if not bool(over.any()):
                 break
             levels = torch.where(over[:, None, None, None], levels.clamp_max(cap - 1), levels)
@@ -125,97 +156,79 @@ class BudgetedExecution(Execution):
 
     def _level_bops(self, field: LevelField) -> Float64[Tensor, " k"]:
         """BOPs of the frame under levels."""
-        before, self.rest_decision = self.rest_decision, field
+        before, self.rest_decision, maps = self.rest_decision, field, {}
         for position, plan in enumerate(self.plans):
             if isinstance(plan, SitePlan):
                 self.position = position
-                coverage = self._allowed.coverage[position]
+                coverage = self.layer_costs.coverage[position]
                 assert coverage is not None  # as of all layers
                 index = self._carried_to(plan, (coverage.shape[0], coverage.shape[1]))[1]
-                self._note(plan.site, torch.tensor(plan.costs)[index])
+                maps[position] = self._placed(plan.site, torch.tensor(plan.costs)[index])
+        self._carried, self.position, self.rest_decision = {}, 0, before
         refresh = torch.zeros(len(field.levels), dtype=torch.bool)
-        bops = frame_bops(self.plans, self._costs, refresh, (1, 1), self.config.cost).sum((1, 2, 3))
-        self._costs, self._carried, self.position, self.rest_decision = {}, {}, 0, before
-        return bops
+        return frame_bops(self.plans, maps, refresh, (1, 1), self.config.cost).sum((1, 2, 3))
 
     def _run(self, plan: SitePlan, x: Tensor) -> Tensor:
-        if len(self.state.inputs) == self.position and len(self.rest):
-            self._begin(plan, x)
-        return super()._run(plan, x)
+        if len(self.state.inputs) == self.position and len(self._residual_rows):  # a stream begins with nothing
+            y, values = keyframe_output(plan, self.kernels, torch.zeros_like(x))
+            self.state.inputs.append(values)
+            self.state.outputs.append(y)
+            self.state.versions.append(y._version)
+        y = super()._run(plan, x)
+        if self.position in self._noted:
+            self._costs[self.position] = self._noted[self.position][self._residual_rows]
+        return y
 
-    def _begin(self, plan: SitePlan, x: Tensor) -> None:
-        """Take nothing for the reference."""
-        y, values = keyframe_output(plan, self.kernels, torch.zeros_like(x))
-        self.state.inputs.append(values)
-        self.state.outputs.append(y)
-        self.state.versions.append(y._version)
+    def _note(self, site: Site, cost: Float[Tensor, "b h w"], rows: Any) -> None:
+        placed = self._placed(site, cost)
+        if isinstance(rows, slice):
+            self._costs[self.position] = placed
+            return
+        if self.position not in self._noted:
+            self._noted[self.position] = placed.new_zeros(len(self.refresh), *placed.shape[1:])
+        self._noted[self.position][rows] = placed
 
-    def _choice(
-        self, plan: SitePlan, table: ResidualTable, image: Float[Tensor, "b c h w"], before: Float[Tensor, "b c h w"]
-    ) -> Choice:
-        """The quantizers under thresholds that keep to the layer's allowance."""
-        choice = super()._choice(plan, table, image, before)
-        if choice.tau is None and not bool(self._over.any()):
-            return choice  # levels fit since they were lowered
-        wanted = choice if choice.tau is not None else self._keyframe_choice(plan, table, choice)
-        floor = self._fitting_floor(plan, wanted, image, before)
-        if wanted is choice and not bool(floor.any()):
-            return choice
-        assert wanted.tau is not None  # as of all choices by thresholds
-        tau = torch.maximum(wanted.tau, floor[:, None, None])
-        row = torch.maximum(wanted.index, threshold_row(floor)[:, None, None])
-        if wanted is not choice:
-            return self._beside_levels(wanted, choice, tau, row)
-        return Choice(wanted.steps, row, tau, wanted.sigma, wanted.kappa)
+    def _opened(self, plan: SitePlan, x: Tensor, rows: Any) -> Tensor:
+        """The finest residual that fits, in place of a keyframe."""
+        table = self.layer_costs.openings[self.position]
+        assert table is not None  # as of all layers
+        y, cost = self._added(plan, x, rows, table, partial(self._opening_choice, rows), moves=True)
+        self._note(plan.site, cost, rows)
+        return y
 
-    def _fitting_floor(
-        self, plan: SitePlan, choice: Choice, image: Float[Tensor, "b c h w"], before: Float[Tensor, "b c h w"]
-    ) -> Float[Tensor, " b"]:
-        """The floor of thresholds of each clip; its cost is taken from what is left."""
-        own, at = self._allowed, self.position
+    def _opening_choice(self, rows: Any, plan: SitePlan, table: ResidualTable, image: Image, before: Image) -> Choice:
+        tau = image.new_zeros(len(image), *image.shape[2:])
+        levels = len(plan.costs)
+        kappa = DEFAULT_KAPPA if len(DEFAULT_KAPPA) == levels - 1 else tuple(2.0**j for j in range(levels - 1))
+        choice = Choice(table.lookup(kappa, plan.costs, tau.device), threshold_row(tau), tau, table.sigma, kappa)
+        return self._fitted(rows, plan, choice, image, before)
+
+    def _choice(self, rows: Any, plan: SitePlan, table: ResidualTable, image: Image, before: Image) -> Choice:
+        """The quantizers under thresholds that keep to the layer's allowance; levels were lowered before."""
+        choice = super()._choice(rows, plan, table, image, before)
+        return choice if choice.tau is None else self._fitted(rows, plan, choice, image, before)
+
+    def _fitted(self, rows: Any, plan: SitePlan, choice: Choice, image: Image, before: Image) -> Choice:
+        """The choice under the smallest floor of thresholds that fits; its cost is taken from what is left."""
+        assert choice.tau is not None  # as of all choices by thresholds
+        own, at, device = self.layer_costs, self.position, image.device
         coverage, by_level = own.coverage[at], own.by_level[at]
         assert coverage is not None  # as of all layers
         assert by_level is not None
-        allowance = (own.lowest[at] + self._left.clamp_min(0) * own.share[at]) * (1 + ROUNDING)
+        rows = rows if isinstance(rows, slice) else rows.cpu()
+        left = self._left[rows].clamp_min(0)
+        allowance = ((own.lowest[at] + left * own.share[at]) * (1 + ROUNDING)).to(device)
         tile = self.config.cost.tile if isinstance(self.config.cost, CostTable) else (1, 1)
-        device = image.device
         if tile == (1, 1) or plan.site.operator.channel_axis != 1:
-            given = (part.to(device) for part in (coverage, by_level, allowance))
-            floor, spent = self.kernels.fit(image, before, choice, *given)
+            floor, spent = self.kernels.fit(image, before, choice, coverage.to(device), by_level.to(device), allowance)
         else:
-            floor, spent = smallest_floor(_by_tile(plan, choice, image, before, tile), allowance.to(device))
-        self._left = self._left - (spent.cpu() - own.lowest[at])
-        return floor
-
-    def _keyframe_choice(self, plan: SitePlan, table: ResidualTable, levels: Choice) -> Choice:
-        """Thresholds of 0, for keyframes that do not fit beside clips that run by levels."""
-        kappa = _kappa(len(plan.costs))
-        tau = torch.zeros(levels.index.shape, dtype=torch.float32, device=levels.index.device)
-        steps = table.lookup(kappa, plan.costs, tau.device)
-        return Choice(steps, threshold_row(tau), tau, table.sigma, kappa)
-
-    def _beside_levels(self, wanted: Choice, levels: Choice, tau: Tensor, row: Tensor) -> Choice:
-        """Thresholds for keyframes that do not fit, and levels for the other clips, in one table.
-
-        A level has a row of its own below those of the thresholds, of which an infinite threshold takes the first entry.
-        """
-        width = len(wanted.kappa) + 1
-        below = torch.zeros(4, width, width, dtype=torch.float32, device=tau.device)
-        below[:, :, 0] = levels.steps
-        by_threshold = self._over.to(tau.device)[:, None, None]
-        first = wanted.steps.shape[1] // width
-        return Choice(
-            torch.cat([wanted.steps, below.flatten(1)], 1),
-            torch.where(by_threshold, row, first + levels.index),
-            torch.where(by_threshold, tau, math.inf),
-            wanted.sigma,
-            wanted.kappa,
-        )
-
-
-def _kappa(levels: int) -> tuple[float, ...]:
-    """Multipliers of a threshold for keyframes that do not fit and whose decision has none."""
-    return DEFAULT_KAPPA if len(DEFAULT_KAPPA) == levels - 1 else tuple(2.0**j for j in range(levels - 1))
+            floor, spent = smallest_floor(_by_tile(plan, choice, image, before, tile), allowance)
+        self._left[rows] -= spent.cpu() - own.lowest[at]
+        if not bool(floor.any()):
+            return choice
+        tau = torch.maximum(choice.tau, floor[:, None, None])
+        index = torch.maximum(choice.index, threshold_row(floor)[:, None, None])
+        return replace(choice, tau=tau, index=index)
 
 
 def _check_limit(limit: Float64[Tensor, " b"], costs: LayerCosts, clips: int) -> None:
@@ -226,16 +239,8 @@ def _check_limit(limit: Float64[Tensor, " b"], costs: LayerCosts, clips: int) ->
         )
 
 
-def _finest(decision: Field, over: Bool[Tensor, " b"]) -> Field:
-    """The decision with thresholds of 0 for the clips of keyframes that do not fit."""
-    if isinstance(decision, LevelField) or not bool(over.any()):
-        return decision
-    every = over.to(decision.thresholds.device)[:, None, None, None]
-    return ThresholdField(torch.where(every, 0.0, decision.thresholds), decision.kappa)
-
-
 def _by_tile(
-    plan: SitePlan, choice: Choice, image: Float[Tensor, "b c h w"], before: Float[Tensor, "b c h w"], tile: Pair
+    plan: SitePlan, choice: Choice, image: Image, before: Image, tile: Pair
 ) -> Callable[[Float[Tensor, " b"]], Float64[Tensor, " b"]]:
     """The cost of a layer of each clip under floors of thresholds, where tiles are computed together."""
     assert choice.tau is not None  # as of all choices by thresholds

@@ -100,6 +100,7 @@ class ResQModel:
         self._moments: dict[tuple[ResidualOperator, Part], Tensor] = {}
         self._quantized: dict[tuple[ResidualOperator, Part, int], IntegerWeight] = {}
         self.ranges: list[SiteRanges] = []
+        self.layer_weights: tuple[float, ...] = ()
         self.kernels: Kernels = PLAIN
         self._round_weights()
 
@@ -394,7 +395,7 @@ class ResQModel:
         """
         self._check_calibrated()
         if self._layer_costs is None:
-            self._layer_costs = LayerCosts(self._plans, self.config.cost)
+            self._layer_costs = LayerCosts(self._plans, self.config.cost, self.layer_weights)
         return self._layer_costs
 
     @property

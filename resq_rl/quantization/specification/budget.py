@@ -76,6 +76,10 @@ class Budget(Checked):
         full = self.least if self.mean is None else self.bucket * self.mean
         return (credit / full).float().clamp(0, 1)
 
+    def rate(self, spent: Float64[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """Costs of frames over the mean; 1 without a mean."""
+        return torch.ones(len(spent)) if self.mean is None else (spent / self.mean).float()
+
 
 def exceeds(spent: Float64[Tensor, " b"], limit: Float64[Tensor, " b"]) -> Bool[Tensor, " b"]:
     """Which costs exceed their limit by more than rounding."""
