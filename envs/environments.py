@@ -1,7 +1,6 @@
 """The registered environments, single and vector."""
 
 from collections.abc import Mapping
-from dataclasses import fields
 from functools import lru_cache
 from typing import Any, ClassVar, TypedDict, Unpack
 
@@ -20,6 +19,7 @@ from resq_rl.envs.streams import Streams
 from resq_rl.errors import SettingsError
 from resq_rl.perception import Segmentation, compact_ddrnet
 from resq_rl.quantization import DEFAULT_KAPPA, Budget, Reference, ResQModel
+from resq_rl.quantization.specification.budget import read_budget
 from resq_rl.video import GeneratedVideo
 
 __all__ = [
@@ -83,23 +83,9 @@ def _agents(
         slots=slots,
         reference=reference,
         trade_off_range=episodes.trade_off_range,
-        budget=_budget(budget),
+        budget=read_budget(budget),
     )
     return BatchedEnvironment(streams, scheme, episodes, autoreset=autoreset)
-
-
-def _budget(budget: Budget | Mapping[str, float] | None) -> Budget | None:
-    """A budget from its fields.
-
-    Raises:
-        SettingsError: it has other fields, or is neither.
-    """
-    if budget is None or isinstance(budget, Budget):
-        return budget
-    names = [field.name for field in fields(Budget)]
-    if not isinstance(budget, Mapping) or not budget or set(budget) - set(names):
-        raise SettingsError(f"budget is None, or a mapping with some of {', '.join(names)}; received {budget!r}.")
-    return Budget(**budget)
 
 
 def _frame_info(step: Transition, slot: int) -> dict[str, Any]:

@@ -19,8 +19,8 @@ class RateControl(GroupThresholds):
 
         log factor = integral * (fill - left) + proportional * (rate - 1)
 
-    with `left` how full the bucket is and `rate` the cost of the last frame over the mean. The bucket is the integral of
-    what was spent beside the mean, held within its bounds, so nothing else need be remembered. A bucket that is
+    with `left` how full the bucket is and `rate` the cost of the last frame over the mean. The bucket is the integral
+    of what was spent beside the mean, held within its bounds, so nothing else need be remembered. A bucket that is
     `fill` full in a quiet scene pays for the burst after a cut.
 
     Attributes:

@@ -341,8 +341,8 @@ def test_arguments_that_no_environment_takes_are_named(name: str, problem: Probl
     [
         ({"trade_off": 0.0}, "trade_off"),
         ({"trade_off": (1.0, 0.5)}, "trade_off"),
-        ({"budget": 0.1}, "budget is None, or a mapping with some of peak, mean, bucket"),
-        ({"budget": {"top": 0.1}}, "budget is None, or a mapping with some of peak, mean, bucket"),
+        ({"budget": 0.1}, "A budget is null, or a mapping with some of peak, mean, bucket"),
+        ({"budget": {"top": 0.1}}, "A budget is null, or a mapping with some of peak, mean, bucket"),
         ({"budget": {"peak": -0.1}}, "budget.peak"),
         ({"thresholds": (1.0, 0.5)}, "ascending"),
         ({"thresholds": ()}, "thresholds"),

@@ -24,6 +24,7 @@ from resq_rl.perception import PretrainSettings
 from resq_rl.policies import FrameMagnitude
 from resq_rl.policies.ppo_settings import PPOSettings
 from resq_rl.quantization import DEFAULT_KAPPA, LayerKind, QuantizationConfig, Reference
+from resq_rl.quantization.specification.budget import BudgetSetting
 from resq_rl.video import Fit, Split
 
 __all__ = [
@@ -132,6 +133,8 @@ class EnvironmentSettings(Checked):
             for searched thresholds only, or not at all (FrameLevel).
         ignored: features of the observation that agents see as 0, or patterns of their names, such as
             [uncertainty, spent_*].
+        budget: what the frames of every clip may cost, {peak, mean, bucket} as of `resq_rl.quantization.Budget`, in
+            training, tuning and measuring alike; None for no limit.
     """
 
     _group: ClassVar[str] = "environment."
@@ -147,8 +150,14 @@ class EnvironmentSettings(Checked):
     trade_off: Literal["auto"] | Positive | Range = "auto"
     thresholds: Ascending = DEFAULT_THRESHOLDS
     ignored: tuple[str, ...] = ()
+    budget: BudgetSetting = None
 
     def _check(self) -> None:
+        if self.budget is not None and self.id == "resq_rl/FrameLevel-v0":
+            raise SettingsError(
+                f"Setting 'environment.budget' must be null with {self.id}, whose tables begin with a whole keyframe: "
+                "choose environment=frame_bits, region_bits or region_thresholds."
+            )
         if self.agents == "region" and self.id in ("resq_rl/FrameBits-v0", "resq_rl/FrameLevel-v0"):
             raise SettingsError(
                 f"Setting 'environment.agents' must be 'frame' with {self.id}, which has no regions; received 'region'."
@@ -315,6 +324,8 @@ class RunningSettings(Checked):
         overlay: whether to draw the prediction, the bits and BOPs so far to `overlay.mp4`.
         height: height of the overlay in pixels.
         records: format of the file with a line per frame, "jsonl" or "csv".
+        budget: what the frames of the stream may cost, {peak, mean, bucket} as of `resq_rl.quantization.Budget`; None
+            for no limit.
     """
 
     _group: ClassVar[str] = "running."
@@ -328,6 +339,7 @@ class RunningSettings(Checked):
     overlay: bool = True
     height: Annotated[int, Field(ge=16, le=4320)] = 360
     records: Literal["jsonl", "csv"] = "jsonl"
+    budget: BudgetSetting = None
 
 
 @dataclass(frozen=True)

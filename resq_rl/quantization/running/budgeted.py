@@ -4,7 +4,7 @@ What a layer will cost under any threshold follows from the magnitudes of its re
 gets an allowance of what is left of the frame's limit, and where the decision's thresholds would cost more, the
 smallest floor under them that fits: tau' = max(tau, floor), by clip. An infinite floor leaves the lowest level
 everywhere, which costs least; as much is set aside for every layer from the beginning. With R what is left beyond that
-and w the weights of the layers, layer i may spend its least and
+and w_i what layer i costs at its highest level everywhere, beyond its least, it may spend its least and
 
     R w_i / (w_i + w_(i+1) + ... + w_n)
 
@@ -45,37 +45,30 @@ DEVIATIONS = 8
 
 
 class LayerCosts:
-    """What each layer of a model costs at least, and its weight where layers share what a frame may cost.
+    """What each layer of a model costs at least, and its share of what a frame may cost.
 
     Args:
         plans: the plans of all sites.
         cost: the convention, or the table.
-        weights: of all sites; by default a layer's is what it costs at the highest level everywhere, beyond its least.
 
     Attributes:
         least: BOPs of a frame of which every layer runs at its lowest level: products and overheads.
         keyframe: BOPs of a keyframe.
         lowest: by site, BOPs at the lowest level; 0 for products.
-        share: by site, its weight over the weights of the sites from it on.
+        share: by site, of what is left when it runs.
         coverage: by site, how often each pixel or token is read; None for products.
         by_level: by site, as `Kernels.fit` takes them; None for products.
         openings: by site, the quantizers of keyframes that do not fit; None for products.
     """
 
-    def __init__(
-        self,
-        plans: Sequence[SitePlan | ProductPlan],
-        cost: Convention | CostTable,
-        weights: Sequence[float] = (),
-    ) -> None:
+    def __init__(self, plans: Sequence[SitePlan | ProductPlan], cost: Convention | CostTable) -> None:
         refresh = torch.tensor([True])
         self.keyframe = float(frame_bops(plans, {}, refresh, (1, 1), cost).sum())
         overhead = float(frame_bops(plans, {}, ~refresh, (1, 1), cost).sum())
         layers = [plan if isinstance(plan, SitePlan) else None for plan in plans]
         self.lowest = [0.0 if plan is None else float(_single(plan)[0]) * plan.site.macs for plan in layers]
         self.least = overhead + sum(self.lowest)
-        if not weights:
-            weights = [0.0 if p is None else (max(p.costs) - p.costs[0]) * p.site.macs for p in layers]
+        weights = [0.0 if p is None else (max(p.costs) - p.costs[0]) * p.site.macs for p in layers]
         self.share = [w and w / sum(weights[i:]) for i, w in enumerate(weights)]
         self.coverage = [None if plan is None else _coverage(plan) for plan in layers]
         self.by_level = [None if plan is None else _by_level(plan) for plan in layers]

@@ -100,7 +100,6 @@ class ResQModel:
         self._moments: dict[tuple[ResidualOperator, Part], Tensor] = {}
         self._quantized: dict[tuple[ResidualOperator, Part, int], IntegerWeight] = {}
         self.ranges: list[SiteRanges] = []
-        self.layer_weights: tuple[float, ...] = ()
         self.kernels: Kernels = PLAIN
         self._round_weights()
 
@@ -395,7 +394,7 @@ class ResQModel:
         """
         self._check_calibrated()
         if self._layer_costs is None:
-            self._layer_costs = LayerCosts(self._plans, self.config.cost, self.layer_weights)
+            self._layer_costs = LayerCosts(self._plans, self.config.cost)
         return self._layer_costs
 
     @property

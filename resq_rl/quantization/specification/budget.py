@@ -9,18 +9,19 @@ The bucket begins with the credit of one frame, so that the mean over the first 
 however many they are; any k frames later on spend at most (k + n - 1) r.
 """
 
-from dataclasses import dataclass
-from typing import Annotated
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Bool, Float, Float64
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from resq_rl.checked import Checked, Positive
 from resq_rl.errors import SettingsError
 
-__all__ = ["ROUNDING", "Budget", "exceeds"]
+__all__ = ["ROUNDING", "Budget", "BudgetSetting", "exceeds", "read_budget"]
 
 # What sums in double precision may differ by, as a share of them.
 ROUNDING = 1e-12
@@ -79,6 +80,28 @@ class Budget(Checked):
     def rate(self, spent: Float64[Tensor, " b"]) -> Float[Tensor, " b"]:
         """Costs of frames over the mean; 1 without a mean."""
         return torch.ones(len(spent)) if self.mean is None else (spent / self.mean).float()
+
+
+def read_budget(value: Any) -> Budget | None:
+    """A budget from some of its fields; None, or a budget, as it is.
+
+    Raises:
+        SettingsError: it has other fields or none, or is neither.
+    """
+    if value is None or isinstance(value, Budget):
+        return value
+    names = [field.name for field in fields(Budget)]
+    if not isinstance(value, Mapping) or not value or set(value) - set(names):
+        raise SettingsError(
+            f"A budget is null, or a mapping with some of {', '.join(names)}, such as {{peak: 0.25, mean: 0.12}}; "
+            f"received {value!r}."
+        )
+    return Budget(**value)
+
+
+BudgetSetting = Annotated[
+    Budget | None, BeforeValidator(read_budget), Field(description="null, or some of peak, mean and bucket")
+]
 
 
 def exceeds(spent: Float64[Tensor, " b"], limit: Float64[Tensor, " b"]) -> Bool[Tensor, " b"]:
