@@ -124,8 +124,7 @@ class Runner:
         return Runner(policy, Problem(model, task, policy.scheme.grid), framing, budget)
 
     def reset(self, given: UInt8[np.ndarray, "h w"] | UInt8[Tensor, "h w"] | None = None) -> None:
-        """Begin a new video: the next frame runs as a keyframe, or as what a budget allows of one, and nothing of the
-        frames before is left.
+        """Begin a new video: the next frame runs as a keyframe, or as what a budget allows; nothing before it is left.
 
         Args:
             given: for a task that begins with it (`Recurrent`), the label of the next frame, such as the mask of the
