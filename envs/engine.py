@@ -12,7 +12,7 @@ from torch import Tensor
 
 from resq_rl.envs.observation import Observation, Seen, frame_values, observed, pool_mean
 from resq_rl.envs.problem import Problem, gather
-from resq_rl.errors import NetworkError, PolicyError
+from resq_rl.errors import NetworkError, PolicyError, SettingsError
 from resq_rl.perception import Beginning, recurrent_inputs
 from resq_rl.quantization import (
     Budget,
