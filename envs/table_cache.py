@@ -59,17 +59,17 @@ def fingerprint(problem: Problem, index: int, longest: int | None = None) -> str
 def fingerprints(problem: Problem, indices: Iterable[int], longest: int | None = None) -> Iterator[str]:
     """`fingerprint` of several clips; what they share is read once."""
     shared = hashlib.sha256()
-    _add(shared, _of_network(problem, longest))
+    _add(shared.update, _of_network(problem, longest))
     for index in indices:
         own = shared.copy()
-        _add(own, _of_clip(problem, index))
+        _add(own.update, _of_clip(problem, index))
         yield own.hexdigest()
 
 
-def _add(digest: "hashlib._Hash", parts: Iterable[bytes]) -> None:
+def _add(update: Callable[[bytes], None], parts: Iterable[bytes]) -> None:
     for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
+        update(len(part).to_bytes(8, "little"))
+        update(part)
 
 
 def _of_network(problem: Problem, longest: int | None) -> Iterator[bytes]:

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests import typechecks
+
 # Shapes and types are checked at run time, under pytest only. Must come before the first import of resq_rl.
-# As for mypy, an int will do where a float is wanted.
-jaxtyping.install_import_hook("resq_rl", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+typechecks.hook("resq_rl")
 
 from resq_rl.envs import Problem  # noqa: E402
 from tests.envs.problems import make_pose_problem, make_problem, make_recurrent_problem  # noqa: E402

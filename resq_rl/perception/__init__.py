@@ -1,6 +1,7 @@
 """Perception networks: tasks, the shipped networks, loading others, and pretraining."""
 
 from resq_rl.perception.compact_networks import CompactDDRNet, CompactPose, MaskPropagationNet
+from resq_rl.perception.compact_segformer import CompactSegFormer
 from resq_rl.perception.ddrnet23 import DDRNet23Slim, ddrnet23_slim
 from resq_rl.perception.inference import (
     Beginning,
@@ -18,6 +19,7 @@ from resq_rl.perception.mask_propagation import MaskPropagation
 from resq_rl.perception.networks import (
     compact_ddrnet,
     compact_pose,
+    compact_segformer,
     load_network,
     mask_propagation_net,
     shipped_weights,
@@ -38,6 +40,7 @@ __all__ = [
     "Beginning",
     "CompactDDRNet",
     "CompactPose",
+    "CompactSegFormer",
     "DDRNet23Slim",
     "MaskPropagation",
     "MaskPropagationNet",
@@ -58,6 +61,7 @@ __all__ = [
     "clip_inputs",
     "compact_ddrnet",
     "compact_pose",
+    "compact_segformer",
     "contour_accuracy",
     "ddrnet23_slim",
     "degenerate_output",

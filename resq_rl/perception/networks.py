@@ -14,10 +14,18 @@ from torch import Tensor, fx, nn
 
 from resq_rl.errors import NetworkError, SettingsError
 from resq_rl.perception.compact_networks import CompactDDRNet, CompactPose, MaskPropagationNet
+from resq_rl.perception.compact_segformer import CompactSegFormer
 from resq_rl.perception.normalisation import Channels, Values, normalised
 from resq_rl.perception.weight_files import is_torchscript, load_weights
 
-__all__ = ["compact_ddrnet", "compact_pose", "load_network", "mask_propagation_net", "shipped_weights"]
+__all__ = [
+    "compact_ddrnet",
+    "compact_pose",
+    "compact_segformer",
+    "load_network",
+    "mask_propagation_net",
+    "shipped_weights",
+]
 
 _EXPORT = (
     "Write it with torch.export.save(torch.export.export(network, (frames,), dynamic_shapes=({0: "
@@ -188,7 +196,8 @@ def shipped_weights(name: str = "compact_ddrnet_generated") -> Path:
 
     Args:
         name: `compact_ddrnet_generated`, of `CompactDDRNet(6, 32)` trained on `GeneratedVideo`;
-            `compact_pose_generated`, of `CompactPose(13, 24)` trained on `FigureVideo`; or
+            `compact_pose_generated`, of `CompactPose(13, 24)` trained on `FigureVideo`;
+            `compact_segformer_generated`, of `CompactSegFormer(6, 32)` trained on `GeneratedVideo`; or
             `mask_propagation_generated`, of `MaskPropagationNet(20)` trained on `GeneratedObjects`.
     """
     return Path(str(resources.files("resq_rl.perception") / "weights" / f"{name}.safetensors"))
@@ -230,6 +239,23 @@ def compact_pose(
     """
     network = CompactPose(points, width)
     _prepare(network, pretrained, weights, "compact_pose_generated")
+    return network
+
+
+def compact_segformer(
+    pretrained: bool = True, classes: int = 6, width: int = 32, weights: str | Path | None = None
+) -> CompactSegFormer:
+    """A frozen `CompactSegFormer`.
+
+    Args:
+        pretrained, classes, weights: as for `compact_ddrnet`.
+        width: channels of the first stage; the shipped weights have 32.
+
+    Raises:
+        NetworkError, SettingsError, WeightsError: as for `compact_ddrnet`.
+    """
+    network = CompactSegFormer(classes, width)
+    _prepare(network, pretrained, weights, "compact_segformer_generated")
     return network
 
 

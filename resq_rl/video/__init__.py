@@ -12,6 +12,7 @@ from resq_rl.video.generated.figures import JOINTS, FigureVideo
 from resq_rl.video.generated.objects import GeneratedObjects
 from resq_rl.video.generated.video import GeneratedVideo
 from resq_rl.video.generated.warped import WarpedVideo
+from resq_rl.video.joined import JoinedVideo
 from resq_rl.video.parts import Part
 from resq_rl.video.sources import package_video
 from resq_rl.video.stream import VideoStream
@@ -30,6 +31,7 @@ __all__ = [
     "GeneratedObjects",
     "GeneratedVideo",
     "JHMDBVideo",
+    "JoinedVideo",
     "Part",
     "PoseTrackVideo",
     "Split",

@@ -1,16 +1,36 @@
 """Cutting decoded frames into clips."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Float32, UInt8
 
-from resq_rl.video.clip import Clip
+from resq_rl.video.clip import Clip, Split, check_split
+from resq_rl.video.images import check_count
 from resq_rl.video.parts import Part
 
-__all__ = ["Decoded", "cut_clips"]
+__all__ = ["ClipFrames", "Decoded", "check_clip_frames", "clip_length", "cut_clips"]
+
+ClipFrames = int | Mapping[Split, int] | None
+"""Frames of the clips that videos are cut into: of all splits, or of those named; None leaves videos whole."""
+
+
+def check_clip_frames(clip_frames: ClipFrames, reader: str) -> None:
+    """Check the lengths of clips.
+
+    Raises:
+        VideoError: a key is not a split. SettingsError: a length is below 1.
+    """
+    lengths = clip_frames if isinstance(clip_frames, Mapping) else {"": clip_frames}
+    for split, length in lengths.items():
+        check_count(length, f"clip_frames.{check_split(split)}" if split else "clip_frames", reader)
+
+
+def clip_length(clip_frames: ClipFrames, split: Split) -> int | None:
+    """Frames of the clips of a split; None where its videos stay whole."""
+    return clip_frames.get(split) if isinstance(clip_frames, Mapping) else clip_frames
 
 
 @dataclass(frozen=True)

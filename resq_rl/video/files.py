@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from resq_rl.errors import SettingsError, VideoError
-from resq_rl.video.assembly import Decoded, cut_clips
+from resq_rl.video.assembly import ClipFrames, Decoded, check_clip_frames, clip_length, cut_clips
 from resq_rl.video.clip import Clip, Split, check_split
 from resq_rl.video.decoding import Picture
 from resq_rl.video.framing import Fit, Framing
@@ -44,6 +44,7 @@ class VideoFiles:
         start: frames of each entry that are left out before the first.
         stride: the first and every `stride`-th frame after it are taken; the frame rate of the clips falls with it.
         clip_frames: cuts each entry into clips of this many frames, and drops a shorter rest; None for one clip.
+            Or lengths by split, such as {train: 48}.
         fps: frame rate of the sources; None for what the file and the stamps of its frames tell, and 25 for folders.
         fit: "stretch" brings the whole frame to `size`; "crop" cuts the longer side evenly to keep its proportions;
             "pad" keeps the proportions and the whole frame, and repeats its edges where it does not reach.
@@ -58,7 +59,7 @@ class VideoFiles:
     frames: int | None = None
     start: int = 0
     stride: int = 1
-    clip_frames: int | None = None
+    clip_frames: ClipFrames = None
     fps: float | None = None
     fit: Fit = "stretch"
 
@@ -67,7 +68,7 @@ class VideoFiles:
         object.__setattr__(self, "size", self.framing.size)
         check_count(self.frames, "frames", reader)
         check_count(self.start, "start", reader, least=0)
-        check_count(self.clip_frames, "clip_frames", reader)
+        check_clip_frames(self.clip_frames, reader)
         if self.fps is not None and not (math.isfinite(self.fps) and self.fps > 0):
             raise SettingsError(
                 f"Setting fps of {reader} must be positive, got {self.fps}. Give frames per second, or None."
@@ -99,7 +100,8 @@ class VideoFiles:
         twice = {stem for stem in stems if stems.count(stem) > 1}
         clips = []
         for part, stem in zip(parts[split], stems, strict=True):
-            clips += self._read(part, part.name if stem in twice else stem)
+            decoded = self._read(part, part.name if stem in twice else stem)
+            clips += cut_clips(decoded, clip_length(self.clip_frames, split))
         return clips
 
     def _parts(self) -> dict[Split, list[Part]]:
@@ -107,8 +109,8 @@ class VideoFiles:
         check_splits(self.paths, "VideoFiles")
         return {split: [locate(entry) for entry in entries] for split, entries in self.paths.items()}
 
-    def _read(self, part: Part, name: str) -> list[Clip]:
-        """Decode one entry into its clips."""
+    def _read(self, part: Part, name: str) -> Decoded:
+        """Decode one entry."""
         path, first = Path(part.name), part.start + self.start
         source = open_source(path)
         frames = self._gather(islice(source.frames(first, self.stride, part.stop), self.frames), path)
@@ -117,7 +119,7 @@ class VideoFiles:
                 f"No frame to take from {path}: it holds {source.count} frames, wanted from frame {first} on. Check "
                 "that the file is whole, or lower start."
             )
-        decoded = Decoded(
+        return Decoded(
             frames=frames,
             labels=None,
             part=replace(part, name=name),
@@ -126,7 +128,6 @@ class VideoFiles:
             fps=(self.fps or source.rate or DEFAULT_RATE) / self.stride,
             origin=str(path),
         )
-        return cut_clips(decoded, self.clip_frames)
 
     def _gather(self, pictures: Iterator[Picture], path: Path) -> list[UInt8[np.ndarray, "h w 3"]]:
         """Frame each picture as it comes, so that only one is held at the size of the source."""

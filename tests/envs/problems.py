@@ -37,22 +37,22 @@ CLASSES = 3
 class TinyNet(nn.Module):
     """Three layer groups (stem, body, head) whose output has half the frame's resolution."""
 
-    def __init__(self) -> None:
+    def __init__(self, classes: int = CLASSES) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(inplace=True))
         self.body = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1, groups=2), nn.ReLU())
-        self.head = nn.Conv2d(8, CLASSES, 1)
+        self.head = nn.Conv2d(8, classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x - 0.5)
         return self.head(x + self.body(x))  # type: ignore[no-any-return]
 
 
-def tiny_network(seed: int = 0) -> nn.Module:
-    """A random network whose three classes all occur."""
+def tiny_network(seed: int = 0, classes: int = CLASSES) -> nn.Module:
+    """A random network whose classes all occur."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = TinyNet()
+        network = TinyNet(classes)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.mul_(2.0)

@@ -14,6 +14,7 @@ from resq_rl.perception import (
     clip_inputs,
     compact_ddrnet,
     compact_pose,
+    compact_segformer,
     degenerate_output,
     example_inputs,
     judged_targets,
@@ -55,6 +56,7 @@ def predictions(network: nn.Module, task: Any, video: Any, clips: int = 2) -> li
     ("network", "task", "video"),
     [
         (compact_ddrnet, Segmentation(), GeneratedVideo(frames=3, train=2)),
+        (compact_segformer, Segmentation(), GeneratedVideo(frames=3, train=2)),
         (compact_pose, Pose(), FigureVideo(frames=3, train=2)),
         (mask_propagation_net, MaskPropagation(), GeneratedObjects(frames=3, train=2)),
     ],

@@ -17,6 +17,7 @@ from resq_rl.perception import (
     Segmentation,
     compact_ddrnet,
     compact_pose,
+    compact_segformer,
     ddrnet23_slim,
     load_network,
     load_weights,
@@ -278,7 +279,7 @@ def test_compact_ddrnet_without_pretraining_is_frozen_too() -> None:
     assert not any(p.requires_grad for p in network.parameters())
 
 
-@pytest.mark.parametrize("make", [compact_ddrnet, compact_pose, mask_propagation_net])
+@pytest.mark.parametrize("make", [compact_ddrnet, compact_pose, compact_segformer, mask_propagation_net])
 def test_weights_that_would_not_be_loaded_are_refused(make: Callable[..., nn.Module]) -> None:
     with pytest.raises(SettingsError, match=r"weights w\.pth would not be loaded, because pretrained is false"):
         make(pretrained=False, weights="w.pth")

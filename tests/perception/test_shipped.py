@@ -1,18 +1,23 @@
 """The networks that ship with the package."""
 
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 
+from resq_rl.errors import NetworkError
 from resq_rl.perception import (
     CompactDDRNet,
     CompactPose,
+    CompactSegFormer,
     Pose,
     Segmentation,
     class_iou,
     compact_ddrnet,
     compact_pose,
+    compact_segformer,
     load_weights,
     mean_iou,
     measure_counts,
@@ -68,6 +73,36 @@ def test_model_card_lies_beside_the_weights() -> None:
     assert f"{parameters:,}" in card
     assert load_weights(CompactDDRNet(), shipped_weights())["validation_miou"] in card
     assert "Apache-2.0" in card
+
+
+TRANSFORMER_FLOOR = 0.71
+"""Least mean IoU of the transformer on the same clips; measured values are in the model card."""
+
+
+def test_the_shipped_transformer_reaches_its_accuracy(clips: list[Clip]) -> None:
+    confusion = measure_counts(compact_segformer(), clips, Segmentation()).sum(0)
+    assert float(mean_iou(confusion)) >= TRANSFORMER_FLOOR
+    assert float(class_iou(confusion).min()) >= TRANSFORMER_FLOOR - 0.15
+
+
+def test_the_shipped_transformer_weights_say_what_they_are() -> None:
+    network, path = CompactSegFormer(), shipped_weights("compact_segformer_generated")
+    metadata = load_weights(network, path)
+    assert metadata["architecture"] == "CompactSegFormer"
+    assert (int(metadata["classes"]), int(metadata["width"])) == (network.classes, network.width)
+    card = (path.parent / "README.md").read_text()
+    parameters = sum(p.numel() for p in network.parameters())
+    assert parameters < 1_000_000
+    assert f"{parameters:,}" in card
+    assert metadata["validation_accuracy"] in card
+
+
+@pytest.mark.parametrize("make", [CompactDDRNet, CompactSegFormer])
+def test_settings_out_of_range_are_refused(make: Callable[..., nn.Module]) -> None:
+    with pytest.raises(NetworkError, match="classes must be from 2 to 255, got 1"):
+        make(classes=1)
+    with pytest.raises(NetworkError, match="width must be an even number of at least 8, got 9"):
+        make(width=9)
 
 
 POSE_FLOOR = 0.84

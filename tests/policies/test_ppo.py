@@ -1,7 +1,9 @@
 """Training: obvious optima are found, warm starts hold, and a killed run goes on where it stopped."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from resq_rl.envs import (
 from resq_rl.envs.batched import BatchedEnvironment
 from resq_rl.envs.sb3 import AgentsVecEnv
 from resq_rl.errors import PolicyError, ResultsError, SettingsError
-from resq_rl.policies import DynamicResQ, LearnedPolicy
+from resq_rl.policies import DynamicResQ, LearnedPolicy, ppo
 from resq_rl.policies.ppo import (
     FirstChoice,
     PPOSettings,
@@ -234,7 +236,8 @@ def test_a_warm_start_with_an_interval_begins_with_keyframes_at_it(interval: int
 # The run itself ----------------------------------------------------------------------------------------------------
 
 
-def test_the_same_seed_trains_the_same_policy(moving: Problem) -> None:
+def test_the_same_seed_trains_the_same_policy(moving: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ppo, "_fit_first_choices", partial(ppo._fit_first_choices, steps=100))
     runs = [
         train_ppo(agents_of(moving, (0.1, 1.0)), TINY, seed=s, warm_start=lambda _: FirstChoice(4)) for s in (3, 3, 4)
     ]
@@ -453,13 +456,25 @@ def killed_after(rollouts: int) -> Callable[[Progress], None]:
     return on_rollout
 
 
-@pytest.fixture
-def interrupted(moving: Problem, tmp_path: Path) -> Path:
-    """Checkpoints of a run of 8 rollouts that was killed in its 6th; they are of the 2nd and the 4th."""
+@pytest.fixture(scope="module")
+def whole(moving: Problem) -> tuple[LearnedPolicy, TrainingReport]:
+    """What the interrupted run gives that nobody interrupts."""
+    return train_ppo(agents_of(moving, (0.1, 1.0)), TINY, seed=1)
+
+
+@pytest.fixture(scope="module")
+def killed(moving: Problem, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("killed")
     with pytest.raises(KilledError):
-        train_ppo(agents_of(moving, (0.1, 1.0)), TINY, seed=1, checkpoints=tmp_path / "run", on_rollout=killed_after(5))
-    assert [p.name for p in Checkpoints(tmp_path / "run").paths()] == ["00000002.checkpoint", "00000004.checkpoint"]
-    return tmp_path / "run"
+        train_ppo(agents_of(moving, (0.1, 1.0)), TINY, seed=1, checkpoints=folder, on_rollout=killed_after(5))
+    assert [p.name for p in Checkpoints(folder).paths()] == ["00000002.checkpoint", "00000004.checkpoint"]
+    return folder
+
+
+@pytest.fixture
+def interrupted(killed: Path, tmp_path: Path) -> Path:
+    """Checkpoints of a run of 8 rollouts that was killed in its 6th; they are of the 2nd and the 4th."""
+    return Path(shutil.copytree(killed, tmp_path / "run"))
 
 
 def resumed(
@@ -505,23 +520,22 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
 
 
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
-    interrupted: Path, moving: Problem, caplog: pytest.LogCaptureFixture
+    interrupted: Path,
+    whole: tuple[LearnedPolicy, TrainingReport],
+    moving: Problem,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     newest = Checkpoints(interrupted).paths()[-1]
     newest.write_bytes(newest.read_bytes()[:-1])
     policy, report, seen, _ = resumed(moving, interrupted)
     assert f"{newest} cannot be used: its checksum is wrong. Trying the one before it." in caplog.text
     assert seen[0].rollout == 3
-    expected, whole = train_ppo(agents_of(moving, (0.1, 1.0)), TINY, seed=1)
-    assert same_policy(policy, expected)
-    assert report == whole
+    assert same_policy(policy, whole[0])
+    assert report == whole[1]
 
 
 def test_resuming_is_deterministic(interrupted: Path, moving: Problem, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for path in interrupted.iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
+    copy = Path(shutil.copytree(interrupted, tmp_path / "copy"))
     first, second = resumed(moving, interrupted), resumed(moving, copy)
     assert same_policy(first[0], second[0])
     assert first[1].curve == second[1].curve
@@ -536,11 +550,12 @@ def test_a_finished_run_comes_back_without_training(moving: Problem, tmp_path: P
     assert env.frames == report.frames
 
 
-def test_without_a_checkpoint_resuming_starts(moving: Problem, tmp_path: Path) -> None:
+def test_without_a_checkpoint_resuming_starts(
+    whole: tuple[LearnedPolicy, TrainingReport], moving: Problem, tmp_path: Path
+) -> None:
     policy, _, seen, _ = resumed(moving, tmp_path / "new")
-    expected, _ = train_ppo(agents_of(moving, (0.1, 1.0)), TINY, seed=1)
     assert seen[0].rollout == 1
-    assert same_policy(policy, expected)
+    assert same_policy(policy, whole[0])
 
 
 def test_a_new_run_in_an_old_folder_can_be_resumed(moving: Problem, tmp_path: Path) -> None:
@@ -605,10 +620,11 @@ def test_a_folder_that_cannot_be_written_is_reported(moving: Problem, tmp_path: 
         train_ppo(agents_of(moving), TINY, seed=0, checkpoints=taken)
 
 
-def test_checkpoints_change_nothing_in_the_training(moving: Problem, tmp_path: Path) -> None:
-    plain, _ = train_ppo(agents_of(moving), TINY, seed=0)
-    saved, _ = train_ppo(agents_of(moving), TINY, seed=0, checkpoints=tmp_path)
-    assert same_policy(plain, saved)
+def test_checkpoints_change_nothing_in_the_training(
+    whole: tuple[LearnedPolicy, TrainingReport], moving: Problem, tmp_path: Path
+) -> None:
+    saved, _ = train_ppo(agents_of(moving, (0.1, 1.0)), TINY, seed=1, checkpoints=tmp_path)
+    assert same_policy(whole[0], saved)
 
 
 def test_a_trained_policy_survives_its_files(moving: Problem, tmp_path: Path) -> None:

@@ -311,6 +311,25 @@ def fused_attention(m: Any, x: Tensor) -> Any:
     return m.b(y.transpose(1, 2).unflatten(2, SIZE))
 
 
+def sdpa(**settings: Any) -> Forward:
+    """Attention over 8 rows, whose heads are channels: 4 of the queries, and 2 of keys and values if grouped."""
+
+    def call(m: Any, x: Tensor) -> Any:
+        y = m.a(x)
+        other = y[:, :2] if settings.get("enable_gqa") else y
+        return m.b(F.scaled_dot_product_attention(y, other.flip(2), other.relu(), **settings))
+
+    return call
+
+
+def multihead(m: Any, x: Tensor, **settings: Any) -> Any:
+    """Attention of 64 pixels to those of another layer, in the arrangement that the module wants."""
+    tokens = [m.a(x).flatten(2).mT, m.b(m.a(x)).flatten(2).mT.contiguous()]
+    query, other = tokens if m.c.batch_first else [t.transpose(0, 1) for t in tokens]
+    y, weights = m.c(query, other[..., : m.c.kdim], other[..., : m.c.vdim], **settings)
+    return y if m.c.batch_first else y.transpose(0, 1), weights
+
+
 def encoder(m: Any, x: Tensor) -> Any:
     return m.c(m.a(x).flatten(2).transpose(1, 2))
 
@@ -380,6 +399,50 @@ ACCEPTED: dict[str, Callable[[], nn.Module]] = {
     "encoder_layer": lambda: Net(encoder, c=nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)),
     "fixed_factor": lambda: Net(lambda m, x: m.b(m.a(x) @ m.c.weight), c=nn.Linear(8, 8)),
     "einsum": lambda: Net(lambda m, x: torch.einsum("nchw,oc->nohw", m.a(x), m.b.weight[..., 0, 0])),
+    "einsum_of_three": lambda: Net(lambda m, x: torch.einsum("nchw,nchv,ndhw->nvd", m.a(x), m.a(x), m.b(m.a(x)))),
+    "baddbmm": lambda: Net(
+        lambda m, x: torch.baddbmm(m.a(x)[:, 0], m.a(x)[:, 1], m.a(x)[:, 2].mT, beta=0.5, alpha=2.0)
+    ),
+    "addbmm": lambda: Net(lambda m, x: torch.stack([torch.addbmm(y[0], y, y.mT) for y in m.a(x)])),
+    "outer": lambda: Net(lambda m, x: m.a(x).flatten(2)[:, :, :, None] @ m.a(x).flatten(2)[:, :, None, :8]),
+    "masked": lambda: Net(sdpa(attn_mask=torch.eye(8).bool() | (torch.arange(8) < 3))),
+    "biased": lambda: Net(sdpa(attn_mask=torch.linspace(-2, 2, 64).view(8, 8))),
+    "causal": lambda: Net(sdpa(is_causal=True)),
+    "scaled": lambda: Net(sdpa(scale=0.9)),
+    "grouped": lambda: Net(sdpa(enable_gqa=True)),
+    "cross_attention": lambda: Net(lambda m, x: multihead(m, x)[0], c=nn.MultiheadAttention(4, 2, kdim=3, vdim=2)),
+    "padded_attention": lambda: Net(
+        lambda m, x: multihead(m, x, key_padding_mask=(torch.arange(64) > 40).expand(len(x), -1)), c=attention()
+    ),
+    "masked_attention": lambda: Net(
+        lambda m, x: multihead(
+            m, x, attn_mask=torch.linspace(-1, 1, 2 * 4096).view(2, 64, 64).repeat(len(x), 1, 1), need_weights=False
+        )[0],
+        c=attention(),
+    ),
+    "attention_by_head": lambda: Net(lambda m, x: multihead(m, x, average_attn_weights=False), c=attention()),
+    "attention_with_more_keys": lambda: Net(
+        lambda m, x: multihead(m, x)[0], c=nn.MultiheadAttention(4, 2, add_bias_kv=True, add_zero_attn=True)
+    ),
+    "decoder_layer": lambda: Net(
+        lambda m, x: m.c(m.a(x).flatten(2).mT, m.b(m.a(x)).flatten(2).mT),
+        c=nn.TransformerDecoderLayer(4, 2, 8, batch_first=True),
+    ),
+    "gru": lambda: Net(lambda m, x: m.c(m.a(x).flatten(2))[0], c=nn.GRU(64, 5, batch_first=True)),
+    # Convolutions along one axis
+    "one_tap": lambda: Net(lambda m, x: m.b(m.c(m.a(x).flatten(2)).unflatten(2, SIZE)), c=nn.Conv1d(4, 4, 1)),
+    "rows": lambda: Net(lambda m, x: m.c(m.a(x).flatten(2)), c=nn.Conv1d(4, 6, 5, 2, 3, groups=2)),
+    "channel_gate": lambda: Net(
+        lambda m, x: m.b(m.a(x) * m.c(m.a(x).mean((2, 3))[:, None]).sigmoid().view(-1, 4, 1, 1)),
+        c=nn.Conv1d(1, 1, 3, padding="same", bias=False),
+    ),
+    "program_of_rows": lambda: exported(
+        Net(
+            lambda m, x: m.d(m.c(m.a(x).flatten(2))),
+            c=nn.Conv1d(4, 6, 5, 2, 3, groups=2, dilation=2),
+            d=nn.Conv1d(6, 2, 1),
+        )
+    ),
     "program_of_attention": lambda: exported(Net(fused_attention, c=nn.Linear(4, 12))),
     # Ways of calling layers
     "output_size": lambda: Net(lambda m, x: m.c(m.a(x).relu(), output_size=(16, 15)), c=up(2, 1)),
@@ -447,6 +510,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "addcmul": (lambda: Net(lambda m, x: torch.addcmul(torch.zeros(1), m.a(x), m.weight).sum(1)), "product"),
     "fold": (lambda: Net(folded), "product"),
     "cumulated": (lambda: Net(lambda m, x: (m.a(x) * m.weight).cumsum(1)[:, -1]), "product of tensors that is summed"),
+    "dropped": (lambda: Net(sdpa(dropout_p=0.5)), "Net draws random numbers"),
+    "two_taps_back": (
+        lambda: Net(lambda m, x: m.c(m.a(x).flatten(2)), c=nn.ConvTranspose1d(4, 2, 2)),
+        "convolution in layer 'c'",
+    ),
+    "lstm": (lambda: Net(lambda m, x: m.c(m.a(x).flatten(2))[0], c=nn.LSTM(64, 5, batch_first=True)), "in layer 'c'"),
     "functional": (lambda: Net(lambda m, x: F.conv2d(m.a(x), m.b.weight * 2)), "convolution in the network"),
     "in_a_layer": (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), Net(lambda m, x: (x * m.weight).sum(1))), "in layer '1'"),
     # Calls, weights and devices

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -148,6 +149,14 @@ def wrapped(
     """A calibrated model of `network`."""
     model = ResQModel(network, torch.rand(1, channels, *size), config)
     return model.calibrate(byte_clips(clips, 5, channels, size, seed))
+
+
+@cache
+def model_of(case: Case, config: QuantizationConfig | None = None) -> ResQModel:
+    """The calibrated model of a case, which tests share and do not change."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return wrapped(case.make(), case.channels[0], case.size, config)
 
 
 def everywhere(clips: int, value: bool) -> Tensor:

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from resq_rl.quantization import Convention, LevelField, QuantizationConfig, ThresholdField
-from tests.quantization.networks import CASES, Case, SmallNet, everywhere, video, wrapped
+from tests.quantization.networks import CASES, Case, SmallNet, everywhere, model_of, video, wrapped
 from tests.quantization.reference import Oracle, Setting, count_bops, spread
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch's own, once
@@ -27,7 +27,7 @@ def levels_of(clips: int, grid: tuple[int, int], seed: int) -> LevelField:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_a_level_for_each_pixel(case: Case) -> None:
-    model = wrapped(case.make(), case.channels[0], case.size)
+    model = model_of(case)
     frames = video(2, case.channels[0], case.size)[:, None].expand(-1, 2, -1, -1, -1)
     state = model.new_state(2)
     _, key = model.step(frames[0], state, everywhere(2, True), levels_of(2, case.size, 0))
@@ -52,7 +52,7 @@ def test_a_level_for_each_pixel(case: Case) -> None:
 @pytest.mark.parametrize("grid", [(1, 1), (2, 3), (3, 5), (7, 6), (11, 13)])
 @pytest.mark.parametrize("case", [CASES[i] for i in (1, 3, 5, 7, 14)], ids=lambda c: c.name)
 def test_grids_that_divide_the_size_and_grids_that_do_not(case: Case, grid: tuple[int, int]) -> None:
-    model = wrapped(case.make(), case.channels[0], case.size)
+    model = model_of(case)
     frames = video(2, case.channels[0], case.size)[:, None]
     state = model.new_state(1)
     decision = levels_of(1, grid, 2)
@@ -70,7 +70,7 @@ def test_grids_that_divide_the_size_and_grids_that_do_not(case: Case, grid: tupl
 def test_conventions(convention: Convention, weight_bits: int) -> None:
     case = CASES[3]
     config = QuantizationConfig(bops_convention=convention, residual_weight_bits=weight_bits)
-    model = wrapped(case.make(), case.channels[0], case.size, config)
+    model = model_of(case, config)
     frames = video(2, case.channels[0], case.size)[:, None]
     state = model.new_state(1)
     decision = levels_of(1, case.size, 3)
@@ -83,7 +83,7 @@ def test_conventions(convention: Convention, weight_bits: int) -> None:
 
 @pytest.mark.parametrize("case", [CASES[i] for i in (0, 4, 8, 14)], ids=lambda c: c.name)
 def test_thresholds(case: Case) -> None:
-    model = wrapped(case.make(), case.channels[0], case.size)
+    model = model_of(case)
     frames = torch.stack([video(3, case.channels[0], case.size, s) for s in range(2)], 1)
     oracle = Oracle(model, 0, case.setting, "previous")
     state = model.new_state(2)
@@ -111,6 +111,23 @@ def test_a_linear_layer_has_one_pixel_that_all_regions_share() -> None:
     assert model.macs == vectors * 6 * 5
     assert_equal(key.bops[0, 0], np.full((2, 3), vectors * 6 * 5 * 64 / 6))
     assert_equal(cost.bops[0, 0], np.full((2, 3), vectors * 6 * 5 * 4 * 4 / 6))  # the finest level of all: 4 bits
+
+
+def test_a_convolution_along_one_axis_is_shared_by_all_regions() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(2), nn.Conv1d(4, 5, 3, padding=1), nn.Conv1d(5, 2, 1))
+    model = wrapped(network, 3, (1, 6))  # the first layer's image is as large as the row of the second
+    frames = video(2, 3, (1, 6))[:, None]
+    state = model.new_state(1)
+    _, key = model.step(frames[0], state, everywhere(1, True), LevelField.constant(0, 1, 3, (1, 3)))
+    levels = torch.tensor([[[[0, 1, 2]]]]).expand(-1, 3, -1, -1)
+    _, cost = model.step(frames[1], state, everywhere(1, False), LevelField(levels))
+    taps = 6 * 3 - 2
+    assert model.unplaced == ["2", "3"]
+    assert [site.macs for site in model.sites] == [6 * 12, taps * 20, 6 * 10]
+    assert_equal(key.bops[0, 0], np.full((1, 3), 2 * 12 * 64))
+    assert_equal(cost.bops[0, 0], np.array([[0, 2 * 12 * 2 * 4, 2 * 12 * 4 * 4]], float))  # each column its own
+    for site, macs in ((1, taps * 20), (2, 60)):  # the finest level of all: 4 bits
+        assert cost.bops[0, site].flatten().tolist() == pytest.approx([macs * 4 * 4 / 3] * 3, rel=1e-14)
 
 
 def test_a_grid_finer_than_a_squeezed_layer_shares_its_cost() -> None:

@@ -22,6 +22,9 @@ from tests.quantization.reference import Oracle, Setting, integer_product
 FULL_BITS = 2.0**-10
 # What `Replay` does not know: folded BatchNorm, and attention that torch breaks down where it does not see it.
 NOT_REPLAYED = {"batch_norm_keyword", "fused_attention", "multihead_attention", "encoder_layer", "einsum"}
+NOT_REPLAYED |= {"einsum_of_three", "baddbmm", "addbmm", "masked", "biased", "causal", "scaled", "grouped"}
+NOT_REPLAYED |= {"cross_attention", "padded_attention", "masked_attention", "attention_by_head", "decoder_layer"}
+NOT_REPLAYED |= {"attention_with_more_keys", "gru", "one_tap", "rows", "channel_gate"}
 COARSE = {"float16", "bfloat16", "autocast"}  # these round between the layers far more than 16 bits do
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*jit.*")

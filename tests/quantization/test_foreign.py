@@ -1,4 +1,4 @@
-"""Networks from `transformers`, wrapped as they are: equal at full bits, counted as torch counts, streamed."""
+"""Networks from `transformers`, as they are and exported: equal at full bits, counted as torch counts, streamed."""
 
 import warnings
 from typing import Any
@@ -6,13 +6,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from resq_rl.quantization import LevelField, QuantizationConfig, Reference, ResQModel, ThresholdField
 from resq_rl.quantization.graph.outputs import tensors_of
 from resq_rl.quantization.running import calibration
+from tests.quantization.flops import counted
 from tests.quantization.foreign import NETWORKS, SIZE, made
 from tests.quantization.networks import byte_clips, everywhere, wrapped
 
@@ -29,38 +27,31 @@ def transformers() -> Any:
         return pytest.importorskip("transformers", reason="the extra 'transformers' is not installed")
 
 
-def without_padding(
-    x: Any, w: Any, _b: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, *rest: Any, **_: Any
-) -> int:
-    """Twice the multiply-accumulates of a convolution, of which taps on padding are none."""
-    size = tuple(x[2:])
-    ones = torch.ones(1, 1, *size), torch.ones(1, 1, *w[2:])
-    if transposed:
-        taps = F.conv_transpose2d(*ones, None, stride, padding, rest[0], 1, dilation)
-    else:
-        taps = F.conv2d(*ones, None, stride, padding, dilation)
-    return 2 * int(taps.double().sum()) * int(x[0] * w[0] * w[1])
-
-
-def counted(network: nn.Module, x: Tensor) -> float:
-    """Multiply-accumulates of a forward pass as torch counts them."""
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution: without_padding})
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        network(x)
-    return counter.get_total_flops() / 2
+def exported(network: nn.Module) -> nn.Module:
+    """The module of an exported program, for any number of clips, without layers whose output nothing uses."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        clips = {0: torch.export.Dim("clips", min=1, max=64)}
+        program = torch.export.export(network, (torch.rand(2, 3, *SIZE),), dynamic_shapes=(clips,), strict=False)
+        module = program.module()
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
 
 
 def every_pixel(recorder: calibration.SiteRecorder, x: Tensor, _: torch.Generator) -> Tensor:
     return x.movedim(recorder.site.operator.channel_axis, -1).flatten(0, -2)
 
 
+@pytest.mark.parametrize("program", [False, True], ids=["module", "program"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_is_counted_streamed_and_equal_at_full_bits(
-    name: str, transformers: Any, monkeypatch: pytest.MonkeyPatch
+    name: str, program: bool, transformers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calibration.SiteRecorder, "_pixels", every_pixel)  # so that no range clips
     monkeypatch.setattr(calibration, "MOST_VALUES", 10_000_000)
     network, clips = made(name, transformers), byte_clips(2, 3, 3, SIZE)
+    network = exported(network) if program else network
     config = QuantizationConfig(
         16, 16, levels=(0, 16), residual_weight_bits=16, range_estimator="min_max", weight_rounding="nearest"
     )

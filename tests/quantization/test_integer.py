@@ -13,7 +13,7 @@ from resq_rl.quantization import (
     ResQModel,
     ThresholdField,
 )
-from tests.quantization.networks import CASES, Case, everywhere, video, wrapped
+from tests.quantization.networks import CASES, Case, everywhere, model_of, video, wrapped
 from tests.quantization.reference import Oracle, Setting
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch's own, once
@@ -56,7 +56,7 @@ def random_thresholds(clips: int, grid: tuple[int, int], seed: int, frames: int 
 @pytest.mark.parametrize("reference", ["keyframe", "previous"])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_mixed_levels_per_pixel(case: Case, reference: Reference) -> None:
-    model = wrapped(case.make(), case.channels[0], case.size)
+    model = model_of(case)
     oracle = Oracle(model, 0, case.setting, reference)
     check(model, oracle, clips_of(case, 2), random_levels(2, case.size, 1), reference)
     assert len(np.unique(oracle.levels)) == 4
@@ -65,7 +65,7 @@ def test_mixed_levels_per_pixel(case: Case, reference: Reference) -> None:
 @pytest.mark.parametrize("reference", ["keyframe", "previous"])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_thresholds_per_pixel(case: Case, reference: Reference) -> None:
-    model = wrapped(case.make(), case.channels[0], case.size)
+    model = model_of(case)
     oracle = Oracle(model, 0, case.setting, reference)
     check(model, oracle, clips_of(case, 2), random_thresholds(2, case.size, 2), reference)
     assert len(np.unique(oracle.levels)) >= 3
@@ -77,7 +77,7 @@ def test_thresholds_per_pixel(case: Case, reference: Reference) -> None:
 def test_every_pair_of_widths(weight_bits: int, level: int, reference: Reference) -> None:
     case = next(c for c in CASES if c.name == "stride")
     config = QuantizationConfig(residual_weight_bits=weight_bits)
-    model = wrapped(case.make(), case.channels[0], case.size, config)
+    model = model_of(case, config)
     oracle = Oracle(model, 0, case.setting, reference)
     check(model, oracle, clips_of(case, 2), [LevelField.constant(level, 2, 1)] * 4, reference)
     limit = 2 ** (weight_bits - 1) - 1
@@ -88,7 +88,7 @@ def test_every_pair_of_widths(weight_bits: int, level: int, reference: Reference
 def test_every_range_estimator(estimator: str) -> None:
     case = next(c for c in CASES if c.name == "groups")
     config = QuantizationConfig(range_estimator=estimator)  # type: ignore[arg-type]
-    model = wrapped(case.make(), case.channels[0], case.size, config)
+    model = model_of(case, config)
     oracle = Oracle(model, 0, case.setting, "previous")
     check(model, oracle, clips_of(case, 2), random_levels(2, (3, 2), 3), "previous")
 
@@ -97,7 +97,7 @@ def test_every_range_estimator(estimator: str) -> None:
 def test_other_keyframe_widths(key_bits: tuple[int, int]) -> None:
     case = next(c for c in CASES if c.name == "plain")
     config = QuantizationConfig(key_weight_bits=key_bits[0], key_activation_bits=key_bits[1])
-    model = wrapped(case.make(), case.channels[0], case.size, config)
+    model = model_of(case, config)
     oracle = Oracle(model, 0, case.setting, "keyframe")
     check(model, oracle, clips_of(case, 2), random_levels(2, case.size, 4), "keyframe")
 
@@ -116,7 +116,7 @@ def test_other_keyframe_widths(key_bits: tuple[int, int]) -> None:
 )
 def test_other_levels_and_kappas(levels: tuple[int, ...], kappa: tuple[float, ...], reference: Reference) -> None:
     case = next(c for c in CASES if c.name == "plain")
-    model = wrapped(case.make(), case.channels[0], case.size, QuantizationConfig(levels=levels))
+    model = model_of(case, QuantizationConfig(levels=levels))
     generator = torch.Generator().manual_seed(8)
     bits: list[Field] = [
         LevelField(torch.randint(0, len(levels), (2, 1, *case.size), generator=generator)) for _ in range(4)

@@ -92,7 +92,7 @@ def test_every_form_is_counted_as_by_hand(name: str, program: bool) -> None:
     network = Net(call, **modules).eval()
     model = wrapped(exported(network) if program else network)
     found = [site.macs for site in model.sites if site.layer_kind == "product"]
-    found += [site.macs for site in model.layers if site.name.startswith("linear")]  # of a program's attention
+    found += [site.macs for site in model.layers if site.name.startswith(("linear", "c."))]  # of multi-head attention
     assert sorted(found) == sorted(macs)
 
 

@@ -445,7 +445,7 @@ class Recurrent(nn.Module):
 
 UNSUPPORTED = {
     "conv1d": (Function(lambda x, w: F.conv1d(x.mean(1), w), 3, 12, 3), "middle.1"),
-    "Conv1d": (nn.Sequential(nn.Flatten(2), nn.Conv1d(4, 3, 3)), "middle.1.1"),
+    "ConvTranspose1d": (nn.Sequential(nn.Flatten(2), nn.ConvTranspose1d(4, 3, 3)), "middle.1.1"),
     "Conv3d": (nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Conv3d(1, 3, 3)), "middle.1.1"),
     "LSTM": (Recurrent(nn.LSTM), "middle.1.cell"),
     "bilinear": (nn.Sequential(Function(lambda x, w: F.bilinear(x, x, w), 5, 16, 16)), "middle.1.0"),

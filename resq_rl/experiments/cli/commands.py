@@ -76,6 +76,13 @@ COMMANDS: Mapping[str, Command] = {
         example="threads=1 'benchmark.batches=[8]'",
         groups=(*WORLD, "training", "benchmark"),
     ),
+    "profile": Command(
+        "measure milliseconds of operators and of frames under each method, and the cost table of this machine",
+        "profile",
+        "resq_rl.experiments.bench.profile:run",
+        example="policy=results/compare/DATE",
+        groups=(*WORLD, "heuristic", "benchmark"),
+    ),
     "pretrain": Command(
         "train the segmentation network that the package ships",
         "pretrain",

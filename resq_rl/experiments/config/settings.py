@@ -292,13 +292,15 @@ class TrackingSettings(Checked):
 
 @dataclass(frozen=True)
 class BenchmarkSettings(Checked):
-    """What `bench` measures.
+    """What `bench` and `profile` measure.
 
     Attributes:
-        batches: clips that one step runs.
+        batches: clips that one step of `bench` runs.
         rounds: how often all that is compared runs in turn.
         processes: environments of one clip, each in a process of its own, that region agents are compared with.
         soak_steps: steps over which memory must not grow.
+        frames: frames of a clip that `profile` times, after the first.
+        compiled: whether `profile` also times the float network under torch.compile, which takes a minute or more.
     """
 
     _group: ClassVar[str] = "benchmark."
@@ -307,6 +309,8 @@ class BenchmarkSettings(Checked):
     rounds: Count = 9
     processes: Count = 8
     soak_steps: Count = 10_000
+    frames: Count = 24
+    compiled: bool = True
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from resq_rl.experiments.results.comparison import Comparison, print_comparison
 from resq_rl.experiments.results.methods import learned_method, method_of
 from resq_rl.experiments.results.plots import plot_curves, plot_fronts
 from resq_rl.experiments.runs.progress import stage
-from resq_rl.experiments.study.decisions import Pair, comparable_pair, decisions_figure, trace_pair
+from resq_rl.experiments.study.decisions import TracedPair, comparable_pair, decisions_figure, trace_pair
 from resq_rl.experiments.study.deployment import policy_words
 from resq_rl.experiments.study.frame_level import is_frame_level, tabulated
 from resq_rl.experiments.study.measurements import MEASUREMENTS
@@ -100,7 +100,7 @@ def _record(comparison: Comparison, run_dir: Path, tracker: Tracker) -> None:
             tracker.log_metrics({f"bd_bops/{name}": entry.value})
 
 
-def _traced_pair(board: Scoreboard) -> Pair | None:
+def _traced_pair(board: Scoreboard) -> TracedPair | None:
     """The first tuned heuristic among the anchors, and a learned policy of about equal accuracy, traced."""
     own = learned_method(board.tuned)
     anchor = next((key for key in method_of(own).against if board.tuned.get(key)), "")

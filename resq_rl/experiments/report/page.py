@@ -21,7 +21,7 @@ from resq_rl.experiments.results.methods import learned_method, method_of
 from resq_rl.experiments.results.plots import plot_curves, plot_fronts, plot_spending
 from resq_rl.experiments.runs.provenance import versions
 from resq_rl.experiments.runs.record import RunRecord
-from resq_rl.experiments.study.decisions import Pair
+from resq_rl.experiments.study.decisions import TracedPair
 from resq_rl.experiments.study.study import Study
 from resq_rl.files import write_atomic
 
@@ -39,7 +39,7 @@ def write_report(
     comparison: Comparison,
     *,
     curves: Mapping[str, Sequence[Mapping[str, float]]],
-    pair: Pair | None,
+    pair: TracedPair | None,
 ) -> Path:
     """Write `report.html` to a run's folder and return its path.
 
@@ -174,7 +174,7 @@ def inline_svg(figure: Figure, label: str, tips: Mapping[str, str] | None = None
     return text.replace("<svg", f'<svg role="{"group" if tips else "img"}" aria-label="{escape(label)}"', 1)
 
 
-def _pair(study: Study, pair: Pair) -> dict[str, Any]:
+def _pair(study: Study, pair: TracedPair) -> dict[str, Any]:
     """The two policies, their charts of BOPs by frame, and their BOPs by layer and region."""
     groups, layers = layer_rows(study.model, pair)
     return {
@@ -187,7 +187,7 @@ def _pair(study: Study, pair: Pair) -> dict[str, Any]:
     }
 
 
-def _spending_chart(pair: Pair, number: int) -> dict[str, Any]:
+def _spending_chart(pair: TracedPair, number: int) -> dict[str, Any]:
     """The chart of BOPs by frame of a clip, and how far its cursor moves for a frame, in the chart's own unit."""
     bops = [trace.bops[:MOST_FRAMES] for trace in pair.traces[number]]
     figure = plot_spending(dict(zip(pair.methods, bops, strict=True)))

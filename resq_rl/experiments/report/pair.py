@@ -16,7 +16,7 @@ from torch import Tensor
 
 from resq_rl.envs import Trace
 from resq_rl.experiments.results.methods import method_of
-from resq_rl.experiments.study.decisions import Pair
+from resq_rl.experiments.study.decisions import TracedPair
 from resq_rl.experiments.study.study import Study
 from resq_rl.quantization import ResQModel
 
@@ -35,7 +35,7 @@ SCALE_COLOURS: Final = 64
 UNIT_BITS: Final = 8
 
 
-def film(study: Study, pair: Pair) -> dict[str, Any]:
+def film(study: Study, pair: TracedPair) -> dict[str, Any]:
     """The data of the player, ready for JSON: for each clip the sheets, the bit maps and the BOPs of each frame."""
     problem = study.problem
     clips = [clip for clip, _ in zip(problem.clips, pair.traces, strict=False)]
@@ -99,14 +99,14 @@ def _costs(trace: Trace, frames: int) -> dict[str, Any]:
     }
 
 
-def _top(pair: Pair) -> float:
+def _top(pair: TracedPair) -> float:
     """End of the scale of the bit maps, in thousandths of W8A8: nearly the most expensive region of residual frames."""
     both = [trace.share[~trace.keyframe].flatten() for own in pair.traces for trace in own]
     shares = np.concatenate([part.numpy() for part in both])
     return max(1.0, 1000 * float(np.quantile(shares, TOP_QUANTILE))) if shares.size else 1000.0
 
 
-def layer_rows(model: ResQModel, pair: Pair) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def layer_rows(model: ResQModel, pair: TracedPair) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows for the layer groups and for all layers: their part of a W8A8 frame, and the BOPs that both policies spend.
 
     The BOPs of residual frames are given as a share of the layer's BOPs at W8A8, and as mean activation bits: with
@@ -155,7 +155,7 @@ def _unique(names: Sequence[str]) -> list[str]:
     return result
 
 
-def region_maps(pair: Pair) -> dict[str, Any]:
+def region_maps(pair: TracedPair) -> dict[str, Any]:
     """Mean share of W8A8 of each region in residual frames, for both policies, with the colours of one scale."""
     maps = []
     for i in (0, 1):

@@ -18,7 +18,7 @@ from resq_rl.experiments.study.study import Study
 from resq_rl.policies.tuning import Measured
 from resq_rl.quantization import cost_name
 
-__all__ = ["Pair", "comparable_pair", "decisions_figure", "trace_pair"]
+__all__ = ["TracedPair", "comparable_pair", "decisions_figure", "trace_pair"]
 
 # Accuracy lost against the float network, on a scale of 0 to 1, at which policies are worth a look.
 LEAST_LOSS, MOST_LOSS = 0.01, 0.02
@@ -27,7 +27,7 @@ TRACED_CLIPS = 3
 
 
 @dataclass(frozen=True)
-class Pair:
+class TracedPair:
     """A heuristic and a learned policy, and what each did on the first of the reported clips.
 
     Attributes:
@@ -65,7 +65,7 @@ def comparable_pair(
     return min(pairs, key=distance, default=None)
 
 
-def trace_pair(study: Study, methods: tuple[str, str], heuristic: Measured, learned: Measured) -> Pair:
+def trace_pair(study: Study, methods: tuple[str, str], heuristic: Measured, learned: Measured) -> TracedPair:
     """Run both policies over the first of the reported clips, keeping every frame.
 
     The network runs even where policies are measured from tables, which know no predictions.
@@ -77,10 +77,10 @@ def trace_pair(study: Study, methods: tuple[str, str], heuristic: Measured, lear
     split = study.settings.split
     clips = range(min(TRACED_CLIPS, len(study.problems[split])))
     traces = tuple((study.trace(heuristic[0], split, clip), study.trace(learned[0], split, clip)) for clip in clips)
-    return Pair(methods, heuristic, learned, traces)
+    return TracedPair(methods, heuristic, learned, traces)
 
 
-def decisions_figure(study: Study, pair: Pair) -> Figure:
+def decisions_figure(study: Study, pair: TracedPair) -> Figure:
     """What both policies predict, spend and choose on the first of the reported clips."""
     problem, scheme = study.problem, replace(study, base=()).scheme()
     levels = study.settings.quantization.levels

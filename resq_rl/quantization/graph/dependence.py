@@ -32,11 +32,10 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from resq_rl.errors import UnsupportedOperatorError
-from resq_rl.quantization.graph.memory import MOVES, base_name, block_of, geometry_of, written
+from resq_rl.quantization.graph.memory import MOVES, EagerMode, base_name, block_of, geometry_of, written
 from resq_rl.quantization.graph.products import FACTORS, factors_of
 
 __all__ = ["SUPPORTED", "Exposure", "Follow", "multiplies"]
@@ -57,7 +56,8 @@ _EXPOSING = ("numpy", "__array__", "__dlpack__", "data_ptr", "storage", "untyped
 # Parts of one tensor with different factors that may be added: corners of boxes and blends take two.
 _PARTS = 2
 SUPPORTED = (
-    "2-D convolution and transposed convolution with zero padding, linear layers, and products of matrices (attention)"
+    "1-D and 2-D convolution and 2-D transposed convolution with zero padding, linear layers, and products of matrices "
+    "(attention)"
 )
 
 
@@ -101,7 +101,7 @@ class _Value:
     inverse: bool = False
 
 
-class Follow(TorchDispatchMode):
+class Follow(EagerMode):
     """Follows what depends on the frame, refuses multiply-accumulates that nothing counts, and notes writes.
 
     Args:

@@ -5,9 +5,10 @@ from typing import Any
 
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["MOVES", "base_name", "block_of", "geometry_of", "written"]
+__all__ = ["MOVES", "EagerMode", "base_name", "block_of", "geometry_of", "written"]
 
 # Operators that put values elsewhere, unchanged, beside views, which share memory.
 MOVES = re.compile(
@@ -16,6 +17,14 @@ MOVES = re.compile(
     r"|reflection_pad.*|replication_pad.*|repeat|repeat_interleave|roll|rot90|.*_scatter|stack|take|take_along_dim|tril"
     r"|triu|unfold|_pad_.*)$"
 )
+
+
+class EagerMode(TorchDispatchMode):
+    """A dispatch mode around eager passes, for which PyTorch need not import its compiler: that takes seconds."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
 
 def block_of(t: Tensor) -> int:

@@ -1,7 +1,7 @@
 """The three linear operators that residual quantization knows, and what each costs.
 
-Supported: 2-D convolution (any stride, dilation, groups, depthwise; zero padding), 2-D transposed convolution and
-linear.
+Supported: 1-D and 2-D convolution (any stride, dilation, groups, depthwise; zero padding), 2-D transposed convolution
+and linear.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,14 +18,29 @@ from torch.nn import functional as F
 from resq_rl.errors import NetworkError
 from resq_rl.quantization.specification.config import LayerKind
 
-__all__ = ["Geometry", "Pair", "ResidualOperator", "Switch", "laid_out", "own_types", "products_in", "undisturbed"]
+__all__ = [
+    "Geometry",
+    "LineOperator",
+    "Pair",
+    "ResidualOperator",
+    "Switch",
+    "laid_out",
+    "own_types",
+    "products_in",
+    "undisturbed",
+]
 
 Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Kind and shape arithmetic of an operator, hashable so that its coverage maps can be cached."""
+    """Kind and shape arithmetic of an operator, hashable so that its coverage maps can be cached.
+
+    Attributes:
+        line: whether the operator is a 1-D convolution, whose input lies as an image of one row. Where in the frame the
+            row lies is not known, so one region decides for all of it.
+    """
 
     operator: Literal["conv2d", "conv_transpose2d", "linear"]
     kernel: Pair = (1, 1)
@@ -34,6 +49,7 @@ class Geometry:
     dilation: Pair = (1, 1)
     groups: int = 1
     output_padding: Pair = (0, 0)
+    line: bool = False
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The operator itself."""
@@ -223,6 +239,16 @@ class ResidualOperator(nn.Module):
     def channel_axis(self) -> int:
         """Axis of the input's channels."""
         return -1 if self.geometry.operator == "linear" else 1
+
+
+class LineOperator(ResidualOperator):
+    """The operator of a 1-D convolution, which takes (b, c, n): a linear layer of n vectors, or an image of one row."""
+
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """Run the operator as the execution in progress demands."""
+        if self.geometry.operator == "linear":
+            return super().forward(input.transpose(1, 2)).transpose(1, 2)
+        return super().forward(input.unsqueeze(2)).squeeze(2)
 
 
 def laid_out(tensors: tuple[Tensor, ...], layout: torch.memory_format) -> tuple[Tensor, ...]:

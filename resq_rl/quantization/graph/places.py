@@ -16,16 +16,16 @@ Shadows are float64 numbers, which hold such integers exactly:
 import math
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Float, Float64, Int64, Num
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from resq_rl.quantization.graph.memory import MOVES, base_name, block_of, geometry_of, written
+from resq_rl.quantization.graph.memory import MOVES, EagerMode, base_name, block_of, geometry_of, written
 from resq_rl.quantization.graph.products import FACTORS
 
 __all__ = ["Arrangement", "Places", "Tokens"]
@@ -60,7 +60,12 @@ class Tokens:
         """Tokens of which each stands for the whole frame."""
         return Tokens((1, 1), torch.zeros(count, dtype=torch.int64), known)
 
-    @property
+    @cached_property
+    def in_order(self) -> bool:
+        """Whether there is one token for each pixel, row by row."""
+        return torch.equal(self.index.cpu(), torch.arange(self.size[0] * self.size[1]))
+
+    @cached_property
     def crowd(self) -> float:
         """Most tokens on one pixel; infinite where tokens of no place lie on all of them."""
         pixels = self.size[0] * self.size[1]
@@ -68,6 +73,8 @@ class Tokens:
 
     def by_pixel(self, costs: Float[Tensor, "b 1 n"]) -> Float64[Tensor, "b h w"]:
         """The costs of tokens, summed by pixel; those of tokens without a place are shared by all pixels."""
+        if self.in_order:
+            return costs[:, 0].double().view(-1, *self.size)
         pixels = self.size[0] * self.size[1]
         index = self.index.to(costs.device)
         total = costs.new_zeros(len(costs), pixels + 1, dtype=torch.float64).index_add(1, index, costs[:, 0].double())
@@ -75,6 +82,8 @@ class Tokens:
 
     def of_pixels(self, values: Num[Tensor, "b h w"], whole: Num[Tensor, "b 1 1"]) -> Num[Tensor, "b 1 n"]:
         """The value of each token: that of its pixel, or `whole` for a token without a place."""
+        if self.in_order:
+            return values.flatten(1)[:, None]
         known = torch.cat([values.flatten(1), whole.flatten(1)], 1)
         return known[:, self.index.to(values.device)][:, None]
 
@@ -110,7 +119,7 @@ class Arrangement:
         return x.dim() > self.axis and x.movedim(self.axis, 0).shape == (clips, *shape)
 
 
-class Places(TorchDispatchMode):
+class Places(EagerMode):
     """Keeps the shadows of all tensors of a pass that depend on the frame."""
 
     def __init__(self, inputs: tuple[Tensor, ...]) -> None:
@@ -122,10 +131,10 @@ class Places(TorchDispatchMode):
         for x in inputs:
             self.begin(x)
 
-    def begin(self, t: Tensor) -> None:
+    def begin(self, t: Tensor, *, placed: bool = True) -> None:
         """Take a tensor whose first axis is that of the clips as an image (b, c, h, w), or else as of no place."""
         clips = torch.arange(len(t), dtype=torch.float64).view(-1, *[1] * (t.dim() - 1)) * _CLIP + 1
-        if t.dim() == 4:
+        if t.dim() == 4 and placed:
             h, w = t.shape[2:]
             raster = self._raster((h, w)) * _RASTER + torch.arange(h * w, dtype=torch.float64).view(1, 1, h, w)
             clips = clips + raster

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from resq_rl.quantization.graph.memory import EagerMode
 from resq_rl.quantization.specification.costs import LayerSize
 
 __all__ = ["FACTORS", "ProductCalls", "ProductSite", "decomposed", "factors_of", "product_macs"]
@@ -90,7 +90,7 @@ def decomposed() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-class ProductCalls(TorchDispatchMode):
+class ProductCalls(EagerMode):
     """Hands the calls of operators of `FACTORS` to `execute`, which returns the product."""
 
     def __init__(self, execute: Callable[[OpOverload, Any, Any], Tensor]) -> None:

@@ -153,7 +153,7 @@ def _located(network: nn.Module, switch: Switch, inputs: tuple[Tensor, ...]) -> 
             arrangement = places.arrangement(x, clips)
             places.linear(x, y)
         else:
-            places.begin(y)
+            places.begin(y, placed=not operator.geometry.line)
         known = None if arrangement is None else places.tokens(x, arrangement, clips)
         found.append((arrangement, known or Tokens.nowhere(1)))
         places.inside = False

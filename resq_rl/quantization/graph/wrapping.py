@@ -2,32 +2,30 @@
 
 A module's convolutions, transposed convolutions and linear layers stay where they are and call an operator, after
 BatchNorm has been folded into them; in the graph of an exported program the same operators are replaced node by node.
+A convolution along one axis is a linear layer of its vectors if it has one tap, and else a convolution of an image of
+one row. The projections of `nn.MultiheadAttention` are linear layers (`attention`).
 Products of matrices stay as they are (`products`); whatever else multiplies and accumulates is refused by name
 (`dependence`).
 """
 
-import copy
 import re
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import HigherOrderOperator, OpOverload
-from torch.nn.utils import parametrize, prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
-from torch.utils._pytree import tree_leaves
 
 from resq_rl.errors import NetworkError, UnsupportedOperatorError
+from resq_rl.quantization.graph.attention import divide_attention
+from resq_rl.quantization.graph.copying import program_graphs
 from resq_rl.quantization.graph.dependence import SUPPORTED, multiplies
-from resq_rl.quantization.graph.operators import Geometry, ResidualOperator, Switch
+from resq_rl.quantization.graph.operators import Geometry, LineOperator, ResidualOperator, Switch
 
-__all__ = ["copy_of", "fold_batch_norm", "insert_operators"]
+__all__ = ["fold_batch_norm", "insert_operators"]
 
-_Module = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
-_LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+_Module = nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d | nn.Linear
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 
 def fold_batch_norm(network: nn.Module) -> list[str]:
@@ -36,7 +34,7 @@ def fold_batch_norm(network: nn.Module) -> list[str]:
     Returns:
         Names of BatchNorm layers that could not be folded; they run in float on the layers' sums.
     """
-    unfolded = [name for prefix, graph in _program_graphs(network) for name in _fold_graph(prefix, graph)]
+    unfolded = [name for prefix, graph in program_graphs(network) for name in _fold_graph(prefix, graph)]
     names = [n for n, m in network.named_modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
     if not names:
         return unfolded
@@ -84,14 +82,16 @@ def insert_operators(network: nn.Module, switch: Switch) -> None:
     layers = {m: n for n, m in network.named_modules() if isinstance(m, _LAYERS)}
     for layer, name in layers.items():
         _from_module(name, layer, switch).attach(layer)
-    count = len(layers) + sum(_replace_nodes(prefix, graph, switch) for prefix, graph in _program_graphs(network))
+    divide_attention(network, switch)
+    count = len(layers) + sum(_replace_nodes(prefix, graph, switch) for prefix, graph in program_graphs(network))
     if count == 0:
         raise NetworkError(f"{type(network).__name__} has no layer to quantize: it needs at least one of {SUPPORTED}.")
 
 
 def _from_module(name: str, module: _Module, switch: Switch) -> ResidualOperator:
     own = type(module).forward not in [kind.forward for kind in _LAYERS]
-    own |= isinstance(module, nn.Conv2d) and type(module)._conv_forward is not nn.Conv2d._conv_forward
+    for convolution in (nn.Conv1d, nn.Conv2d):
+        own |= isinstance(module, convolution) and type(module)._conv_forward is not convolution._conv_forward
     if own or "forward" in vars(module):
         raise UnsupportedOperatorError(
             f"Layer {name!r} ({type(module).__name__}) has a forward of its own, so its operator cannot be replaced. "
@@ -104,17 +104,37 @@ def _from_module(name: str, module: _Module, switch: Switch) -> ResidualOperator
             f"Layer {name!r} pads with {module.padding_mode!r}; the residual path knows zero padding only. "
             "Pad outside the layer (nn.ReflectionPad2d and the like) and set padding=0."
         )
-    transposed = isinstance(module, nn.ConvTranspose2d)
-    geometry = _geometry(
-        "conv_transpose2d" if transposed else "conv2d",
-        module.weight,
-        module.stride,
-        module.padding,
-        module.dilation,
-        module.groups,
-        module.output_padding,
-    )
+    settings = (module.stride, module.padding, module.dilation, module.groups)
+    if isinstance(module, nn.Conv1d):
+        return _along_line(name, module.weight, module.bias, switch, *settings)
+    kind = "conv_transpose2d" if isinstance(module, nn.ConvTranspose2d) else "conv2d"
+    geometry = _geometry(kind, module.weight, *settings, module.output_padding)
     return ResidualOperator(name, geometry, module.weight, module.bias, switch)
+
+
+def _along_line(
+    name: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    switch: Switch,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> LineOperator:
+    """The operator of a 1-D convolution with weight (out, in / groups, taps)."""
+    stride, dilation = _pair(stride)[1], _pair(dilation)[1]
+    if padding == "same":
+        total = dilation * (weight.shape[2] - 1)
+        sides = (total // 2, total - total // 2, 0, 0)
+    else:
+        side = 0 if padding == "valid" else _pair(padding)[1]
+        sides = (side, side, 0, 0)
+    if weight.shape[2] == 1 and (stride, sides, groups) == (1, (0, 0, 0, 0), 1):
+        return LineOperator(name, Geometry("linear"), weight[:, :, 0], bias, switch)
+    kernel = (1, weight.shape[2])
+    geometry = Geometry("conv2d", kernel, (1, stride), sides, (1, dilation), int(groups), line=True)
+    return LineOperator(name, geometry, weight[:, :, None], bias, switch)
 
 
 def _geometry(
@@ -159,6 +179,8 @@ def _replace_everywhere(network: nn.Module, old: nn.Module, new: nn.Module) -> N
 
 _ATEN = torch.ops.aten
 _OPERATORS: dict[Any, str] = {
+    _ATEN.conv1d.default: "conv1d",
+    _ATEN.conv1d.padding: "conv1d",
     _ATEN.conv2d.default: "conv2d",
     _ATEN.conv2d.padding: "conv2d",
     _ATEN.conv_transpose2d.input: "conv_transpose2d",
@@ -174,20 +196,11 @@ _PRODUCTS = re.compile(
     r"|scaled_dot_product_attention)$"
 )
 _ARGUMENTS = {
+    "conv1d": ("stride", "padding", "dilation", "groups"),
     "conv2d": ("stride", "padding", "dilation", "groups"),
     "conv_transpose2d": ("stride", "padding", "output_padding", "groups", "dilation"),
     "convolution": ("stride", "padding", "dilation", "transposed", "output_padding", "groups"),
 }
-
-
-def _program_graphs(network: nn.Module) -> list[tuple[str, fx.GraphModule]]:
-    """The graphs of exported programs in a network, with the prefix of their nodes' names: itself, or parts of it."""
-    return [
-        (f"{name}." if name else "", module)
-        for name, module in network.named_modules()
-        if isinstance(module, fx.GraphModule)
-        and any(isinstance(node.target, OpOverload | HigherOrderOperator) for node in module.graph.nodes)
-    ]
 
 
 def _replace_nodes(prefix: str, network: fx.GraphModule, switch: Switch) -> int:
@@ -263,6 +276,9 @@ def _from_node(name: str, network: fx.GraphModule, node: fx.Node, switch: Switch
     }
     if kind == "convolution":
         kind = "conv_transpose2d" if settings.pop("transposed") else "conv2d"
+    if found.dim() == 3 and kind != "conv_transpose2d":
+        settings.pop("output_padding", None)
+        return _along_line(name, found, bias, switch, **settings)
     if found.dim() != 4:
         raise UnsupportedOperatorError(f"Node {name!r} is a {found.dim() - 2}-D convolution. Supported: {SUPPORTED}.")
     return ResidualOperator(name, _geometry(kind, found, **settings), found, bias, switch)
@@ -316,80 +332,3 @@ def _fold_graph(prefix: str, network: fx.GraphModule) -> list[str]:
     network.graph.eliminate_dead_code()
     network.recompile()
     return unfolded
-
-
-def copy_of(network: nn.Module, device: torch.device) -> nn.Module:
-    """A frozen copy in evaluation mode, weights as plain tensors; programs keep the mode they were exported in.
-
-    Args:
-        network: any network; it may carry gradients, pruned weights and parametrizations.
-        device: where the frames lie; programs that make tensors elsewhere make them there.
-
-    Raises:
-        NetworkError: the network cannot be copied, is a TorchScript module, or lies on another device.
-    """
-    for name, module in network.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise NetworkError(
-                f"{name or type(network).__name__!r} is a TorchScript module, whose layers cannot be replaced. Give "
-                "the original module, or export it: torch.export.export(module, (example,)).module()."
-            )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch's own, from copying a program's tree of outputs
-            duplicate = copy.deepcopy(network, _computed(network))
-    except Exception as error:
-        raise NetworkError(
-            f"{type(network).__name__} cannot be copied: {error}. Remove what it holds besides layers and tensors "
-            "(locks, open files, generators), or export it."
-        ) from error
-    try:
-        duplicate.eval()
-    except NotImplementedError:  # modules of exported programs have no mode to switch, and stop those after them
-        for module in duplicate.modules():
-            module.training = False
-    for module in list(duplicate.modules()):
-        _settle(module)
-    elsewhere = {f"{t.device}" for t in [*duplicate.parameters(), *duplicate.buffers()] if t.device != device}
-    if elsewhere:
-        raise NetworkError(
-            f"{type(network).__name__} has tensors on {', '.join(sorted(elsewhere))}, the example lies on {device}: "
-            "move one of them."
-        )
-    for _, graph in _program_graphs(duplicate):
-        _move(graph, device)
-    return duplicate.requires_grad_(False)
-
-
-def _computed(network: nn.Module) -> dict[int, Any]:
-    """Copies of tensors that belong to a graph of gradients, by identity: `copy.deepcopy` refuses to copy them."""
-    held = [value for module in network.modules() for value in tree_leaves(list(vars(module).values()))]
-    held += network.buffers()
-    return {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and t.grad_fn is not None}
-
-
-def _settle(module: nn.Module) -> None:
-    """Turn weights that are computed from others (pruned, normalised, parametrized) into plain ones."""
-    for hook in list(module._forward_pre_hooks.values()):
-        if isinstance(hook, prune.BasePruningMethod):
-            prune.remove(module, hook._tensor_name)
-        elif isinstance(hook, WeightNorm):
-            nn.utils.remove_weight_norm(module, hook.name)
-        elif isinstance(hook, SpectralNorm):
-            nn.utils.remove_spectral_norm(module, hook.name)
-    if parametrize.is_parametrized(module):  # the class stays alone, which copies of the module share
-        parametrizations: Any = module.parametrizations
-        values = {name: getattr(module, name).detach().clone() for name in parametrizations}
-        module.__class__ = parametrize.type_before_parametrizations(module)
-        del module.parametrizations
-        for name, value in values.items():
-            setattr(module, name, nn.Parameter(value, requires_grad=False))
-
-
-def _move(graph: fx.GraphModule, device: torch.device) -> None:
-    """Make a program that was exported on another device create its tensors on `device`."""
-    moved = [node for node in graph.graph.nodes if node.kwargs.get("device", device) not in (device, None)]
-    for node in moved:
-        node.kwargs = node.kwargs | {"device": device}
-    if moved:
-        graph.recompile()

@@ -149,7 +149,12 @@ class Skipping:
 
     Codes lie in memory that this object keeps and that holds zeros between uses, so that codes of 0 need not be
     written.
+
+    Attributes:
+        enabled: whether tiles are sought at all; else every convolution runs whole.
     """
+
+    enabled = True
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._find, self._gather = Function(library, "find"), Function(library, "gather")
@@ -216,6 +221,8 @@ class Skipping:
         Args:
             dense: adds the product of codes, the first argument, to the second.
         """
+        if not self.enabled:
+            return Plan(None, 0)
         key = product.geometry, product.codes.shape, product.precision, shape, torch.get_num_threads()
         if key not in self._plans:
             tiling = tiling_of(product.geometry, shape[0], (shape[2], shape[3]))

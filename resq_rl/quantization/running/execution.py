@@ -236,6 +236,10 @@ class Execution:
 
     def _carried_to(self, plan: SitePlan, size: Pair) -> tuple[Tensor | None, Tensor]:
         """For an image of `size` or for tokens, thresholds and their rows in residual tables; or None and levels."""
+        if plan.site.operator.geometry.line:
+            tau, index = self._at(plan, (1, 1))
+            spread = None if tau is None else tau.expand(-1, *size).contiguous()
+            return spread, index.expand(-1, *size).contiguous()
         if plan.site.operator.channel_axis == 1:
             return self._at(plan, size)
         tokens = plan.site.tokens

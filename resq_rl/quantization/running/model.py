@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 
 from resq_rl.errors import CalibrationError, NetworkError, SettingsError
 from resq_rl.quantization.graph.behaviour import Behaviour, kept_random_state, probe_clips
+from resq_rl.quantization.graph.copying import copy_of
 from resq_rl.quantization.graph.groups import layer_groups
 from resq_rl.quantization.graph.operators import ResidualOperator, Switch, laid_out, own_types, undisturbed
 from resq_rl.quantization.graph.products import ProductCalls, decomposed
 from resq_rl.quantization.graph.tracing import AnySite, Site, trace
-from resq_rl.quantization.graph.wrapping import copy_of, fold_batch_norm, insert_operators
+from resq_rl.quantization.graph.wrapping import fold_batch_norm, insert_operators
 from resq_rl.quantization.kernels.compiled import native
 from resq_rl.quantization.kernels.plain import PLAIN, Kernels
 from resq_rl.quantization.quantizers.quantizer import symmetric_limit
@@ -32,7 +34,7 @@ from resq_rl.quantization.running.plans import ProductPlan, SitePlan, plan_site
 from resq_rl.quantization.running.state import StreamState
 from resq_rl.quantization.running.unrolled import UnrolledExecution
 from resq_rl.quantization.specification.config import LayerKind, Part, QuantizationConfig, Reference
-from resq_rl.quantization.specification.costs import CostTable, mac_cost
+from resq_rl.quantization.specification.costs import Convention, CostTable, mac_cost
 from resq_rl.quantization.specification.fields import Field
 from resq_rl.quantization.specification.inputs import Inputs, as_tuple, float_frames
 from resq_rl.quantization.specification.ledger import FrameCost
@@ -116,8 +118,12 @@ class ResQModel:
 
     @property
     def unplaced(self) -> list[str]:
-        """Names of linear layers of whose tokens the place in the frame could not be traced: one region decides."""
-        return list(dict.fromkeys(site.name for site in self.layers if not site.tokens.known))
+        """Names of layers of whose input the place in the frame could not be traced: one region decides.
+
+        They are linear layers over tokens, and 1-D convolutions of more than one tap.
+        """
+        hidden = (site.name for site in self.layers if not site.tokens.known or site.operator.geometry.line)
+        return list(dict.fromkeys(hidden))
 
     @property
     def operators(self) -> list[ResidualOperator]:
@@ -371,6 +377,17 @@ class ResQModel:
         return output, cost
 
     # Cost ------------------------------------------------------------------------------------------------------------
+
+    def priced(self, cost: Convention | CostTable) -> "ResQModel":
+        """This model under another cost; both share the network, its calibration and what calibrates it later.
+
+        Raises:
+            SettingsError: the cost table lacks a width or a kind of layer.
+        """
+        other = copy(self)
+        other.config = replace(self.config, bops_convention=cost)
+        other._plan()
+        return other
 
     def reference_bops(self, weight_bits: int = 8, activation_bits: int = 8) -> float:
         """BOPs of one frame with every operator at the given widths (W8A8 by default), at the example's resolution.

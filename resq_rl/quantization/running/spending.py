@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,15 +42,16 @@ def frame_bops(
     for position, plan in enumerate(plans):
         if isinstance(plan, ProductPlan):
             bops[:, position] = plan.cost / (grid[0] * grid[1])
-    alike: dict[tuple[Pair, torch.dtype], list[tuple[int, SitePlan, _Pooling]]] = {}  # sites that are summed together
+    alike: dict[tuple[Any, ...], list[tuple[int, SitePlan, _Pooling]]] = {}  # sites that are summed together
     for position, cost_map in maps.items():
         plan, size = plans[position], (cost_map.shape[1], cost_map.shape[2])
         assert isinstance(plan, SitePlan)
         crowd = 1.0 if plan.site.operator.channel_axis == 1 else plan.site.tokens.crowd
-        pooling = _pooling(plan.site.operator.geometry, size, grid, _highest(plan.costs) * crowd)
-        alike.setdefault((size, pooling.columns.dtype), []).append((position, plan, pooling))
+        geometry = plan.site.operator.geometry
+        pooling = _pooling(geometry, size, grid, _highest(plan.costs) * crowd)
+        alike.setdefault((pooling.columns.dtype, size, geometry.line), []).append((position, plan, pooling))
     rest = torch.nonzero(~refresh)
-    for (_, exact), members in alike.items():
+    for (exact, *_), members in alike.items():
         positions, own, poolings = zip(*members, strict=True)
         costs = torch.stack([maps[position] for position in positions], 1).cpu()
         spent = costs.to(exact) * torch.stack([pooling.coverage for pooling in poolings]).to(exact)
@@ -94,6 +96,9 @@ def _pooling(geometry: Geometry, size: Pair, grid: Pair, highest: float) -> _Poo
     whole = size[1] >= grid[1]  # no pixel is shared between columns of regions
     small = size[1] * float(coverage.max()) * highest < EXACT_SUMS
     exact = torch.float32 if whole and small else torch.float64
+    if geometry.line:  # at no place of the frame: all regions share its cost
+        rows = torch.full((grid[0], size[0]), 1 / grid[0], dtype=torch.float64)
+        return _Pooling(coverage, rows, torch.full((size[1], grid[1]), 1 / grid[1], dtype=torch.float64))
     rows, columns = _exact_share(size[0], grid[0]), _exact_share(size[1], grid[1]).T.contiguous()
     return _Pooling(coverage, rows, columns.to(exact))
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from resq_rl.errors import VideoError
-from resq_rl.video.assembly import Decoded, cut_clips
+from resq_rl.video.assembly import ClipFrames, Decoded, check_clip_frames, clip_length, cut_clips
 from resq_rl.video.clip import Clip, Split, check_split
 from resq_rl.video.datasets.tracking import follow
 from resq_rl.video.datasets.tree import below, require
@@ -113,10 +113,11 @@ class LabelledVideo(ABC):
 
     dataset: ClassVar[str]  # its name, and how its entries are spelled, for messages
     spelling: ClassVar[str]
-    counts: ClassVar[tuple[str, ...]] = ("clip_frames",)  # settings that are numbers of 1 or more
+    counts: ClassVar[tuple[str, ...]] = ()  # settings that are numbers of 1 or more
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "size", self.framing.size)
+        check_clip_frames(self._clip_frames, self._reader)
         for name in self.counts:
             check_count(getattr(self, name), name, self._reader)
         check_disjoint(self._parts(), self._reader)
@@ -144,8 +145,8 @@ class LabelledVideo(ABC):
                 f"{self._reader} has no split {split} in {self._root}: found {listed(s for s in parts if parts[s])}. "
                 f"Add it to splits, with entries such as {self.spelling}."
             )
-        clip_frames = getattr(self, "clip_frames", None)
-        return [clip for one in self._recordings(parts[split]) for clip in one.clips(self.framing, clip_frames)]
+        length = clip_length(self._clip_frames, split)
+        return [clip for one in self._recordings(parts[split]) for clip in one.clips(self.framing, length)]
 
     @abstractmethod
     def _published(self) -> dict[Split, list[Part]]:
@@ -162,6 +163,10 @@ class LabelledVideo(ABC):
     @property
     def _reader(self) -> str:
         return type(self).__name__
+
+    @property
+    def _clip_frames(self) -> ClipFrames:
+        return getattr(self, "clip_frames", None)
 
     @property
     def _root(self) -> Path:

@@ -9,6 +9,7 @@ from statistics import median
 from typing import ClassVar, Final
 
 from resq_rl.errors import VideoError
+from resq_rl.video.assembly import ClipFrames
 from resq_rl.video.clip import IGNORE, Split
 from resq_rl.video.datasets.base import LabelledVideo, Recording
 from resq_rl.video.images import image_paths, map_labels, read_labels
@@ -60,6 +61,7 @@ class CamVidVideo(LabelledVideo):
             their own; None for the frames'.
         frames: most frames taken from each drive; None for all.
         clip_frames: cuts each clip into clips of this many frames, and drops a shorter rest; None leaves them whole.
+            Or lengths by split, such as {train: 48}.
 
     Raises:
         SettingsError: a setting out of its range.
@@ -68,11 +70,11 @@ class CamVidVideo(LabelledVideo):
 
     label_size: tuple[int, int] | None = None
     frames: int | None = None
-    clip_frames: int | None = None
+    clip_frames: ClipFrames = None
 
     dataset: ClassVar[str] = "CamVid"
     spelling: ClassVar[str] = "FOLDER (for FOLDER and FOLDERannot), FOLDER/DRIVE or FOLDER/DRIVE[start:stop]"
-    counts: ClassVar[tuple[str, ...]] = ("frames", "clip_frames")
+    counts: ClassVar[tuple[str, ...]] = ("frames",)
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from resq_rl.errors import SettingsError, VideoError
+from resq_rl.video.assembly import ClipFrames
 from resq_rl.video.clip import IGNORE, Split
 from resq_rl.video.datasets.base import LabelledVideo, Recording, held_out
 from resq_rl.video.datasets.tracking import object_box
@@ -45,7 +46,7 @@ class DavisVideo(LabelledVideo):
         resolution: folder name below `JPEGImages` and `Annotations`.
         frames: most frames taken from each sequence; None for all.
         clip_frames: cuts each sequence into clips of this many frames, and drops a shorter rest; None for one
-            clip.
+            clip. Or lengths by split, such as {train: 48}.
         fps: frames per second of the dataset.
 
     Raises:
@@ -60,12 +61,12 @@ class DavisVideo(LabelledVideo):
     year: int | None = None
     resolution: str = "480p"
     frames: int | None = None
-    clip_frames: int | None = None
+    clip_frames: ClipFrames = None
     fps: float = 24.0
 
     dataset: ClassVar[str] = "DAVIS"
     spelling: ClassVar[str] = "SEQUENCE or SEQUENCE[start:stop]"
-    counts: ClassVar[tuple[str, ...]] = ("frames", "clip_frames", "objects", "crop_thickness")
+    counts: ClassVar[tuple[str, ...]] = ("frames", "objects", "crop_thickness")
 
     def __post_init__(self) -> None:
         if self.year not in (None, 2016, 2017):

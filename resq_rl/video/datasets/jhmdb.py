@@ -60,6 +60,7 @@ class JHMDBVideo(PointVideo):
         crop: height of a window around the joints as a multiple of theirs, such as 1.3; it follows them smoothly and
             repeats the edge of frames that it leaves. None for full frames.
         clip_frames: cuts each video into clips of this many frames, and drops a shorter rest; None for one clip.
+            Or lengths by split, such as {train: 48}.
 
     Raises:
         SettingsError: a setting out of its range.

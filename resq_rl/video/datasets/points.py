@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from resq_rl.errors import SettingsError
+from resq_rl.video.assembly import ClipFrames
 from resq_rl.video.datasets.base import LabelledVideo
 from resq_rl.video.framing import Framing
 from resq_rl.video.images import Box
@@ -24,11 +25,12 @@ class PointVideo(LabelledVideo):
         points: names of the points wanted, in that order; None for all of them.
         crop: height of a window that follows the person, as a multiple of the person's; None for whole frames.
         clip_frames: cuts a person's frames into clips of this many, and drops a shorter rest; None for one clip.
+            Or lengths by split, such as {train: 48}.
     """
 
     points: Sequence[str] | None = None
     crop: float | None = None
-    clip_frames: int | None = None
+    clip_frames: ClipFrames = None
 
     names: ClassVar[tuple[str, ...]]  # of all points of the dataset
 

@@ -57,6 +57,7 @@ class PoseTrackVideo(PointVideo):
         crop: height of the window as a multiple of the person's; it follows them smoothly and repeats the edge of
             frames that it leaves.
         clip_frames: cuts each person's frames into clips of this many, and drops a shorter rest; None for one clip.
+            Or lengths by split, such as {train: 48}.
         annotations: folder of the annotations below `root`; `posetrack_data` for PoseTrack21.
         fps: frames per second, which the dataset does not tell.
 
@@ -73,7 +74,7 @@ class PoseTrackVideo(PointVideo):
 
     dataset: ClassVar[str] = "PoseTrack"
     spelling: ClassVar[str] = "SET, SET/SEQUENCE or SET/SEQUENCE[start:stop]"
-    counts: ClassVar[tuple[str, ...]] = ("people", "clip_frames")
+    counts: ClassVar[tuple[str, ...]] = ("people",)
     names: ClassVar[tuple[str, ...]] = _POINTS
 
     def _published(self) -> dict[Split, list[Part]]:

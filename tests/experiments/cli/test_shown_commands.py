@@ -71,9 +71,10 @@ SMALL_VIDEO = {
     "DavisVideo": ["video.frames=3"],
     "CamVidVideo": ["video.frames=2"],
     "WarpedVideo": ["+video.source.frames=2", "video.train=1", "video.validation=1", "video.frames=2"],
+    "JoinedVideo": [],
     "CityscapesVideo": ["video.before=2", "video.size=[64,128]"],
 }
-REAL_DATA = ("selfie_", "_davis", "camvid")
+REAL_DATA = ("selfie_", "_davis", "camvid", "still_camera")
 ALONE = {"evaluate": "Which policy?"}  # commands that running text names, and what they ask for when run like that
 
 

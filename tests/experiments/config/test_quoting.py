@@ -51,10 +51,27 @@ def read(override: str) -> Any:
     return parsed.value()
 
 
+def composed(*overrides: str) -> Any:
+    with initialize_config_module("resq_rl.configs", version_base="1.3"):
+        config = compose("train", list(overrides), return_hydra_config=True)
+    with open_dict(config):
+        config.hydra.job.name = "train"
+    return config
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_is_written_so_that_it_comes_back(name: str) -> None:
     assert read(assignment("results", name)) == name
-    assert load_settings("train", [assignment("policy", name)]).policy == name
+    config = composed(assignment("policy", name), assignment("results", name))
+    assert config.policy == name
+    assert str(config.hydra.run.dir).startswith(f"{name}/train/")
+    assert config.tables == f"{name}/tables"
+
+
+def test_runs_of_an_experiment_go_to_a_folder_of_its_name() -> None:
+    config = composed(assignment("results", "a b"), "+experiment=camvid_network")
+    assert str(config.hydra.run.dir).startswith("a b/camvid_network")
+    assert config.tables == "a b/tables"
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1))
@@ -63,17 +80,6 @@ def test_a_name_is_written_so_that_it_comes_back(name: str) -> None:
 def test_any_text_is_written_so_that_it_comes_back(text: str) -> None:
     if "${" not in text:
         assert read(assignment("results", text)) == text
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_results_go_to_the_folder_that_was_named(name: str) -> None:
-    with initialize_config_module("resq_rl.configs", version_base="1.3"):
-        for overrides, last in ([], "train/"), (["+experiment=camvid_network"], "camvid_network"):
-            config = compose("train", [assignment("results", name), *overrides], return_hydra_config=True)
-            with open_dict(config):
-                config.hydra.job.name = "train"
-            assert str(config.hydra.run.dir).startswith(f"{name}/{last}")
-            assert config.tables == f"{name}/tables"
 
 
 @pytest.mark.parametrize(

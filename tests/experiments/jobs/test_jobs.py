@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,16 @@ import av
 import pytest
 import torch
 
+from resq_rl.envs import ActionScheme
 from resq_rl.experiments.cli.app import main
 from resq_rl.experiments.results.comparison import Comparison
-from resq_rl.perception import load_weights
+from resq_rl.perception import compact_ddrnet, load_weights
 from resq_rl.perception.compact_networks import CompactDDRNet
 from resq_rl.policies import LearnedPolicy
-from resq_rl.quantization import ResQModel
+from resq_rl.quantization import ResQModel, save_model
 from resq_rl.sealed import Checkpoints
-from tests.envs.problems import moving_frames
+from tests.envs.problems import moving_frames, tiny_network
+from tests.policies.test_learned import made
 
 TINY = [
     "tracking=disabled",
@@ -42,13 +45,15 @@ TINY = [
     "quantization.calibration_clips=2",
     "quantization.weight_rounding=nearest",
 ]
+# Of few layers, because a job takes almost all its time in Python between them. It is code of the tests, to be trusted.
+NETWORK = ["model=custom", "model._target_=tests.envs.problems.tiny_network", "+model.classes=6", "trusted=true"]
 BOUND = ["heuristic.clairvoyant_points=2", "heuristic.clairvoyant_horizon=2", "heuristic.searches=[greedy,gradient]"]
 STAGES = ("checkpoints", "keyframes")
 
 
-def run(tmp_path: Path, command: str, *overrides: str) -> Path:
+def run(tmp_path: Path, command: str, *overrides: str, network: Sequence[str] = NETWORK) -> Path:
     """Run a command in a results folder of its own; returns the newest run folder."""
-    code = main([command, *TINY, f"results={tmp_path}", *overrides])
+    code = main([command, *TINY, *network, f"results={tmp_path}", *overrides])
     assert code == 0
     return max((tmp_path / command).iterdir(), key=lambda p: p.stat().st_mtime)
 
@@ -99,7 +104,7 @@ def test_the_bound_of_regions_spans_the_range_of_lambda(compared: Path) -> None:
 
 def test_gradient_thresholds_are_of_layers_and_tried_at_the_intervals(compared: Path) -> None:
     points = Comparison.read(compared / "comparison.json").fronts["gradient_thresholds"]
-    layers = len(ResQModel(CompactDDRNet(), torch.zeros(1, 3, 32, 48)).sites)
+    layers = len(ResQModel(tiny_network(), torch.zeros(1, 3, 32, 48)).sites)
     assert points
     for settings in (point.settings for point in points):
         assert len(settings["taus"]) == layers
@@ -158,16 +163,16 @@ def test_compare_measures_policies_of_another_run(compared: Path, tmp_path: Path
 
 
 def test_evaluate_without_a_policy_says_what_to_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", *TINY, f"results={tmp_path}"]) == 2
+    assert main(["evaluate", *TINY, *NETWORK, f"results={tmp_path}"]) == 2
     assert "policy=FOLDER" in capsys.readouterr().err
-    assert main(["evaluate", *TINY, f"results={tmp_path}", f"policy={tmp_path}/none"]) == 2
+    assert main(["evaluate", *TINY, *NETWORK, f"results={tmp_path}", f"policy={tmp_path}/none"]) == 2
     assert "policy.json" in capsys.readouterr().err
 
 
 def test_compare_looks_for_given_policies_before_anything_is_computed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["compare", *TINY, f"results={tmp_path}", f"policy={tmp_path}/none"]) == 2
+    assert main(["compare", *TINY, *NETWORK, f"results={tmp_path}", f"policy={tmp_path}/none"]) == 2
     error = capsys.readouterr().err
     assert "No policy in" in error
     assert "reading video" not in error
@@ -191,7 +196,7 @@ def test_training_resumes_from_its_checkpoints(tmp_path: Path, capsys: pytest.Ca
     capsys.readouterr()
     assert main(["train", f"training.resume={first}", "training.frames=120"]) == 2
     assert "was begun with training.frames=60 and cannot go on with 120" in capsys.readouterr().err
-    other = ["train", *TINY, "video.speed=2.0", f"results={tmp_path}", f"training.resume={first}"]
+    other = ["train", *TINY, *NETWORK, "video.speed=2.0", f"results={tmp_path}", f"training.resume={first}"]
     assert main(other) == 2
     assert "has other settings of video" in capsys.readouterr().err
     assert "speed: 2.0" not in (first / "config.yaml").read_text()
@@ -250,10 +255,21 @@ def test_ppo_trains_on_every_environment(tmp_path: Path, environment: str, agent
     assert all(curve[-1]["frames"] >= 40 for curve in summary["curves"].values())
 
 
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy's folder for the network that ships with the package."""
+    folder = tmp_path_factory.mktemp("deployed")
+    model = ResQModel(compact_ddrnet(), torch.zeros(1, 3, 32, 48)).calibrate([moving_frames(4)])
+    scheme = ActionScheme("region_thresholds", "region", len(model.groups), (2, 3), levels=len(model.config.levels))
+    made(scheme, frame_size=(32, 48), network=model.groups).save(folder)
+    save_model(model, folder)
+    return folder
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/deploy.md"])
 def test_what_is_shown_of_a_runner_runs(
     page: str,
-    compared: Path,
+    deployed: Path,
     root: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -261,7 +277,7 @@ def test_what_is_shown_of_a_runner_runs(
 ) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (root / page).read_text(encoding="utf-8"), re.DOTALL)
     (shown,) = [block for block in blocks if "Runner" in block]
-    (tmp_path / "policy").symlink_to(compared / "seed0")
+    (tmp_path / "policy").symlink_to(deployed)
     write_video(tmp_path / "drive.mp4", frames=3)
     monkeypatch.chdir(tmp_path)
     exec(shown, {})
@@ -273,7 +289,17 @@ def test_what_is_shown_of_a_runner_runs(
 def test_a_comparisons_policy_runs_from_its_folder_alone(compared: Path, tmp_path: Path) -> None:
     video = write_video(tmp_path / "drive.mp4", frames=3)
     assert (
-        main(["run", "tracking=disabled", "threads=1", f"results={tmp_path}", f"policy={compared}", f"source={video}"])
+        main(
+            [
+                "run",
+                "tracking=disabled",
+                "threads=1",
+                "trusted=true",
+                f"results={tmp_path}",
+                f"policy={compared}",
+                f"source={video}",
+            ]
+        )
         == 0
     )
     (folder,) = (tmp_path / "run").iterdir()
@@ -297,12 +323,14 @@ VOS = ["video=generated_objects", "model=mask_propagation", "task=mask_propagati
 
 def test_masks_are_trained_for_propagated_and_compared(tmp_path: Path) -> None:
     few = ["pretraining.steps=4", "pretraining.batch=2", "pretraining.validate_every=2"]
-    trained = run(tmp_path, "pretrain", *VOS, "model.pretrained=false", "model.width=8", *few)
+    trained = run(tmp_path, "pretrain", *VOS, "model.pretrained=false", "model.width=8", *few, network=())
     assert json.loads((trained / "summary.json").read_text())["metric"] == "J&F"
     own = [*VOS, "model.width=8", f"model.weights={trained / 'weights.safetensors'}", "training.seeds=[0]"]
     quick = ["training.frames=40", "heuristic.taus=[0.5]", "heuristic.searches=[]", "heuristic.other_kappas=[]"]
     quick += ["quantization.weight_rounding=nearest", "quantization.calibration_clips=1", "training.warm_start=none"]
-    comparison = Comparison.from_json((run(tmp_path, "compare", *own, *quick) / "comparison.json").read_text())
+    comparison = Comparison.from_json(
+        (run(tmp_path, "compare", *own, *quick, network=()) / "comparison.json").read_text()
+    )
     assert (comparison.task, comparison.accuracy_metric) == ("maskpropagation", "J&F")
     assert comparison.fronts["ppo"]
     assert all(0 <= point.accuracy <= 1 for points in comparison.fronts.values() for point in points)
@@ -316,6 +344,7 @@ def test_pretrain_writes_weights_that_load(tmp_path: Path) -> None:
         "pretraining.steps=4",
         "pretraining.batch=2",
         "pretraining.validate_every=2",
+        network=(),
     )
     network = CompactDDRNet()
     load_weights(network, folder / "weights.safetensors")
@@ -356,7 +385,7 @@ def test_a_policy_learned_by_gradients_is_compared_and_runs_on(
     again = Comparison.read(run(tmp_path / "b", "compare", f"policy={folder}", *FEW[1:]) / "comparison.json")
     assert again.fronts["gradient_policy"]
     capsys.readouterr()
-    assert main(["evaluate", *TINY, f"results={tmp_path}", f"policy={folder}"]) == 0
+    assert main(["evaluate", *TINY, *NETWORK, f"results={tmp_path}", f"policy={folder}"]) == 0
 
 
 def test_ppo_begins_at_gradient_thresholds(tmp_path: Path) -> None:

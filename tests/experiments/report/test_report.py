@@ -26,7 +26,7 @@ from resq_rl.experiments.results.comparison import BdEntry, Comparison
 from resq_rl.experiments.results.fronts import points_of
 from resq_rl.experiments.results.methods import method_of
 from resq_rl.experiments.runs.record import RunRecord
-from resq_rl.experiments.study.decisions import Pair, trace_pair
+from resq_rl.experiments.study.decisions import TracedPair, trace_pair
 from resq_rl.experiments.study.study import Study, build_study
 from resq_rl.policies import DynamicResQ, PerFrame, StaticResQ
 from resq_rl.video import Clip
@@ -46,18 +46,18 @@ def study() -> Study:
     return build_study(load_settings("compare", TINY), ["train", "test"])
 
 
-def pair_of(study: Study, heuristic: Policy, learned: Policy) -> Pair:
+def pair_of(study: Study, heuristic: Policy, learned: Policy) -> TracedPair:
     measured = [(policy, study.measure(policy, "test")) for policy in (heuristic, learned)]
     return trace_pair(study, ("dynamic_resq", "ppo"), measured[0], measured[1])
 
 
 @pytest.fixture(scope="module")
-def pair(study: Study) -> Pair:
+def pair(study: Study) -> TracedPair:
     return pair_of(study, DynamicResQ("previous", 4, tau=0.3), DynamicResQ("previous", 0, tau=1.0))
 
 
 @pytest.fixture(scope="module")
-def comparison(study: Study, pair: Pair) -> Comparison:
+def comparison(study: Study, pair: TracedPair) -> Comparison:
     policies: dict[str, list[Policy]] = {
         "per_frame": [PerFrame("previous")],
         "static_resq": [StaticResQ("previous", 4, level=n) for n in (0, 2)],
@@ -81,7 +81,7 @@ def comparison(study: Study, pair: Pair) -> Comparison:
 
 
 @pytest.fixture(scope="module")
-def report(study: Study, comparison: Comparison, pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def report(study: Study, comparison: Comparison, pair: TracedPair, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report whose video, clips and settings have names that try to break out of it."""
     folder = tmp_path_factory.mktemp("run")
     RunRecord(folder).begin([], ["video.frames=6", "heuristic.taus=[0.3, 1.0]"], study.settings, resume=False)
@@ -336,7 +336,7 @@ def line_and_cursor(page: Page) -> tuple[list[float], float]:
     return found
 
 
-def test_the_player_plays_to_the_end_and_steps_by_keyboard(opened: tuple[Page, list[str]], pair: Pair) -> None:
+def test_the_player_plays_to_the_end_and_steps_by_keyboard(opened: tuple[Page, list[str]], pair: TracedPair) -> None:
     page, trouble = opened
     page.select_option("#clip", "0")
     first = screens(page)
@@ -368,7 +368,7 @@ def test_the_player_plays_to_the_end_and_steps_by_keyboard(opened: tuple[Page, l
     assert trouble == []
 
 
-def test_the_bit_map_shows_the_dear_regions_lighter(opened: tuple[Page, list[str]], pair: Pair) -> None:
+def test_the_bit_map_shows_the_dear_regions_lighter(opened: tuple[Page, list[str]], pair: TracedPair) -> None:
     page, _ = opened
     page.select_option("#clip", "0")
     page.locator("#frame").fill("2")

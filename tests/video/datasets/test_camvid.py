@@ -140,6 +140,8 @@ def test_bad_labels_and_names_are_named(tree: Path, write_image: WriteImage) -> 
 def test_settings_out_of_range_are_named(tree: Path) -> None:
     with pytest.raises(SettingsError, match="Setting clip_frames of CamVidVideo must be 1 or more, got 0"):
         CamVidVideo(tree, clip_frames=0)
+    with pytest.raises(SettingsError, match=r"Setting clip_frames\.train of CamVidVideo must be 1 or more, got 0"):
+        CamVidVideo(tree, clip_frames={"train": 0})
 
 
 @pytest.mark.real_data

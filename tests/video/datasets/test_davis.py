@@ -1,5 +1,6 @@
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,8 +103,8 @@ def test_official_lists_give_disjoint_splits(tree: Path, year: int) -> None:
 
 
 def test_ranges_frames_and_pieces(tree: Path, year: int) -> None:
-    def shifts(splits: str, **options: int) -> dict[str, list[int]]:
-        clips = DavisVideo(tree, {"test": [splits]}, **options).clips("test")  # type: ignore[arg-type]
+    def shifts(splits: str, **options: Any) -> dict[str, list[int]]:
+        clips = DavisVideo(tree, {"test": [splits]}, **options).clips("test")
         return {
             clip.name.split("/")[1]: [int((row > 0).nonzero()[0]) - 8 for row in torch.as_tensor(clip.labels)[:, 15]]
             for clip in clips
@@ -112,6 +113,8 @@ def test_ranges_frames_and_pieces(tree: Path, year: int) -> None:
     assert shifts("dog[2:5]") == {"dog[2:5]": [2, 3, 4]}
     assert shifts("dog", frames=2) == {"dog": [0, 1]}
     assert shifts("dog[1:]", clip_frames=2) == {"dog[1:3]": [1, 2], "dog[3:5]": [3, 4]}
+    assert shifts("dog[1:]", clip_frames={"test": 2}) == {"dog[1:3]": [1, 2], "dog[3:5]": [3, 4]}
+    assert shifts("dog[1:]", clip_frames={"train": 2}) == {"dog[1:]": [1, 2, 3, 4, 5]}
     dataset = DavisVideo(tree, {"train": ["dog[:3]"], "test": ["dog[3:]"]})
     assert [len(clip) for split in ("train", "test") for clip in dataset.clips(split)] == [3, 3]
 
