@@ -229,7 +229,8 @@ class EnvContract:
                 self.make(problem, budget=budget)
             return
         face = self.make(problem, budget=budget)
-        streams, spent = face.core.streams, []
+        streams = face.core.streams
+        spent: list[tuple[int, int, float]] = []
         run = streams._run
 
         def recorded(rows: torch.Tensor, state: Any, decision: Any) -> Any:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from resq_rl.errors import PolicyError, SettingsError
 from resq_rl.quantization import (
@@ -22,7 +22,7 @@ from resq_rl.quantization import (
 )
 from resq_rl.quantization.kernels import PLAIN, Choice, Kernels, native
 from resq_rl.quantization.specification.budget import exceeds
-from tests.quantization.corpus import Net, spatial_attention
+from tests.quantization.corpus import ACCEPTED, Net, spatial_attention
 from tests.quantization.networks import byte_clips, everywhere, wrapped
 from tests.quantization.test_kernels import Network
 
@@ -187,6 +187,28 @@ def test_products_of_activations_are_paid_for_or_refused() -> None:
     with pytest.raises(PolicyError, match=r"A limit of at least .* BOPs is needed for each of 2 clips"):
         model.step(inputs[0], state, everywhere(clips, True), field, limit * 0 + 0.99 * products)
     assert not state.inputs  # before anything was computed
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        ACCEPTED["decoder_layer"],
+        ACCEPTED["gru"],
+        lambda: Net(lambda m, x: m.c(m.a(x).flatten(2)), c=nn.Conv1d(4, 3, 3, padding=1)),
+    ],
+)
+def test_tokens_and_lines_keep_to_a_limit(make: Callable[[], nn.Module]) -> None:
+    model = wrapped(make().eval())
+    costs, clips = model.layer_costs, 2
+    limit = torch.tensor([0.3, 0.06], dtype=torch.float64) * (costs.keyframe - costs.least) + costs.least
+    inputs = frames(model, 3, clips)
+    for field in (
+        ThresholdField.constant(0.0, clips, len(model.groups)),
+        LevelField.constant(3, clips, len(model.groups), (2, 2)),
+    ):
+        _, spent = run(model, inputs, lambda t, own=field: (everywhere(clips, t == 0), own), [limit] * 3)  # type: ignore[misc]
+        assert not any(bool(exceeds(cost.total, limit).any()) for cost in spent)
+        assert all(bool((cost.total > costs.least).any()) for cost in spent)
 
 
 def _product_costs(model: ResQModel) -> list[tuple[str, float]]:
