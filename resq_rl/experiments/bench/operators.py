@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from resq_rl.quantization import CostTable, ResQModel, ThresholdField
+from resq_rl.quantization import CostTable, LayerKind, ResQModel, ThresholdField
 
 __all__ = ["OperatorTimes", "cost_table", "operator_times", "whole_layers"]
 
@@ -34,7 +34,7 @@ class OperatorTimes:
     """
 
     name: str
-    kind: str
+    kind: LayerKind
     macs: int
     float32: float
     dense: float
@@ -136,10 +136,10 @@ def cost_table(times: Sequence[OperatorTimes], frame: float, machine: str) -> Co
         machine: what it was measured on, for the table's source.
     """
     operator = statistics.mean(t.skipped for t in times)
-    kinds = {kind: [t for t in times if t.kind == kind] for kind in sorted({t.kind for t in times})} | {"any": times}
+    kinds: dict[Any, Sequence[OperatorTimes]] = {t.kind: [u for u in times if u.kind == t.kind] for t in times}
     macs = {
         kind: max(0.0, 1e6 * sum(t.dense - t.skipped for t in own) / sum(t.macs for t in own))
-        for kind, own in kinds.items()
+        for kind, own in (kinds | {"any": times}).items()
     }
     return CostTable(
         name="measured",
