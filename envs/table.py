@@ -105,9 +105,7 @@ def respond(
     Raises:
         SettingsError: `longest` is negative, or the task is recurrent.
     """
-    check_tabular(problem.task)
-    if longest is not None and longest < 0:
-        raise SettingsError(f"longest must be 0 frames or more, or None for the whole clip, got {longest}.")
+    _check(problem, longest)
     grid, pixels, levels = problem.grid, problem.clips[index].frames, len(problem.model.config.levels)
     clip = _AnyOrder(NetworkEngine(problem), index, progress)
     frames = len(pixels)
@@ -125,27 +123,25 @@ def respond(
         known = min(ages, frames - key)
         residual[key, :known], frame_residual[key, :known] = _residuals(pixels[key : key + known], pixels[key], grid)
         if not costs:
-            costs = [
-                clip.run(references, torch.zeros(levels, dtype=torch.int64), torch.arange(levels))[0].cost,
-                own.cost,
-            ]
+            first = clip.run(references, torch.zeros(levels, dtype=torch.int64), torch.arange(levels))[0]
+            costs = [first.cost, own.cost]
         later = torch.cartesian_prod(torch.arange(1, known), torch.arange(levels))
         for age, level in (part.T for part in later.split(CHUNK) if len(part)):
             result, counts[key, age, level], output[key, age, level] = clip.run(references, key + age, level)
             error[key, age, level] = result.error
     cost = _joined(costs)
+    texture = frame_texture(pixels, grid)
+    float_error = problem.float_error(torch.full((frames,), index), torch.arange(frames))
+    share, state_bytes = cost.total / problem.reference_bops, problem.model.state_bytes("keyframe")
     return ResponseTable(
-        counts,
-        error,
-        output,
-        residual,
-        frame_residual,
-        frame_texture(pixels, grid),
-        problem.float_error(torch.full((frames,), index), torch.arange(frames)),
-        cost,
-        cost.total / problem.reference_bops,
-        problem.model.state_bytes("keyframe"),
+        counts, error, output, residual, frame_residual, texture, float_error, cost, share, state_bytes
     )
+
+
+def _check(problem: Problem, longest: int | None) -> None:
+    check_tabular(problem.task)
+    if longest is not None and longest < 0:
+        raise SettingsError(f"longest must be 0 frames or more, or None for the whole clip, got {longest}.")
 
 
 def _joined(costs: Sequence[FrameCost]) -> FrameCost:

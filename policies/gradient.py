@@ -86,12 +86,10 @@ def learn_thresholds(
     Raises:
         SettingsError: no clip has a frame after its first, or no constant threshold diverges less for more BOPs.
     """
-    settings = settings or GradientSettings()
-    first = GroupThresholds(reference, interval, taus=(1.0,) * len(problem.model.sites), kappa=kappa)
-    clips = UnrolledClips(problem, first, settings, seed, progress)
+    clips = UnrolledClips.of_layers(problem, reference, interval, kappa, settings, seed, progress)
     knots, log_taus = first_thresholds(clips, trade_offs)
     descend(clips, knots, log_taus)
-    learned = tuple(_with_taus(first, row) for row in log_taus.detach().exp().double().numpy())
+    learned = tuple(_with_taus(clips.policy, row) for row in log_taus.detach().exp().double().numpy())
     return LearnedThresholds(tuple(map(float, knots)), learned, clips.frames)
 
 
@@ -179,7 +177,8 @@ def descend(
     while clips.frames < settings.frames:
         drawn, weights = clips.draw(), _weights(clips, len(knots))
         trade_offs = (weights @ torch.from_numpy(places).float()).exp()
-        conditions = Conditions(trade_offs, (float(knots[0]), float(knots[-1])), torch.ones(clips.count))
+        without = torch.ones(clips.count)  # a budget
+        conditions = Conditions(trade_offs, (float(knots[0]), float(knots[-1])), without, without)
         clips.start(drawn, conditions)
         figures = []
         while clips.left and clips.frames < settings.frames:

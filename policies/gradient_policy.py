@@ -13,7 +13,6 @@ from torch import Tensor
 
 from resq_rl.envs import ActionScheme, Problem
 from resq_rl.errors import SettingsError
-from resq_rl.policies.fixed import GroupThresholds
 from resq_rl.policies.gradient import descend, first_thresholds
 from resq_rl.policies.learned import LearnedPolicy
 from resq_rl.policies.unrolled_clips import GradientSettings, RegionOffsets, UnrolledClips
@@ -61,32 +60,16 @@ def learn_policy(
         SettingsError: the scheme chooses something else, the frames do not go beyond the first trials, no clip has a
             frame after its first, or no constant threshold diverges less for more BOPs.
     """
-    if (scheme.kind, scheme.agents) != ("region_thresholds", "region"):
-        raise SettingsError(
-            f"Gradients reach thresholds by region only: got actions {scheme.kind!r} of {scheme.agents!r} agents. Use "
-            "the environment resq_rl/RegionThresholds-v0 with region agents, or train by PPO."
-        )
-    first = GroupThresholds(reference, interval, taus=(1.0,) * len(problem.model.sites), kappa=scheme.kappa)
-    clips = UnrolledClips(problem, first, settings or GradientSettings(), seed)
+    _check(scheme)
+    clips = UnrolledClips.of_layers(problem, reference, interval, scheme.kappa, settings, seed)
     knots, log_taus = first_thresholds(clips)
-    if clips.frames >= clips.settings.frames:
-        raise SettingsError(
-            f"Of {clips.settings.frames} environment frames nothing is left to learn from: the constant thresholds "
-            f"that are tried first took {clips.frames}. Give more of them (training.frames)."
-        )
+    _check_left(clips)
     layers = problem.model.group_of_site.tolist()
     scheme = scheme.on(log_taus.detach().exp().tolist(), layers)
-    clips.offsets = RegionOffsets(scheme, hidden, torch.Generator().manual_seed(seed))
-
-    def report(divergence: float, bops: float) -> None:
-        if on_pass is not None:
-            on_pass(PassFigures(clips.frames, divergence, bops))
-
-    descend(clips, knots, log_taus, report)
-    layers_of = [layer for layer in clips.offsets.layers if isinstance(layer, torch.nn.Linear)]
+    clips.offsets = offsets = RegionOffsets(scheme, hidden, torch.Generator().manual_seed(seed))
+    descend(clips, knots, log_taus, _reporter(clips, on_pass))
     return LearnedPolicy(
-        tuple(_plain(layer.weight) for layer in layers_of),
-        tuple(_plain(layer.bias) for layer in layers_of),
+        *_network(offsets),
         scheme.on(log_taus.detach().exp().tolist(), layers),
         trade_off=float((knots[0] * knots[-1]) ** 0.5),
         trade_off_range=(float(knots[0]), float(knots[-1])),
@@ -98,5 +81,32 @@ def learn_policy(
     )
 
 
-def _plain(parameter: Tensor) -> Tensor:
-    return parameter.detach().clone()
+def _check(scheme: ActionScheme) -> None:
+    if (scheme.kind, scheme.agents) != ("region_thresholds", "region"):
+        raise SettingsError(
+            f"Gradients reach thresholds by region only: got actions {scheme.kind!r} of {scheme.agents!r} agents. Use "
+            "the environment resq_rl/RegionThresholds-v0 with region agents, or train by PPO."
+        )
+
+
+def _check_left(clips: UnrolledClips) -> None:
+    if clips.frames >= clips.settings.frames:
+        raise SettingsError(
+            f"Of {clips.settings.frames} environment frames nothing is left to learn from: the constant thresholds "
+            f"that are tried first took {clips.frames}. Give more of them (training.frames)."
+        )
+
+
+def _reporter(
+    clips: UnrolledClips, on_pass: Callable[[PassFigures], None] | None
+) -> Callable[[float, float], None] | None:
+    if on_pass is None:
+        return None
+    return lambda divergence, bops: on_pass(PassFigures(clips.frames, divergence, bops))
+
+
+def _network(offsets: RegionOffsets) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Weights and biases of its layers."""
+    layers = [layer for layer in offsets.layers if isinstance(layer, torch.nn.Linear)]
+    weights = tuple(layer.weight.detach().clone() for layer in layers)
+    return weights, tuple(layer.bias.detach().clone() for layer in layers)

@@ -64,11 +64,9 @@ def search_group_thresholds(
     Raises:
         SettingsError: there is nothing to start from, or to search over.
     """
-    first = next((t.policy for t in known if isinstance(t.policy, GroupThresholds)), None)
-    if first is None:
-        raise SettingsError("A search needs thresholds to start from.")
     if not (trade_offs and intervals and list(thresholds) == sorted(set(thresholds)) and evaluations >= 0):
         raise SettingsError("A search needs lambdas, intervals, ascending thresholds and 0 evaluations or more.")
+    first = _first(known)
     generator = np.random.default_rng(seed)
     tried = {t.policy: t for t in known}
     found: list[Tried] = []
@@ -93,6 +91,13 @@ def best_for(tried: Iterable[Tried], trade_offs: Sequence[float]) -> list[Tried]
     dense = np.geomspace(min(trade_offs), max(trade_offs), 50)
     chosen = {t.policy: t for t in (min(every, key=lambda t: t.loss(trade_off)) for trade_off in dense)}
     return sorted(chosen.values(), key=lambda t: t.bops)
+
+
+def _first(known: Sequence[Tried]) -> GroupThresholds:
+    first = next((t.policy for t in known if isinstance(t.policy, GroupThresholds)), None)
+    if first is None:
+        raise SettingsError("A search needs thresholds to start from.")
+    return first
 
 
 def _best(tried: Iterable[Tried], trade_off: float) -> GroupThresholds:

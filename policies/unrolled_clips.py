@@ -15,7 +15,7 @@ from resq_rl.envs import ActionScheme, Conditions, Decision, FrameInputs, Networ
 from resq_rl.envs.problem import gather
 from resq_rl.errors import SettingsError
 from resq_rl.policies.fixed import GroupThresholds, periodic_at
-from resq_rl.quantization import ThresholdField
+from resq_rl.quantization import Reference, ThresholdField
 
 __all__ = ["BACKWARD_FRAMES", "GradientSettings", "RegionOffsets", "UnrolledClips"]
 
@@ -123,6 +123,21 @@ class UnrolledClips:
         self.count = min(settings.clips, len(self.usable))
         self.frames, self.left = 0, 0
         self.offsets: RegionOffsets | None = None
+
+    @classmethod
+    def of_layers(
+        cls,
+        problem: Problem,
+        reference: Reference,
+        interval: int,
+        kappa: tuple[float, ...],
+        settings: GradientSettings | None,
+        seed: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> "UnrolledClips":
+        """Training clips under a threshold for every layer, all 1 to begin with."""
+        ones = GroupThresholds(reference, interval, taus=(1.0,) * len(problem.model.sites), kappa=kappa)
+        return cls(problem, ones, settings or GradientSettings(), seed, progress)
 
     def draw(self) -> np.ndarray:
         """Clips to begin with; no two are the same."""

@@ -25,7 +25,8 @@ def hook(package: str) -> AbstractContextManager[object]:
     checks them twice, for better messages, which takes most of the time of a test. `checked` checks the same once.
     """
     jaxtyping.jaxtyped = checked  # type: ignore[assignment]
-    return jaxtyping.install_import_hook(package, None)
+    manager: AbstractContextManager[object] = jaxtyping.install_import_hook(package, None)
+    return manager
 
 
 def checked(*, typechecker: object) -> Callable[[Any], Any]:
@@ -36,7 +37,7 @@ def checked(*, typechecker: object) -> Callable[[Any], Any]:
 def _checked(given: Any) -> Any:
     if inspect.isclass(given):
         if "__dataclass_fields__" in vars(given) and "__init__" in vars(given):
-            given.__init__ = _checked(given.__init__)
+            given.__init__ = _checked(given.__init__)  # type: ignore[method-assign]
         return given
     if isinstance(given, (classmethod, staticmethod)):
         return type(given)(_checked(given.__func__))

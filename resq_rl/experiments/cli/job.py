@@ -73,14 +73,7 @@ def run_job(
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)  # of networks without weights
     record.begin(["resq-rl", name, *arguments], overrides, settings, resume=resume)
-    tracker = open_tracker(
-        settings.tracking,
-        results=Path(settings.results).absolute(),
-        folder=run_dir,
-        name=job_name(name, overrides, run_dir, sweep),
-        parent=None if sweep is None else recorded_run(sweep),
-        resume=resume,
-    )
+    tracker = _tracker(settings, run_dir, job_name(name, overrides, run_dir, sweep), sweep, resume=resume)
     with tracker, _recorded(record, tracker):
         tracker.set_tags(command_tags(name, overrides, run_dir))
         tracker.log_parameters(values)
@@ -95,6 +88,11 @@ def _job_of(command: Command) -> Callable[..., str | None]:
     module, _, function = command.job.partition(":")
     job: Callable[..., str | None] = getattr(importlib.import_module(module), function)
     return job
+
+
+def _tracker(settings: Settings, run_dir: Path, name: str, sweep: Path | None, *, resume: bool) -> Tracker:
+    results, parent = Path(settings.results).absolute(), None if sweep is None else recorded_run(sweep)
+    return open_tracker(settings.tracking, results=results, folder=run_dir, name=name, parent=parent, resume=resume)
 
 
 def _say_results(run_dir: Path, tracker: Tracker, following: str | None) -> None:

@@ -19,21 +19,20 @@ from pydantic import AfterValidator, Field
 from resq_rl.checked import Bits, Checked, Count, Increasing, NotNegative, Positive, convert_dataclass
 from resq_rl.envs import DEFAULT_THRESHOLDS, AccuracySource, Agents, ErrorWeighting
 from resq_rl.errors import SettingsError
+from resq_rl.experiments.config.command_settings import BenchmarkSettings, ExportSettings, RunningSettings
 from resq_rl.experiments.config.targets import Target, make_target
 from resq_rl.perception import PretrainSettings
 from resq_rl.policies import FrameMagnitude
 from resq_rl.policies.ppo_settings import PPOSettings
 from resq_rl.quantization import DEFAULT_KAPPA, LayerKind, QuantizationConfig, Reference
-from resq_rl.video import Fit, Split
+from resq_rl.quantization.specification.budget import BudgetSetting
+from resq_rl.video import Split
 
 __all__ = [
-    "BenchmarkSettings",
     "EnvironmentSettings",
-    "ExportSettings",
     "Folder",
     "HeuristicSettings",
     "QuantizationSettings",
-    "RunningSettings",
     "Settings",
     "Target",
     "TrackingSettings",
@@ -132,6 +131,8 @@ class EnvironmentSettings(Checked):
             for searched thresholds only, or not at all (FrameLevel).
         ignored: features of the observation that agents see as 0, or patterns of their names, such as
             [uncertainty, spent_*].
+        budget: what the frames of every clip may cost, {peak, mean, bucket} as of `resq_rl.quantization.Budget`, in
+            training, tuning and measuring alike; None for no limit.
     """
 
     _group: ClassVar[str] = "environment."
@@ -147,8 +148,14 @@ class EnvironmentSettings(Checked):
     trade_off: Literal["auto"] | Positive | Range = "auto"
     thresholds: Ascending = DEFAULT_THRESHOLDS
     ignored: tuple[str, ...] = ()
+    budget: BudgetSetting = None
 
     def _check(self) -> None:
+        if self.budget is not None and self.id == "resq_rl/FrameLevel-v0":
+            raise SettingsError(
+                f"Setting 'environment.budget' must be null with {self.id}, whose tables begin with a whole keyframe: "
+                "choose environment=frame_bits, region_bits or region_thresholds."
+            )
         if self.agents == "region" and self.id in ("resq_rl/FrameBits-v0", "resq_rl/FrameLevel-v0"):
             raise SettingsError(
                 f"Setting 'environment.agents' must be 'frame' with {self.id}, which has no regions; received 'region'."
@@ -282,88 +289,13 @@ class TrackingSettings(Checked):
 
 
 @dataclass(frozen=True)
-class BenchmarkSettings(Checked):
-    """What `bench` and `profile` measure.
-
-    Attributes:
-        batches: clips that one step of `bench` runs.
-        rounds: how often all that is compared runs in turn.
-        processes: environments of one clip, each in a process of its own, that region agents are compared with.
-        soak_steps: steps over which memory must not grow.
-        frames: frames of a clip that `profile` times, after the first.
-        compiled: whether `profile` also times the float network under torch.compile, which takes a minute or more.
-    """
-
-    _group: ClassVar[str] = "benchmark."
-
-    batches: Annotated[tuple[Count, ...], ONE_OR_MORE] = (1, 8, 32)
-    rounds: Count = 9
-    processes: Count = 8
-    soak_steps: Count = 10_000
-    frames: Count = 24
-    compiled: bool = True
-
-
-@dataclass(frozen=True)
-class RunningSettings(Checked):
-    """How `run` runs a policy on the video of `source`.
-
-    Attributes:
-        trade_off: lambda to decide for; None for the middle of the policy's range.
-        interval: frames between keyframes, 0 for the first only; None for the policy's own timing.
-        static: whether to run a policy's beginning, the static thresholds of its base, without its network.
-        label: image of the mask that the first frame is given, for a task that begins with one (all but 0 is the
-            object); or None.
-        fit: how whole frames fill the network's size, "stretch", "crop" or "pad"; None for as in training.
-        frames: most frames to run; None for all, or until interrupted.
-        overlay: whether to draw the prediction, the bits and BOPs so far to `overlay.mp4`.
-        height: height of the overlay in pixels.
-        records: format of the file with a line per frame, "jsonl" or "csv".
-    """
-
-    _group: ClassVar[str] = "running."
-
-    trade_off: Positive | None = None
-    interval: NotNegative | None = None
-    static: bool = False
-    label: str | None = None
-    fit: Fit | None = None
-    frames: Count | None = None
-    overlay: bool = True
-    height: Annotated[int, Field(ge=16, le=4320)] = 360
-    records: Literal["jsonl", "csv"] = "jsonl"
-
-
-@dataclass(frozen=True)
-class ExportSettings(Checked):
-    """What `export` writes, and checks on the clips of `split`.
-
-    Attributes:
-        formats: "portable" (safetensors and JSON), "thresholds" (a table), "onnx" (needs the extra), "mlflow".
-        trade_offs: rows of the table, spread over the policy's range of lambda.
-        name: name under which the MLflow model is registered; None to register none.
-    """
-
-    _group: ClassVar[str] = "exporting."
-
-    formats: Annotated[tuple[Literal["mlflow", "onnx", "portable", "thresholds"], ...], ONE_OR_MORE] = (
-        "portable",
-        "thresholds",
-        "onnx",
-        "mlflow",
-    )
-    trade_offs: Count = 4
-    name: str | None = "resq-rl-policy"
-
-
-@dataclass(frozen=True)
 class Settings(Checked):
     """Every setting of one command.
 
     Attributes:
         video, model, task: targets, made with `Target.build`.
         pretraining: how `pretrain` trains the network.
-        benchmark: what `bench` measures.
+        benchmark: what `bench` and `profile` measure.
         running: how `run` runs a policy.
         exporting: what `export` writes.
         policy: folder of a trained policy, for `evaluate`, `run` and `export`; or of policies by seed, which `compare`

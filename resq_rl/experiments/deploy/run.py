@@ -20,7 +20,8 @@ from rich.table import Table
 from torch import Tensor
 
 from resq_rl.errors import ResultsError, SettingsError
-from resq_rl.experiments.config.settings import RunningSettings, Settings
+from resq_rl.experiments.config.command_settings import RunningSettings
+from resq_rl.experiments.config.settings import Settings
 from resq_rl.experiments.deploy.overlay import OverlayVideo
 from resq_rl.experiments.results.comparison import write_summary
 from resq_rl.experiments.runs.progress import stage
@@ -101,6 +102,7 @@ def _runner(settings: Settings, folder: Path) -> Runner:
         interval=running.interval,
         static=running.static,
         framing=_framing(folder, running),
+        budget=running.budget,
     )
     if settings.quantization.compile:
         runner.problem.model.compile()

@@ -185,9 +185,7 @@ def plot_decisions(
     figure = _figure(11.0, sum(heights) + 0.3)
     upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
     axes = upper.subplots(rows, len(times), squeeze=False, subplot_kw={"xticks": [], "yticks": []})
-    for ax, time in zip(axes[0], times, strict=True):
-        ax.imshow(frames[time].permute(1, 2, 0).numpy())
-        ax.set_title(f"frame {time}", fontsize="small")
+    _draw_frames(axes[0], frames, times)
     top = _highest_share([trace for _, trace in traces.values()], times)
     for own, (name, trace) in zip(axes[1:].reshape(-1, 2, len(times)), traces.values(), strict=True):
         # A title as wide as this heading would push the columns apart; the empty title reserves its height.
@@ -204,6 +202,12 @@ def plot_decisions(
     _draw_bops(right, traces, times)
     figure.suptitle(_plain(title), fontsize="medium")
     return figure
+
+
+def _draw_frames(axes: np.ndarray, frames: UInt8[Tensor, "t 3 h w"], times: np.ndarray) -> None:
+    for ax, time in zip(axes, times, strict=True):
+        ax.imshow(frames[time].permute(1, 2, 0).numpy())
+        ax.set_title(f"frame {time}", fontsize="small")
 
 
 def _highest_share(traces: Sequence[Trace], times: np.ndarray) -> float:

@@ -12,13 +12,14 @@ import torch
 
 from resq_rl.envs import ActionScheme
 from resq_rl.experiments.cli.app import main
+from resq_rl.experiments.jobs import compare
 from resq_rl.experiments.results.comparison import Comparison
 from resq_rl.perception import compact_ddrnet, load_weights
 from resq_rl.perception.compact_networks import CompactDDRNet
 from resq_rl.policies import LearnedPolicy
 from resq_rl.quantization import ResQModel, save_model
 from resq_rl.sealed import Checkpoints
-from tests.envs.problems import moving_frames, tiny_network
+from tests.envs.problems import TINY_NETWORK, moving_frames, tiny_network
 from tests.policies.test_learned import made
 
 TINY = [
@@ -45,13 +46,11 @@ TINY = [
     "quantization.calibration_clips=2",
     "quantization.weight_rounding=nearest",
 ]
-# Of few layers, because a job takes almost all its time in Python between them. It is code of the tests, to be trusted.
-NETWORK = ["model=custom", "model._target_=tests.envs.problems.tiny_network", "+model.classes=6", "trusted=true"]
 BOUND = ["heuristic.clairvoyant_points=2", "heuristic.clairvoyant_horizon=2", "heuristic.searches=[greedy,gradient]"]
 STAGES = ("checkpoints", "keyframes")
 
 
-def run(tmp_path: Path, command: str, *overrides: str, network: Sequence[str] = NETWORK) -> Path:
+def run(tmp_path: Path, command: str, *overrides: str, network: Sequence[str] = TINY_NETWORK) -> Path:
     """Run a command in a results folder of its own; returns the newest run folder."""
     code = main([command, *TINY, *network, f"results={tmp_path}", *overrides])
     assert code == 0
@@ -145,7 +144,7 @@ def test_evaluate_agrees_with_compare(compared: Path, tmp_path: Path, capsys: py
         assert (twin["accuracy"], twin["bops"]) == (point.accuracy, point.bops)
 
 
-def test_compare_measures_policies_of_another_run(compared: Path, tmp_path: Path) -> None:
+def test_compare_measures_policies_of_another_run(compared: Path, tmp_path: Path, without_pictures: None) -> None:
     """On the same video it gives what that run gave."""
     few = ["heuristic.references=[previous]", "heuristic.taus=[1.0]", "heuristic.other_kappas=[]"]
     few += ["heuristic.scene_changes=[]", "heuristic.searches=[]"]
@@ -163,16 +162,16 @@ def test_compare_measures_policies_of_another_run(compared: Path, tmp_path: Path
 
 
 def test_evaluate_without_a_policy_says_what_to_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", *TINY, *NETWORK, f"results={tmp_path}"]) == 2
+    assert main(["evaluate", *TINY, *TINY_NETWORK, f"results={tmp_path}"]) == 2
     assert "policy=FOLDER" in capsys.readouterr().err
-    assert main(["evaluate", *TINY, *NETWORK, f"results={tmp_path}", f"policy={tmp_path}/none"]) == 2
+    assert main(["evaluate", *TINY, *TINY_NETWORK, f"results={tmp_path}", f"policy={tmp_path}/none"]) == 2
     assert "policy.json" in capsys.readouterr().err
 
 
 def test_compare_looks_for_given_policies_before_anything_is_computed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["compare", *TINY, *NETWORK, f"results={tmp_path}", f"policy={tmp_path}/none"]) == 2
+    assert main(["compare", *TINY, *TINY_NETWORK, f"results={tmp_path}", f"policy={tmp_path}/none"]) == 2
     error = capsys.readouterr().err
     assert "No policy in" in error
     assert "reading video" not in error
@@ -188,15 +187,15 @@ def test_training_resumes_from_its_checkpoints(tmp_path: Path, capsys: pytest.Ca
     resume = ["training.seeds=[0]", "training.frames=60", f"training.resume={first}"]
     assert run(tmp_path, "train", *resume) == first
     assert not (first / "summary.json").exists(), "a finished run is not run again"
-    assert main(["train", f"training.resume={first}"]) == 0
+    assert main(["train", "trusted=true", f"training.resume={first}"]) == 0
     assert not (first / "summary.json").exists(), "with the settings in its folder it is the same run"
     (first / "run.json").unlink()
-    assert main(["train", f"training.resume={first}"]) == 0
+    assert main(["train", "trusted=true", f"training.resume={first}"]) == 0
     assert (first / "summary.json").read_text() == summary
     capsys.readouterr()
-    assert main(["train", f"training.resume={first}", "training.frames=120"]) == 2
+    assert main(["train", "trusted=true", f"training.resume={first}", "training.frames=120"]) == 2
     assert "was begun with training.frames=60 and cannot go on with 120" in capsys.readouterr().err
-    other = ["train", *TINY, *NETWORK, "video.speed=2.0", f"results={tmp_path}", f"training.resume={first}"]
+    other = ["train", *TINY, *TINY_NETWORK, "video.speed=2.0", f"results={tmp_path}", f"training.resume={first}"]
     assert main(other) == 2
     assert "has other settings of video" in capsys.readouterr().err
     assert "speed: 2.0" not in (first / "config.yaml").read_text()
@@ -253,6 +252,12 @@ def test_ppo_trains_on_every_environment(tmp_path: Path, environment: str, agent
     assert [policy["seed"] for policy in summary["policies"] if policy["validation_front"]] == seeds
     assert list(summary["curves"]) == [str(seed) for seed in seeds]
     assert all(curve[-1]["frames"] >= 40 for curve in summary["curves"].values())
+
+
+@pytest.fixture
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A comparison ends with its figures: plots and the report take a fifth of its time."""
+    monkeypatch.setattr(compare, "_show", lambda board, learned: board.write())
 
 
 @pytest.fixture(scope="module")
@@ -325,7 +330,8 @@ def test_masks_are_trained_for_propagated_and_compared(tmp_path: Path) -> None:
     few = ["pretraining.steps=4", "pretraining.batch=2", "pretraining.validate_every=2"]
     trained = run(tmp_path, "pretrain", *VOS, "model.pretrained=false", "model.width=8", *few, network=())
     assert json.loads((trained / "summary.json").read_text())["metric"] == "J&F"
-    own = [*VOS, "model.width=8", f"model.weights={trained / 'weights.safetensors'}", "training.seeds=[0]"]
+    short = ["video.frames=4", "video.train=2", "video.test=2"]
+    own = [*VOS, *short, "model.width=8", f"model.weights={trained / 'weights.safetensors'}", "training.seeds=[0]"]
     quick = ["training.frames=40", "heuristic.taus=[0.5]", "heuristic.searches=[]", "heuristic.other_kappas=[]"]
     quick += ["quantization.weight_rounding=nearest", "quantization.calibration_clips=1", "training.warm_start=none"]
     comparison = Comparison.from_json(
@@ -357,7 +363,7 @@ def test_pretrain_writes_weights_that_load(tmp_path: Path) -> None:
 
 def test_no_labels_is_said_before_anything_is_computed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["video=carphone", "task=foreground", "environment.accuracy=labels"]
-    tiny = [o for o in TINY if not o.startswith("video.")]
+    tiny = [o for o in TINY if not o.startswith("video.") or o.startswith("video.size")]
     code = main(["compare", *tiny, f"results={tmp_path}", *overrides])
     assert code == 2
     assert capsys.readouterr().err.count("\n") <= 8
@@ -370,7 +376,7 @@ FEW += ["heuristic.scene_changes=[]", "heuristic.searches=[]"]
 
 
 def test_a_policy_learned_by_gradients_is_compared_and_runs_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
     folder = run(tmp_path / "a", "compare", "training.trainer=gradient", "training.frames=400", *FEW)
     comparison = Comparison.read(folder / "comparison.json")
@@ -382,13 +388,14 @@ def test_a_policy_learned_by_gradients_is_compared_and_runs_on(
     static = [bool(point.settings.get("static")) for point in points]
     assert policy.static == all(static)
     assert all((point.policy_bops == 0) == own for point, own in zip(points, static, strict=True))
+    request.getfixturevalue("without_pictures")
     again = Comparison.read(run(tmp_path / "b", "compare", f"policy={folder}", *FEW[1:]) / "comparison.json")
     assert again.fronts["gradient_policy"]
     capsys.readouterr()
-    assert main(["evaluate", *TINY, *NETWORK, f"results={tmp_path}", f"policy={folder}"]) == 0
+    assert main(["evaluate", *TINY, *TINY_NETWORK, f"results={tmp_path}", f"policy={folder}"]) == 0
 
 
-def test_ppo_begins_at_gradient_thresholds(tmp_path: Path) -> None:
+def test_ppo_begins_at_gradient_thresholds(tmp_path: Path, without_pictures: None) -> None:
     folder = run(tmp_path, "compare", "training.warm_start=gradient", *FEW)
     comparison = Comparison.read(folder / "comparison.json")
     policy = LearnedPolicy.load(folder / "seed0")

@@ -31,7 +31,7 @@ from resq_rl.policies import (
     oracle_measurement,
 )
 from resq_rl.video import IGNORE, Framing, Split
-from tests.envs.problems import scheme, tiny_network, with_clips
+from tests.envs.problems import TINY_NETWORK, scheme, tiny_network, with_clips
 from tests.policies.test_learned import made
 from tests.policies.test_oracle import Replay, same
 
@@ -271,6 +271,7 @@ def test_the_share_closed_follows_from_rewards_on_the_network(unlabelled: bool, 
 
 TINY = [
     "+experiment=frame_level",
+    *TINY_NETWORK,
     "tracking=disabled",
     "threads=1",
     "video.size=[48,64]",

@@ -13,6 +13,7 @@ from resq_rl.experiments.study.start import Start, first_choice, first_choices, 
 from resq_rl.experiments.study.study import Study, build_study
 from resq_rl.policies import GroupThresholds, StaticResQ, Tried
 from resq_rl.video import Split
+from tests.envs.problems import TINY_NETWORK
 
 
 def fields(*points: tuple[float, float, float]) -> Start:
@@ -98,6 +99,7 @@ def test_constants_are_spread_evenly_from_most_to_fewest_bops() -> None:
 # On a study --------------------------------------------------------------------------------------------------------
 
 SMALL = [
+    *TINY_NETWORK,
     "threads=1",
     "video.size=[32,48]",
     "video.frames=6",
