@@ -7,14 +7,15 @@ from typing import Any, Protocol, runtime_checkable
 
 import psutil
 import torch
-from jaxtyping import Bool, Float, Int64, Num, UInt8
+from jaxtyping import Bool, Float, Float64, Int64, Num, UInt8
 from torch import Tensor
 
 from resq_rl.envs.observation import Observation, Seen, frame_values, observed, pool_mean
 from resq_rl.envs.problem import Problem, gather
-from resq_rl.errors import NetworkError, PolicyError
+from resq_rl.errors import NetworkError, PolicyError, SettingsError
 from resq_rl.perception import Beginning, recurrent_inputs
 from resq_rl.quantization import (
+    Budget,
     Field,
     FrameCost,
     Inputs,
@@ -88,17 +89,20 @@ class Conditions:
     Attributes:
         trade_off: lambda of each clip.
         trade_off_range: range of lambda, by which it is scaled.
-        budget_left: share of each clip's budget of BOPs that is left; 1 without a budget.
+        budget_left: how full the bucket of each clip's budget is, from 0 to 1; 1 without a mean to keep.
+        rate: BOPs of the last frame over the mean of the budget; 1 without a mean. Policies may use it, observations
+            do not show it.
     """
 
     trade_off: Float[Tensor, " b"]
     trade_off_range: tuple[float, float]
     budget_left: Float[Tensor, " b"]
+    rate: Float[Tensor, " b"]
 
     @staticmethod
     def alone(trade_off: float, trade_off_range: tuple[float, float]) -> "Conditions":
         """The conditions of one clip without a budget."""
-        return Conditions(torch.tensor([trade_off], dtype=torch.float32), trade_off_range, torch.ones(1))
+        return Conditions(torch.tensor([trade_off], dtype=torch.float32), trade_off_range, torch.ones(1), torch.ones(1))
 
 
 @runtime_checkable
@@ -139,12 +143,20 @@ class Engine(Protocol):
     def inputs(self, clips: Int64[Tensor, " b"], times: Int64[Tensor, " b"]) -> Any:
         """The inputs of frame `times[i]` of the problem's clip `clips[i]` for every i."""
 
-    def step(self, inputs: Any, state: Any, decision: Decision) -> FrameResult:
+    def step(
+        self, inputs: Any, state: Any, decision: Decision, limit: Float64[Tensor, " b"] | None = None
+    ) -> FrameResult:
         """Run a frame of each clip; `state` is updated in place.
 
+        Args:
+            limit: BOPs that the frame of each clip may cost at most, as shares of W8A8; None for no limit.
+
         Raises:
-            PolicyError: the decision does not fit. NetworkError: an output is not finite.
+            PolicyError: the decision does not fit, or a limit cannot be kept. NetworkError: an output is not finite.
         """
+
+    def check_budget(self, budget: Budget, charge: float = 0.0) -> None:
+        """Raise SettingsError unless frames can always keep a budget, which pays `charge` before each of them."""
 
     def observe(self, inputs: Any, state: Any, conditions: Conditions) -> Observation:
         """The observation before the frame of `inputs` runs."""
@@ -263,15 +275,22 @@ class NetworkEngine:
             lambda i: f"{problem.clips[int(clips[i])].name}, frame {int(times[i])}",
         )
 
-    def step(self, inputs: FrameInputs, state: NetworkState, decision: Decision) -> FrameResult:
-        """Run a frame of each clip; `state` is updated in place.
+    def step(
+        self,
+        inputs: FrameInputs,
+        state: NetworkState,
+        decision: Decision,
+        limit: Float64[Tensor, " b"] | None = None,
+    ) -> FrameResult:
+        """Run a frame of each clip, as `Engine` says; under a limit as `resq_rl.quantization.running.budgeted` does.
 
         Raises:
-            PolicyError: the decision does not fit. NetworkError: an output is not finite.
+            PolicyError: the decision does not fit, or a limit cannot be kept. NetworkError: an output is not finite.
         """
         problem = self.problem
         given, field = self._network_inputs(inputs, state.previous), _on_grid(decision.field, problem.grid)
-        raw, cost = problem.model.step(given, state.references, decision.refresh, field)
+        bops = None if limit is None else limit * problem.reference_bops
+        raw, cost = problem.model.step(given, state.references, decision.refresh, field, bops)
         output = problem.task.output(raw, problem.model.frame_size)
         self._check_finite(output, inputs, state)
         prediction = self._predicted(output, inputs, state)
@@ -279,6 +298,16 @@ class NetworkEngine:
         return FrameResult(
             prediction, self._error(prediction, inputs), cost, share, cost.total / problem.reference_bops
         )
+
+    def check_budget(self, budget: Budget, charge: float = 0.0) -> None:
+        """Raise SettingsError unless frames can always keep a budget, which pays `charge` before each of them."""
+        costs, whole = self.problem.model.layer_costs, self.problem.reference_bops
+        least, sure = costs.least / whole + charge, budget.least
+        if sure < least:
+            raise SettingsError(
+                f"The budget allows a frame {sure:g} of W8A8, but products of activations, overheads and the policy's "
+                f"own network cost {least:g} in every frame: raise budget.{'peak' if budget.mean is None else 'mean'}."
+            )
 
     @torch.no_grad()
     def _keep(
@@ -294,7 +323,8 @@ class NetworkEngine:
         maps = problem.task.features(output, prediction)
         state.output = torch.stack([pool_mean(values.cpu(), problem.grid) for values in maps], -1)
         state.frame = inputs.pixels
-        state.key_frame[cost.keyframe] = inputs.pixels[cost.keyframe]
+        begun = state.age == 0  # at a keyframe, and at what stands for one that no budget allows
+        state.key_frame[begun] = inputs.pixels[begun]
         share, state.spent = self.spending(cost)
         return share
 

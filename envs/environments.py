@@ -1,5 +1,6 @@
 """The registered environments, single and vector."""
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, ClassVar, TypedDict, Unpack
 
@@ -17,7 +18,8 @@ from resq_rl.envs.problem import Problem
 from resq_rl.envs.streams import Streams
 from resq_rl.errors import SettingsError
 from resq_rl.perception import Segmentation, compact_ddrnet
-from resq_rl.quantization import DEFAULT_KAPPA, Reference, ResQModel
+from resq_rl.quantization import DEFAULT_KAPPA, Budget, Reference, ResQModel
+from resq_rl.quantization.specification.budget import read_budget
 from resq_rl.video import GeneratedVideo
 
 __all__ = [
@@ -49,7 +51,7 @@ class EnvironmentArguments(TypedDict, total=False):
 
     reference: Reference
     trade_off: float | tuple[float, float]
-    budget: float | None
+    budget: Budget | Mapping[str, float] | None
     by_group: bool
     thresholds: tuple[float, ...]
     kappa: tuple[float, ...]
@@ -65,7 +67,7 @@ def _agents(
     autoreset: bool,
     reference: Reference = "previous",
     trade_off: float | tuple[float, float] = 0.3,
-    budget: float | None = None,
+    budget: Budget | Mapping[str, float] | None = None,
     by_group: bool = False,
     thresholds: tuple[float, ...] = DEFAULT_THRESHOLDS,
     kappa: tuple[float, ...] = DEFAULT_KAPPA,
@@ -81,7 +83,7 @@ def _agents(
         slots=slots,
         reference=reference,
         trade_off_range=episodes.trade_off_range,
-        budget=budget,
+        budget=read_budget(budget),
     )
     return BatchedEnvironment(streams, scheme, episodes, autoreset=autoreset)
 
@@ -105,7 +107,7 @@ class ResQEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         maximum of the absolute pixel residual against the reference frame, the same mean against the last keyframe, the
         mean residual of the neighbourhood, uncertainty, boundary density (own and of the neighbourhood) and foreground
         share of the last output, texture, and the share of W8A8 spent there last by layer group. Per frame: age of the
-        keyframe (log2(1 + frames) / 6), place of lambda in its range (log scale), share of the budget left, mean
+        keyframe (log2(1 + frames) / 6), place of lambda in its range (log scale), fill of the budget's bucket, mean
         residual, foreground share. Never the labels, the float output or the current output.
 
     Reward:
@@ -113,7 +115,8 @@ class ResQEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         (`Problem.error`).
 
     Start:
-        Frame 0 of the next clip has run as a forced keyframe; the observation is for frame 1.
+        Frame 0 of the next clip has run as a forced keyframe, or as the finest residual that a budget allows; the
+        observation is for frame 1.
 
     End:
         The last frame of the clip truncates the episode; nothing terminates it.
@@ -126,7 +129,9 @@ class ResQEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         problem: network, task, clips and grid (`Problem`); `default_problem()` by default.
         reference: what residuals are taken against, "previous" (default) or "keyframe".
         trade_off: lambda, 0.3 by default, or a range it is drawn from log-uniformly for each clip.
-        budget: BOPs per frame as a share of W8A8, shown in the observation; none by default.
+        budget: {peak, mean, bucket}: the most that a frame may cost, and frames on average, as shares of W8A8, and the
+            frames whose credit can be saved up (`resq_rl.quantization.Budget`). No frame exceeds it: thresholds are
+            raised and levels lowered until they fit. None by default.
         by_group: one choice per region and layer group; by default one per region.
         thresholds: values behind threshold indices, ascending (`DEFAULT_THRESHOLDS`).
         kappa: multipliers of the threshold rule (`resq_rl.quantization.DEFAULT_KAPPA`).

@@ -12,7 +12,7 @@ from resq_rl.envs.problem import Problem, gather
 from resq_rl.envs.streams import Policy, Streams
 from resq_rl.errors import SettingsError
 from resq_rl.perception import Task
-from resq_rl.quantization import LayerSize, LevelField, mac_cost
+from resq_rl.quantization import Budget, LayerSize, LevelField, mac_cost
 
 __all__ = ["Measurement", "Trace", "batches", "measure", "policy_share", "trace"]
 
@@ -77,18 +77,25 @@ class Measurement:
 
 @torch.no_grad()
 def measure(
-    problem: Problem, policy: Policy, *, slots: int = 32, progress: Callable[[int], None] | None = None
+    problem: Problem,
+    policy: Policy,
+    *,
+    slots: int = 32,
+    budget: Budget | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Measurement:
     """Run every clip of a problem once under `policy`.
 
     Args:
         problem: the network, its task and the clips.
         policy: decides how frames run.
+        budget: what the frames of each clip may cost, the policy's own BOPs included; None for no limit.
         slots: clips that step together, or fewer if memory is short; does not change the result beyond rounding.
         progress: called with the number of frames done after each step.
 
     Raises:
-        SettingsError: no slots. PolicyError: the policy does not fit the network or grid.
+        SettingsError: no slots, or a budget that cannot be kept. PolicyError: the policy does not fit the network or
+            grid.
     """
     if slots < 1:
         raise SettingsError(f"At least one clip must step at a time, got {slots}.")
@@ -99,7 +106,7 @@ def measure(
     own = policy_share(problem, policy)
     for batch in batches(problem, max(1, min(slots, clips_that_fit(problem.model)))):
         index = torch.tensor(batch)
-        for time, (_, result) in enumerate(_streams(problem.subset(batch), policy).run(policy)):
+        for time, (_, result) in enumerate(_streams(problem.subset(batch), policy, budget).run(policy)):
             rows = index[result.clip]
             key = result.cost.keyframe
             sums["error"][rows] += result.error.mean((1, 2))
@@ -159,18 +166,19 @@ class Trace:
 
 
 @torch.no_grad()
-def trace(problem: Problem, policy: Policy, *, clip: int = 0) -> Trace:
+def trace(problem: Problem, policy: Policy, *, clip: int = 0, budget: Budget | None = None) -> Trace:
     """Run one clip of a problem under `policy`, as `measure` does, and keep every frame.
 
     Args:
         problem: the network, its task and the clips.
         policy: decides how frames run.
         clip: index of the clip.
+        budget: as of `measure`.
 
     Raises:
         PolicyError: the policy does not fit the network or grid.
     """
-    decisions, results = zip(*_streams(problem.subset([clip]), policy).run(policy), strict=True)
+    decisions, results = zip(*_streams(problem.subset([clip]), policy, budget).run(policy), strict=True)
     layers = torch.cat([result.cost.per_layer for result in results]) / problem.reference_bops
     bops = layers.sum(1)
     bops[1:] += policy_share(problem, policy)
@@ -186,13 +194,15 @@ def trace(problem: Problem, policy: Policy, *, clip: int = 0) -> Trace:
     )
 
 
-def _streams(problem: Problem, policy: Policy) -> Streams:
+def _streams(problem: Problem, policy: Policy, budget: Budget | None) -> Streams:
     """Streams in which all clips of a problem step together under `policy`."""
     return Streams(
         NetworkEngine(problem),
         slots=len(problem),
         reference=policy.reference,
         trade_off_range=policy.trade_off_range,
+        budget=budget,
+        charge=policy_share(problem, policy),
     )
 
 

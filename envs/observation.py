@@ -32,7 +32,7 @@ AGE_OCTAVES = 6
 _OF_FRAME: Final[Mapping[str, str]] = {
     "keyframe_age": "log2(1 + frames since the keyframe) / 6, at most 1",
     "trade_off": "position of lambda in its range, on a log scale",
-    "budget_left": "share of the clip's budget of BOPs that is left; 1 without a budget",
+    "budget_left": "how full the bucket of the budget is, from which follows what the frame may cost; 1 without a mean",
     "frame_residual_mean": "square root of the mean absolute pixel residual of the frame",
     "foreground_share": "mean of `foreground` over the frame",
 }

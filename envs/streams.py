@@ -13,7 +13,7 @@ from torch import Tensor
 from resq_rl.envs.engine import Conditions, Decision, Engine, FrameResult
 from resq_rl.envs.observation import Observation, Seen
 from resq_rl.errors import PolicyError, SettingsError
-from resq_rl.quantization import Reference
+from resq_rl.quantization import Budget, Reference
 
 __all__ = ["FrameView", "Policy", "StreamResult", "Streams"]
 
@@ -133,10 +133,12 @@ class Streams:
         slots: clips that step together (B).
         reference: what residuals are taken against.
         trade_off_range: range of lambda, for scaling it in the observation.
-        budget: BOPs a clip may spend per frame, as a share of W8A8, or None; only observed, never enforced.
+        budget: what the frames of each clip may cost; None for no limit.
+        charge: BOPs of the policy itself per decided frame, as a share of W8A8, for which the budget pays too.
 
     Raises:
-        SettingsError: no clips, no slots, more slots than memory has room for, or an impossible range or budget.
+        SettingsError: no clips, no slots, more slots than memory has room for, an impossible range, or a budget that
+            cannot be kept.
     """
 
     def __init__(
@@ -146,7 +148,8 @@ class Streams:
         slots: int,
         reference: Reference = "previous",
         trade_off_range: tuple[float, float] = (0.05, 1.0),
-        budget: float | None = None,
+        budget: Budget | None = None,
+        charge: float = 0.0,
     ) -> None:
         if not engine.problem.clips:
             raise SettingsError("Streams need a problem with clips: make it with Problem.prepare.")
@@ -154,11 +157,11 @@ class Streams:
             raise SettingsError(f"At least one clip must step at a time, got {slots}.")
         if not 0 < trade_off_range[0] <= trade_off_range[1]:
             raise SettingsError(f"The range of lambda must be positive and ascending, got {trade_off_range}.")
-        if budget is not None and not budget > 0:
-            raise SettingsError(f"budget must be a positive share of W8A8, or None for no budget, got {budget}.")
+        if budget is not None:
+            engine.check_budget(budget, charge)
         _check_memory(engine, slots)
         self.engine, self.problem = engine, engine.problem
-        self.slots, self.reference, self.budget = slots, reference, budget
+        self.slots, self.reference, self.budget, self.charge = slots, reference, budget, charge
         self.trade_off_range = (float(trade_off_range[0]), float(trade_off_range[1]))
         self.state = engine.new_state(slots, reference)
         self.clip = torch.zeros(slots, dtype=torch.int64)
@@ -166,6 +169,8 @@ class Streams:
         self.length = torch.zeros(slots, dtype=torch.int64)
         self.trade_off = torch.full((slots,), trade_off_range[0])
         self.spent = torch.zeros(slots, dtype=torch.float64)
+        self.last = torch.zeros(slots, dtype=torch.float64)  # BOPs of the last frame, the policy's own included
+        self.credit = torch.ones(slots, dtype=torch.float64) if budget is None else budget.begin(slots)
 
     @property
     def age(self) -> Int64[Tensor, " b"]:
@@ -180,7 +185,7 @@ class Streams:
     def start(
         self, slots: Sequence[int], clips: Sequence[int], trade_off: Sequence[float] | None = None
     ) -> StreamResult:
-        """Begin clips in some slots: frame 0 runs as the forced keyframe.
+        """Begin clips in some slots: frame 0 runs as the forced keyframe, or as what a budget allows of it.
 
         Returns:
             The keyframes' results, one row per slot started.
@@ -194,6 +199,8 @@ class Streams:
         self.clip[rows] = torch.tensor(list(clips), dtype=torch.int64)
         self.time[rows] = 0
         self.spent[rows] = 0
+        if self.budget is not None:
+            self.credit[rows] = self.budget.begin(len(rows))
         self.length[rows] = torch.tensor([len(self.problem.clips[c]) for c in clips], dtype=torch.int64)
         if trade_off is not None:
             self.trade_off[rows] = torch.tensor(list(trade_off), dtype=torch.float32)
@@ -217,18 +224,24 @@ class Streams:
     def _run(self, rows: Tensor, state: Any, decision: Decision) -> StreamResult:
         """Run the next frame of the slots in `rows`, whose state is `state`."""
         clips, times = self.clip[rows], self.time[rows]
-        result = self.engine.step(self.engine.inputs(clips, times), state, decision)
+        charge = torch.where(times > 0, self.charge, 0.0).double()  # nothing is decided on first frames
+        limit = None if self.budget is None else self.budget.limit(self.credit[rows]) - charge
+        result = self.engine.step(self.engine.inputs(clips, times), state, decision, limit)
         self.spent[rows] += result.bops
+        self.last[rows] = result.bops + charge
+        if self.budget is not None:
+            self.credit[rows] = self.budget.after(self.credit[rows], self.last[rows])
         self.time[rows] += 1
         return StreamResult(**vars(result), clip=clips, time=times, last=self.time[rows] >= self.length[rows])
 
     def view(self) -> FrameView:
         """A policy's view before each slot's next frame; after the end of a clip, before its last frame once more."""
         clips, times = self.clip.clone(), torch.minimum(self.time, self.length - 1)
-        budget = torch.ones(self.slots)
-        if self.budget is not None:
-            budget = (1 - self.spent / (self.budget * self.length)).float()
-        conditions = Conditions(self.trade_off, self.trade_off_range, budget)
+        if self.budget is None:
+            left, rate = torch.ones(self.slots), torch.ones(self.slots)
+        else:
+            left, rate = self.budget.left(self.credit), self.budget.rate(self.last)
+        conditions = Conditions(self.trade_off, self.trade_off_range, left, rate)
         return FrameView(self.engine, lambda: self.engine.inputs(clips, times), self.state, conditions, self)
 
     def observe(self) -> Observation:

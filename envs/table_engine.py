@@ -14,7 +14,7 @@ from resq_rl.envs.observation import Observation, frame_values, pool_over_region
 from resq_rl.envs.problem import Problem
 from resq_rl.envs.table import ResponseTable
 from resq_rl.errors import PolicyError, SettingsError
-from resq_rl.quantization import FrameCost, LevelField, Reference
+from resq_rl.quantization import Budget, FrameCost, LevelField, Reference
 
 __all__ = ["TableEngine", "TableState"]
 
@@ -191,14 +191,32 @@ class TableEngine:
         """Indices of clip and frame."""
         return clips, times
 
+    def check_budget(self, budget: Budget, charge: float = 0.0) -> None:
+        """Refuse all budgets: tables begin with a whole keyframe.
+
+        Raises:
+            SettingsError: always.
+        """
+        raise SettingsError(
+            "Tables hold frames against whole keyframes, and no frames under a budget: leave the budget out, or run "
+            "the network (environment region_thresholds, region_bits or frame_bits)."
+        )
+
     def step(
-        self, inputs: tuple[Int64[Tensor, " b"], Int64[Tensor, " b"]], state: TableState, decision: Decision
+        self,
+        inputs: tuple[Int64[Tensor, " b"], Int64[Tensor, " b"]],
+        state: TableState,
+        decision: Decision,
+        limit: Float64[Tensor, " b"] | None = None,
     ) -> FrameResult:
         """Look a frame of each clip up; `state` is updated in place.
 
         Raises:
-            PolicyError: a level is not the same everywhere, or a keyframe is older than the tables know.
+            PolicyError: a level is not the same everywhere, or a keyframe is older than the tables know; or there is a
+                limit, under which tables hold nothing.
         """
+        if limit is not None:
+            raise PolicyError("Tables hold no frames under a limit: run the network.")
         (clip, time), table = inputs, self._rows
         state.level = self._level(clip, state, decision).clone()  # the agents' actions are not this state's memory
         state.age = torch.where(decision.refresh, 0, state.age + 1)

@@ -20,6 +20,7 @@ from resq_rl.policies.oracle import (
     measure_schedules,
     oracle_measurement,
 )
+from resq_rl.policies.rate_control import RateControl
 from resq_rl.policies.runner import RunCost, Runner
 from resq_rl.policies.search import Tried, best_for, search_group_thresholds
 from resq_rl.policies.tuning import (
@@ -38,6 +39,7 @@ __all__ = [
     "LearnedThresholds",
     "PerFrame",
     "RandomLevels",
+    "RateControl",
     "RunCost",
     "Runner",
     "Schedule",

@@ -22,6 +22,7 @@ __all__ = [
     "StaticResQ",
     "periodic",
     "periodic_at",
+    "scene_changed",
 ]
 
 
@@ -99,8 +100,12 @@ class _Magnitude(_Free):
         return super().settings | own | ({"scene_change": self.scene_change} if self.scene_change < math.inf else {})
 
     def _refresh(self, view: FrameView) -> Bool[Tensor, " b"]:
-        due = periodic(view, self.interval)
-        return due if self.scene_change == math.inf else due | (_frame_residual(view) > self.scene_change)
+        return periodic(view, self.interval) | scene_changed(view, self.scene_change)
+
+
+def scene_changed(view: FrameView, least: float) -> Bool[Tensor, " b"]:
+    """Which clips have a `frame_residual_mean` above `least`; nothing is observed where that is infinite."""
+    return torch.zeros(view.clips, dtype=torch.bool) if least == math.inf else _frame_residual(view) > least
 
 
 def _frame_residual(view: FrameView) -> Float[Tensor, " b"]:

@@ -177,7 +177,8 @@ def descend(
     while clips.frames < settings.frames:
         drawn, weights = clips.draw(), _weights(clips, len(knots))
         trade_offs = (weights @ torch.from_numpy(places).float()).exp()
-        conditions = Conditions(trade_offs, (float(knots[0]), float(knots[-1])), torch.ones(clips.count))
+        without = torch.ones(clips.count)  # a budget
+        conditions = Conditions(trade_offs, (float(knots[0]), float(knots[-1])), without, without)
         clips.start(drawn, conditions)
         figures = []
         while clips.left and clips.frames < settings.frames:

@@ -1,12 +1,12 @@
 """A policy and its frozen network on a stream of frames, as an application runs them."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float64, UInt8
 from torch import Tensor, nn
 
 from resq_rl.envs import Conditions, Decision, FrameInputs, FrameView, NetworkEngine, Policy, Problem
@@ -14,7 +14,7 @@ from resq_rl.envs.measure import policy_share
 from resq_rl.errors import PolicyError, SettingsError, VideoError
 from resq_rl.perception import Beginning, Task, beginning_with
 from resq_rl.policies.learned import LearnedPolicy
-from resq_rl.quantization import load_model
+from resq_rl.quantization import Budget, load_model
 from resq_rl.video import Framing
 from resq_rl.video.images import Box
 
@@ -65,17 +65,22 @@ class Runner:
         problem: the calibrated network, its task and the policy's grid; clips are not needed.
         framing: how frames are brought to the network; by default they are stretched to its size. Its stride is up to
             the caller, who leaves frames out.
+        budget: what the frames of the stream may cost, the policy's own BOPs included; None for no limit.
 
     Raises:
         PolicyError: the policy does not fit the network or the grid.
+        SettingsError: the budget cannot be kept.
     """
 
-    def __init__(self, policy: Policy, problem: Problem, framing: Framing | None = None) -> None:
-        self.policy, self.problem = policy, problem
+    def __init__(
+        self, policy: Policy, problem: Problem, framing: Framing | None = None, budget: Budget | None = None
+    ) -> None:
+        self.policy, self.problem, self.budget = policy, problem, budget
         self.framing = Framing(problem.model.frame_size) if framing is None else framing
         self._engine = NetworkEngine(problem)
-        self._conditions = Conditions.alone(policy.trade_off, policy.trade_off_range)
         self._own_share = policy_share(problem, policy)
+        if budget is not None:
+            self._engine.check_budget(budget, self._own_share)
         self.reset()
         if isinstance(policy, LearnedPolicy):
             policy.check_view(self._view(self._state.frame))
@@ -90,6 +95,7 @@ class Runner:
         interval: int | None = None,
         static: bool = False,
         framing: Framing | None = None,
+        budget: Budget | None = None,
     ) -> "Runner":
         """The policy and the calibrated model that a training run wrote into `folder`.
 
@@ -99,6 +105,7 @@ class Runner:
             interval: frames between keyframes (0: first frame only); the policy's own timing by default.
             static: whether to run the policy's beginning, without its network.
             framing: how frames are brought to the network; by default as in training.
+            budget: what the frames of the stream may cost; None for no limit.
 
         Raises:
             PolicyError, CalibrationError: the files are missing or damaged, or the policy does not know that lambda or
@@ -114,10 +121,10 @@ class Runner:
         policy = policy.beginning() if static else policy
         model = load_model(Path(folder), network)
         framing = saved_framing(Path(folder)) if framing is None else framing
-        return Runner(policy, Problem(model, task, policy.scheme.grid), framing)
+        return Runner(policy, Problem(model, task, policy.scheme.grid), framing, budget)
 
     def reset(self, given: UInt8[np.ndarray, "h w"] | UInt8[Tensor, "h w"] | None = None) -> None:
-        """Begin a new video: the next frame runs as a keyframe, and nothing of the frames before is left.
+        """Begin a new video: the next frame runs as a keyframe, or as what a budget allows; nothing before it is left.
 
         Args:
             given: for a task that begins with it (`Recurrent`), the label of the next frame, such as the mask of the
@@ -126,6 +133,8 @@ class Runner:
         self._given = None if given is None else self._framed_label(given)
         self._starts: list[Beginning] = []
         self._state = self._engine.new_state(1, self.policy.reference)
+        self._credit = None if self.budget is None else self.budget.begin(1)
+        self._last = torch.zeros(1, dtype=torch.float64)
 
     @property
     def frame(self) -> UInt8[Tensor, "3 h w"]:
@@ -156,7 +165,22 @@ class Runner:
         return FrameInputs(frame, None, self._starts, torch.tensor([not self._begun]), lambda _: "the stream")
 
     def _view(self, frame: UInt8[Tensor, "1 3 h w"]) -> FrameView:
-        return FrameView(self._engine, lambda: self._inputs(frame), self._state, self._conditions)
+        conditions = Conditions.alone(self.policy.trade_off, self.policy.trade_off_range)
+        if self.budget is not None and self._credit is not None:
+            left, rate = self.budget.left(self._credit), self.budget.rate(self._last)
+            conditions = replace(conditions, budget_left=left, rate=rate)
+        return FrameView(self._engine, lambda: self._inputs(frame), self._state, conditions)
+
+    def _limit(self, policy_bops: float) -> Float64[Tensor, " 1"] | None:
+        """What the network may spend on the next frame."""
+        if self.budget is None or self._credit is None:
+            return None
+        return self.budget.limit(self._credit) - policy_bops
+
+    def _pay(self, bops: Float64[Tensor, " 1"]) -> None:
+        self._last = bops
+        if self.budget is not None and self._credit is not None:
+            self._credit = self.budget.after(self._credit, bops)
 
     @torch.no_grad()
     def __call__(
@@ -182,7 +206,8 @@ class Runner:
         else:
             self._starts = self._start(own[0])
             decision, policy_bops = Decision.keyframes(1, self.problem.groups), 0.0
-        result = self._engine.step(self._inputs(own), self._state, decision)
+        result = self._engine.step(self._inputs(own), self._state, decision, self._limit(policy_bops))
+        self._pay(result.bops + policy_bops)
         cost = RunCost(bool(result.cost.keyframe), float(result.bops), policy_bops, result.share[0])
         return result.prediction[0], cost
 

@@ -8,6 +8,7 @@ from resq_rl.quantization.running.model import ResQModel
 from resq_rl.quantization.running.state import StreamState
 from resq_rl.quantization.running.storage import load_model, save_model
 from resq_rl.quantization.running.weight_bits import choose_residual_weight_bits
+from resq_rl.quantization.specification.budget import Budget
 from resq_rl.quantization.specification.config import LayerKind, QuantizationConfig, RangeEstimator, Reference
 from resq_rl.quantization.specification.costs import Convention, CostTable, LayerSize, cost_name, mac_cost
 from resq_rl.quantization.specification.fields import DEFAULT_KAPPA, Field, LevelField, ThresholdField
@@ -17,6 +18,7 @@ from resq_rl.quantization.specification.ledger import FrameCost
 __all__ = [
     "DEFAULT_KAPPA",
     "AffineQuantizer",
+    "Budget",
     "ChannelQuantizer",
     "Convention",
     "CostTable",

@@ -11,11 +11,13 @@ from gymnasium import spaces
 
 from resq_rl.envs import ActionKind, BatchedEnvironment, Problem, ResQEnv, ResQVectorEnv
 from resq_rl.envs.sb3 import AgentsVecEnv
-from resq_rl.errors import PolicyError
+from resq_rl.errors import PolicyError, SettingsError
+from resq_rl.quantization import Budget
 from resq_rl.video import Clip
 from tests.envs.problems import assert_same, first_difference
 
 Array = np.ndarray[Any, Any]
+BUDGET = Budget(peak=0.4, mean=0.2, bucket=4.0)
 
 
 @dataclass(frozen=True)
@@ -132,10 +134,23 @@ class AgentsFace:
         return array
 
 
+def check_budget(budget: Budget, spent: list[float]) -> None:
+    """What the frames of a stream cost, from its first one on, is within the budget."""
+    rounding = 1 + 1e-9
+    assert max(spent) <= budget.peak * rounding
+    if budget.mean is None:
+        return
+    for end in range(1, len(spent) + 1):
+        assert sum(spent[:end]) <= end * budget.mean * rounding
+        for start in range(end):
+            assert sum(spent[start:end]) <= (end - start + budget.bucket - 1) * budget.mean * rounding
+
+
 class EnvContract:
     """Inherit, set `kind`, and override `make`: everything below must hold."""
 
     kind: ClassVar[ActionKind]
+    budgeted: ClassVar[bool] = True  # whether budgets are kept; else they are refused
 
     @pytest.fixture(autouse=True)
     def _checked_once(self, request: pytest.FixtureRequest) -> None:
@@ -167,7 +182,7 @@ class EnvContract:
         return observations, taken
 
     def test_spaces_shapes_and_types(self, problem: Problem) -> None:
-        face = self.make(problem, trade_off=(0.1, 1.0), budget=0.4)
+        face = self.make(problem, trade_off=(0.1, 1.0), **self.budget())
         agents = face.core.agents
         size = len(face.core.scheme.feature_names)
         assert face.observation_space.shape == (size,)
@@ -190,14 +205,47 @@ class EnvContract:
             face.step(np.stack([face.action_space.sample() for _ in range(face.core.agents)]))
 
     def test_observations_lie_between_zero_and_one_and_vary(self, problem: Problem) -> None:
-        observations, _ = self.rollout(self.make(problem, budget=0.4, trade_off=(0.1, 1.0)), 10)
+        observations, _ = self.rollout(self.make(problem, trade_off=(0.1, 1.0), **self.budget()), 10)
         values = np.concatenate(observations)
         assert np.isfinite(values).all()
         assert values.min() >= 0
         assert values.max() <= 1
         constant = np.flatnonzero(np.ptp(values, 0) == 0)
         names = self.make(problem).core.scheme.feature_names
-        assert not len(constant), f"features that never vary: {[names[i] for i in constant]}"
+        never = [names[i] for i in constant if self.budgeted or names[i] != "budget_left"]
+        assert not never, f"features that never vary: {never}"
+
+    def budget(self) -> dict[str, Budget]:
+        """A budget among the settings, where budgets are kept."""
+        return {"budget": BUDGET} if self.budgeted else {}
+
+    @pytest.mark.parametrize(
+        "budget", [BUDGET, Budget(peak=0.05), Budget(peak=1.0, mean=0.1, bucket=20.0), Budget(peak=0.3, mean=0.01)]
+    )
+    def test_no_budget_is_ever_exceeded(self, problem: Problem, budget: Budget) -> None:
+        """Nor by any first frames of a clip together, nor by any window of later ones."""
+        if not self.budgeted:
+            with pytest.raises(SettingsError, match="no frames under a budget"):
+                self.make(problem, budget=budget)
+            return
+        face = self.make(problem, budget=budget)
+        streams = face.core.streams
+        spent: list[tuple[int, int, float]] = []
+        run = streams._run
+
+        def recorded(rows: torch.Tensor, state: Any, decision: Any) -> Any:
+            result = run(rows, state, decision)
+            spent.extend(zip(rows.tolist(), result.time.tolist(), result.bops.tolist(), strict=True))
+            return result
+
+        streams._run = recorded  # type: ignore[method-assign]
+        self.rollout(face, 20)
+        assert len(spent) >= 20 * streams.slots
+        for slot in range(streams.slots):
+            own = [(time, bops) for row, time, bops in spent if row == slot]
+            starts = [i for i, (time, _) in enumerate(own) if time == 0]
+            for first, end in zip(starts, [*starts[1:], len(own)], strict=True):
+                check_budget(budget, [bops for _, bops in own[first:end]])
 
     @pytest.mark.parametrize("trade_off", [0.3, (0.1, 1.0)])
     def test_reward_is_accuracy_minus_lambda_bops_of_the_infos(self, problem: Problem, trade_off: Any) -> None:
@@ -245,7 +293,7 @@ class EnvContract:
         self.assert_same(first, again)
 
     def test_a_seed_fixes_everything_whatever_ran_before(self, problem: Problem) -> None:
-        face = self.make(problem, trade_off=(0.1, 1.0), budget=1.0)
+        face = self.make(problem, trade_off=(0.1, 1.0), **self.budget())
         first = self.rollout(face, 14, seed=7)
         self.rollout(face, 5, seed=3, action_seed=1)
         self.assert_same(first, self.rollout(face, 14, seed=7))

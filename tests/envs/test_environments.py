@@ -135,7 +135,7 @@ def test_vector_equals_single_where_the_grid_does_not_divide_the_frame(uneven_pr
 def check_vector_equals_single(name: str, parts: dict[str, Any]) -> None:
     """Sub-environment i seeded s is the single environment seeded s + i: observations, rewards and infos."""
     seed, steps, count = 5, 16, 3
-    settings = {"trade_off": (0.1, 1.0), "budget": 0.5, **parts}
+    settings = {"trade_off": (0.1, 1.0), "budget": {"peak": 0.5, "mean": 0.2}, **parts}
     vector = gymnasium.make_vec(name, num_envs=count, **settings)
     singles = [gymnasium.make(name, **settings) for _ in range(count)]
     observations, _ = vector.reset(seed=seed)
@@ -277,7 +277,9 @@ def test_a_keyframe_by_action_costs_a_whole_frame(problem: Problem) -> None:
 
 @pytest.mark.parametrize("reference", ["previous", "keyframe"])
 def test_a_frame_level_is_the_same_bits_for_every_layer_group(reference: str, problem: Problem) -> None:
-    one, each = (single(kind, problem, reference=reference, budget=0.5) for kind in ("frame_level", "frame_bits"))
+    one, each = (
+        single(kind, problem, reference=reference, budget={"peak": 0.6}) for kind in ("frame_level", "frame_bits")
+    )
     assert isinstance(one.action_space, MultiDiscrete)
     assert one.action_space.nvec.tolist() == [4, 2]
     assert one.feature_names == each.feature_names
@@ -339,7 +341,9 @@ def test_arguments_that_no_environment_takes_are_named(name: str, problem: Probl
     [
         ({"trade_off": 0.0}, "trade_off"),
         ({"trade_off": (1.0, 0.5)}, "trade_off"),
-        ({"budget": -0.1}, "budget"),
+        ({"budget": 0.1}, "A budget is null, or a mapping with some of peak, mean, bucket"),
+        ({"budget": {"top": 0.1}}, "A budget is null, or a mapping with some of peak, mean, bucket"),
+        ({"budget": {"peak": -0.1}}, "budget.peak"),
         ({"thresholds": (1.0, 0.5)}, "ascending"),
         ({"thresholds": ()}, "thresholds"),
         ({"reference": "next"}, "reference"),

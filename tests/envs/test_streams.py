@@ -9,7 +9,7 @@ from torch import Tensor
 
 from resq_rl.envs import Decision, Observation, Problem, StreamResult, Streams
 from resq_rl.errors import PolicyError, SettingsError
-from resq_rl.quantization import LevelField, Reference, to_float
+from resq_rl.quantization import Budget, LevelField, Reference, to_float
 from tests.envs import problems
 from tests.envs.problems import (
     assert_same,
@@ -91,7 +91,6 @@ def test_a_step_after_the_end_names_the_slots(problem: Problem) -> None:
         ({"slots": 0}, "At least one clip"),
         ({"trade_off_range": (0.0, 1.0)}, "positive and ascending"),
         ({"trade_off_range": (math.nan, 1.0)}, "positive and ascending"),
-        ({"budget": 0.0}, "budget must be a positive"),
         ({"reference": "none"}, "reference is"),
     ],
 )
@@ -109,7 +108,8 @@ def test_a_lambda_that_is_not_positive_is_refused(value: float, problem: Problem
 
 
 def test_frame_features_age_lambda_and_budget(problem: Problem) -> None:
-    budget, low, high = 0.4, 0.1, 1.0
+    low, high, mean, bucket = 0.1, 1.0, 0.2, 4.0
+    budget = Budget(peak=0.5, mean=mean, bucket=bucket)
     streams = problems.streams(problem, 2, budget=budget, trade_off_range=(low, high))
     trade_off = [0.2, 1.0]
     results = [streams.start([0, 1], [0, 1], trade_off)]
@@ -117,9 +117,11 @@ def test_frame_features_age_lambda_and_budget(problem: Problem) -> None:
     ages = [[0, 0], [1, 1], [0, 2], [1, 3]]
     for t in range(4):
         frame = streams.observe().frame
-        for slot, clip in enumerate((0, 1)):
-            spent = sum(float(r.cost.total[slot]) for r in results) / problem.reference_bops
-            left = max(0.0, 1 - spent / (budget * len(problem.clips[clip])))
+        for slot in range(2):
+            credit = mean
+            for result in results:
+                credit = min(credit - float(result.cost.total[slot]) / problem.reference_bops + mean, bucket * mean)
+            left = credit / (bucket * mean)
             position = math.log(trade_off[slot] / low) / math.log(high / low)
             expected = [math.log2(1 + ages[t][slot]) / 6, position, left]
             assert frame[slot, :3].tolist() == pytest.approx(expected, abs=1e-6), f"after frame {t}, slot {slot}"
@@ -196,7 +198,7 @@ def test_streams_share_no_memory_with_decisions_and_results(
 def test_both_engines_give_the_same_frames(seed: int, divides: bool, problem: Problem, uneven_problem: Problem) -> None:
     """Under random decisions, each slot beginning another clip where one ends."""
     own, slots = problem if divides else uneven_problem, 3
-    settings: dict[str, Any] = {"trade_off_range": (0.1, 1.0), "budget": 0.5}
+    settings: dict[str, Any] = {"trade_off_range": (0.1, 1.0)}
     real = problems.streams(own, slots, reference="keyframe", **settings)
     tables = problems.table_streams(own, slots, **settings)
     generator = torch.Generator().manual_seed(seed)

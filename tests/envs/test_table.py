@@ -22,7 +22,7 @@ from resq_rl.envs import (
 from resq_rl.envs.sb3 import AgentsVecEnv
 from resq_rl.errors import PolicyError, SettingsError
 from resq_rl.policies.ppo import PPOSettings, train_ppo
-from resq_rl.quantization import LevelField, ThresholdField
+from resq_rl.quantization import Budget, LevelField, ThresholdField
 from tests.envs import problems
 from tests.envs.contract import AgentsFace, EnvContract, Face
 from tests.envs.problems import assert_same, first_difference, table_engine, table_streams, values_of
@@ -34,7 +34,7 @@ def level_of(level: int, clips: int = 1) -> LevelField:
     return LevelField.constant(level, clips, 3)
 
 
-def core(problem: Problem, *, table: bool, slots: int = 2, budget: float | None = None, **episodes: Any) -> Any:
+def core(problem: Problem, *, table: bool, slots: int = 2, budget: Budget | None = None, **episodes: Any) -> Any:
     """Frame agents of one level, on the table or on the network."""
     settings = EpisodeSettings(**({"trade_off": 0.3} | episodes))
     kinds: dict[str, Any] = {"trade_off_range": settings.trade_off_range, "budget": budget}
@@ -146,6 +146,7 @@ class TestTableContract(EnvContract):
     """Agents on tables are an environment like any other."""
 
     kind = "frame_level"
+    budgeted = False
 
     def make(self, problem: Problem, **settings: Any) -> Face:
         return AgentsFace(AgentsVecEnv(core(problem, table=True, **settings)))
@@ -155,7 +156,7 @@ class TestTableContract(EnvContract):
     "settings",
     [
         {"trade_off": 0.3},
-        {"trade_off": (0.05, 1.0), "budget": 0.4},
+        {"trade_off": (0.05, 1.0)},
         {"trade_off": (0.05, 1.0), "relative": True, "reward_scale": 20.0},
         {"slots": 5, "shuffle": False},
     ],

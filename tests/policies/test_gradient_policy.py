@@ -61,7 +61,7 @@ def test_the_thresholds_that_are_trained_are_those_that_are_deployed(
     clips = UnrolledClips(problem, first, QUICK, 0)
     clips.offsets = offsets
     low, _ = policy.trade_off_range
-    conditions = Conditions(torch.full((3,), low), policy.trade_off_range, torch.ones(3))
+    conditions = Conditions(torch.full((3,), low), policy.trade_off_range, torch.ones(3), torch.ones(3))
     clips.start(torch.tensor([0, 1, 2]).numpy(), conditions)
     inputs = clips.engine.inputs(clips.clip, torch.ones(3, dtype=torch.int64))
     log_taus = torch.tensor(policy.scheme.base[0]).log().expand(3, -1)

@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 from resq_rl.envs import Policy, Problem, trace
-from resq_rl.errors import NetworkError, PolicyError, VideoError
+from resq_rl.envs.measure import policy_share
+from resq_rl.errors import NetworkError, PolicyError, SettingsError, VideoError
 from resq_rl.perception import Segmentation
 from resq_rl.policies import DynamicResQ, LearnedPolicy, Runner
-from resq_rl.quantization import ThresholdField, save_model, to_float
+from resq_rl.quantization import Budget, ThresholdField, save_model, to_float
 from tests.envs import problems
 from tests.envs.problems import CLASSES, moving_frames, tiny_network
 from tests.policies.test_learned import made
@@ -175,3 +176,28 @@ def test_a_mask_to_begin_with_is_asked_for_and_brought_to_size(recurrent_problem
         runner(clip.frames[0])
     runner.reset(clip.labels[0].repeat_interleave(2, 0).repeat_interleave(2, 1))
     assert torch.equal(runner(clip.frames[0])[0], clip.labels[0])
+
+
+@pytest.mark.parametrize("name", ["periodic", "heuristic"])
+def test_a_budget_is_kept_as_in_streams_bit_for_bit(name: str, problem: Problem) -> None:
+    """The policy's own cost is paid from it too; a new video begins with a new bucket."""
+    policy, budget = policies(problem)[name], Budget(peak=0.6, mean=0.3, bucket=3.0)
+    expected = trace(problem, policy, clip=1, budget=budget)
+    runner = Runner(policy, problem, budget=budget)
+    for _ in range(2):
+        spent = 0.0
+        for t, frame in enumerate(problem.clips[1].frames):
+            prediction, cost = runner(frame)
+            assert torch.equal(prediction, expected.prediction[t]), t
+            assert cost.bops == pytest.approx(float(expected.bops[t]), rel=1e-12)
+            assert cost.bops <= budget.peak * (1 + 1e-9)
+            spent += cost.bops
+            assert spent <= (t + 1) * budget.mean * (1 + 1e-9)
+        runner.reset()
+    assert policy_share(problem, policy) > 0 or name == "heuristic"
+
+
+def test_a_budget_below_the_policys_own_cost_is_refused(problem: Problem) -> None:
+    policy = learned(problem)
+    with pytest.raises(SettingsError, match=r"the policy's own network cost .* raise budget.mean"):
+        Runner(policy, problem, budget=Budget(peak=0.5, mean=policy_share(problem, policy) / 2))

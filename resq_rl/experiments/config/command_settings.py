@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from resq_rl.checked import Checked, Count, NotNegative, Positive
+from resq_rl.quantization.specification.budget import BudgetSetting
 from resq_rl.video import Fit
 
 __all__ = ["BenchmarkSettings", "ExportSettings", "RunningSettings"]
@@ -49,6 +50,8 @@ class RunningSettings(Checked):
         overlay: whether to draw the prediction, the bits and BOPs so far to `overlay.mp4`.
         height: height of the overlay in pixels.
         records: format of the file with a line per frame, "jsonl" or "csv".
+        budget: what the frames of the stream may cost, {peak, mean, bucket} as of `resq_rl.quantization.Budget`; None
+            for no limit.
     """
 
     _group: ClassVar[str] = "running."
@@ -62,6 +65,7 @@ class RunningSettings(Checked):
     overlay: bool = True
     height: Annotated[int, Field(ge=16, le=4320)] = 360
     records: Literal["jsonl", "csv"] = "jsonl"
+    budget: BudgetSetting = None
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from resq_rl.perception import PretrainSettings
 from resq_rl.policies import FrameMagnitude
 from resq_rl.policies.ppo_settings import PPOSettings
 from resq_rl.quantization import DEFAULT_KAPPA, LayerKind, QuantizationConfig, Reference
+from resq_rl.quantization.specification.budget import BudgetSetting
 from resq_rl.video import Split
 
 __all__ = [
@@ -130,6 +131,8 @@ class EnvironmentSettings(Checked):
             for searched thresholds only, or not at all (FrameLevel).
         ignored: features of the observation that agents see as 0, or patterns of their names, such as
             [uncertainty, spent_*].
+        budget: what the frames of every clip may cost, {peak, mean, bucket} as of `resq_rl.quantization.Budget`, in
+            training, tuning and measuring alike; None for no limit.
     """
 
     _group: ClassVar[str] = "environment."
@@ -145,8 +148,14 @@ class EnvironmentSettings(Checked):
     trade_off: Literal["auto"] | Positive | Range = "auto"
     thresholds: Ascending = DEFAULT_THRESHOLDS
     ignored: tuple[str, ...] = ()
+    budget: BudgetSetting = None
 
     def _check(self) -> None:
+        if self.budget is not None and self.id == "resq_rl/FrameLevel-v0":
+            raise SettingsError(
+                f"Setting 'environment.budget' must be null with {self.id}, whose tables begin with a whole keyframe: "
+                "choose environment=frame_bits, region_bits or region_thresholds."
+            )
         if self.agents == "region" and self.id in ("resq_rl/FrameBits-v0", "resq_rl/FrameLevel-v0"):
             raise SettingsError(
                 f"Setting 'environment.agents' must be 'frame' with {self.id}, which has no regions; received 'region'."
@@ -286,7 +295,7 @@ class Settings(Checked):
     Attributes:
         video, model, task: targets, made with `Target.build`.
         pretraining: how `pretrain` trains the network.
-        benchmark: what `bench` measures.
+        benchmark: what `bench` and `profile` measure.
         running: how `run` runs a policy.
         exporting: what `export` writes.
         policy: folder of a trained policy, for `evaluate`, `run` and `export`; or of policies by seed, which `compare`

@@ -38,6 +38,12 @@ SHARES = (0.35, 0.5, 0.65, 0.8)
 MOST_OTHER = 1e-3
 
 
+NO_BUDGET = (
+    "It would keep no budget: the policy alone does not, and what does is the runtime of the network. Use the portable "
+    "policy with resq-rl run running.budget=..., or export with environment.budget=null."
+)
+
+
 class _SkippedError(Exception):
     """A format that cannot be written for this policy or on this machine; the text says why."""
 
@@ -78,6 +84,8 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
     table = Table("format", "files", "checked", title=str(folder))
     for name in settings.exporting.formats:
         try:
+            if settings.environment.budget is not None and name in ("onnx", "thresholds"):
+                raise _SkippedError(NO_BUDGET)
             summary[name] = writers[name](work, reference)
             table.add_row(name, summary[name]["path"], summary[name]["checked"])
         except _SkippedError as skipped:

@@ -102,6 +102,7 @@ def _runner(settings: Settings, folder: Path) -> Runner:
         interval=running.interval,
         static=running.static,
         framing=_framing(folder, running),
+        budget=running.budget,
     )
     if settings.quantization.compile:
         runner.problem.model.compile()

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from resq_rl.envs import Policy
 from resq_rl.experiments.config.settings import HeuristicSettings, Settings
-from resq_rl.policies import DynamicResQ, FrameMagnitude, RandomLevels, SkipGate, StaticResQ
+from resq_rl.policies import DynamicResQ, FrameMagnitude, RandomLevels, RateControl, SkipGate, StaticResQ
 from resq_rl.quantization import Reference
 
 __all__ = ["LEARNED", "METHODS", "Method", "learned_method", "method_of", "tuned_methods"]
@@ -28,8 +28,8 @@ class Method:
     Attributes:
         key: name in `comparison.json`.
         title: name in tables and figures.
-        colour: hexadecimal RGB. The colours are Okabe and Ito's palette, a grey, and Paul Tol's wine, indigo and teal,
-            which the colour-blind can tell apart.
+        colour: hexadecimal RGB. The colours are Okabe and Ito's palette, a grey, and Paul Tol's wine, indigo, teal
+            and purple, which the colour-blind can tell apart.
         marker: Matplotlib's code of the marker.
         candidates: the policies that are tried on the validation clips, for a method that is tuned so.
         refinements: by name, for each of the best candidates, what is tried next.
@@ -90,13 +90,30 @@ def _other_kappas(heuristic: HeuristicSettings, policy: DynamicResQ) -> list[Dyn
     return [replace(policy, kappa=kappa) for kappa in heuristic.other_kappas]
 
 
-def _scene_changes(heuristic: HeuristicSettings, policy: DynamicResQ) -> list[DynamicResQ]:
+def _scene_changes(heuristic: HeuristicSettings, policy: DynamicResQ | RateControl) -> list[DynamicResQ | RateControl]:
     return [replace(policy, scene_change=scene_change) for scene_change in heuristic.scene_changes]
 
 
+def _rate_control(settings: Settings) -> list[RateControl]:
+    heuristic = settings.heuristic
+    chosen = product(heuristic.references, heuristic.taus, _GAINS)
+    return [
+        RateControl(reference, taus=(tau,), kappa=heuristic.kappa, integral=integral, proportional=proportional)
+        for reference, tau, (integral, proportional) in chosen
+    ]
+
+
+def _fills(_: HeuristicSettings, policy: RateControl) -> list[RateControl]:
+    return [replace(policy, fill=fill) for fill in _FILLS]
+
+
+# Integral and proportional gains of a rate controller, and how full it keeps the bucket.
+_GAINS: Final = ((1.0, 0.0), (1.0, 0.5), (3.0, 0.0), (3.0, 0.5))
+_FILLS: Final = (0.15, 0.6)
 # With which learned policies are compared, the most important first.
 _BASELINES: Final = (
     "dynamic_resq",
+    "rate_control",
     "searched_thresholds",
     "random_search",
     "gradient_thresholds",
@@ -116,6 +133,15 @@ METHODS: Final = (
         "o",
         _dynamic_resq,
         refinements=(("kappa", _other_kappas), ("scene change", _scene_changes)),
+        frame_level=False,
+    ),
+    Method(
+        "rate_control",
+        "rate control",
+        "#AA4499",
+        "H",
+        _rate_control,
+        refinements=(("fill", _fills), ("scene change", _scene_changes)),
         frame_level=False,
     ),
     Method("frame_magnitude", "frame magnitude", "#56B4E9", "h", _frame_magnitude, frame_level=True),
@@ -143,8 +169,13 @@ def learned_method(fronts: Mapping[str, Sequence[Any]]) -> str:
 
 def tuned_methods(settings: Settings) -> list[Method]:
     """The methods that are tuned on validation clips for the decisions that the settings ask for."""
-    frame_level = _is_frame_level(settings)
-    return [m for m in METHODS if m.candidates is not None and m.frame_level in (None, frame_level)]
+    frame_level, budget = _is_frame_level(settings), settings.environment.budget
+    left_out = () if budget is not None and budget.mean is not None else ("rate_control",)
+    return [
+        m
+        for m in METHODS
+        if m.candidates is not None and m.frame_level in (None, frame_level) and m.key not in left_out
+    ]
 
 
 def _is_frame_level(settings: Settings) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from resq_rl.envs import Measurement, Policy, Problem, measure
 from resq_rl.envs.table_cache import fingerprints
 from resq_rl.experiments.runs.progress import Advance
+from resq_rl.quantization import Budget
 from resq_rl.sealed import ContentStore
 
 __all__ = ["MEASUREMENTS", "Measurements"]
@@ -29,26 +30,33 @@ class Measurements:
         self._store = ContentStore(folder)
         self._problems: dict[int, tuple[Problem, str]] = {}
 
-    def measure(self, problem: Problem, policy: Policy, slots: int, advance: Advance | None = None) -> Measurement:
+    def measure(
+        self,
+        problem: Problem,
+        policy: Policy,
+        slots: int,
+        advance: Advance | None = None,
+        budget: Budget | None = None,
+    ) -> Measurement:
         """What `resq_rl.envs.measure` gives."""
-        key = self._key(problem, policy, slots)
+        key = self._key(problem, policy, slots, budget)
         known = None if key is None else self._store.get(key)
         if known is not None:
             if advance is not None:
                 advance(problem.frames)
             return Measurement(**known, task=problem.task, settings=policy.settings)
-        result = measure(problem, policy, slots=slots, progress=advance)
+        result = measure(problem, policy, slots=slots, budget=budget, progress=advance)
         if key is not None:
             names = [f.name for f in fields(result) if f.name not in ("task", "settings")]
             self._store.put(key, {name: getattr(result, name) for name in names})
         return result
 
-    def _key(self, problem: Problem, policy: Policy, slots: int) -> str | None:
+    def _key(self, problem: Problem, policy: Policy, slots: int, budget: Budget | None) -> str | None:
         """SHA-256 of all that a measurement depends on; None where that cannot be told, as of unknown policies."""
         if self._store.folder is None:
             return None
         digest = hashlib.sha256(self._fingerprint(problem).encode())
-        digest.update(repr(slots).encode())
+        digest.update(repr(slots if budget is None else (slots, budget)).encode())
         try:
             for part in _content(policy):
                 digest.update(len(part).to_bytes(8, "little"))

@@ -28,7 +28,7 @@ from resq_rl.experiments.runs.progress import Advance, stage
 from resq_rl.experiments.study.measurements import Measurements
 from resq_rl.perception import Task, clip_inputs, degenerate_output, example_inputs
 from resq_rl.policies import measure_on_tables
-from resq_rl.quantization import Inputs, ResQModel, choose_residual_weight_bits
+from resq_rl.quantization import Budget, Inputs, ResQModel, choose_residual_weight_bits
 from resq_rl.video import Clip, Framing, Split, framing_of
 
 __all__ = ["Study", "build_study", "network_framing", "prepare_problems", "read_clips"]
@@ -87,14 +87,14 @@ class Study:
     def measure(self, policy: Policy, split: Split, advance: Advance | None = None) -> Measurement:
         """Run a policy over the clips of a split."""
         if split not in self.tables:
-            return self._measure(self.problems[split], policy, advance)
+            return self._measure(self.problems[split], policy, advance, self.settings.environment.budget)
         if advance is not None:
             advance(self.problems[split].frames)
         return measure_on_tables(self.tables[split], policy)
 
     def trace(self, policy: Policy, split: Split, clip: int = 0) -> Trace:
         """Run a policy over one clip of a split, on the network even where tables are given."""
-        return trace(self.problems[split], policy, clip=clip)
+        return trace(self.problems[split], policy, clip=clip, budget=self.settings.environment.budget)
 
     def measure_per_frame(self, policy: Policy, bits: int, split: Split) -> Measurement:
         """Run a policy on the network quantized to `bits`-bit weights and activations; BOPs still in units of W8A8."""
@@ -103,8 +103,11 @@ class Study:
         model = ResQModel(self.network, example_inputs(problem.task, problem.clips[0]), config)
         return self._measure(replace(problem, model=model.calibrate(self.calibration)), policy, None)
 
-    def _measure(self, problem: Problem, policy: Policy, advance: Advance | None) -> Measurement:
-        return self.measurements.measure(problem, policy, self.settings.environment.clips_per_batch, advance)
+    def _measure(
+        self, problem: Problem, policy: Policy, advance: Advance | None, budget: Budget | None = None
+    ) -> Measurement:
+        slots = self.settings.environment.clips_per_batch
+        return self.measurements.measure(problem, policy, slots, advance, budget)
 
     def scheme(self) -> ActionScheme:
         """The actions that the settings ask for."""
@@ -137,6 +140,7 @@ class Study:
             slots=environment.clips_per_batch,
             reference=environment.reference,
             trade_off_range=environment.trade_off_range,
+            budget=environment.budget,
         )
         return BatchedEnvironment(streams, scheme, episodes, fields=fields)
 

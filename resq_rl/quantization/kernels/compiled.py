@@ -50,6 +50,7 @@ class _Native(Kernels):
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._encode, self._encode_keyframe = Function(library, "encode"), Function(library, "encode_keyframe")
+        self._fit = Function(library, "fit")
         self._convolve, self._highest = Function(library, "convolve"), Function(library, "highest")
         self.tiles = bool(library.resq_tiles())
         self.skipping = Skipping(library)
@@ -149,6 +150,40 @@ class _Native(Kernels):
             y = base if over and base.is_contiguous(memory_format=last) else base.clone(memory_format=last)
             self.skipping.add(product, tiling, tiles, codes, unit, y)
         return y, cost
+
+    def fit(
+        self,
+        x: Tensor,
+        reference: Tensor,
+        choice: Choice,
+        coverage: Tensor,
+        costs: Tensor,
+        allowance: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        if choice.tau is None or not _fits(x, reference, choice):
+            return super().fit(x, reference, choice, coverage, costs, allowance)
+        layout = _layout(reference)
+        clips, channels, rows, columns = x.shape
+        floor = torch.empty(clips, dtype=torch.float32, device="cpu")
+        spent = torch.empty(clips, dtype=torch.float64, device="cpu")
+        self._fit(
+            **{"clips": clips, "channels": channels, "pixels": rows * columns},
+            channels_last=layout == torch.channels_last,
+            threads=torch.get_num_threads(),
+            x=x.contiguous(memory_format=layout),
+            reference=reference.contiguous(memory_format=layout),
+            tau=choice.tau.contiguous(),
+            sigma=choice.sigma,
+            kappa=_numbers(tuple(choice.kappa)),
+            kappas=len(choice.kappa),
+            coverage=coverage.contiguous(),
+            costs=costs,
+            allowance=allowance,
+            magnitude=torch.empty(choice.tau.shape, dtype=torch.float32, device="cpu"),
+            floor=floor,
+            spent=spent,
+        )
+        return floor, spent
 
     def encode_keyframe(
         self, x: Tensor, step: Bound, low: Bound, high: Bound, product: Product | None = None

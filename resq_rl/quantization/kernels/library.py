@@ -56,12 +56,19 @@ ARGUMENTS: dict[str, dict[str, str]] = {
     "scatter": _TILES
     | dict.fromkeys(("channels", "count", "side", "threads"), _INTEGER)
     | {"tiles": "const int64_t *", "totals": "const float *", "scale": "const float *", "y": "float *"},
+    "fit": dict.fromkeys(("clips", "channels", "pixels", "channels_last", "kappas", "threads"), _INTEGER)
+    | dict.fromkeys(("x", "reference", "tau", "kappa"), "const float *")
+    | {"sigma": _NUMBER, "coverage": "const int32_t *", "costs": "const double *", "allowance": "const double *"}
+    | {"magnitude": "float *", "floor": "float *", "spent": "double *"},
     "clear": {"pixels": _INTEGER, "channels": _INTEGER, "active": "const uint8_t *", "codes": "float *"},
 }
 # What a tensor must hold for an argument; codes lie in a room of bfloat16, or are float32.
 _HOLDS = {
     "float *": (torch.float32,),
+    "double *": (torch.float64,),
+    "const double *": (torch.float64,),
     "const float *": (torch.float32,),
+    "const int32_t *": (torch.int32,),
     "const int64_t *": (torch.int64,),
     "int64_t *": (torch.int64,),
     "const uint8_t *": (torch.uint8,),

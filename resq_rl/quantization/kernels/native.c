@@ -206,6 +206,70 @@ void resq_encode(const struct arguments_encode *a) {
     }
 }
 
+// What a layer of one clip costs where no threshold is below `floor`: costs[0] for all of the coverage, costs[j] more for
+// what exceeds the j-th bound.
+static double spent_above(float floor, const struct arguments_fit *a, const float *restrict magnitude,
+                          const float *restrict tau) {
+    const int32_t *restrict coverage = a->coverage;
+    const float sigma = a->sigma;
+    double spent = a->costs[0];
+    for (int64_t j = 0; j < a->kappas; j++) {
+        const float kappa = a->kappa[j];
+        int64_t count = 0;
+        for (int64_t first = 0; first < a->pixels; first += BLOCK) {
+            const int64_t last = first + BLOCK < a->pixels ? first + BLOCK : a->pixels;
+            int32_t some = 0;
+            for (int64_t p = first; p < last; p++) {
+                const float bound = (tau[p] > floor ? tau[p] : floor) * sigma;
+                some += magnitude[p] > bound * kappa ? coverage[p] : 0;
+            }
+            count += some;
+        }
+        spent += a->costs[j + 1] * (double)count;
+    }
+    return spent;
+}
+
+// The smallest floor of thresholds, of the numbers with 8 bits behind the leading one, under which a layer of each clip
+// costs no more than its allowance, and what it costs then. `tau`: of (clips, pixels).
+void resq_fit(const struct arguments_fit *a) {
+    const int64_t pixels = a->pixels, threads = a->threads;
+    const int64_t pixel = a->channels_last ? a->channels : 1, channel = a->channels_last ? 1 : pixels;
+    enum { UNIT = 1 << 15, INFINITE = 0x7f800000 / UNIT };
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t clip = 0; clip < a->clips; clip++) {
+        float *magnitude = a->magnitude + clip * pixels;
+        const float *tau = a->tau + clip * pixels;
+        const int64_t start = clip * a->channels * pixels;
+        for (int64_t first = 0; first < pixels; first += BLOCK)
+            largest_magnitudes(a->x + start + first * pixel, a->reference + start + first * pixel, a->channels,
+                               pixels - first < BLOCK ? pixels - first : BLOCK, pixel, channel, magnitude + first);
+        const double allowance = a->allowance[clip];
+        float floor = 0.0f;
+        double spent = spent_above(floor, a, magnitude, tau);
+        if (spent > allowance) {
+            int32_t low = 0, high = INFINITE;  // in units of the last place: too low, and high enough
+            floor = INFINITY;
+            spent = spent_above(floor, a, magnitude, tau);
+            while (high - low > 1) {
+                const int32_t middle = (low + high) / 2, bits = middle * UNIT;
+                float tried;
+                memcpy(&tried, &bits, sizeof tried);
+                const double own = spent_above(tried, a, magnitude, tau);
+                if (own > allowance) {
+                    low = middle;
+                } else {
+                    high = middle;
+                    floor = tried;
+                    spent = own;
+                }
+            }
+        }
+        a->floor[clip] = floor;
+        a->spent[clip] = spent;
+    }
+}
+
 // Codes and values of a keyframe; with `margins` the codes lie in a room, and x is channels last.
 void resq_encode_keyframe(const struct arguments_encode_keyframe *a) {
     const int64_t clips = a->clips, channels = a->channels, rows = a->rows, columns = a->columns, threads = a->threads;

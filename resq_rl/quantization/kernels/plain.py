@@ -4,17 +4,32 @@
 bit: every step rounds once, and so do the multiply-adds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Float64, Int32, Int64, UInt8
 from torch import Tensor
 
 from resq_rl.quantization.graph.operators import Geometry, products_in
 
-__all__ = ["PLAIN", "Bound", "Choice", "Kernels", "Product", "affine_codes", "from_image", "quantize"]
+__all__ = [
+    "PLAIN",
+    "Bound",
+    "Choice",
+    "Kernels",
+    "Product",
+    "affine_codes",
+    "from_image",
+    "quantize",
+    "smallest_floor",
+]
+
+
+# Floors of thresholds are sought among floats whose bits are multiples of _UNIT, up to the infinite one.
+_UNIT = 2**15
+_INFINITE = 0x7F800000 // _UNIT
 
 
 def quantize(
@@ -54,6 +69,28 @@ Bound = float | Tensor
 def affine_codes(x: Float[Tensor, "*n"], step: Bound, low: Bound, high: Bound) -> Float[Tensor, "*n"]:
     """Integer codes clamp(round(x / step), low, high)."""
     return (x / step).round_().clamp_(low, high)  # type: ignore[arg-type] # both bounds are of one type
+
+
+def smallest_floor(
+    spent: Callable[[Float[Tensor, " b"]], Float64[Tensor, " b"]], allowance: Float64[Tensor, " b"]
+) -> tuple[Float[Tensor, " b"], Float64[Tensor, " b"]]:
+    """The smallest floor of thresholds whose cost `spent` fits the allowance of each clip, and its cost.
+
+    It is found by halving the range of all floats, whose bits are ordered as they are, in units of 2^-8 of a leading
+    bit.
+    """
+    zero = torch.zeros(len(allowance), dtype=torch.float32, device=allowance.device)
+    low, high = torch.zeros_like(zero, dtype=torch.int32), torch.full_like(zero, _INFINITE, dtype=torch.int32)
+    least = spent(zero)
+    fits = least <= allowance
+    if bool(fits.all()):
+        return zero, least
+    for _ in range(_INFINITE.bit_length()):
+        middle = (low + high) // 2
+        over = spent((middle * _UNIT).view(torch.float32)) > allowance
+        low, high = torch.where(over, middle, low), torch.where(over, high, middle)
+    floor = torch.where(fits, zero, (high * _UNIT).view(torch.float32))
+    return floor, spent(floor)
 
 
 @dataclass(frozen=True)
@@ -137,6 +174,40 @@ class Kernels:
         if step is not None:
             reference.addcmul_(codes, torch.tensor(step, dtype=torch.float32, device=x.device))
         return codes, cost
+
+    def fit(
+        self,
+        x: Float[Tensor, "b c h w"],
+        reference: Float[Tensor, "b c h w"],
+        choice: Choice,
+        coverage: Int32[Tensor, "h w"],
+        costs: Float64[Tensor, " l"],
+        allowance: Float64[Tensor, " b"],
+    ) -> tuple[Float[Tensor, " b"], Float64[Tensor, " b"]]:
+        """The smallest floor of thresholds under which an operator costs no more than its allowance, and its cost then.
+
+        Args:
+            x, reference, choice: as of `encode`, with thresholds.
+            coverage: how often each pixel is read.
+            costs: of the lowest level everywhere, and of one reading at each level beyond that of the level below.
+            allowance: of each clip.
+
+        Returns:
+            The floor, a number with 8 bits behind its leading one, by clip: 0 where the thresholds fit as they are, and
+            infinite where only the lowest level does. The cost under it.
+        """
+        assert choice.tau is not None  # as of all choices by thresholds
+        magnitude, tau = (x - reference).abs().amax(1), choice.tau
+
+        def spent(floor: Float[Tensor, " b"]) -> Float64[Tensor, " b"]:
+            bound = torch.maximum(tau, floor[:, None, None]) * choice.sigma
+            counts = [((magnitude > bound * factor) * coverage).sum((1, 2)) for factor in choice.kappa]
+            total = costs[0].expand(len(x))
+            for count, cost in zip(counts, costs[1:], strict=True):
+                total = total + cost * count
+            return total
+
+        return smallest_floor(spent, allowance)
 
     def encode_keyframe(
         self, x: Float[Tensor, "*n"], step: Bound, low: Bound, high: Bound, product: Product | None = None

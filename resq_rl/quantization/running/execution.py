@@ -1,6 +1,7 @@
 """One quantized forward pass: the keyframe or residual arithmetic of every operator call, and its cost."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,12 @@ from resq_rl.quantization.specification.costs import CostTable
 from resq_rl.quantization.specification.fields import Field, LevelField, carry
 from resq_rl.quantization.specification.ledger import FrameCost
 
-__all__ = ["Execution", "as_image", "numbered"]
+__all__ = ["Execution", "Image", "Run", "as_image", "numbered"]
+
+
+Image = Float[Tensor, "b c h w"]
+Run = Callable[[SitePlan, Tensor, Any], Tensor]
+Chooser = Callable[[SitePlan, ResidualTable, Image, Image], Choice]
 
 
 def check_order(sites: Sequence[AnySite], position: int, operator: ResidualOperator) -> None:
@@ -92,6 +98,7 @@ class Execution:
         self._costs: dict[int, Tensor] = {}  # of residuals, by position
         self._carried: dict[tuple[int, Pair], tuple[Tensor | None, Tensor]] = {}  # by group or layer, and size
         self._rows: Tensor | None = None  # of thresholds in the residual tables
+        self._moved = self.key  # clips whose references are new whatever the reference mode
 
     def __call__(self, operator: ResidualOperator, x: Tensor) -> Tensor:
         """Compute the operator's quantized output and record its cost."""
@@ -153,16 +160,19 @@ class Execution:
                     f"{tuple(x.shape)}: it is of another model. Make one with new_state."
                 )
             self._check_untouched(plan.site, self.position)
-        if not len(self.rest):
-            y = self._keyframe(plan, x, slice(None))
-        elif not len(self.key):
-            y = self._residual(plan, x, slice(None))
+        parts = [(rows, run) for rows, run in self._parts() if len(rows)]
+        if len(parts) == 1:
+            y = parts[0][1](plan, x, slice(None))
         else:
             y = state.outputs[self.position].clone()
-            y[self.key] = self._keyframe(plan, x[self.key], self.key)
-            y[self.rest] = self._residual(plan, x[self.rest], self.rest)
+            for rows, run in parts:
+                y[rows] = run(plan, x[rows], rows)
         self._store_output(y)
         return y
+
+    def _parts(self) -> list[tuple[Tensor, Run]]:
+        """Which clips run how."""
+        return [(self.key, self._keyframe), (self.rest, self._residual)]
 
     def _keyframe(self, plan: SitePlan, x: Tensor, rows: Any) -> Tensor:
         y, values = keyframe_output(plan, self.kernels, x)
@@ -173,39 +183,56 @@ class Execution:
         return y
 
     def _residual(self, plan: SitePlan, x: Tensor, rows: Any) -> Tensor:
-        state, table = self.state, plan.ranges.residual[self.state.reference]
+        table = plan.ranges.residual[self.state.reference]
+        choose = partial(self._choice, rows)
+        y, cost = self._added(plan, x, rows, table, choose, moves=self.state.reference == "previous")
+        self._note(plan.site, cost, rows)
+        return y
+
+    def _added(
+        self, plan: SitePlan, x: Tensor, rows: Any, table: ResidualTable, choose: Chooser, *, moves: bool
+    ) -> tuple[Tensor, Float[Tensor, "b h w"]]:
+        """The reference outputs of some clips and the products of their residuals, and what each pixel cost.
+
+        Args:
+            rows: the clips.
+            table: the quantizers of the residuals.
+            choose: chooses among them, given the input and the reference as images.
+            moves: whether the references move by the codes.
+        """
+        state, every = self.state, isinstance(rows, slice)
         reference = state.inputs[self.position][rows]  # of all clips a view, of some a copy
-        every, moves = isinstance(rows, slice), state.reference == "previous"
-        image = as_image(plan.site, x)
+        image, before = as_image(plan.site, x), as_image(plan.site, reference)
         y, cost = self.kernels.residual(
             plan.residual,
             image,
-            as_image(plan.site, reference),
-            self._choice(plan, table, image),
+            before,
+            choose(plan, table, image, before),
             table.step,
             state.outputs[self.position][rows],
             moves=moves,
             over=moves or not every,
         )
-        self._note(plan.site, cost)
         if moves and not every:
             state.inputs[self.position][rows] = reference
-        return y
+        return y, cost
 
-    def _choice(self, plan: SitePlan, table: ResidualTable, image: Float[Tensor, "b c h w"]) -> Choice:
+    def _choice(self, rows: Any, plan: SitePlan, table: ResidualTable, image: Image, before: Image) -> Choice:
         """The quantizer of each pixel or token of an operator's input."""
         decision = self.rest_decision
         tau, index = self._carried_to(plan, (image.shape[2], image.shape[3]))
         kappa = None if isinstance(decision, LevelField) else tuple(decision.kappa)
         return Choice(table.lookup(kappa, plan.costs, image.device), index, tau, table.sigma, kappa or ())
 
-    def _note(self, site: Site, cost: Float[Tensor, "b h w"]) -> None:
-        """Keep what a multiply-accumulate costs at each place of the frame."""
+    def _note(self, site: Site, cost: Float[Tensor, "b h w"], rows: Any) -> None:
+        """Keep what a multiply-accumulate of the clips in `rows` costs at each place of the frame."""
+        self._costs[self.position] = self._placed(site, cost)
+
+    def _placed(self, site: Site, cost: Float[Tensor, "b h w"]) -> Tensor:
+        """Costs of pixels or tokens by place of the frame."""
         if site.operator.channel_axis != 1:
-            cost = site.tokens.by_pixel(cost)
-        elif isinstance(self.config.cost, CostTable):
-            cost = by_tile(cost, self.config.cost.tile)
-        self._costs[self.position] = cost
+            return site.tokens.by_pixel(cost)
+        return by_tile(cost, self.config.cost.tile) if isinstance(self.config.cost, CostTable) else cost
 
     def _carried_to(self, plan: SitePlan, size: Pair) -> tuple[Tensor | None, Tensor]:
         """For an image of `size` or for tokens, thresholds and their rows in residual tables; or None and levels."""
@@ -237,10 +264,10 @@ class Execution:
 
     def _store_output(self, y: Tensor) -> None:
         state = self.state
-        if state.reference == "previous" or not len(self.rest):
+        if state.reference == "previous" or len(self._moved) == len(self.refresh):
             state.outputs[self.position] = y
-        elif len(self.key):
-            state.outputs[self.position][self.key] = y[self.key]
+        elif len(self._moved):
+            state.outputs[self.position][self._moved] = y[self._moved]
         state.versions[self.position] = state.outputs[self.position]._version
 
     def finish(self) -> FrameCost:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float64
 from torch import Tensor, nn
 
 from resq_rl.errors import CalibrationError, NetworkError, SettingsError
@@ -25,6 +25,7 @@ from resq_rl.quantization.kernels.plain import PLAIN, Kernels
 from resq_rl.quantization.quantizers.quantizer import symmetric_limit
 from resq_rl.quantization.quantizers.residual import largest_code
 from resq_rl.quantization.quantizers.rounding import FINE, IntegerWeight, integer_weight
+from resq_rl.quantization.running.budgeted import BudgetedExecution, LayerCosts
 from resq_rl.quantization.running.calibration import SiteRanges, SiteRecorder
 from resq_rl.quantization.running.checks import check_clips, check_decision, check_inputs
 from resq_rl.quantization.running.execution import Execution, numbered
@@ -148,6 +149,7 @@ class ResQModel:
     def _plan(self) -> None:
         """Make the plan of every site, once it is calibrated."""
         self._plans = self._plans_of(self.ranges)
+        self._layer_costs: LayerCosts | None = None
 
     def _plans_of(self, ranges: Sequence[SiteRanges]) -> list[SitePlan | ProductPlan]:
         plans: list[SitePlan | ProductPlan] = []
@@ -296,6 +298,7 @@ class ResQModel:
         state: StreamState,
         refresh: Bool[Tensor, " b"],
         decision: Field,
+        limit: Float64[Tensor, " b"] | None = None,
     ) -> tuple[Any, FrameCost]:
         """Run one frame of every clip: as a keyframe where `refresh`, else as a residual under `decision`.
 
@@ -305,6 +308,7 @@ class ResQModel:
             refresh: which clips run a keyframe; it must be all of them on the first step.
             decision: levels or thresholds by clip, layer group or layer (operator call), and region; ignored where
                 `refresh`. As many rows as there are layer groups are those of the groups.
+            limit: BOPs that the frame of each clip may cost at most (`running.budgeted`); None for no limit.
 
         Returns:
             The network's output and the exact cost by clip, site and region of the decision's grid.
@@ -312,9 +316,12 @@ class ResQModel:
         Raises:
             CalibrationError: `calibrate` was not called.
             VideoError: the frames do not fit the network, or hold NaN or infinity.
-            PolicyError: the decision does not fit.
+            PolicyError: the decision does not fit, or no frame can cost as little as a limit.
         """
-        return self._stepped(inputs, state, refresh, decision, Execution)
+        if limit is None:
+            return self._stepped(inputs, state, refresh, decision, Execution)
+        execution = partial(BudgetedExecution, limit=limit, costs=self.layer_costs)
+        return self._stepped(inputs, state, refresh, decision, execution)
 
     @undisturbed()
     def unrolled_step(
@@ -346,6 +353,10 @@ class ResQModel:
         with torch.enable_grad():
             return self._stepped(inputs, state, refresh, decision, execution)
 
+    def _check_calibrated(self) -> None:
+        if not self.ranges:
+            raise CalibrationError("The model is not calibrated: call calibrate(clips) first.")
+
     def _stepped(
         self,
         inputs: Inputs,
@@ -354,8 +365,7 @@ class ResQModel:
         decision: Field,
         make: Callable[..., Execution],
     ) -> tuple[Any, FrameCost]:
-        if not self.ranges:
-            raise CalibrationError("The model is not calibrated: call calibrate(clips) first.")
+        self._check_calibrated()
         given = as_tuple(inputs)
         check_inputs(given, self.input_shapes)
         shape = len(given[0]), len(self.groups), len(self.sites)
@@ -391,6 +401,18 @@ class ResQModel:
         sizes = (site.size for site in self.sites)
         spent = sum(size.macs * mac_cost(cost, weight_bits, activation_bits, size) for size in sizes)
         return spent + (cost.operator * len(self.sites) + cost.frame if isinstance(cost, CostTable) else 0)
+
+    @property
+    def layer_costs(self) -> LayerCosts:
+        """What the layers cost at least, and how they share what a frame may cost.
+
+        Raises:
+            CalibrationError: `calibrate` was not called.
+        """
+        self._check_calibrated()
+        if self._layer_costs is None:
+            self._layer_costs = LayerCosts(self._plans, self.config.cost)
+        return self._layer_costs
 
     @property
     def macs(self) -> int:

@@ -63,7 +63,7 @@ class UnrolledExecution(Execution):
         gates = self._gates(plan, table, (image.shape[2], image.shape[3]))
         codes, cost = _Gated.apply(image, gates.tau, gates)  # type: ignore[no-untyped-call]
         codes = from_image(operator.geometry, codes, x.shape[:-1])
-        self._note(plan.site, cost)
+        self._note(plan.site, cost, rows)
         if state.reference == "previous":
             moved = torch.addcmul(reference, codes, codes.new_tensor(table.step))
             state.inputs[position] = (

@@ -14,6 +14,7 @@ from resq_rl.errors import SettingsError, VideoError
 from resq_rl.experiments.config.composition import compose_config, load_settings
 from resq_rl.experiments.config.settings import Settings, make_settings
 from resq_rl.experiments.config.targets import Target, make_target
+from resq_rl.quantization import Budget
 from resq_rl.video import GeneratedVideo
 
 # Overrides with a mistake, the name that the error line must show, and the nearest valid one.
@@ -329,3 +330,29 @@ def test_target_reports_what_its_function_refuses(module: str) -> None:
         built(name="x", scale=-1.0)
     with pytest.raises(VideoError, match="nothing is left"):
         built(name="x", scale=0.0)
+
+
+def test_budgets_are_read_from_some_of_their_fields() -> None:
+    environment = load_settings("compare", ["+experiment=budget"]).environment
+    assert environment.budget == Budget(peak=0.25, mean=0.12, bucket=8.0)
+    assert load_settings("compare").environment.budget is None
+    running = load_settings("run", ["running.budget={peak: 0.3, mean: 0.1}"]).running
+    assert running.budget == Budget(peak=0.3, mean=0.1)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("running.budget=0.3", "some of peak, mean, bucket"),
+        ("running.budget={top: 0.3}", "some of peak, mean, bucket"),
+        ("running.budget={peak: 0.1, mean: 0.3}", "no frame may cost more than the peak"),
+    ],
+)
+def test_budgets_that_cannot_be_are_refused(override: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        load_settings("run", [override])
+
+
+def test_frame_level_tables_take_no_budget() -> None:
+    with pytest.raises(SettingsError, match=r"environment\.budget.* must be null"):
+        load_settings("compare", ["environment=frame_level", "environment.budget={peak: 0.3}"])
