@@ -2,13 +2,13 @@
 
 import importlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from beartype.roar import BeartypeCallHintViolation
 
+from resq_rl.video import Clip
 from tests import typechecks
 
 SOURCE = """
@@ -114,8 +114,6 @@ def test_checks_can_be_switched_off(checked: Any, unchecked_types: None) -> None
     assert len(checked.Pair(ones(3), ones(4)).y) == 4
 
 
-def test_the_package_is_checked(root: Path) -> None:
-    from resq_rl.video import Clip
-
+def test_the_package_is_checked() -> None:
     with pytest.raises(BeartypeCallHintViolation):
-        Clip(ones(3, 4, 4))
+        Clip(ones(2, 3, 4, 4), None, 25.0, "frames that are no bytes", "test")
