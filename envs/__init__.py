@@ -2,7 +2,7 @@
 
 from resq_rl.envs.actions import ACTIONS, DEFAULT_THRESHOLDS, Action, ActionKind, ActionScheme, Agents
 from resq_rl.envs.batched import BatchedEnvironment, EpisodeSettings, Transition
-from resq_rl.envs.engine import Conditions, Decision, Engine, FrameInputs, FrameResult, NetworkEngine
+from resq_rl.envs.engine import Conditions, Decision, Engine, FrameInputs, FrameResult
 from resq_rl.envs.environments import (
     FrameBits,
     FrameLevel,
@@ -14,6 +14,7 @@ from resq_rl.envs.environments import (
     register,
 )
 from resq_rl.envs.measure import Measurement, Trace, measure, trace
+from resq_rl.envs.network_engine import NetworkEngine
 from resq_rl.envs.observation import FRAME_FEATURES, Observation, region_features
 from resq_rl.envs.problem import AccuracySource, ErrorWeighting, Problem
 from resq_rl.envs.streams import FrameView, Policy, StreamResult, Streams

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int, UInt8
 
 from resq_rl.envs.actions import DEFAULT_THRESHOLDS, ActionKind, ActionScheme
 from resq_rl.envs.batched import BatchedEnvironment, EpisodeSettings, Transition
-from resq_rl.envs.engine import NetworkEngine
+from resq_rl.envs.network_engine import NetworkEngine
 from resq_rl.envs.problem import Problem
 from resq_rl.envs.streams import Streams
 from resq_rl.errors import SettingsError

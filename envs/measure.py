@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64, Num
 from torch import Tensor
 
-from resq_rl.envs.engine import NetworkEngine, clips_that_fit
+from resq_rl.envs.network_engine import NetworkEngine, clips_that_fit
 from resq_rl.envs.problem import Problem, gather
 from resq_rl.envs.streams import Policy, Streams
 from resq_rl.errors import SettingsError
@@ -101,7 +101,7 @@ def measure(
         raise SettingsError(f"At least one clip must step at a time, got {slots}.")
     parts = ("error", "keyframe", "residual", "elementwise", "peak")
     sums = {part: torch.zeros(len(problem), dtype=torch.float64) for part in parts}
-    frames, keyframes = (torch.zeros(len(problem), dtype=torch.int64) for _ in range(2))
+    sums |= {part: torch.zeros(len(problem), dtype=torch.int64) for part in ("frames", "keyframes")}
     counts = torch.zeros_like(problem.float_counts)
     own = policy_share(problem, policy)
     for batch in batches(problem, max(1, min(slots, clips_that_fit(problem.model)))):
@@ -114,24 +114,18 @@ def measure(
             sums["residual"][rows] += torch.where(key, 0.0, result.bops)
             sums["elementwise"][rows] += result.cost.elementwise
             sums["peak"][rows] = torch.maximum(sums["peak"][rows], result.bops + (own if time else 0.0))
-            frames[rows] += 1
-            keyframes[rows] += key.long()
+            sums["frames"][rows] += 1
+            sums["keyframes"][rows] += key.long()
             counts[rows] += problem.task.counts(result.prediction, gather(problem.targets, rows, result.time))
             if progress is not None:
                 progress(len(rows))
     return Measurement(
-        problem.task,
-        counts,
-        sums["error"],
-        frames,
-        sums["keyframe"],
-        sums["residual"],
-        (frames - 1).double() * own,
-        sums["peak"],
-        keyframes,
-        sums["elementwise"],
-        problem.model.state_bytes(policy.reference),
-        policy.settings,
+        task=problem.task,
+        counts=counts,
+        policy=(sums["frames"] - 1).double() * own,
+        state_bytes=problem.model.state_bytes(policy.reference),
+        settings=policy.settings,
+        **sums,
     )
 
 

@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float, Float64, Int64, Num, UInt8
 from torch import Tensor
 
-from resq_rl.envs.engine import Decision, FrameResult, NetworkEngine
+from resq_rl.envs.engine import Decision, FrameResult
+from resq_rl.envs.network_engine import NetworkEngine
 from resq_rl.envs.observation import difference, frame_texture, pool_max, pool_mean
 from resq_rl.envs.problem import Problem, gather
 from resq_rl.errors import SettingsError

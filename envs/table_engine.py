@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from resq_rl.envs.engine import Conditions, Decision, FrameResult, NetworkEngine
+from resq_rl.envs.engine import Conditions, Decision, FrameResult
+from resq_rl.envs.network_engine import NetworkEngine
 from resq_rl.envs.observation import Observation, frame_values, pool_over_regions, region_values
 from resq_rl.envs.problem import Problem
 from resq_rl.envs.table import ResponseTable

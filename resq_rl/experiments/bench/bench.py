@@ -32,7 +32,7 @@ from resq_rl.envs import (
     TableEngine,
     respond,
 )
-from resq_rl.envs.engine import clips_that_fit
+from resq_rl.envs.network_engine import clips_that_fit
 from resq_rl.envs.sb3 import AgentsVecEnv
 from resq_rl.experiments.bench import growth
 from resq_rl.experiments.bench.timing import REFERENCE, alternate, shown, step_jobs, timed

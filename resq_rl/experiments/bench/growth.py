@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resq_rl.envs import Problem, measure
-from resq_rl.envs.engine import clips_that_fit
+from resq_rl.envs.network_engine import clips_that_fit
 from resq_rl.errors import ResqError
 from resq_rl.experiments.bench.timing import REFERENCE, alternate, step_jobs
 from resq_rl.experiments.study.study import Study
