@@ -51,7 +51,7 @@ class RunningSettings(Checked):
         height: height of the overlay in pixels.
         records: format of the file with a line per frame, "jsonl" or "csv".
         budget: what the frames of the stream may cost, {peak, mean, bucket} as of `resq_rl.quantization.Budget`; None
-            for no limit.
+            for that of training, environment.budget.
     """
 
     _group: ClassVar[str] = "running."

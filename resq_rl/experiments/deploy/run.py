@@ -102,7 +102,7 @@ def _runner(settings: Settings, folder: Path) -> Runner:
         interval=running.interval,
         static=running.static,
         framing=_framing(folder, running),
-        budget=running.budget,
+        budget=running.budget or settings.environment.budget,  # of its training, unless another is given
     )
     if settings.quantization.compile:
         runner.problem.model.compile()

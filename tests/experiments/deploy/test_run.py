@@ -92,6 +92,23 @@ def test_lines_and_summary_are_what_the_runner_gives(trained: Path, video: Path,
     assert parts == pytest.approx(summary["bops"])
 
 
+def test_a_stream_keeps_the_budget_of_training_unless_another_is_given(
+    trained: Path, video: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(trained, tmp_path / "trained")
+    saved = json.loads((folder / "seed0" / "network.json").read_text())
+    environment = {"id": "resq_rl/RegionThresholds-v0", "budget": {"peak": 0.3}}
+    (folder / "seed0" / "network.json").write_text(json.dumps(saved | {"environment": environment}))
+
+    def peak(name: str, *words: str) -> float:
+        made = run(tmp_path / name, f"policy={folder}", f"source={video}", "running.overlay=false", *words)
+        return max(float(record["bops"]) for record in records(made))
+
+    assert peak("own") <= 0.3 * (1 + 1e-9)
+    assert peak("other", "running.budget={peak: 0.2}") <= 0.2 * (1 + 1e-9)
+    assert peak("none", "environment.budget=null") >= 1  # keyframes, and the policy itself
+
+
 def test_the_overlay_shows_every_frame_beside_its_bits(trained: Path, video: Path, tmp_path: Path) -> None:
     folder = run(tmp_path, f"policy={trained}/seed0", f"source={video}", "running.height=120", "running.interval=4")
     shown, found = pictures(folder / "overlay.mp4"), records(folder)
