@@ -86,11 +86,12 @@ def test_links_stay_among_the_pages(page: Path) -> None:
 # "+1.9% [-0.5, +11.4]": a value and, unless there is none, its interval.
 DELTA = re.compile(r"([-+][\d.]+)%(?:\*\*)?(?: \[([-+][\d.]+), ([-+][\d.]+)\])?")
 RIVALS = {
-    "Dynamic ResQ": "ppo_vs_dynamic_resq",
-    "searched thresholds": "ppo_vs_searched_thresholds",
-    "random search": "ppo_vs_random_search",
-    "frame magnitude": "ppo_vs_frame_magnitude",
-    "static ResQ": "ppo_vs_static_resq",
+    "Dynamic ResQ": "dynamic_resq",
+    "searched thresholds": "searched_thresholds",
+    "gradient thresholds": "gradient_thresholds",
+    "random search": "random_search",
+    "frame magnitude": "frame_magnitude",
+    "static ResQ": "static_resq",
 }
 RESULT_PAGES = [page for page in SITE if page.name == "results.md" or page.parent.name == "results"]
 
@@ -117,7 +118,8 @@ def comparison(file: Path) -> dict[str, Any]:
 
 
 def assert_delta(cell: str, file: Path, rival: str) -> None:
-    entry = comparison(file)["bd_bops"].get(rival)
+    deltas = comparison(file)["bd_bops"]
+    entry = deltas.get(f"ppo_vs_{rival}", deltas.get(f"gradient_policy_vs_{rival}"))
     found = DELTA.search(cell)
     if entry is None or entry["value"] is None:
         assert cell
@@ -134,14 +136,14 @@ def assert_delta(cell: str, file: Path, rival: str) -> None:
 def test_a_change_of_bops_shown_is_that_of_its_file(page: Path) -> None:
     checked = 0
     for file, titles, cells in tables(page):
-        if titles[0] == "PPO against":
+        if titles[0] in ("PPO against", "gradient policy against"):
             assert file
             assert_delta(cells[1], file, RIVALS[cells[0]])
             checked += 1
         elif "](" in cells[0] + cells[-1] and file:
             for title, cell in zip(titles, cells, strict=True):
                 rival = next(
-                    (key for name, key in RIVALS.items() if title.startswith("PPO against") and name in title), ""
+                    (key for name, key in RIVALS.items() if title.startswith("policy against") and name in title), ""
                 )
                 if rival:
                     assert_delta(cell, file, rival)
