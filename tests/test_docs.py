@@ -143,7 +143,12 @@ def test_a_change_of_bops_shown_is_that_of_its_file(page: Path) -> None:
         elif "](" in cells[0] + cells[-1] and file:
             for title, cell in zip(titles, cells, strict=True):
                 rival = next(
-                    (key for name, key in RIVALS.items() if title.startswith("policy against") and name in title), ""
+                    (
+                        key
+                        for name, key in RIVALS.items()
+                        if title.startswith(("PPO against", "policy against")) and name in title
+                    ),
+                    "",
                 )
                 if rival:
                     assert_delta(cell, file, rival)
