@@ -319,6 +319,7 @@ def test_learned_keyframes_are_in_the_same_files(policy: LearnedPolicy, problem:
     assert LearnedPolicy.load(tmp_path).keyframes is None
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
