@@ -5,12 +5,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from resq_rl.experiments.bench.timing import seconds
 from resq_rl.quantization import CostTable, LayerKind, ResQModel, ThresholdField
 
 __all__ = ["OperatorTimes", "cost_table", "operator_times", "whole_layers"]
@@ -95,11 +97,7 @@ def operator_times(model: ResQModel, frames: Sequence[tuple[Tensor, ...]], round
     times = []
     for index, site in enumerate(model.layers):
         values = torch.rand(1, *site.input_shape)
-        spent = []
-        for _ in range(rounds + 1):
-            started = time.perf_counter()
-            site.operator.float_output(values)
-            spent.append(time.perf_counter() - started)
+        spent = [seconds(partial(site.operator.float_output, values)) for _ in range(rounds + 1)]
         float32 = 1e3 * statistics.median(spent[1:])
         active = [(share, ms) for ms, share in (calls[index] for calls in partly)]
         own = (float32, dense[index][0], skipped[index][0], active)

@@ -10,7 +10,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from resq_rl.envs import Decision, FrameView, Measurement, Policy, Problem
 from resq_rl.errors import VideoError
 from resq_rl.experiments.bench.growth import moving
 from resq_rl.experiments.bench.operators import NOTHING, cost_table, operator_times, whole_layers
+from resq_rl.experiments.bench.timing import seconds
 from resq_rl.experiments.config.settings import Settings
 from resq_rl.experiments.results.comparison import write_summary
 from resq_rl.experiments.results.methods import LEARNED, method_of
@@ -134,7 +135,7 @@ class _Frames:
     def __init__(self, study: Study, frames: int) -> None:
         self.problem = study.problem.subset([0])
         self.clip = self.problem.clips[0]
-        self.count = min(frames, len(self.clip) - 1)
+        self._timed = self.clip.frames[1 : frames + 1]
         self._inputs = example_inputs(self.problem.task, self.clip)
         self._float: list[float] = []
 
@@ -148,27 +149,31 @@ class _Frames:
         model, task = self.problem.model, self.problem.task
         return task.predict(task.output(model.float_forward(self._inputs), model.frame_size))
 
-    def run(self, policy: Policy, problem: Problem | None = None) -> tuple[list[float], list[float], list[float]]:
-        """Seconds of each frame but the first, of the float network beside it, and the BOPs of each frame."""
-        runner = Runner(policy, problem or self.problem)
+    def bops(self, policy: Policy, problem: Problem) -> list[float]:
+        """BOPs of each frame but the first, which is not timed, as shares of W8A8 under the problem's cost."""
+        runner = self._begun(policy, problem)
+        return [runner(frame)[1].bops for frame in self._timed]
+
+    def _begun(self, policy: Policy, problem: Problem) -> Runner:
+        """A runner after the first frame."""
+        runner = Runner(policy, problem)
         labels = self.clip.labels
         runner.reset(None if self.problem.recurrent is None or labels is None else labels[0])
         runner(self.clip.frames[0])
+        return runner
+
+    def run(self, policy: Policy) -> tuple[list[float], list[float], list[float]]:
+        """Seconds of each frame but the first, of the float network beside it, and the BOPs of each frame."""
+        runner = self._begun(policy, self.problem)
         spent, beside, bops = [], [], []
-        for frame in self.clip.frames[1 : self.count + 1]:
-            beside.append(_seconds(self.float_network))
+        for frame in self._timed:
+            beside.append(seconds(self.float_network))
             started = time.perf_counter()
             _, cost = runner(frame)
             spent.append(time.perf_counter() - started)
             bops.append(cost.bops)
         self._float += beside
         return spent, beside, bops
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
 
 
 class _Recorded:
@@ -214,7 +219,7 @@ def _row(frames: _Frames, point: _Point, table: CostTable) -> dict[str, Any]:
 def _predicted(frames: _Frames, policy: Policy, decisions: Sequence[Decision], table: CostTable) -> float:
     """Mean milliseconds of the same frames by the cost table."""
     problem = replace(frames.problem, model=frames.problem.model.priced(table))
-    _, _, shares = frames.run(_Recorded(policy, decisions), problem)
+    shares = frames.bops(_Recorded(policy, decisions), problem)
     return statistics.mean(shares) * problem.model.reference_bops() / 1e6
 
 
@@ -227,7 +232,7 @@ def _compiled(study: Study) -> float | None:
             compiled = torch.compile(network.eval())
             with torch.no_grad():
                 compiled(*given)
-                spent = [_seconds(lambda: compiled(*given)) for _ in range(study.settings.benchmark.rounds)]
+                spent = [seconds(lambda: compiled(*given)) for _ in range(study.settings.benchmark.rounds)]
         except Exception as error:  # whatever a compiler of the user's machine raises
             log.warning("The float network is not timed under torch.compile: %s.", str(error).strip().split("\n")[0])
             return None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from resq_rl.quantization import Field, LevelField, Reference, ResQModel, ThresholdField
 
-__all__ = ["REFERENCE", "Figure", "alternate", "shown", "step_jobs", "timed"]
+__all__ = ["REFERENCE", "Figure", "alternate", "seconds", "shown", "step_jobs", "timed"]
 
 REFERENCE = "float forward"
 TAU = 0.5
@@ -34,6 +34,13 @@ class Figure:
     lowest: float
     highest: float
     milliseconds: float
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """How long it takes."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
 
 
 def alternate(
