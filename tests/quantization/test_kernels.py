@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -129,24 +129,27 @@ def test_products_of_codes_are_equal_for_every_convolution(fast: Kernels, data: 
     geometry = Geometry("conv2d", kernel, stride, padding)
     clips, channels, outputs = (data.draw(st.integers(1, most)) for most in (3, 70, 70))
     (height, width), generator = pair(5, 40), torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
-    weight = torch.randint(-127, 128, (outputs, channels, *kernel), generator=generator).float()
+    largest = data.draw(st.sampled_from([7, 127]))
+    weight = torch.randint(-largest, largest + 1, (outputs, channels, *kernel), generator=generator).float()
     scale = torch.rand(outputs, generator=generator)[None, :, None, None]
     x, reference = (
         torch.randn(clips, channels, height, width, generator=generator).contiguous(memory_format=torch.channels_last)
         for _ in range(2)
     )
-    steps = torch.tensor([[0.0, 9.0, 90.0], [0.0, 7.0, 127.0], [0.0, 24.0, 4.0], [0.0, 1.0, 2.0]])
+    steps = torch.tensor([[0.0, 9.0, 90.0], [0.0, 7.0, 127.0], [0.0, 16.0, 1.0], [0.0, 1.0, 2.0]])
     index = torch.randint(3, (clips, height, width), generator=generator)
     found = []
     for kernels in (PLAIN, fast):
-        product = kernels.product(geometry, weight, scale, exact=True, precision="ieee")
+        product = kernels.product(geometry, weight, scale, (-127, 127))
+        key_product = kernels.product(geometry, weight, scale, (-100, 155))
         own = reference.clone()
         codes, _ = kernels.encode(x, own, Choice(steps, index), 0.01, product)
-        key, values = kernels.encode_keyframe(x, 0.01, -100.0, 155.0, product)
+        key, values = kernels.encode_keyframe(x, 0.01, -100.0, 155.0, key_product)
         base = torch.linspace(-1, 1, outputs)[None, :, None, None]
-        first = kernels.accumulate(product, key, 0.01, base)
-        bare = kernels.accumulate(product, key, 0.01, None)
+        first = kernels.accumulate(key_product, key, 0.01, base)
+        bare = kernels.accumulate(key_product, key, 0.01, None)
         found.append((own, values, first, bare, kernels.accumulate(product, codes, 0.3, first.sin())))
+        assume(product.exact and key_product.exact)  # else sums depend on their order
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 

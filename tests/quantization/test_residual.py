@@ -41,21 +41,16 @@ def limit_of(bits: int) -> int:
     return int(2 ** (bits - 1)) - 1 if bits else 0
 
 
-def threefold(bits: int) -> bool:
-    """Whether three times a code of so many bits has 8 significant bits at most."""
-    return 3 * limit_of(bits) <= 256
-
-
 def most_units(bits: int, levels: tuple[int, ...]) -> int:
-    """The largest 2^k or 3 * 2^k with which no code exceeds 512, or the highest level's own codes."""
-    room = max(512, limit_of(levels[-1])) / limit_of(bits)
-    return max(n for k in range(16) for n in (1 << k, (3 if threefold(bits) else 1) << k) if n <= room)
+    """The largest 2^k or 3 * 2^k with which no code exceeds 127, or the highest level's own codes."""
+    room = max(127, limit_of(levels[-1])) / limit_of(bits)
+    return max(n for k in range(16) for n in (1 << k, 3 << k) if n <= room)
 
 
 def assert_near(units: float, wanted: float, bits: int, levels: tuple[int, ...]) -> None:
-    """Neighbours are 3:2 apart, 2:1 below 2 units or from 8 bits on; the nearer is at most the root of that off."""
+    """Neighbours are 3:2 apart, 2:1 below 2 units; the nearer is at most the root of that off."""
     wanted = min(max(wanted, 1), most_units(bits, levels))
-    gap = 1.5 if wanted >= 2 and threefold(bits) else 2
+    gap = 1.5 if wanted >= 2 else 2
     assert max(units / wanted, wanted / units) <= math.sqrt(gap) * (1 + 1e-6)
 
 
@@ -109,11 +104,11 @@ def test_bit_fields_have_the_steps_that_err_least(levels: tuple[int, ...]) -> No
     assert table.units[-1] * table.step == pytest.approx(best)
 
 
-@pytest.mark.parametrize(("bits", "finer"), [(4, 4), (8, 4), (9, 2), (10, 1), (16, 1)])
+@pytest.mark.parametrize(("bits", "finer"), [(4, 4), (6, 4), (7, 2), (8, 1), (16, 1)])
 def test_the_unit_is_a_quarter_of_the_highest_levels_step_if_codes_allow_it(bits: int, finer: int) -> None:
     table = table_of((0, bits))
     assert table.units == (0, finer)
-    assert largest_code((0, bits)) == (512 if bits < 16 else 2**15 - 1)
+    assert largest_code((0, bits)) == max(127, 2 ** (bits - 1) - 1)
     assert finer * limit_of(bits) <= largest_code((0, bits))
 
 

@@ -24,9 +24,9 @@ __all__ = [
     "Pair",
     "ResidualOperator",
     "Switch",
+    "exact_products",
     "laid_out",
     "own_types",
-    "products_in",
     "undisturbed",
 ]
 
@@ -63,6 +63,14 @@ class Geometry:
         return F.conv_transpose2d(
             x, weight, bias, self.stride, (top, left), self.output_padding, self.groups, self.dilation
         )
+
+    def rows(self, weight: Tensor) -> Float[Tensor, "out n"]:
+        """A weight with one row per output channel."""
+        if self.operator != "conv_transpose2d":
+            return weight.flatten(1)
+        grouped = weight.unflatten(0, (self.groups, -1))  # (g, in/g, out/g, kh, kw)
+        rows: Tensor = grouped.transpose(1, 2).flatten(0, 1).flatten(1)
+        return rows
 
     def coverage(self, size: Pair) -> Float[Tensor, "h w"]:
         """How many (output position, kernel tap) pairs read each input pixel of an input of `size`."""
@@ -111,7 +119,7 @@ def _coverage(geometry: Geometry, size: Pair) -> Tensor:
     kernel = torch.ones(1, 1, *geometry.kernel, dtype=torch.float32, device="cpu")
     plain = replace(geometry, groups=1)
     # The gradient of sum(output) with respect to a pixel is the number of taps that read it.
-    with torch.inference_mode(False), torch.enable_grad(), products_in("ieee", geometry, "cpu"):
+    with torch.inference_mode(False), torch.enable_grad(), exact_products(geometry, "cpu"):
         x = torch.zeros(1, 1, *size, dtype=torch.float32, device="cpu", requires_grad=True)
         (grad,) = torch.autograd.grad(plain.apply(x, kernel).sum(), x)
     return grad[0, 0].round()
@@ -209,12 +217,7 @@ class ResidualOperator(nn.Module):
 
     def weight_rows(self) -> Float[Tensor, "out n"]:
         """The weight in float32 with one row per output channel."""
-        if self.geometry.operator != "conv_transpose2d":
-            return self.weight.flatten(1).float()
-        groups = self.geometry.groups
-        grouped = self.weight.float().unflatten(0, (groups, -1))  # (g, in/g, out/g, kh, kw)
-        rows: Tensor = grouped.transpose(1, 2).flatten(0, 1).flatten(1)
-        return rows
+        return self.geometry.rows(self.weight).float()
 
     def rows_to_weight(self, rows: Float[Tensor, "out n"]) -> Tensor:
         """Inverse of `weight_rows`."""
@@ -257,13 +260,8 @@ def laid_out(tensors: tuple[Tensor, ...], layout: torch.memory_format) -> tuple[
 
 
 @contextmanager
-def products_in(precision: Literal["bf16", "ieee"], geometry: Geometry, device: str) -> Iterator[None]:
-    """Within, the operator multiplies float32 tensors in `precision` and accumulates in float32.
-
-    The precision that the process has chosen (TF32, bfloat16) has no effect. Integers of up to 8 significant bits are
-    exact in bfloat16, and so are their products in float32. Linear layers, GPUs and processors without bfloat16 units
-    multiply in float32 all the same.
-    """
+def exact_products(geometry: Geometry, device: str) -> Iterator[None]:
+    """Within, the operator multiplies float32 tensors as such: a lower precision of the process has no effect."""
     backends: Any = torch.backends  # its attributes are made at run time
     linear = geometry.operator == "linear"
     if device == "cuda":
@@ -271,7 +269,7 @@ def products_in(precision: Literal["bf16", "ieee"], geometry: Geometry, device: 
     else:
         setting = backends.mkldnn.matmul if linear else backends.mkldnn.conv
     before = setting.fp32_precision
-    setting.fp32_precision = "ieee" if linear or device == "cuda" else precision
+    setting.fp32_precision = "ieee"
     try:
         yield
     finally:

@@ -5,15 +5,14 @@ import logging
 import subprocess
 from dataclasses import replace
 from functools import lru_cache
-from typing import Literal
 
 import torch
-from jaxtyping import BFloat16, Float
+from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
 from resq_rl.errors import NetworkError
 from resq_rl.quantization.graph.operators import Geometry
+from resq_rl.quantization.kernels.int8 import byte_weights
 from resq_rl.quantization.kernels.library import Function, load
 from resq_rl.quantization.kernels.plain import PLAIN, Bound, Choice, Kernels, Product
 from resq_rl.quantization.kernels.skipping import Skipping
@@ -21,9 +20,6 @@ from resq_rl.quantization.kernels.skipping import Skipping
 __all__ = ["native"]
 
 log = logging.getLogger(__name__)
-
-# As in native.c: pixels or output channels of a tile, and values that it multiplies at once.
-SIDE, DEPTH = 16, 32
 
 
 @lru_cache(maxsize=1)
@@ -45,25 +41,20 @@ def native() -> Kernels:
 class _Native(Kernels):
     """The functions of the shared library, on tensors; what they cannot read runs on the plain kernels.
 
-    Where the processor has tiles, most convolutions run on them: codes then lie in a room, as native.c calls it.
+    Where products of bytes are exact, codes are bytes.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._encode, self._encode_keyframe = Function(library, "encode"), Function(library, "encode_keyframe")
-        self._fit = Function(library, "fit")
-        self._convolve, self._highest = Function(library, "convolve"), Function(library, "highest")
-        self.tiles = bool(library.resq_tiles())
+        self._fit, self._highest = Function(library, "fit"), Function(library, "highest")
         self.skipping = Skipping(library)
 
     def __reduce__(self) -> tuple[object, ...]:
         return native, ()  # a copy in another process is compiled there
 
-    def product(
-        self, geometry: Geometry, codes: Tensor, scale: Tensor, *, exact: bool, precision: Literal["bf16", "ieee"]
-    ) -> Product:
-        plain = super().product(geometry, codes, scale, exact=exact, precision=precision)
-        fits = geometry.operator == "conv2d" and geometry.groups == 1 and geometry.dilation == (1, 1)
-        return replace(plain, tiles=_tiles(codes)) if self.tiles and exact and fits else plain
+    def product(self, geometry: Geometry, codes: Tensor, scale: Tensor, span: tuple[int, int]) -> Product:
+        plain = super().product(geometry, codes, scale, span)
+        return replace(plain, int8=byte_weights(geometry, codes, span)) if plain.exact else plain
 
     def encode(
         self,
@@ -83,8 +74,8 @@ class _Native(Kernels):
                 reference.copy_(dense)
             return found
         x = x.contiguous(memory_format=layout)
-        codes, margins = self._place(x, product)
-        return codes, self._encoded(x, reference, choice, step, codes, margins)
+        codes = _codes_for(product, x)
+        return codes, self._encoded(x, reference, choice, step, codes, product)
 
     def _encoded(
         self,
@@ -93,22 +84,23 @@ class _Native(Kernels):
         choice: Choice,
         step: float | None,
         codes: Tensor,
-        margins: Tensor | None = None,
+        product: Product | None,
         active: Tensor | None = None,
     ) -> Tensor:
         """Write codes, and the pixels where one is not 0 if `active` is given. Returns the cost of each pixel."""
         cost = torch.empty(choice.index.shape, dtype=torch.float32, device="cpu")
         clips, channels, rows, columns = x.shape
+        bytes_, zero, invalid = _bytes(codes, product)
         self._encode(
-            **{"clips": clips, "channels": channels, "rows": rows, "columns": columns},
+            **{"clips": clips, "channels": channels, "pixels": rows * columns, "bytes": bytes_, "zero": zero},
             channels_last=_layout(reference) == torch.channels_last,
             threads=torch.get_num_threads(),
             x=x,
             reference=reference,
             codes=codes,
-            margins=margins,
             active=active,
             cost=cost,
+            invalid=invalid,
             index=choice.index.contiguous(),
             tau=None if choice.tau is None else choice.tau.contiguous(),
             sigma=choice.sigma,
@@ -119,6 +111,7 @@ class _Native(Kernels):
             moves=step is not None,
             step=step or 0.0,
         )
+        _check_valid(invalid)
         return cost
 
     def residual(
@@ -134,16 +127,16 @@ class _Native(Kernels):
         over: bool = False,
     ) -> tuple[Tensor, Tensor]:
         last, plan = torch.channels_last, None
-        fits = product.any_order and product.tiles is None and _fits(x, reference, choice) and _read(base)
+        fits = product.exact and _fits(x, reference, choice) and _read(base)
         if fits and reference.is_contiguous(memory_format=last):
             plan = self.skipping.planned(product, x.shape, lambda codes, y: self.accumulate(product, codes, 1.0, y))
         tiling = None if plan is None else plan.sought()
         if plan is None or tiling is None:
             return super().residual(product, x, reference, choice, unit, base, moves=moves, over=over)
         active = torch.empty(choice.index.shape, dtype=torch.uint8, device="cpu")
-        with self.skipping.codes(x.shape, active) as codes:
+        with self.skipping.codes(x.shape, active, product) as codes:
             x = x.contiguous(memory_format=last)
-            cost = self._encoded(x, reference, choice, unit if moves else None, codes, active=active)
+            cost = self._encoded(x, reference, choice, unit if moves else None, codes, product, active)
             tiles = self.skipping.find(tiling, active)
             if not plan.few(len(tiles)):
                 return self.accumulate(product, codes, unit, base, over=over), cost
@@ -191,65 +184,22 @@ class _Native(Kernels):
         if isinstance(step, Tensor) or not _read(x) or not x.numel():
             return super().encode_keyframe(x, step, low, high)
         x = x.contiguous(memory_format=_layout(x)) if x.dim() == 4 else x.contiguous()
-        (codes, margins), values = self._place(x, product), torch.empty_like(x)
-        clips, channels, rows, columns = x.shape if x.dim() == 4 else (1, 1, len(x), x[0].numel())
+        codes, values = _codes_for(product, x), torch.empty_like(x)
+        bytes_, zero, invalid = _bytes(codes, product)
         self._encode_keyframe(
-            **{"clips": clips, "channels": channels, "rows": rows, "columns": columns},
-            threads=torch.get_num_threads(),
-            x=x,
-            codes=codes,
-            margins=margins,
-            values=values,
-            step=step,
-            low=low,
-            high=high,
+            **{"count": x.numel(), "threads": torch.get_num_threads(), "bytes": bytes_, "zero": zero},
+            **{"x": x, "codes": codes, "values": values, "invalid": invalid, "step": step, "low": low, "high": high},
         )
+        _check_valid(invalid)
         return codes, values
-
-    def _place(self, x: Tensor, product: Product | None) -> tuple[Tensor, Tensor | None]:
-        """Where the codes of `x` go, and the margins of the room, or None for codes that lie like `x`."""
-        if not self.tiles or product is None or product.tiles is None or _layout(x) != torch.channels_last:
-            return torch.empty_like(x), None
-        (clips, channels, height, width), (left, right, top, bottom) = x.shape, product.geometry.padding
-        shape = clips, top + height + bottom, left + width + right, channels
-        behind = SIDE * product.geometry.stride[1] * channels + DEPTH  # the last tile reads so far
-        count = shape[0] * shape[1] * shape[2] * shape[3]
-        room = torch.empty(count + behind, dtype=torch.bfloat16, device="cpu")
-        return room[:count].view(shape), _whole((left, right, top, bottom, behind))
 
     def accumulate(
         self, product: Product, codes: Tensor, step: float, base: Tensor | None, *, over: bool = False
     ) -> Tensor:
-        if codes.dtype != torch.bfloat16 or product.tiles is None:
+        if codes.dtype != torch.uint8 or product.int8 is None:
             return super().accumulate(product, codes, step, base)
-        (clips, rows, columns, channels), outputs = codes.shape, len(product.codes)
-        (high, wide), stride = product.geometry.kernel, product.geometry.stride
-        size = (rows - high) // stride[0] + 1, (columns - wide) // stride[1] + 1
-        if base is None:
-            base = torch.zeros(outputs, dtype=torch.float32, device="cpu")
-        by_pixel = base.shape == (clips, outputs, *size)
-        if by_pixel and over and base.is_contiguous(memory_format=torch.channels_last):
-            y = base
-        else:
-            y = torch.empty(
-                (clips, outputs, *size), dtype=torch.float32, device="cpu", memory_format=torch.channels_last
-            )
-            base = base.contiguous(memory_format=torch.channels_last) if by_pixel else base.flatten()
-        if not by_pixel and base.numel() != outputs:
-            raise NetworkError(f"A base of {base.numel()} numbers cannot be added to {outputs} channels.")
-        self._convolve(
-            **{"clips": clips, "rows": size[0], "columns": size[1], "outputs": outputs},
-            **{"room_rows": rows, "room_columns": columns, "channels": channels},
-            **{"kernel_rows": high, "kernel_columns": wide, "stride_rows": stride[0], "stride_columns": stride[1]},
-            threads=torch.get_num_threads(),
-            by_pixel=by_pixel,
-            room=codes,
-            tiles=product.tiles,
-            scale=(product.scale * step).flatten(),
-            base=base,
-            y=y,
-        )
-        return y
+        total, scale = product.int8.totals(codes), product.scale * step
+        return total.mul_(scale) if base is None else torch.addcmul(base, total, scale, out=total)
 
     def highest(self, scores: Tensor) -> Tensor:
         if not _read(scores) or scores.dim() != 4 or not 1 <= scores.shape[1] <= 255:
@@ -280,26 +230,30 @@ def _read(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.is_cpu and x.layout == torch.strided and not x.is_neg()
 
 
-def _tiles(codes: Float[Tensor, "o c h w"]) -> BFloat16[Tensor, "blocks h steps 16 16 2"]:
-    """Weights as tiles: by 16 output channels, row of the kernel and 32 of its inputs, padded with zeros.
+def _codes_for(product: Product | None, x: Tensor) -> Tensor:
+    """Where the codes of `x` go, which lie in memory like it."""
+    bytes_ = product is not None and product.int8 is not None and (x.dim() != 4 or _layout(x) == torch.channels_last)
+    return torch.empty_like(x, dtype=torch.uint8 if bytes_ else torch.float32)
 
-    A tile holds two inputs of every output channel side by side, then the next two.
-    """
-    outputs, channels, high, wide = codes.shape
-    rows = codes.permute(0, 2, 3, 1).reshape(outputs, high, wide * channels)
-    rows = F.pad(rows, (0, -wide * channels % DEPTH, 0, 0, 0, -outputs % SIDE))
-    split = rows.view(-1, SIDE, high, rows.shape[2] // DEPTH, DEPTH // 2, 2)
-    return split.permute(0, 2, 3, 4, 1, 5).contiguous().to(torch.bfloat16)
+
+def _bytes(codes: Tensor, product: Product | None) -> tuple[bool, int, Tensor | None]:
+    """Whether codes are bytes, with what zero point, and where it is said that an input is NaN."""
+    if codes.dtype != torch.uint8 or product is None or product.int8 is None:
+        return False, 0, None
+    return True, product.int8.zero, torch.zeros(1, dtype=torch.int64, device="cpu")
+
+
+def _check_valid(invalid: Tensor | None) -> None:
+    if invalid is not None and int(invalid):
+        raise NetworkError(
+            "A layer's input holds NaN in this frame: look at divisions, logarithms and square roots of the network "
+            "before its layers."
+        )
 
 
 @lru_cache(maxsize=64)
 def _numbers(values: tuple[float, ...]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device="cpu")
-
-
-@lru_cache(maxsize=1024)
-def _whole(values: tuple[int, ...]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
 def _layout(x: Float[Tensor, "b c h w"]) -> torch.memory_format:

@@ -26,33 +26,25 @@ log = logging.getLogger(__name__)
 
 # The arguments of every function in native.c, from which both its struct in C and the one that is filled here are made.
 _INTEGER, _NUMBER = "int64_t", "float"
-_ENCODED = dict.fromkeys(("clips", "channels", "rows", "columns", "threads"), _INTEGER) | {
-    "x": "const float *",
-    "codes": "void *",
-    "margins": "const int64_t *",
-    "step": _NUMBER,
-}
 _TILES = dict.fromkeys(("down", "across", "rows", "columns"), _INTEGER)
 _WINDOWS = _TILES | dict.fromkeys(("high", "wide", "step_rows", "step_columns", "lead_rows", "lead_columns"), _INTEGER)
 ARGUMENTS: dict[str, dict[str, str]] = {
-    "encode": _ENCODED
-    | dict.fromkeys(("channels_last", "kappas", "entries", "moves"), _INTEGER)
-    | dict.fromkeys(("tau", "kappa", "steps"), "const float *")
-    | {"reference": "float *", "cost": "float *", "index": "const int64_t *", "sigma": _NUMBER, "active": "uint8_t *"},
-    "encode_keyframe": _ENCODED | {"values": "float *", "low": _NUMBER, "high": _NUMBER},
+    "encode": dict.fromkeys(
+        ("clips", "channels", "pixels", "channels_last", "threads", "bytes", "kappas", "entries", "moves"), _INTEGER
+    )
+    | dict.fromkeys(("x", "tau", "kappa", "steps"), "const float *")
+    | {"reference": "float *", "cost": "float *", "index": "const int64_t *", "codes": "void *", "active": "uint8_t *"}
+    | {"invalid": "int64_t *"}
+    | dict.fromkeys(("sigma", "step", "zero"), _NUMBER),
+    "encode_keyframe": dict.fromkeys(("count", "threads", "bytes"), _INTEGER)
+    | {"x": "const float *", "codes": "void *", "values": "float *", "invalid": "int64_t *"}
+    | dict.fromkeys(("step", "low", "high", "zero"), _NUMBER),
     "highest": dict.fromkeys(("clips", "channels", "pixels", "channels_last", "threads"), _INTEGER)
     | {"scores": "const float *", "found": "uint8_t *"},
-    "convolve": dict.fromkeys(
-        ("clips", "rows", "columns", "outputs", "room_rows", "room_columns", "channels", "threads", "by_pixel"),
-        _INTEGER,
-    )
-    | dict.fromkeys(("kernel_rows", "kernel_columns", "stride_rows", "stride_columns"), _INTEGER)
-    | {"room": "const uint16_t *", "tiles": "const uint16_t *", "scale": "const float *", "base": "const float *"}
-    | {"y": "float *"},
     "find": _WINDOWS | {"clips": _INTEGER, "active": "const uint8_t *", "tiles": "int64_t *", "count": "int64_t *"},
     "gather": _WINDOWS
-    | dict.fromkeys(("channels", "count", "threads"), _INTEGER)
-    | {"tiles": "const int64_t *", "codes": "const float *", "windows": "float *"},
+    | dict.fromkeys(("size", "zero", "count", "threads"), _INTEGER)
+    | {"tiles": "const int64_t *", "codes": "const void *", "windows": "void *"},
     "scatter": _TILES
     | dict.fromkeys(("channels", "count", "side", "threads"), _INTEGER)
     | {"tiles": "const int64_t *", "totals": "const float *", "scale": "const float *", "y": "float *"},
@@ -60,9 +52,9 @@ ARGUMENTS: dict[str, dict[str, str]] = {
     | dict.fromkeys(("x", "reference", "tau", "kappa"), "const float *")
     | {"sigma": _NUMBER, "coverage": "const int32_t *", "costs": "const double *", "allowance": "const double *"}
     | {"magnitude": "float *", "floor": "float *", "spent": "double *"},
-    "clear": {"pixels": _INTEGER, "channels": _INTEGER, "active": "const uint8_t *", "codes": "float *"},
+    "clear": dict.fromkeys(("pixels", "size", "zero"), _INTEGER) | {"active": "const uint8_t *", "codes": "void *"},
 }
-# What a tensor must hold for an argument; codes lie in a room of bfloat16, or are float32.
+# What a tensor must hold for an argument; codes are bytes or float32.
 _HOLDS = {
     "float *": (torch.float32,),
     "double *": (torch.float64,),
@@ -72,12 +64,12 @@ _HOLDS = {
     "const int64_t *": (torch.int64,),
     "int64_t *": (torch.int64,),
     "const uint8_t *": (torch.uint8,),
-    "const uint16_t *": (torch.bfloat16,),
     "uint8_t *": (torch.uint8,),
-    "void *": (torch.float32, torch.bfloat16),
+    "const void *": (torch.float32, torch.uint8),
+    "void *": (torch.float32, torch.uint8),
 }
 # What may be None.
-MAY_LACK = {"encode": ("active", "kappa", "margins", "tau"), "encode_keyframe": ("margins",)}
+MAY_LACK = {"encode": ("active", "invalid", "kappa", "tau"), "encode_keyframe": ("invalid",)}
 
 # No contraction: the C code says where a multiply-add rounds once. Errno and traps would keep loops from vector units.
 _FLAGS = ["-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
@@ -148,7 +140,7 @@ def _declarations() -> str:
         f"struct arguments_{name} {{\n" + "".join(f"    {kind} {field};\n" for field, kind in fields.items()) + "};\n"
         for name, fields in ARGUMENTS.items()
     ]
-    return "#define _GNU_SOURCE\n#include <stdint.h>\n" + "".join(structs)  # the macro must come before any header
+    return "#include <stdint.h>\n" + "".join(structs)
 
 
 def _found(*names: str) -> str:

@@ -1,6 +1,6 @@
-// The elementwise work around an operator, each in one pass over memory, and convolutions of codes. plain.py holds the
-// same in PyTorch and says what each means; both give the same numbers bit for bit: every product, sum and rounding is
-// written out, and the compiler is told not to contract.
+// The elementwise work around an operator, each in one pass over memory. plain.py holds the same in PyTorch and says what
+// each means; both give the same numbers bit for bit: every product, sum and rounding is written out, and the compiler is
+// told not to contract.
 //
 // Each function takes one struct, `arguments_NAME`, which compiled.py declares from its table of arguments in front of
 // this text. compiled.py checks types, devices and layouts.
@@ -9,21 +9,14 @@
 // of a pixel side by side, else the pixels of a channel. A block of pixels stays in the cache from the magnitude to the
 // codes.
 //
-// Codes for `resq_convolve` lie in a room instead: in bfloat16, which holds them exactly, channels last, with the
-// convolution's padding around them.
+// Codes are float32, or bytes: the code plus a zero point, `zero`, so that it is not negative. Bytes cannot hold NaN, so that
+// `invalid` is set where an input has one.
 
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__AMX_BF16__) && defined(__linux__)
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#define TILES 1
-#endif
-
-enum { BLOCK = 64, NARROW = 16 };
+enum { BLOCK = 64, NARROW = 16, LONG = 4096 };
 
 static inline float quantized(float scaled, float low, float high) {
     float code = rintf(scaled);
@@ -78,23 +71,25 @@ static inline float coded(float x, float *restrict reference, float inverse, flo
     return code;
 }
 
-static inline void put(void *restrict codes, int64_t index, float code, int half) {
-    if (half) {
-        uint32_t bits;
-        memcpy(&bits, &code, sizeof bits);
-        ((uint16_t *)codes)[index] = (uint16_t)(bits >> 16);
-    } else {
-        ((float *)codes)[index] = code;
-    }
+static void mark(int64_t *flag) {
+#pragma omp atomic write
+    *flag = 1;
 }
 
-// Codes of a block of pixels, to where `codes` begins; with `half` in bfloat16. With `active`, the codes of the pixels that
-// it does not mark are 0 and may already lie there.
+static inline void put(void *restrict codes, int64_t index, float code, int bytes, float zero) {
+    if (bytes)
+        ((uint8_t *)codes)[index] = (uint8_t)(int32_t)(code + zero);
+    else
+        ((float *)codes)[index] = code;
+}
+
+// Codes of a block of pixels, to where `codes` begins. With `active`, the codes of the pixels that it does not mark are 0 and
+// already lie there.
 static inline __attribute__((always_inline)) void encode_block(
-    const float *restrict x, float *restrict reference, void *restrict codes, int half, int64_t channels, int64_t count,
-    int64_t pixel, int64_t channel, const float *inverse, const float *limit, const float *unit, int moves, float step,
-    const uint8_t *active) {
-    const size_t size = half ? sizeof(uint16_t) : sizeof(float);
+    const float *restrict x, float *restrict reference, void *restrict codes, int bytes, float zero, int64_t channels,
+    int64_t count, int64_t pixel, int64_t channel, const float *inverse, const float *limit, const float *unit, int moves,
+    float step, const uint8_t *active) {
+    const size_t size = bytes ? sizeof(uint8_t) : sizeof(float);
     if (channel == 1 && channels < NARROW) {
         float i[BLOCK * NARROW], l[BLOCK * NARROW], u[BLOCK * NARROW];
         for (int64_t p = 0; p < count; p++)
@@ -104,7 +99,7 @@ static inline __attribute__((always_inline)) void encode_block(
                 u[p * channels + c] = unit[p];
             }
         for (int64_t k = 0; k < count * channels; k++)
-            put(codes, k, coded(x[k], reference + k, i[k], l[k], u[k], moves, step), half);
+            put(codes, k, coded(x[k], reference + k, i[k], l[k], u[k], moves, step), bytes, zero);
     } else if (channel == 1) {
         for (int64_t p = 0; p < count; p++) {
             if (active && !active[p]) continue;
@@ -113,67 +108,42 @@ static inline __attribute__((always_inline)) void encode_block(
             void *cs = (char *)codes + (size_t)(p * pixel) * size;
             const float i = inverse[p], l = limit[p], u = unit[p];
             if (l == 0.0f) {
-                memset(cs, 0, (size_t)channels * size);
+                memset(cs, bytes ? (int)zero : 0, (size_t)channels * size);
             } else if (moves) {
-                for (int64_t c = 0; c < channels; c++) put(cs, c, coded(xs[c], rs + c, i, l, u, 1, step), half);
+                for (int64_t c = 0; c < channels; c++) put(cs, c, coded(xs[c], rs + c, i, l, u, 1, step), bytes, zero);
             } else {
-                for (int64_t c = 0; c < channels; c++) put(cs, c, coded(xs[c], rs + c, i, l, u, 0, step), half);
+                for (int64_t c = 0; c < channels; c++) put(cs, c, coded(xs[c], rs + c, i, l, u, 0, step), bytes, zero);
             }
         }
     } else {
-        for (int64_t c = 0; c < channels; c++) {
-            const float *xs = x + c * channel;
-            float *rs = reference + c * channel, *cs = (float *)codes + c * channel;
-            for (int64_t p = 0; p < count; p++) cs[p] = coded(xs[p], rs + p, inverse[p], limit[p], unit[p], moves, step);
-        }
+        for (int64_t c = 0; c < channels; c++)
+            for (int64_t p = 0; p < count; p++)
+                put(codes, c * channel + p,
+                    coded(x[c * channel + p], reference + c * channel + p, inverse[p], limit[p], unit[p], moves, step),
+                    bytes, zero);
     }
-}
-
-// Where the codes of an image's row begin in a room of `margins`: left, right, top, bottom and what lies behind the last
-// clip. What surrounds the row is set to 0.
-static uint16_t *row_in_room(uint16_t *room, const int64_t *margins, int64_t clips, int64_t channels, int64_t rows,
-                             int64_t columns, int64_t clip, int64_t row) {
-    const int64_t left = margins[0], right = margins[1], top = margins[2], bottom = margins[3];
-    const int64_t width = (left + columns + right) * channels;
-    uint16_t *start = room + (clip * (top + rows + bottom) + top + row) * width, *after = start + width;
-    memset(start, 0, (size_t)(left * channels) * sizeof *room);
-    memset(after - right * channels, 0, (size_t)(right * channels) * sizeof *room);
-    if (row == 0) memset(start - top * width, 0, (size_t)(top * width) * sizeof *room);
-    if (row == rows - 1) {
-        memset(after, 0, (size_t)(bottom * width) * sizeof *room);
-        if (clip == clips - 1) memset(after + bottom * width, 0, (size_t)margins[4] * sizeof *room);
-    }
-    return start + left * channels;
 }
 
 // Codes of residuals, with the reference moved by them where `moves`. `steps` holds 1 / step, largest code, units and
 // cost of `entries`, one after the other. A pixel's entry is index[p]; or, where `kappas` > 0,
-// index[p] * (kappas + 1) + #{j : magnitude > tau[p] * sigma * kappa[j]}. With `margins` the codes lie in a room.
+// index[p] * (kappas + 1) + #{j : magnitude > tau[p] * sigma * kappa[j]}.
 // With `active` it marks the pixels that have a code other than 0, and codes must be 0 before: those of other pixels are
 // not written. A pixel has one where its largest magnitude has, since rounding is monotone.
 void resq_encode(const struct arguments_encode *a) {
     const int64_t clips = a->clips, channels = a->channels, channels_last = a->channels_last, threads = a->threads;
-    const int64_t kappas = a->kappas, entries = a->entries, moves = a->moves;
-    const int64_t *margins = a->margins, *index = a->index;
+    const int64_t kappas = a->kappas, entries = a->entries, moves = a->moves, pixels = a->pixels, *index = a->index;
     const float *x = a->x, *tau = a->tau, *kappa = a->kappa, *steps = a->steps, sigma = a->sigma, step = a->step;
     float *reference = a->reference, *cost = a->cost;
     uint8_t *active = a->active;
-    void *codes = a->codes;
-    int64_t rows = a->rows, columns = a->columns;
-    const int64_t all = rows * columns;
-    if (!margins) {  // blocks need not end with a row
-        columns = all;
-        rows = 1;
-    }
-    const int64_t pixel = channels_last ? channels : 1, channel = channels_last ? 1 : all;
-    const int64_t blocks = (columns + BLOCK - 1) / BLOCK;
+    const int64_t pixel = channels_last ? channels : 1, channel = channels_last ? 1 : pixels;
+    const int64_t blocks = (pixels + BLOCK - 1) / BLOCK;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t b = 0; b < clips * rows * blocks; b++) {
-        const int64_t clip = b / (rows * blocks), row = b / blocks % rows, first = b % blocks * BLOCK;
-        const int64_t count = columns - first < BLOCK ? columns - first : BLOCK;
-        const int64_t at = clip * all + row * columns + first, start = clip * all * channels + (at - clip * all) * pixel;
+    for (int64_t b = 0; b < clips * blocks; b++) {
+        const int64_t clip = b / blocks, first = b % blocks * BLOCK;
+        const int64_t count = pixels - first < BLOCK ? pixels - first : BLOCK;
+        const int64_t at = clip * pixels + first, start = clip * pixels * channels + first * pixel;
         float inverse[BLOCK], limit[BLOCK], unit[BLOCK], magnitude[BLOCK];
-        if (kappas > 0 || active)
+        if (kappas > 0 || active || a->bytes)
             largest_magnitudes(x + start, reference + start, channels, count, pixel, channel, magnitude);
         for (int64_t p = 0; p < count; p++) {
             int64_t entry = index[at + p];
@@ -195,13 +165,15 @@ void resq_encode(const struct arguments_encode *a) {
             }
             if (!any) continue;
         }
-        if (margins) {
-            uint16_t *own = row_in_room(codes, margins, clips, channels, rows, columns, clip, row) + first * channels;
-            encode_block(x + start, reference + start, own, 1, channels, count, pixel, channel, inverse, limit, unit,
-                         moves, step, 0);
+        if (a->bytes) {
+            int any = 0;
+            for (int64_t p = 0; p < count; p++) any |= magnitude[p] != magnitude[p];
+            if (any) mark(a->invalid);
+            encode_block(x + start, reference + start, (uint8_t *)a->codes + start, 1, a->zero, channels, count, pixel,
+                         channel, inverse, limit, unit, moves, step, active ? active + at : 0);
         } else {
-            encode_block(x + start, reference + start, (float *)codes + start, 0, channels, count, pixel, channel,
-                         inverse, limit, unit, moves, step, active ? active + at : 0);
+            encode_block(x + start, reference + start, (float *)a->codes + start, 0, 0.0f, channels, count, pixel,
+                         channel, inverse, limit, unit, moves, step, active ? active + at : 0);
         }
     }
 }
@@ -270,30 +242,29 @@ void resq_fit(const struct arguments_fit *a) {
     }
 }
 
-// Codes and values of a keyframe; with `margins` the codes lie in a room, and x is channels last.
+// Codes and values of a keyframe.
 void resq_encode_keyframe(const struct arguments_encode_keyframe *a) {
-    const int64_t clips = a->clips, channels = a->channels, rows = a->rows, columns = a->columns, threads = a->threads;
-    const int64_t *margins = a->margins;
-    const float *restrict x = a->x, step = a->step, low = a->low, high = a->high;
+    const float *restrict x = a->x, step = a->step, low = a->low, high = a->high, zero = a->zero;
     float *restrict values = a->values;
-    void *restrict codes = a->codes;
-    const int64_t count = columns * channels;
+    const int64_t all = a->count, bytes = a->bytes, threads = a->threads, blocks = (all + LONG - 1) / LONG;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t r = 0; r < clips * rows; r++) {
-        const float *xs = x + r * count;
-        float *vs = values + r * count;
-        if (margins) {
-            uint16_t *own = row_in_room(codes, margins, clips, channels, rows, columns, r / rows, r % rows);
-            for (int64_t i = 0; i < count; i++) {
-                const float code = quantized(xs[i] / step, low, high);
-                put(own, i, code, 1);
-                vs[i] = code * step;
+    for (int64_t b = 0; b < blocks; b++) {
+        const int64_t last = (b + 1) * LONG < all ? (b + 1) * LONG : all;
+        if (bytes) {
+            uint8_t *restrict codes = a->codes;
+            int any = 0;
+            for (int64_t i = b * LONG; i < last; i++) {
+                const float code = quantized(x[i] / step, low, high);
+                any |= code != code;
+                put(codes, i, code, 1, zero);
+                values[i] = code * step;
             }
+            if (any) mark(a->invalid);
         } else {
-            float *own = (float *)codes + r * count;
-            for (int64_t i = 0; i < count; i++) {
-                own[i] = quantized(xs[i] / step, low, high);
-                vs[i] = own[i] * step;
+            float *restrict codes = a->codes;
+            for (int64_t i = b * LONG; i < last; i++) {
+                codes[i] = quantized(x[i] / step, low, high);
+                values[i] = codes[i] * step;
             }
         }
     }
@@ -301,7 +272,7 @@ void resq_encode_keyframe(const struct arguments_encode_keyframe *a) {
 
 // Active tiles. An output is cut into tiles of side x side, numbered clip by clip and row by row; a tile's window is the
 // input that its outputs read, which begins at its place times `step` less `lead` and may reach beyond the input, where
-// there are zeros. Tensors are channels last.
+// there are codes of 0: `size` bytes of each pixel, all of the value `zero`. Tensors are channels last.
 
 static inline int64_t at_least(int64_t value, int64_t low) { return value > low ? value : low; }
 static inline int64_t at_most(int64_t value, int64_t high) { return value < high ? value : high; }
@@ -325,21 +296,22 @@ void resq_find(const struct arguments_find *a) {
 
 // The windows of `count` tiles, one after the other.
 void resq_gather(const struct arguments_gather *a) {
-    const int64_t rows = a->rows, columns = a->columns, each = a->down * a->across, channels = a->channels;
+    const int64_t rows = a->rows, columns = a->columns, each = a->down * a->across, size = a->size;
     const int64_t high = a->high, wide = a->wide, threads = a->threads;
+    const int zero = (int)a->zero;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < a->count; i++) {
         const int64_t t = a->tiles[i], left = t % a->across * a->step_columns - a->lead_columns;
         const int64_t first = at_least(left, 0), length = at_least(at_most(left + wide, columns) - first, 0);
         for (int64_t y = 0; y < high; y++) {
             const int64_t row = t % each / a->across * a->step_rows - a->lead_rows + y;
-            float *to = a->windows + (i * high + y) * wide * channels;
+            char *to = (char *)a->windows + (i * high + y) * wide * size;
             const int64_t before = row >= 0 && row < rows && length ? first - left : wide;
-            memset(to, 0, (size_t)(before * channels) * sizeof *to);
+            memset(to, zero, (size_t)(before * size));
             if (before == wide) continue;
-            memcpy(to + before * channels, a->codes + ((t / each * rows + row) * columns + first) * channels,
-                   (size_t)(length * channels) * sizeof *to);
-            memset(to + (before + length) * channels, 0, (size_t)((wide - before - length) * channels) * sizeof *to);
+            memcpy(to + before * size, (const char *)a->codes + ((t / each * rows + row) * columns + first) * size,
+                   (size_t)(length * size));
+            memset(to + (before + length) * size, zero, (size_t)((wide - before - length) * size));
         }
     }
 }
@@ -363,7 +335,7 @@ void resq_scatter(const struct arguments_scatter *a) {
 // Codes of active pixels to 0.
 void resq_clear(const struct arguments_clear *a) {
     for (int64_t p = 0; p < a->pixels; p++)
-        if (a->active[p]) memset(a->codes + p * a->channels, 0, (size_t)a->channels * sizeof *a->codes);
+        if (a->active[p]) memset((char *)a->codes + p * a->size, (int)a->zero, (size_t)a->size);
 }
 
 // The first channel with the highest score of every pixel, of 255 at most; from a NaN on, none is higher.
@@ -390,112 +362,4 @@ void resq_highest(const struct arguments_highest *a) {
             }
         for (int64_t p = 0; p < count; p++) found[clip * pixels + first + p] = (uint8_t)place[p];
     }
-}
-
-// Whether this process may use the processor's matrix tiles, on which `resq_convolve` runs.
-int resq_tiles(void) {
-#ifdef TILES
-    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
-    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
-#else
-    return 0;
-#endif
-}
-
-#ifdef TILES
-enum { SIDE = 16, DEPTH = 32, PAIR = 2 * SIDE };  // pixels or channels of a tile, and values that it multiplies at once
-
-static void configure_tiles(void) {
-    struct __attribute__((packed)) {
-        uint8_t palette, start, reserved[14];
-        uint16_t bytes[16];
-        uint8_t rows[16];
-    } all = {.palette = 1};
-    for (int i = 0; i < 8; i++) {
-        all.bytes[i] = 64;
-        all.rows[i] = SIDE;
-    }
-    _tile_loadconfig(&all);
-}
-
-// Products of two tiles of pixels, whose codes begin at `first` and `second`, with two tiles of output channels, or with
-// one where `next` is NULL. Each step is a row of the kernel: its taps and their channels lie side by side.
-static inline void multiply(const uint16_t *first, const uint16_t *second, int64_t stride, int64_t line, int64_t lines,
-                            int64_t steps, const uint16_t *tiles, const uint16_t *next, float sums[2][SIDE][PAIR]) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t k = 0; k < lines; k++)
-        for (int64_t s = 0; s < steps; s++) {
-            const int64_t tile = (k * steps + s) * SIDE * DEPTH, place = k * line + s * DEPTH;
-            _tile_loadd(4, first + place, stride);
-            _tile_loadd(5, second + place, stride);
-            _tile_loadd(6, tiles + tile, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(2, 5, 6);
-            if (next) {
-                _tile_loadd(7, next + tile, 64);
-                _tile_dpbf16ps(1, 4, 7);
-                _tile_dpbf16ps(3, 5, 7);
-            }
-        }
-    _tile_stored(0, sums[0][0], PAIR * sizeof(float));
-    _tile_stored(1, sums[0][0] + SIDE, PAIR * sizeof(float));
-    _tile_stored(2, sums[1][0], PAIR * sizeof(float));
-    _tile_stored(3, sums[1][0] + SIDE, PAIR * sizeof(float));
-}
-#endif
-
-// The convolution of codes in a room with integer weights: y = fma(total, scale, base), channels last. `base` has a
-// number for each output where `by_pixel`, else for each channel. `tiles` holds the weights by 16 output channels, row of
-// the kernel and 32 inputs, as compiled.py lays them out.
-void resq_convolve(const struct arguments_convolve *a) {
-#ifdef TILES
-    const int64_t clips = a->clips, rows = a->rows, columns = a->columns, outputs = a->outputs, threads = a->threads;
-    const int64_t room_rows = a->room_rows, room_columns = a->room_columns, channels = a->channels;
-    const int64_t lines = a->kernel_rows, steps = (a->kernel_columns * channels + DEPTH - 1) / DEPTH;
-    const int64_t down = a->stride_rows, right = a->stride_columns, by_pixel = a->by_pixel;
-    const uint16_t *room = a->room, *tiles = a->tiles;
-    const float *scale = a->scale, *base = a->base;
-    float *y = a->y;
-    const int64_t line = room_columns * channels, stride = right * channels * (int64_t)sizeof *room;
-    const int64_t across = (columns + SIDE - 1) / SIDE, pairs = (rows * across + 1) / 2;
-    const int64_t block = lines * steps * SIDE * DEPTH;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        float sums[2][SIDE][PAIR] __attribute__((aligned(64)));
-        configure_tiles();
-#pragma omp for
-        for (int64_t pair = 0; pair < clips * pairs; pair++) {
-            const int64_t clip = pair / pairs, first = pair % pairs * 2;
-            const int64_t both = first + 1 < rows * across ? 2 : 1;
-            const uint16_t *codes[2];
-            for (int64_t t = 0; t < 2; t++) {
-                const int64_t tile = first + (t < both ? t : 0), row = tile / across, column = tile % across * SIDE;
-                codes[t] = room + (clip * room_rows + row * down) * line + column * right * channels;
-            }
-            for (int64_t from = 0; from < outputs; from += PAIR) {
-                const int64_t some = outputs - from < PAIR ? outputs - from : PAIR;
-                const uint16_t *own = tiles + from / SIDE * block;
-                multiply(codes[0], codes[1], stride, line, lines, steps, own, some > SIDE ? own + block : 0, sums);
-                for (int64_t t = 0; t < both; t++) {
-                    const int64_t row = (first + t) / across, column = (first + t) % across * SIDE;
-                    const int64_t valid = columns - column < SIDE ? columns - column : SIDE;
-                    const int64_t at = ((clip * rows + row) * columns + column) * outputs + from;
-                    for (int64_t p = 0; p < valid; p++) {
-                        const float *total = sums[t][p], *factor = scale + from;
-                        const float *added = by_pixel ? base + at + p * outputs : base + from;
-                        float *out = y + at + p * outputs;
-#pragma GCC ivdep
-                        for (int64_t c = 0; c < some; c++) out[c] = fmaf(total[c], factor[c], added[c]);
-                    }
-                }
-            }
-        }
-        _tile_release();
-    }
-#else
-    (void)a;
-#endif
 }

@@ -1,20 +1,22 @@
 """The arithmetic around and in an operator: magnitudes, codes, references and products of codes.
 
-`Kernels` is plain PyTorch, for any device; compiled.py does the same in C on a CPU. Both give the same numbers bit for
-bit: every step rounds once, and so do the multiply-adds.
+`Kernels` is plain PyTorch, for any device, with integers held in float32; on a CPU, compiled.py does the elementwise
+work in C and int8.py the products in bytes. All give the same numbers bit for bit: every step rounds once, and so do
+the multiply-adds.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from jaxtyping import Float, Float64, Int32, Int64, UInt8
+from jaxtyping import Float, Float64, Int32, Int64, Shaped, UInt8
 from torch import Tensor
 
-from resq_rl.quantization.graph.operators import Geometry, products_in
+from resq_rl.quantization.graph.operators import Geometry, exact_products
+from resq_rl.quantization.kernels.int8 import ByteWeights
 
 __all__ = [
+    "EXACT_SUMS",
     "PLAIN",
     "Bound",
     "Choice",
@@ -27,6 +29,8 @@ __all__ = [
 ]
 
 
+# Integers of smaller magnitude, and so their sums, are exact in float32.
+EXACT_SUMS = 2**24
 # Floors of thresholds are sought among floats whose bits are multiples of _UNIT, up to the infinite one.
 _UNIT = 2**15
 _INFINITE = 0x7F800000 // _UNIT
@@ -57,7 +61,7 @@ def choose(
     return index
 
 
-def from_image(geometry: Geometry, image: Float[Tensor, "b c h w"], leading: Sequence[int]) -> Tensor:
+def from_image(geometry: Geometry, image: Shaped[Tensor, "b c h w"], leading: Sequence[int]) -> Tensor:
     """An image as an operator takes it: a linear layer takes the vectors of its pixels, with `leading` dimensions."""
     return image if geometry.operator != "linear" else image.permute(0, 2, 3, 1).reshape(*leading, image.shape[1])
 
@@ -100,17 +104,15 @@ class Product:
     Attributes:
         codes, scale: the weights as integers in float32, and the step of each output channel, which broadcasts over the
             output.
-        precision: the fastest precision in which products of codes and weights are exact.
-        any_order: whether sums of products are exact in whatever order they are taken: none can reach 2^24.
-        tiles: the weights in the layout that the compiled kernels multiply, or None.
+        exact: whether sums of products are exact in float32 in whatever order they are taken: none can reach 2^24.
+        int8: the weights for codes in bytes, or None where codes are float32.
     """
 
     geometry: Geometry
     codes: Tensor
     scale: Tensor
-    precision: Literal["bf16", "ieee"]
-    any_order: bool = False
-    tiles: Tensor | None = None
+    exact: bool = False
+    int8: ByteWeights | None = None
 
 
 @dataclass(frozen=True)
@@ -136,16 +138,15 @@ class Kernels:
     def __reduce__(self) -> str | tuple[object, ...]:
         return "PLAIN"  # there is one
 
-    def product(
-        self, geometry: Geometry, codes: Tensor, scale: Tensor, *, exact: bool, precision: Literal["bf16", "ieee"]
-    ) -> Product:
+    def product(self, geometry: Geometry, codes: Tensor, scale: Tensor, span: tuple[int, int]) -> Product:
         """A product made ready.
 
         Args:
-            exact: whether all codes, of inputs and weights, have 8 significant bits at most.
-            precision: `Product.precision`.
+            codes, scale: as of `Product`.
+            span: the lowest and the highest code of inputs.
         """
-        return Product(geometry, codes, scale, precision)
+        largest = float(geometry.rows(codes).double().abs().sum(1).max()) * max(abs(code) for code in span)
+        return Product(geometry, codes, scale, exact=largest < EXACT_SUMS)
 
     def encode(
         self,
@@ -161,7 +162,7 @@ class Kernels:
             x, reference: inputs of an operator, of shape (b, c, h, w), or with h = w = 1 of any.
             choice: the quantizer of each pixel.
             step: with it the reference moves by codes * step, in place (the closed loop).
-            product: the product that the codes are for, which decides their layout in memory.
+            product: the product that the codes are for, which decides whether they are bytes.
         """
         index = choice.index
         shape = (-1, 1, *index.shape[1:]) if x.dim() == 4 else (-1, *[1] * (x.dim() - 1))
@@ -225,7 +226,7 @@ class Kernels:
             base: the reference output, or what broadcasts over the output; None for 0.
             over: whether `base` is no longer needed, so that the result may take its place in memory.
         """
-        with products_in(product.precision, product.geometry, codes.device.type):
+        with exact_products(product.geometry, codes.device.type):
             total = product.geometry.apply(codes, product.codes)
         scale = product.scale * step
         return total.mul_(scale) if base is None else torch.addcmul(base, total, scale, out=total)

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from resq_rl.quantization.graph.operators import Geometry, Pair, products_in
+from resq_rl.quantization.graph.operators import Geometry, Pair, exact_products
 from resq_rl.quantization.kernels.library import Function
 from resq_rl.quantization.kernels.plain import Product
 
@@ -147,7 +147,7 @@ def rounded(count: int) -> int:
 class Skipping:
     """Convolutions by active tiles, with the functions of the compiled library.
 
-    Codes lie in memory that this object keeps and that holds zeros between uses, so that codes of 0 need not be
+    Codes lie in memory that this object keeps and that holds codes of 0 between uses, so that these need not be
     written.
 
     Attributes:
@@ -159,21 +159,23 @@ class Skipping:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._find, self._gather = Function(library, "find"), Function(library, "gather")
         self._scatter, self._clear = Function(library, "scatter"), Function(library, "clear")
-        self._kept: list[Tensor] = []  # one for each thread that steps a model
+        self._kept: dict[int, list[Tensor]] = {}  # bytes of a value, one tensor for each thread that steps a model
         self._shares: dict[tuple[Any, ...], float] = {}
         self._plans: dict[tuple[Any, ...], Plan] = {}
 
     @contextmanager
-    def codes(self, shape: torch.Size, active: UInt8[Tensor, "b h w"]) -> Iterator[Float[Tensor, "b c h w"]]:
-        """Zeros of a shape, channels last, into which codes may be written at the pixels that `active` then marks."""
+    def codes(self, shape: torch.Size, active: UInt8[Tensor, "b h w"], product: Product) -> Iterator[Tensor]:
+        """Codes of 0 of a shape, channels last, into which others may be written where `active` then marks pixels."""
         clips, channels, rows, columns = shape
-        kept = self._kept.pop() if self._kept else torch.zeros(0, dtype=torch.float32, device="cpu")
-        if kept.numel() < shape.numel():
-            kept = torch.zeros(shape.numel(), dtype=torch.float32, device="cpu")
-        own = kept[: shape.numel()]
+        dtype, zero = _held(product)
+        size, free = channels * dtype.itemsize, self._kept.setdefault(zero, [])
+        kept = free.pop() if free else torch.empty(0, dtype=torch.uint8, device="cpu")
+        if kept.numel() < active.numel() * size:
+            kept = torch.full((active.numel() * size,), zero, dtype=torch.uint8, device="cpu")
+        own = kept[: active.numel() * size].view(dtype)
         yield own.view(clips, rows, columns, channels).permute(0, 3, 1, 2)
-        self._clear(pixels=active.numel(), channels=channels, active=active, codes=own)
-        self._kept.append(kept)  # unless an error left codes in it
+        self._clear(pixels=active.numel(), size=size, zero=zero, active=active, codes=own)
+        free.append(kept)  # unless an error left codes in it
 
     def find(self, tiling: Tiling, active: UInt8[Tensor, "b h w"]) -> Int64[Tensor, " n"]:
         """The tiles whose window has an active pixel, ascending."""
@@ -187,7 +189,7 @@ class Skipping:
         product: Product,
         tiling: Tiling,
         tiles: Int64[Tensor, " n"],
-        codes: Float[Tensor, "b c h w"],
+        codes: Tensor,
         unit: float,
         y: Float[Tensor, "b o _ _"],
     ) -> None:
@@ -199,12 +201,18 @@ class Skipping:
         if not len(tiles):
             return
         some, channels = min(rounded(len(tiles)), tiling.count), codes.shape[1]
-        windows = torch.empty(some, *tiling.window, channels, dtype=torch.float32, device="cpu")
-        windows[len(tiles) :] = 0.0
+        dtype, zero = _held(product)
+        windows = torch.empty(some, *tiling.window, channels, dtype=dtype, device="cpu")
+        windows[len(tiles) :] = zero
         threads = {"count": len(tiles), "threads": torch.get_num_threads(), "tiles": tiles}
-        self._gather(**tiling.windows, **threads, channels=channels, codes=codes, windows=windows)
-        with products_in(product.precision, product.geometry, "cpu"):
-            totals = tiling.inside.apply(windows.permute(0, 3, 1, 2), product.codes)
+        size = {"size": channels * dtype.itemsize, "zero": zero}
+        self._gather(**tiling.windows, **threads, **size, codes=codes, windows=windows)
+        inputs = windows.permute(0, 3, 1, 2)
+        if product.int8 is not None:
+            totals = product.int8.totals(inputs, tiling.inside)
+        else:
+            with exact_products(product.geometry, "cpu"):
+                totals = tiling.inside.apply(inputs, product.codes)
         self._scatter(
             **tiling.places,
             **threads,
@@ -223,7 +231,7 @@ class Skipping:
         """
         if not self.enabled:
             return Plan(None, 0)
-        key = product.geometry, product.codes.shape, product.precision, shape, torch.get_num_threads()
+        key = product.geometry, product.codes.shape, _held(product), shape, torch.get_num_threads()
         if key not in self._plans:
             tiling = tiling_of(product.geometry, shape[0], (shape[2], shape[3]))
             share = 0.0 if tiling is None else self._break_even(product, tiling, shape[1], dense)
@@ -238,12 +246,12 @@ class Skipping:
         Batches share what is measured for the next power of two.
         """
         tiling = replace(tiling, clips=2 ** (tiling.clips - 1).bit_length())
-        key = tiling, product.codes.shape, product.precision, torch.get_num_threads()
+        key = tiling, product.codes.shape, _held(product), torch.get_num_threads()
         if key not in self._shares:
-            codes, y = (
-                torch.zeros(tiling.clips, *size, c, dtype=torch.float32, device="cpu").permute(0, 3, 1, 2)
-                for size, c in ((tiling.input, channels), (tiling.output, len(product.codes)))
-            )
+            (dtype, zero), outputs = _held(product), len(product.codes)
+            codes = torch.full((tiling.clips, *tiling.input, channels), zero, dtype=dtype, device="cpu")
+            y = torch.zeros(tiling.clips, *tiling.output, outputs, dtype=torch.float32, device="cpu")
+            codes, y = codes.permute(0, 3, 1, 2), y.permute(0, 3, 1, 2)
             whole = _seconds(lambda: dense(codes, y))
             low, high = 0.0, 1.0
             for _ in range(BISECTIONS):
@@ -253,6 +261,11 @@ class Skipping:
                 low, high = (share, high) if spent < WORTH * whole else (low, share)
             self._shares[key] = low
         return self._shares[key]
+
+
+def _held(product: Product) -> tuple[torch.dtype, int]:
+    """How codes of a product are held, and as what a code of 0 is."""
+    return (torch.float32, 0) if product.int8 is None else (torch.uint8, product.int8.zero)
 
 
 def _seconds(run: Callable[[], object]) -> float:

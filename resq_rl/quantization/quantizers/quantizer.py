@@ -49,9 +49,15 @@ class AffineQuantizer:
         return affine_codes(x, *self.bounds)
 
     @property
+    def span(self) -> tuple[int, int]:
+        """Lowest and highest code less the zero point."""
+        return -self.zero_point, 2**self.bits - 1 - self.zero_point
+
+    @property
     def bounds(self) -> tuple[float, float, float]:
         """Step, lowest and highest code less the zero point."""
-        return self.step, float(-self.zero_point), float(2**self.bits - 1 - self.zero_point)
+        low, high = self.span
+        return self.step, float(low), float(high)
 
     def __call__(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Quantize and dequantize `x`."""

@@ -15,10 +15,8 @@ from resq_rl.quantization.specification.config import RangeEstimator
 
 __all__ = ["ResidualTable", "largest_code", "residual_table", "threshold_row"]
 
-# Codes of coarse levels are multiples of a fine unit; this keeps all codes, and so all sums, small integers.
-LARGEST_CODE = 512
-# The largest number of which all smaller ones are exact in bfloat16.
-SIGNIFICANT = 256
+# Codes of coarse levels are multiples of a fine unit; this keeps all codes within bytes.
+LARGEST_CODE = 127
 # Units in the finest level's step, as far as LARGEST_CODE allows.
 FINER = 4
 # Steps of threshold fields are made for every half octave of tau from 2^-4 to 2^3.
@@ -31,9 +29,9 @@ OPEN_END = 4.0
 class ResidualTable:
     """The residual quantizers of one operator call: symmetric, one step per level.
 
-    The step of a level is a whole number of units, and that number is 2^k, or 3 * 2^k below 8 bits: the codes of all
-    levels are integers in the same unit and one int32 accumulator serves pixels of mixed levels. Hardware needs a shift
-    and at most one addition, no rescaling. Up to 8 bits, all codes have 8 significant bits at most.
+    The step of a level is a whole number of units, and that number is 2^k or 3 * 2^k: the codes of all levels are
+    integers in the same unit, which int8 holds up to 8 bits, and one int32 accumulator serves pixels of mixed levels.
+    Hardware needs a shift and at most one addition, no rescaling.
 
     Under a bit field, a level has the step that calibration found best for all residuals. Under a threshold field, a
     level gets the pixels whose largest magnitude lies in (tau kappa_l sigma, tau kappa_(l+1) sigma], so its step
@@ -117,13 +115,12 @@ def _units(table: ResidualTable, tau: float, kappa: Sequence[float]) -> tuple[in
 def _whole(units: float, limit: int, most: int) -> int:
     """The number 2^k or 3 * 2^k nearest to `units` by ratio with which codes up to `limit` stay within `most`.
 
-    3 * 2^k only where codes keep to 8 significant bits. 0 for limit 0.
+    0 for limit 0.
     """
     if limit == 0:
         return 0
     powers = [2**k for k in range(most.bit_length())]
-    threefold = [3 * p for p in powers] if 3 * limit <= SIGNIFICANT else []
-    allowed = [n for n in (*powers, *threefold) if n * limit <= most]
+    allowed = [n for n in (*powers, *(3 * p for p in powers)) if n * limit <= most]
     nearest: int = min(allowed, key=lambda n: abs(math.log(n / max(units, 1.0))))
     return nearest
 

@@ -208,8 +208,7 @@ class ResQModel:
     def _row_sum(self, operator: ResidualOperator, part: Part) -> float:
         """The largest sum of code magnitudes over the weights of one output channel."""
         codes = self._weights[part][operator].codes
-        probe = ResidualOperator(operator.name, operator.geometry, codes, None, self._switch)
-        return float(probe.weight_rows().double().abs().sum(1).max())
+        return float(operator.geometry.rows(codes).double().abs().sum(1).max())
 
     # Calibration -----------------------------------------------------------------------------------------------------
 

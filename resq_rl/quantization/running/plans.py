@@ -1,8 +1,7 @@
 """What all passes of a calibrated model share at one operator call."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,14 +17,7 @@ from resq_rl.quantization.running.calibration import SiteRanges
 from resq_rl.quantization.specification.config import Part, QuantizationConfig
 from resq_rl.quantization.specification.costs import mac_cost
 
-__all__ = ["EXACT_SUMS", "ProductPlan", "SitePlan", "keyframe_output", "plan_site"]
-
-# Codes of so many bits have no more significant bits than bfloat16.
-EXACT_IN_BFLOAT16 = 8
-# With fewer channels under a tap, converting to bfloat16 takes longer than its products save.
-WORTH_CONVERTING = 16
-# Integers of smaller magnitude, and so their sums, are exact in float32.
-EXACT_SUMS = 2**24
+__all__ = ["ProductPlan", "SitePlan", "keyframe_output", "plan_site"]
 
 
 @dataclass(frozen=True)
@@ -79,27 +71,26 @@ def plan_site(
     """The plan of a site with integer `weights` of keyframes and residuals."""
     operator = site.operator
     width = config.weight_bits(operator.layer_kind)
-    exact = max(config.key_weight_bits, config.key_activation_bits, width, *config.levels) <= EXACT_IN_BFLOAT16
-    narrow = operator.channels_per_tap < WORTH_CONVERTING
-    largest = float(weights["residual"].codes.flatten(1).abs().sum(1).max()) * largest_code(config.levels)
+    most = largest_code(config.levels)
 
-    def product(part: Part, steps: Tensor | None = None) -> Product:
+    def product(part: Part, span: tuple[int, int], steps: Tensor | None = None) -> Product:
         weight = weights[part]
-        precision: Literal["bf16", "ieee"] = "bf16" if exact and not narrow else "ieee"
         scale = weight.scale if steps is None else weight.scale * steps
-        made = kernels.product(operator.geometry, weight.codes, scale, exact=exact, precision=precision)
-        return replace(made, any_order=part == "residual" and largest < EXACT_SUMS)
+        return kernels.product(operator.geometry, weight.codes, scale, span)
 
     cost = float(mac_cost(config.cost, config.key_weight_bits, config.key_activation_bits, site.size))
     costs = tuple(float(mac_cost(config.cost, width, bits, site.size)) for bits in config.levels)
-    device, residual = weights["keyframe"].codes.device, product("residual")
+    device, residual = weights["keyframe"].codes.device, product("residual", (-most, most))
     quantizer, bias = ranges.keyframe, _bias(operator, ranges.correction, device)
     if isinstance(quantizer, AffineQuantizer):
-        key = product("keyframe")
-        return SitePlan(site, ranges, group, key, residual, quantizer.bounds, quantizer.step, bias, cost, costs)
-    step, low, high = (bound.to(device) for bound in quantizer.bounds)
-    key = product("keyframe", operator.per_channel(operator.by_output(step.flatten())))
-    return SitePlan(site, ranges, group, key, residual, (step, low, high), 1.0, bias, cost, costs)
+        bounds: tuple[Bound, Bound, Bound] = quantizer.bounds
+        key, step = product("keyframe", quantizer.span), quantizer.step
+    else:
+        steps, low, high = (bound.to(device) for bound in quantizer.bounds)
+        span = int(low.min()), int(high.max())
+        bounds, step = (steps, low, high), 1.0
+        key = product("keyframe", span, operator.per_channel(operator.by_output(steps.flatten())))
+    return SitePlan(site, ranges, group, key, residual, bounds, step, bias, cost, costs)
 
 
 def _bias(operator: ResidualOperator, correction: Sequence[float], device: torch.device) -> Tensor | None:

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch._ops import OpOverload
 
-from resq_rl.quantization.graph.operators import Geometry, products_in
+from resq_rl.quantization.graph.operators import Geometry, exact_products
 from resq_rl.quantization.graph.products import FACTORS, factors_of
 from resq_rl.quantization.quantizers.quantizer import symmetric_limit
 
@@ -43,7 +43,7 @@ def quantized_product(func: OpOverload, args: Any, kwargs: Any, bits: int, contr
     vector = b.dim() == 1
     left, rows = _codes(a, -1, bits)
     right, columns = _codes(b[:, None] if vector else b, -2, bits)
-    with products_in("ieee", Geometry("linear"), a.device.type):
+    with exact_products(Geometry("linear"), a.device.type):
         total = torch.matmul(left.to(exact), right.to(exact)).float()
     y = total * (rows * columns)
     if vector:

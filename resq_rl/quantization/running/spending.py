@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from resq_rl.quantization.graph.operators import Geometry, Pair
-from resq_rl.quantization.running.plans import EXACT_SUMS, ProductPlan, SitePlan
+from resq_rl.quantization.kernels.plain import EXACT_SUMS
+from resq_rl.quantization.running.plans import ProductPlan, SitePlan
 from resq_rl.quantization.specification.costs import Convention, CostTable
 from resq_rl.quantization.specification.fields import cells_of
 

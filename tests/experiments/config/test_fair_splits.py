@@ -33,7 +33,7 @@ class Span(NamedTuple):
 def spans(dataset: Any, split: Split) -> list[Span]:
     """What a split shows."""
     if isinstance(dataset, JoinedVideo):
-        return [span for source in dataset.sources for span in spans(source, split)]
+        return [span for source in dataset._datasets for span in spans(source, split)]
     if isinstance(dataset, WarpedVideo):
         return spans(dataset.source, split)
     parts = dataset._parts()[split]
