@@ -149,7 +149,7 @@ def test_the_break_even_is_measured_once_and_for_like_batches(fast: Kernels, mon
     product = Product(geometry, torch.zeros(4, 2, 3, 3), torch.ones(1, 4, 1, 1), exact=True)
     for clips in (3, 4, 3):
         plan = skipping.planned(product, torch.Size([clips, 2, 64, 64]), lambda *_: None)
-        assert plan == Plan(tiling_of(geometry, clips, (64, 64)), int(0.75 * 64 * clips))
+        assert plan == Plan(tiling_of(geometry, clips, (64, 64)), int(0.75 * 64 * 64 * clips))
 
 
 def test_tiles_are_not_sought_for_a_while_after_too_many_were_active() -> None:

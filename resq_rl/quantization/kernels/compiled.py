@@ -14,7 +14,7 @@ from resq_rl.errors import NetworkError
 from resq_rl.quantization.graph.operators import Geometry
 from resq_rl.quantization.kernels.int8 import byte_weights
 from resq_rl.quantization.kernels.library import Function, load
-from resq_rl.quantization.kernels.plain import PLAIN, Bound, Choice, Kernels, Product
+from resq_rl.quantization.kernels.plain import PLAIN, Bound, Choice, Kernels, Product, from_image
 from resq_rl.quantization.kernels.skipping import Skipping
 
 __all__ = ["native"]
@@ -129,7 +129,7 @@ class _Native(Kernels):
         last, plan = torch.channels_last, None
         fits = product.exact and _fits(x, reference, choice) and _read(base)
         if fits and reference.is_contiguous(memory_format=last):
-            plan = self.skipping.planned(product, x.shape, lambda codes, y: self.accumulate(product, codes, 1.0, y))
+            plan = self.skipping.planned(product, x.shape, lambda codes, y: self._whole(product, codes, 1.0, y))
         tiling = None if plan is None else plan.sought()
         if plan is None or tiling is None:
             return super().residual(product, x, reference, choice, unit, base, moves=moves, over=over)
@@ -139,10 +139,15 @@ class _Native(Kernels):
             cost = self._encoded(x, reference, choice, unit if moves else None, codes, product, active)
             tiles = self.skipping.find(tiling, active)
             if not plan.few(len(tiles)):
-                return self.accumulate(product, codes, unit, base, over=over), cost
-            y = base if over and base.is_contiguous(memory_format=last) else base.clone(memory_format=last)
+                return self._whole(product, codes, unit, base, over=over), cost
+            y = _as_image(product.geometry, base)
+            y = y if over and y.is_contiguous(memory_format=last) else y.clone(memory_format=last)
             self.skipping.add(product, tiling, tiles, codes, unit, y)
-        return y, cost
+        return from_image(product.geometry, y, base.shape[:-1]), cost
+
+    def _whole(self, product: Product, codes: Tensor, step: float, base: Tensor, *, over: bool = False) -> Tensor:
+        """`accumulate` for codes of an image."""
+        return self.accumulate(product, from_image(product.geometry, codes, base.shape[:-1]), step, base, over=over)
 
     def fit(
         self,
@@ -193,14 +198,6 @@ class _Native(Kernels):
         _check_valid(invalid)
         return codes, values
 
-    def accumulate(
-        self, product: Product, codes: Tensor, step: float, base: Tensor | None, *, over: bool = False
-    ) -> Tensor:
-        if codes.dtype != torch.uint8 or product.int8 is None:
-            return super().accumulate(product, codes, step, base)
-        total, scale = product.int8.totals(codes), product.scale * step
-        return total.mul_(scale) if base is None else torch.addcmul(base, total, scale, out=total)
-
     def highest(self, scores: Tensor) -> Tensor:
         if not _read(scores) or scores.dim() != 4 or not 1 <= scores.shape[1] <= 255:
             return super().highest(scores)
@@ -215,6 +212,11 @@ class _Native(Kernels):
             found=found,
         )
         return found
+
+
+def _as_image(geometry: Geometry, y: Tensor) -> Float[Tensor, "b o h w"]:
+    """An operator's output as an image, one pixel for each vector of a linear layer."""
+    return y if geometry.operator != "linear" else y.reshape(len(y), 1, -1, y.shape[-1]).permute(0, 3, 1, 2)
 
 
 def _fits(x: Tensor, reference: Tensor, choice: Choice) -> bool:

@@ -281,6 +281,12 @@ static inline int64_t at_most(int64_t value, int64_t high) { return value < high
 void resq_find(const struct arguments_find *a) {
     const int64_t rows = a->rows, columns = a->columns, each = a->down * a->across;
     int64_t found = 0;
+    if (each == rows * columns && a->high == 1 && a->wide == 1) {  // each pixel is a window
+        for (int64_t t = 0; t < a->clips * each; t++)
+            if (a->active[t]) a->tiles[found++] = t;
+        *a->count = found;
+        return;
+    }
     for (int64_t t = 0; t < a->clips * each; t++) {
         const int64_t top = t % each / a->across * a->step_rows - a->lead_rows;
         const int64_t left = t % a->across * a->step_columns - a->lead_columns;

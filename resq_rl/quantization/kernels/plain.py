@@ -7,6 +7,7 @@ the multiply-adds.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Float64, Int32, Int64, Shaped, UInt8
@@ -113,6 +114,26 @@ class Product:
     scale: Tensor
     exact: bool = False
     int8: ByteWeights | None = None
+
+    def totals(self, codes: Tensor, geometry: Geometry | None = None) -> Float[Tensor, "*n"]:
+        """The sums of products with codes in float32 or in bytes, as integers.
+
+        Args:
+            geometry: the operator with other padding, if the codes have theirs already.
+        """
+        geometry = geometry or self.geometry
+        if self.int8 is not None and codes.dtype == torch.uint8:
+            return self.int8.totals(codes, geometry)
+        with exact_products(geometry, codes.device.type):
+            return geometry.apply(codes, self.codes)
+
+    @cached_property
+    def flat(self) -> "Product":
+        """The same for windows of the input as vectors: by row, column and channel."""
+        linear, codes = Geometry("linear"), self.codes
+        codes = codes if codes.dim() == 2 else codes.permute(0, 2, 3, 1).flatten(1).contiguous()
+        int8 = None if self.int8 is None else ByteWeights(linear, codes.to(torch.int8), self.int8.zero)
+        return Product(linear, codes, self.scale.flatten(), self.exact, int8)
 
 
 @dataclass(frozen=True)
@@ -226,9 +247,7 @@ class Kernels:
             base: the reference output, or what broadcasts over the output; None for 0.
             over: whether `base` is no longer needed, so that the result may take its place in memory.
         """
-        with exact_products(product.geometry, codes.device.type):
-            total = product.geometry.apply(codes, product.codes)
-        scale = product.scale * step
+        total, scale = product.totals(codes), product.scale * step
         return total.mul_(scale) if base is None else torch.addcmul(base, total, scale, out=total)
 
     def residual(

@@ -1,9 +1,9 @@
-"""Convolutions of codes that multiply only the tiles of the output that read a code other than 0.
+"""Operators on codes that multiply only for outputs that read a code other than 0.
 
-The windows of the active tiles are gathered into a batch, one convolution without padding runs over it, and its sums
-are added to the reference at their places. Sums of integers below 2^24 are exact in float32 in whatever order they are
-taken, so that the numbers are those of the convolution of the whole input. Whether tiles or the whole take less time is
-measured, once for each shape.
+The windows that active outputs read are gathered, one product runs over them, and its sums are added to the reference at
+their places. An output is active by itself; of grouped and dilated convolutions, square tiles of outputs are. Sums of
+integers below 2^24 are exact in float32 in whatever order they are taken, so that the numbers are those of the operator
+on the whole input. Whether active outputs or the whole take less time is measured, once for each shape.
 """
 
 import ctypes
@@ -18,18 +18,19 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from resq_rl.quantization.graph.operators import Geometry, Pair, exact_products
+from resq_rl.quantization.graph.operators import Geometry, Pair
 from resq_rl.quantization.kernels.library import Function
 from resq_rl.quantization.kernels.plain import Product
 
 __all__ = ["Plan", "Skipping", "Tiling", "rounded", "tiling_of"]
 
-# Outputs along the side of a tile, and of a tile where the output has fewer than SMALL rows or columns.
+# Outputs along the side of a tile, and of a tile where the output has fewer than SMALL rows or columns; of grouped and
+# dilated convolutions.
 SIDE, SMALL_SIDE, SMALL = 8, 4, 32
 FEWEST = 8  # tiles that are worth choosing from
 # Times that a duration is measured, of which the shortest counts, and how finely the break-even is sought.
 ROUNDS, BISECTIONS = 2, 3
-# Largest share of the whole convolution's time that tiles may take, so that they pay for being sought.
+# Largest share of the whole operator's time that tiles may take, so that they pay for being sought.
 WORTH = 0.8
 # Products that run whole, without seeking tiles, after one that had too many active.
 PAUSE = 7
@@ -37,14 +38,15 @@ PAUSE = 7
 
 @dataclass(frozen=True)
 class Tiling:
-    """The output of a convolution cut into square tiles, numbered clip by clip and row by row.
+    """The output of an operator cut into square tiles, of one output or more, numbered clip by clip and row by row.
 
     Attributes:
-        geometry: of the convolution.
+        geometry: of the operator; a linear layer is a convolution of 1x1.
         clips: in the batch.
         input: height and width of the input.
         output: height and width of the output.
-        side: outputs along the side of a tile; those at the right and at the bottom may reach beyond the output.
+        side: outputs along the side of a tile; those at the right and at the bottom may reach beyond the output. With 1,
+            a window holds exactly what its output reads.
     """
 
     geometry: Geometry
@@ -94,8 +96,8 @@ class Tiling:
 
 
 def tiling_of(geometry: Geometry, clips: int, size: Pair) -> Tiling | None:
-    """The tiles of a convolution's output for inputs of a size; None for other operators and few tiles."""
-    if geometry.operator != "conv2d":
+    """The tiles of an operator's output for inputs of a size; None for transposed convolutions and few tiles."""
+    if geometry.operator == "conv_transpose2d":
         return None
     left, right, top, bottom = geometry.padding
     height, width = (
@@ -104,7 +106,8 @@ def tiling_of(geometry: Geometry, clips: int, size: Pair) -> Tiling | None:
             size, (top + bottom, left + right), geometry.dilation, geometry.kernel, geometry.stride, strict=True
         )
     )
-    side = SIDE if min(height, width) >= SMALL else SMALL_SIDE
+    alone = geometry.groups == 1 and geometry.dilation == (1, 1)
+    side = 1 if alone else SIDE if min(height, width) >= SMALL else SMALL_SIDE
     tiling = Tiling(geometry, clips, size, (height, width), side)
     return tiling if tiling.count >= FEWEST * clips else None
 
@@ -117,7 +120,7 @@ class Plan:
 
     Attributes:
         tiling: the tiles, or None where there are too few.
-        most: number of active tiles up to which they are faster than the whole convolution.
+        most: number of active tiles up to which they are faster than the whole operator.
         pause: products to come for which no tiles are sought.
     """
 
@@ -133,7 +136,7 @@ class Plan:
         return self.tiling
 
     def few(self, active: int) -> bool:
-        """Whether so many active tiles are faster than the whole convolution."""
+        """Whether so many active tiles are faster than the whole operator."""
         self.pause = 0 if active <= self.most else PAUSE
         return active <= self.most
 
@@ -145,13 +148,13 @@ def rounded(count: int) -> int:
 
 
 class Skipping:
-    """Convolutions by active tiles, with the functions of the compiled library.
+    """Operators by active tiles, with the functions of the compiled library.
 
     Codes lie in memory that this object keeps and that holds codes of 0 between uses, so that these need not be
     written.
 
     Attributes:
-        enabled: whether tiles are sought at all; else every convolution runs whole.
+        enabled: whether tiles are sought at all; else every operator runs whole.
     """
 
     enabled = True
@@ -207,18 +210,17 @@ class Skipping:
         threads = {"count": len(tiles), "threads": torch.get_num_threads(), "tiles": tiles}
         size = {"size": channels * dtype.itemsize, "zero": zero}
         self._gather(**tiling.windows, **threads, **size, codes=codes, windows=windows)
-        inputs = windows.permute(0, 3, 1, 2)
-        if product.int8 is not None:
-            totals = product.int8.totals(inputs, tiling.inside)
+        if tiling.side == 1:
+            totals = product.flat.totals(windows.flatten(1))
         else:
-            with exact_products(product.geometry, "cpu"):
-                totals = tiling.inside.apply(inputs, product.codes)
+            totals = product.totals(windows.permute(0, 3, 1, 2), tiling.inside)
+            totals = totals.contiguous(memory_format=torch.channels_last)
         self._scatter(
             **tiling.places,
             **threads,
             channels=y.shape[1],
             side=tiling.side,
-            totals=totals.contiguous(memory_format=torch.channels_last),
+            totals=totals,
             scale=(product.scale * unit).flatten(),
             y=y,
         )
@@ -227,7 +229,7 @@ class Skipping:
         """When products of codes of a shape run by tiles.
 
         Args:
-            dense: adds the product of codes, the first argument, to the second.
+            dense: adds the product of codes as an image, the first argument, to the second, an operator's output.
         """
         if not self.enabled:
             return Plan(None, 0)
@@ -241,7 +243,7 @@ class Skipping:
     def _break_even(
         self, product: Product, tiling: Tiling, channels: int, dense: Callable[[Tensor, Tensor], object]
     ) -> float:
-        """The share of active tiles up to which tiles are faster than the whole convolution, measured.
+        """The share of active tiles up to which tiles are faster than the whole operator, measured.
 
         Batches share what is measured for the next power of two.
         """
@@ -251,8 +253,9 @@ class Skipping:
             (dtype, zero), outputs = _held(product), len(product.codes)
             codes = torch.full((tiling.clips, *tiling.input, channels), zero, dtype=dtype, device="cpu")
             y = torch.zeros(tiling.clips, *tiling.output, outputs, dtype=torch.float32, device="cpu")
-            codes, y = codes.permute(0, 3, 1, 2), y.permute(0, 3, 1, 2)
-            whole = _seconds(lambda: dense(codes, y))
+            linear = product.geometry.operator == "linear"
+            codes, out, y = codes.permute(0, 3, 1, 2), y if linear else y.permute(0, 3, 1, 2), y.permute(0, 3, 1, 2)
+            whole = _seconds(lambda: dense(codes, out))
             low, high = 0.0, 1.0
             for _ in range(BISECTIONS):
                 share = (low + high) / 2

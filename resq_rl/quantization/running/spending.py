@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,22 +43,11 @@ def frame_bops(
     for position, plan in enumerate(plans):
         if isinstance(plan, ProductPlan):
             bops[:, position] = plan.cost / (grid[0] * grid[1])
-    alike: dict[tuple[Any, ...], list[tuple[int, SitePlan, _Pooling]]] = {}  # sites that are summed together
-    for position, cost_map in maps.items():
-        plan, size = plans[position], (cost_map.shape[1], cost_map.shape[2])
-        assert isinstance(plan, SitePlan)
-        crowd = 1.0 if plan.site.operator.channel_axis == 1 else plan.site.tokens.crowd
-        geometry = plan.site.operator.geometry
-        pooling = _pooling(geometry, size, grid, _highest(plan.costs) * crowd)
-        alike.setdefault((pooling.columns.dtype, size, geometry.line), []).append((position, plan, pooling))
     rest = torch.nonzero(~refresh)
-    for (exact, *_), members in alike.items():
-        positions, own, poolings = zip(*members, strict=True)
-        costs = torch.stack([maps[position] for position in positions], 1).cpu()
-        spent = costs.to(exact) * torch.stack([pooling.coverage for pooling in poolings]).to(exact)
-        by_region = poolings[0].rows @ (spent @ poolings[0].columns).double()
-        macs = torch.tensor([float(plan.site.operator.macs_per_tap) for plan in own], dtype=torch.float64)
-        bops[rest, torch.tensor(positions)] = by_region * macs[:, None, None]
+    for group in _groups(tuple(_spending(plans[at], at, m) for at, m in maps.items()), grid):
+        costs = torch.stack([maps[position] for position in group.positions], 1).cpu()
+        by_region = group.rows @ ((costs.to(group.coverage.dtype) * group.coverage) @ group.columns).double()
+        bops[rest, group.index] = by_region * group.macs
     if isinstance(cost, CostTable):
         bops += (cost.operator + cost.frame / len(plans)) / (grid[0] * grid[1])
     return bops
@@ -71,6 +60,53 @@ def by_tile(cost: Float[Tensor, "b h w"], tile: Pair) -> Float[Tensor, "b h w"]:
     highest = F.max_pool2d(cost, tile, ceil_mode=True)
     spread = highest.repeat_interleave(tile[0], 1).repeat_interleave(tile[1], 2)
     return spread[:, : cost.shape[1], : cost.shape[2]]
+
+
+class _Spending(NamedTuple):
+    """What decides how the costs of a layer's pixels or tokens are summed."""
+
+    position: int
+    geometry: Geometry
+    size: Pair
+    highest: float
+    macs_per_tap: int
+
+
+def _spending(plan: SitePlan | ProductPlan, position: int, cost: Float[Tensor, "k h w"]) -> _Spending:
+    assert isinstance(plan, SitePlan)  # products have no map of costs
+    operator = plan.site.operator
+    crowd = 1.0 if operator.channel_axis == 1 else plan.site.tokens.crowd
+    size = cost.shape[1], cost.shape[2]
+    return _Spending(position, operator.geometry, size, _highest(plan.costs) * crowd, operator.macs_per_tap)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Layers that are summed together: their coverage, and what they share."""
+
+    positions: tuple[int, ...]
+    index: Tensor
+    coverage: Tensor
+    rows: Tensor
+    columns: Tensor
+    macs: Tensor
+
+
+@lru_cache(maxsize=256)
+def _groups(layers: tuple[_Spending, ...], grid: Pair) -> list[_Group]:
+    alike: dict[tuple[Any, ...], list[tuple[_Spending, _Pooling]]] = {}
+    for layer in layers:
+        pooling = _pooling(layer.geometry, layer.size, grid, layer.highest)
+        key = pooling.columns.dtype, layer.size, layer.geometry.line
+        alike.setdefault(key, []).append((layer, pooling))
+    groups = []
+    for (exact, *_), members in alike.items():
+        own, poolings = zip(*members, strict=True)
+        positions = tuple(layer.position for layer in own)
+        coverage = torch.stack([pooling.coverage for pooling in poolings]).to(exact)
+        macs = torch.tensor([float(layer.macs_per_tap) for layer in own], dtype=torch.float64)[:, None, None]
+        groups.append(_Group(positions, torch.tensor(positions), coverage, poolings[0].rows, poolings[0].columns, macs))
+    return groups
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from resq_rl.sealed import checksum
 
 __all__ = ["load_model", "save_model"]
 
-FORMAT = "resq_rl model 3"
+FORMAT = "resq_rl model 4"
 # Largest difference of the sums over a network's parameters from the saved ones, as a share of their magnitude:
 # another version of torch may fold BatchNorm with another rounding, another network differs far more.
 SAME = 1e-4
