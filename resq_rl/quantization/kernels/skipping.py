@@ -1,7 +1,7 @@
 """Operators on codes that multiply only for outputs that read a code other than 0.
 
-The windows that active outputs read are gathered, one product runs over them, and its sums are added to the reference at
-their places. An output is active by itself; of grouped and dilated convolutions, square tiles of outputs are. Sums of
+The windows that active outputs read are gathered, one product runs over them, and its sums are added to the reference
+at their places. Outputs are taken one by one, those of grouped and dilated convolutions by square tiles. Sums of
 integers below 2^24 are exact in float32 in whatever order they are taken, so that the numbers are those of the operator
 on the whole input. Whether active outputs or the whole take less time is measured, once for each shape.
 """
@@ -45,8 +45,8 @@ class Tiling:
         clips: in the batch.
         input: height and width of the input.
         output: height and width of the output.
-        side: outputs along the side of a tile; those at the right and at the bottom may reach beyond the output. With 1,
-            a window holds exactly what its output reads.
+        side: outputs along the side of a tile; those at the right and at the bottom may reach beyond the output. With
+            1, a window holds exactly what its output reads.
     """
 
     geometry: Geometry
