@@ -25,7 +25,9 @@ FORMAT = "resq_rl thresholds 1"
 RULE = (
     "In a layer of group g, the pixel p of a residual frame takes levels[#{j : m(p) > thresholds[g] * kappa[j]}] bits, "
     "where m(p) is the largest magnitude of the residual over the channels at p, divided by sigma of the layer (in "
-    "model.json, under the reference). Every `interval` frames one runs as a keyframe; 0: only the first."
+    "model.json, under the reference). Where model.json names another granularity than pixel, every block of channels "
+    "takes a level of its own, from the largest magnitude over its channels. Every `interval` frames one runs as a "
+    "keyframe; 0: only the first."
 )
 
 

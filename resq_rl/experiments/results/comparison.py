@@ -128,7 +128,7 @@ class Comparison:
         clips, frames: number of clips and of frames of the split.
         accuracy_metric: name of the accuracy.
         float_accuracy: accuracy of the network without quantization.
-        bops_convention: name of the rule for the cost of one multiplication.
+        bops_convention: name of the rule for the cost of one multiplication, and what takes a level if not a pixel.
         reference_bops_per_frame: BOPs of a W8A8 frame, the unit of all BOPs here.
         env_frames_used_for_training: environment frames of one training run, its warm start included.
         wall_seconds: duration of the whole run.

@@ -16,7 +16,6 @@ from resq_rl.experiments.results.methods import method_of
 from resq_rl.experiments.results.plots import plot_decisions
 from resq_rl.experiments.study.study import Study
 from resq_rl.policies.tuning import Measured
-from resq_rl.quantization import cost_name
 
 __all__ = ["TracedPair", "comparable_pair", "decisions_figure", "trace_pair"]
 
@@ -101,7 +100,7 @@ def decisions_figure(study: Study, pair: TracedPair) -> Figure:
         labels=None if by_threshold else levels,
         meaning="threshold" if by_threshold else "bits",
         groups=study.model.groups,
-        title=f"{problem.clips[0].name}, BOPs in {cost_name(study.settings.quantization.cost)} convention",
+        title=f"{problem.clips[0].name}, BOPs ({study.settings.quantization.cost_words})",
     )
 
 

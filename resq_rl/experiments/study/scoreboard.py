@@ -16,7 +16,6 @@ from resq_rl.experiments.runs.progress import stage
 from resq_rl.experiments.study.study import Study
 from resq_rl.experiments.tracking.tracker import Tracker
 from resq_rl.policies.tuning import Measured, best_policies, thinned
-from resq_rl.quantization import cost_name
 
 __all__ = ["FRONT_POINTS", "Scoreboard"]
 
@@ -97,7 +96,7 @@ class Scoreboard:
             frames=problem.frames,
             accuracy_metric=f"agreement with float ({metric})" if problem.source == "teacher" else metric,
             float_accuracy=problem.float_accuracy,
-            bops_convention=cost_name(settings.quantization.cost),
+            bops_convention=settings.quantization.cost_words,
             reference_bops_per_frame=float(problem.reference_bops),
             env_frames_used_for_training=self.training_frames,
             wall_seconds=time.monotonic() - self.started,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from resq_rl.errors import NetworkError
 from resq_rl.quantization.graph.operators import Geometry
+from resq_rl.quantization.kernels.blocks import joined, split, summed
 from resq_rl.quantization.kernels.int8 import byte_weights
 from resq_rl.quantization.kernels.library import Function, load
 from resq_rl.quantization.kernels.plain import PLAIN, Bound, Choice, Kernels, Product, from_image
@@ -64,6 +65,8 @@ class _Native(Kernels):
         step: float | None = None,
         product: Product | None = None,
     ) -> tuple[Tensor, Tensor]:
+        if choice.blocks > 1:
+            return self._encode_blocks(x, reference, choice, step, product)
         if not _fits(x, reference, choice):
             return super().encode(x, reference, choice, step)
         layout = _layout(reference)
@@ -133,11 +136,13 @@ class _Native(Kernels):
         tiling = None if plan is None else plan.sought()
         if plan is None or tiling is None:
             return super().residual(product, x, reference, choice, unit, base, moves=moves, over=over)
+        x, moved, blocks = x.contiguous(memory_format=last), unit if moves else None, choice.blocks
+        x, before, choice = split(x, blocks), split(reference, blocks), choice.by_block
         active = torch.empty(choice.index.shape, dtype=torch.uint8, device="cpu")
-        with self.skipping.codes(x.shape, active, product) as codes:
-            x = x.contiguous(memory_format=last)
-            cost = self._encoded(x, reference, choice, unit if moves else None, codes, product, active)
-            tiles = self.skipping.find(tiling, active)
+        with self.skipping.codes(x.shape, active, product) as own:
+            cost = summed(self._encoded(x, before, choice, moved, own, product, active), blocks)
+            codes = joined(own, blocks)
+            tiles = self.skipping.find(tiling, summed(active, blocks).clamp_max(1).to(torch.uint8))
             if not plan.few(len(tiles)):
                 return self._whole(product, codes, unit, base, over=over), cost
             y = _as_image(product.geometry, base)
@@ -158,7 +163,7 @@ class _Native(Kernels):
         costs: Tensor,
         allowance: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        if choice.tau is None or not _fits(x, reference, choice):
+        if choice.tau is None or choice.blocks > 1 or not _fits(x, reference, choice):
             return super().fit(x, reference, choice, coverage, costs, allowance)
         layout = _layout(reference)
         clips, channels, rows, columns = x.shape

@@ -6,7 +6,7 @@ the multiply-adds.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -14,6 +14,7 @@ from jaxtyping import Float, Float64, Int32, Int64, Shaped, UInt8
 from torch import Tensor
 
 from resq_rl.quantization.graph.operators import Geometry, exact_products
+from resq_rl.quantization.kernels.blocks import joined, split, spread, summed
 from resq_rl.quantization.kernels.int8 import ByteWeights
 
 __all__ = [
@@ -144,6 +145,8 @@ class Choice:
         steps: `ResidualTable.lookup`.
         index: entry of `steps` for each pixel; with `tau`, `threshold_row` of it.
         tau, sigma, kappa: thresholds, under which `choose` picks the entry for the largest magnitude over the channels.
+        blocks: into how many blocks of equal size the channels are divided, each of which is chosen for by its own
+            largest magnitude; costs are sums over them.
     """
 
     steps: Float[Tensor, "4 k"]
@@ -151,6 +154,15 @@ class Choice:
     tau: Float[Tensor, "b h w"] | None = None
     sigma: float = 1.0
     kappa: tuple[float, ...] = ()
+    blocks: int = 1
+
+    @property
+    def by_block(self) -> "Choice":
+        """The choice for an image whose blocks are pixels."""
+        if self.blocks == 1:
+            return self
+        tau = None if self.tau is None else spread(self.tau, self.blocks)
+        return replace(self, index=spread(self.index, self.blocks), tau=tau, blocks=1)
 
 
 class Kernels:
@@ -185,6 +197,8 @@ class Kernels:
             step: with it the reference moves by codes * step, in place (the closed loop).
             product: the product that the codes are for, which decides whether they are bytes.
         """
+        if choice.blocks > 1:
+            return self._encode_blocks(x, reference, choice, step, product)
         index = choice.index
         shape = (-1, 1, *index.shape[1:]) if x.dim() == 4 else (-1, *[1] * (x.dim() - 1))
         residual = x - reference
@@ -196,6 +210,17 @@ class Kernels:
         if step is not None:
             reference.addcmul_(codes, torch.tensor(step, dtype=torch.float32, device=x.device))
         return codes, cost
+
+    def _encode_blocks(
+        self, x: Tensor, reference: Tensor, choice: Choice, step: float | None, product: Product | None
+    ) -> tuple[Tensor, Tensor]:
+        last, blocks = torch.channels_last, choice.blocks
+        whole = reference.contiguous(memory_format=last)
+        x, own = (split(v, blocks) for v in (x.contiguous(memory_format=last), whole))
+        codes, cost = self.encode(x, own, choice.by_block, step, product)
+        if step is not None and whole is not reference:
+            reference.copy_(whole)
+        return joined(codes, blocks), summed(cost, blocks)
 
     def fit(
         self,
@@ -219,6 +244,11 @@ class Kernels:
             infinite where only the lowest level does. The cost under it.
         """
         assert choice.tau is not None  # as of all choices by thresholds
+        if choice.blocks > 1:
+            blocks, last = choice.blocks, torch.channels_last
+            x, reference = (split(v.contiguous(memory_format=last), blocks) for v in (x, reference))
+            each = torch.cat([costs[:1], costs[1:] / blocks])
+            return self.fit(x, reference, choice.by_block, spread(coverage, blocks), each, allowance)
         magnitude, tau = (x - reference).abs().amax(1), choice.tau
 
         def spent(floor: Float[Tensor, " b"]) -> Float64[Tensor, " b"]:

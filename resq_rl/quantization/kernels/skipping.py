@@ -167,7 +167,7 @@ class Skipping:
         self._plans: dict[tuple[Any, ...], Plan] = {}
 
     @contextmanager
-    def codes(self, shape: torch.Size, active: UInt8[Tensor, "b h w"], product: Product) -> Iterator[Tensor]:
+    def codes(self, shape: torch.Size, active: UInt8[Tensor, "..."], product: Product) -> Iterator[Tensor]:
         """Codes of 0 of a shape, channels last, into which others may be written where `active` then marks pixels."""
         clips, channels, rows, columns = shape
         dtype, zero = _held(product)

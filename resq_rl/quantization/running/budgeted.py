@@ -156,7 +156,7 @@ class BudgetedExecution(Execution):
                 coverage = self.layer_costs.coverage[position]
                 assert coverage is not None  # as of all layers
                 index = self._carried_to(plan, (coverage.shape[0], coverage.shape[1]))[1]
-                maps[position] = self._placed(plan.site, torch.tensor(plan.costs)[index])
+                maps[position] = self._placed(plan.site, torch.tensor(plan.costs)[index] * plan.blocks)
         self._carried, self.position, self.rest_decision = {}, 0, before
         refresh = torch.zeros(len(field.levels), dtype=torch.bool)
         return frame_bops(self.plans, maps, refresh, (1, 1), self.config.cost).sum((1, 2, 3))
@@ -193,7 +193,8 @@ class BudgetedExecution(Execution):
         tau = image.new_zeros(len(image), *image.shape[2:])
         levels = len(plan.costs)
         kappa = DEFAULT_KAPPA if len(DEFAULT_KAPPA) == levels - 1 else tuple(2.0**j for j in range(levels - 1))
-        choice = Choice(table.lookup(kappa, plan.costs, tau.device), threshold_row(tau), tau, table.sigma, kappa)
+        steps = table.lookup(kappa, plan.costs, tau.device)
+        choice = Choice(steps, threshold_row(tau), tau, table.sigma, kappa, plan.blocks)
         return self._fitted(rows, plan, choice, image, before)
 
     def _choice(self, rows: Any, plan: SitePlan, table: ResidualTable, image: Image, before: Image) -> Choice:

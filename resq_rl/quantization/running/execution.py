@@ -192,7 +192,7 @@ class Execution:
     def _added(
         self, plan: SitePlan, x: Tensor, rows: Any, table: ResidualTable, choose: Chooser, *, moves: bool
     ) -> tuple[Tensor, Float[Tensor, "b h w"]]:
-        """The reference outputs of some clips and the products of their residuals, and what each pixel cost.
+        """The reference outputs of some clips and the products of their residuals, and what the blocks of a pixel cost.
 
         Args:
             rows: the clips.
@@ -203,11 +203,12 @@ class Execution:
         state, every = self.state, isinstance(rows, slice)
         reference = state.inputs[self.position][rows]  # of all clips a view, of some a copy
         image, before = as_image(plan.site, x), as_image(plan.site, reference)
+        choice = choose(plan, table, image, before)
         y, cost = self.kernels.residual(
             plan.residual,
             image,
             before,
-            choose(plan, table, image, before),
+            choice,
             table.step,
             state.outputs[self.position][rows],
             moves=moves,
@@ -215,14 +216,16 @@ class Execution:
         )
         if moves and not every:
             state.inputs[self.position][rows] = reference
-        return y, cost
+        return y, cost * (plan.blocks // choice.blocks) if plan.blocks > choice.blocks else cost
 
     def _choice(self, rows: Any, plan: SitePlan, table: ResidualTable, image: Image, before: Image) -> Choice:
         """The quantizer of each pixel or token of an operator's input."""
         decision = self.rest_decision
         tau, index = self._carried_to(plan, (image.shape[2], image.shape[3]))
-        kappa = None if isinstance(decision, LevelField) else tuple(decision.kappa)
-        return Choice(table.lookup(kappa, plan.costs, image.device), index, tau, table.sigma, kappa or ())
+        if isinstance(decision, LevelField):  # all blocks of a pixel take its level
+            return Choice(table.lookup(None, plan.costs, image.device), index)
+        kappa = tuple(decision.kappa)
+        return Choice(table.lookup(kappa, plan.costs, image.device), index, tau, table.sigma, kappa, plan.blocks)
 
     def _note(self, site: Site, cost: Float[Tensor, "b h w"], rows: Any) -> None:
         """Keep what a multiply-accumulate of the clips in `rows` costs at each place of the frame."""

@@ -32,6 +32,7 @@ class SitePlan:
         bias: what is added to the sums at keyframes.
         keyframe_cost: BOPs of one multiply-accumulate of a keyframe.
         costs: BOPs of one multiply-accumulate by level, under residual weights.
+        blocks: into how many blocks the channels of a pixel are divided, each with a level of its own under thresholds.
     """
 
     site: Site
@@ -44,6 +45,7 @@ class SitePlan:
     bias: Tensor | None
     keyframe_cost: float
     costs: tuple[float, ...]
+    blocks: int
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ def plan_site(
         span = int(low.min()), int(high.max())
         bounds, step = (steps, low, high), 1.0
         key = product("keyframe", span, operator.per_channel(operator.by_output(steps.flatten())))
-    return SitePlan(site, ranges, group, key, residual, bounds, step, bias, cost, costs)
+    blocks = config.blocks(site.input_shape[0 if operator.channel_axis == 1 else -1])
+    return SitePlan(site, ranges, group, key, residual, bounds, step, bias, cost, costs, blocks)
 
 
 def _bias(operator: ResidualOperator, correction: Sequence[float], device: torch.device) -> Tensor | None:

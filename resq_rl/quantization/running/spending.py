@@ -31,7 +31,8 @@ def frame_bops(
 
     Args:
         plans: the plans of all sites.
-        maps: by position of a layer, what a multiply-accumulate costs at every pixel of the clips without a keyframe.
+        maps: by position of a layer, what a multiply-accumulate costs at every pixel of the clips without a keyframe,
+            summed over the blocks of its channels.
         refresh: which clips ran a keyframe.
         grid: rows and columns of regions.
         cost: the convention, or the table, whose overheads are added.
@@ -69,15 +70,15 @@ class _Spending(NamedTuple):
     geometry: Geometry
     size: Pair
     highest: float
-    macs_per_tap: int
+    macs_per_tap: int  # of one block
 
 
 def _spending(plan: SitePlan | ProductPlan, position: int, cost: Float[Tensor, "k h w"]) -> _Spending:
     assert isinstance(plan, SitePlan)  # products have no map of costs
     operator = plan.site.operator
     crowd = 1.0 if operator.channel_axis == 1 else plan.site.tokens.crowd
-    size = cost.shape[1], cost.shape[2]
-    return _Spending(position, operator.geometry, size, _highest(plan.costs) * crowd, operator.macs_per_tap)
+    size, highest = (cost.shape[1], cost.shape[2]), _highest(plan.costs) * crowd * plan.blocks
+    return _Spending(position, operator.geometry, size, highest, operator.macs_per_tap // plan.blocks)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from resq_rl.errors import PolicyError, SettingsError
 from resq_rl.quantization.graph.operators import Pair
+from resq_rl.quantization.kernels.blocks import joined, split, spread, summed
 from resq_rl.quantization.kernels.plain import from_image, quantize
 from resq_rl.quantization.quantizers.residual import ResidualTable
 from resq_rl.quantization.running.execution import Execution, as_image
@@ -61,9 +62,9 @@ class UnrolledExecution(Execution):
         reference, before = state.inputs[position][rows], state.outputs[position][rows]
         image = as_image(plan.site, x - reference)
         gates = self._gates(plan, table, (image.shape[2], image.shape[3]))
-        codes, cost = _Gated.apply(image, gates.tau, gates)  # type: ignore[no-untyped-call]
-        codes = from_image(operator.geometry, codes, x.shape[:-1])
-        self._note(plan.site, cost, rows)
+        codes, cost = _Gated.apply(split(image, plan.blocks), gates.tau, gates)  # type: ignore[no-untyped-call]
+        codes = from_image(operator.geometry, joined(codes, plan.blocks), x.shape[:-1])
+        self._note(plan.site, summed(cost, plan.blocks), rows)
         if state.reference == "previous":
             moved = torch.addcmul(reference, codes, codes.new_tensor(table.step))
             state.inputs[position] = (
@@ -75,6 +76,7 @@ class UnrolledExecution(Execution):
     def _gates(self, plan: SitePlan, table: ResidualTable, size: Pair) -> "_Gates":
         tau, row = self._carried_to(plan, size)
         assert tau is not None  # as of all fields of thresholds
+        tau, row = spread(tau, plan.blocks), spread(row, plan.blocks)
         kappa = tuple(self.decision.kappa)  # type: ignore[union-attr] # no field of levels comes here
         columns = [part[row].unbind(-1) for part in table.steps(kappa, tau.device)]
         columns.append(tuple(torch.full_like(columns[0][0], cost) for cost in plan.costs))
