@@ -75,6 +75,9 @@ class Measurement:
         return accuracy, float(self.clip_bops[clips].sum() / self.frames[clips].sum())
 
 
+_SUMS = ("error", "keyframe", "residual", "elementwise", "peak")  # by clip, in double precision
+
+
 @torch.no_grad()
 def measure(
     problem: Problem,
@@ -99,8 +102,7 @@ def measure(
     """
     if slots < 1:
         raise SettingsError(f"At least one clip must step at a time, got {slots}.")
-    parts = ("error", "keyframe", "residual", "elementwise", "peak")
-    sums = {part: torch.zeros(len(problem), dtype=torch.float64) for part in parts}
+    sums = {part: torch.zeros(len(problem), dtype=torch.float64) for part in _SUMS}
     sums |= {part: torch.zeros(len(problem), dtype=torch.int64) for part in ("frames", "keyframes")}
     counts = torch.zeros_like(problem.float_counts)
     own = policy_share(problem, policy)

@@ -22,18 +22,17 @@ from resq_rl.quantization.graph.tracing import AnySite, Site, trace
 from resq_rl.quantization.graph.wrapping import fold_batch_norm, insert_operators
 from resq_rl.quantization.kernels.compiled import native
 from resq_rl.quantization.kernels.plain import PLAIN, Kernels
-from resq_rl.quantization.quantizers.quantizer import symmetric_limit
 from resq_rl.quantization.quantizers.residual import largest_code
-from resq_rl.quantization.quantizers.rounding import FINE, IntegerWeight, integer_weight
 from resq_rl.quantization.running.budgeted import BudgetedExecution, LayerCosts
 from resq_rl.quantization.running.calibration import SiteRanges, SiteRecorder
 from resq_rl.quantization.running.checks import check_clips, check_decision, check_inputs
 from resq_rl.quantization.running.execution import Execution, numbered
 from resq_rl.quantization.running.keyframes import KeyframeFit, chosen_frames
-from resq_rl.quantization.running.plans import ProductPlan, SitePlan, plan_site
+from resq_rl.quantization.running.plans import ProductPlan, SitePlan, plan_sites
 from resq_rl.quantization.running.state import StreamState
 from resq_rl.quantization.running.unrolled import UnrolledExecution
-from resq_rl.quantization.specification.config import LayerKind, Part, QuantizationConfig, Reference
+from resq_rl.quantization.running.weights import Weights, weighed
+from resq_rl.quantization.specification.config import LayerKind, QuantizationConfig, Reference
 from resq_rl.quantization.specification.costs import Convention, CostTable, mac_cost
 from resq_rl.quantization.specification.fields import Field
 from resq_rl.quantization.specification.inputs import Inputs, as_tuple, float_frames
@@ -99,11 +98,10 @@ class ResQModel:
         original.check()
         self.layout = original.layout_of(self.network)
         self.groups, self.group_of_site = layer_groups(self.sites, self.config.groups)
-        self._moments: dict[tuple[ResidualOperator, Part], Tensor] = {}
-        self._quantized: dict[tuple[ResidualOperator, Part, int], IntegerWeight] = {}
+        self.weights = Weights(self.operators, self.layout)
         self.ranges: list[SiteRanges] = []
         self.kernels: Kernels = PLAIN
-        self._round_weights()
+        self.round_weights()
 
     def compile(self) -> "ResQModel":
         """Run the elementwise work of steps as compiled C where this machine can; results stay bit for bit."""
@@ -135,55 +133,29 @@ class ResQModel:
     def set_residual_weight_bits(self, bits: int | Mapping[LayerKind, int]) -> None:
         """Quantize the residual weights anew, to one width or to one per layer kind."""
         self.config = replace(self.config, residual_weight_bits=bits)
-        self._round_weights()
+        self.round_weights()
 
-    def _round_weights(self) -> None:
-        config = self.config
-        self._weights: dict[Part, dict[ResidualOperator, IntegerWeight]] = {
-            "keyframe": {o: self._rounded(o, "keyframe", config.key_weight_bits) for o in self.operators},
-            "residual": {o: self._rounded(o, "residual", config.weight_bits(o.layer_kind)) for o in self.operators},
-        }
-
+    def round_weights(self) -> None:
+        """Round the weights as the configuration says, and plan with them."""
+        self.weights.round(self.config)
         self._plan()
 
     def _plan(self) -> None:
         """Make the plan of every site, once it is calibrated."""
-        self._plans = self._plans_of(self.ranges)
+        self._plans = self._plans_of(self.ranges) if self.ranges else []
         self._layer_costs: LayerCosts | None = None
 
     def _plans_of(self, ranges: Sequence[SiteRanges]) -> list[SitePlan | ProductPlan]:
-        plans: list[SitePlan | ProductPlan] = []
-        if not ranges:
-            return plans
-        own, bits = iter(ranges), self.config.key_activation_bits
-        for site, group in zip(self.sites, self.group_of_site.tolist(), strict=True):
-            if isinstance(site, Site):
-                weights = {part: w[site.operator] for part, w in self._weights.items()}
-                plans.append(plan_site(site, next(own), group, weights, self.config, self.kernels))
-            else:
-                symmetric_limit(bits)  # refuses what the factors cannot have
-                plans.append(ProductPlan(site, group, site.macs * mac_cost(self.config.cost, bits, bits, site.size)))
-        return plans
+        groups = self.group_of_site.tolist()
+        return plan_sites(self.sites, groups, ranges, self.weights, self.config, self.kernels)
 
     def _layer_plans(self, ranges: Sequence[SiteRanges]) -> list[SitePlan]:
         return [plan for plan in self._plans_of(ranges) if isinstance(plan, SitePlan)]
 
-    def _rounded(self, operator: ResidualOperator, part: Part, bits: int) -> IntegerWeight:
-        if bits == self.config.key_weight_bits:
-            part = "keyframe"  # the same weights serve for both, so residuals do not drift
-        key = operator, part, bits
-        if key not in self._quantized:
-            if not all(bool(torch.isfinite(v).all()) for v in (operator.weight, operator.bias) if v is not None):
-                raise NetworkError(f"Layer {operator.name!r} has weights that are not finite: load other weights.")
-            moment = self._moments.get((operator, part))
-            weight = integer_weight(operator, bits, self.config.range_estimator, moment)
-            self._quantized[key] = replace(weight, codes=laid_out((weight.codes,), self.layout)[0])
-        return self._quantized[key]
-
     def integer_weights(self, operator: ResidualOperator, *, residual: bool) -> tuple[Tensor, Tensor]:
         """Integer codes (float32) and per-channel steps of an operator's keyframe or residual weights."""
-        weights = self._weights["residual" if residual else "keyframe"][operator]
-        return weights.codes, weights.scale
+        weight = self.weights.of(operator)["residual" if residual else "keyframe"]
+        return weight.codes, weight.scale
 
     @property
     def exact_sites(self) -> list[bool]:
@@ -198,17 +170,12 @@ class ResQModel:
         return [
             not isinstance(s, Site)
             or max(
-                self._row_sum(s.operator, "keyframe") * key,
-                self._row_sum(s.operator, "residual") * residual,
+                self.weights.row_sum(s.operator, "keyframe") * key,
+                self.weights.row_sum(s.operator, "residual") * residual,
             )
             < 2**24
             for s in self.sites
         ]
-
-    def _row_sum(self, operator: ResidualOperator, part: Part) -> float:
-        """The largest sum of code magnitudes over the weights of one output channel."""
-        codes = self._weights[part][operator].codes
-        return float(operator.geometry.rows(codes).double().abs().sum(1).max())
 
     # Calibration -----------------------------------------------------------------------------------------------------
 
@@ -228,7 +195,7 @@ class ResQModel:
             raise SettingsError(f"Calibration needs an interval and frames of 2 or more, got {interval} and {frames}.")
         check_clips(clips, self.input_shapes)
         generator = torch.Generator().manual_seed(seed)
-        recorders = [SiteRecorder(site, self._weighed) for site in self.layers]
+        recorders = [SiteRecorder(site, weighed(self.config)) for site in self.layers]
         for clip in clips:
             for t, inputs in enumerate(float_frames(clip, frames, self.device)):
                 self._record(inputs, recorders, t % interval, generator)
@@ -238,21 +205,14 @@ class ResQModel:
             recorder.ranges(self.config.key_activation_bits, self.config.levels, self.config.range_estimator)
             for recorder in recorders
         ]
-        self._moments, self._quantized = _moments(recorders), {}
-        self._round_weights()
+        self.weights.weigh(recorders)
+        self.round_weights()
         chosen = chosen_frames(clips, frames, self.layers, self.device)
         fit = KeyframeFit(self.layers, self._layer_plans, self._run, self.kernels, *chosen)
         search = self.config.range_estimator == "least_squares"
         self.ranges = fit.best(self.ranges, self.config.key_activation_bits, search=search, seed=seed)
         self._plan()
         return self
-
-    @property
-    def _weighed(self) -> tuple[Part, ...]:
-        """The weights whose rounding is fitted to calibration clips."""
-        if self.config.weight_rounding == "nearest":
-            return ()
-        return ("keyframe", "residual") if self.config.key_weight_bits < FINE else ("residual",)
 
     def _record(
         self, inputs: tuple[Tensor, ...], recorders: list[SiteRecorder], age: int, generator: torch.Generator
@@ -435,13 +395,3 @@ class ResQModel:
         """
         width = 1 if reference == "keyframe" and self.config.key_activation_bits <= 8 else 2
         return sum(width * s.input_elements + 4 * s.output_elements for s in self.layers)
-
-
-def _moments(recorders: Sequence[SiteRecorder]) -> dict[tuple[ResidualOperator, Part], Tensor]:
-    """Second moments by operator, summed over its calls."""
-    total: dict[tuple[ResidualOperator, Part], Tensor] = {}
-    for recorder in recorders:
-        for part, moment in recorder.moments.items():
-            key = recorder.site.operator, part
-            total[key] = total[key] + moment if key in total else moment
-    return total

@@ -8,16 +8,17 @@ from torch import Tensor
 
 from resq_rl.quantization.graph.operators import ResidualOperator
 from resq_rl.quantization.graph.products import ProductSite
-from resq_rl.quantization.graph.tracing import Site
+from resq_rl.quantization.graph.tracing import AnySite, Site
 from resq_rl.quantization.kernels.plain import Bound, Kernels, Product
-from resq_rl.quantization.quantizers.quantizer import AffineQuantizer
+from resq_rl.quantization.quantizers.quantizer import AffineQuantizer, symmetric_limit
 from resq_rl.quantization.quantizers.residual import largest_code
 from resq_rl.quantization.quantizers.rounding import IntegerWeight
 from resq_rl.quantization.running.calibration import SiteRanges
+from resq_rl.quantization.running.weights import Weights
 from resq_rl.quantization.specification.config import Part, QuantizationConfig
 from resq_rl.quantization.specification.costs import mac_cost
 
-__all__ = ["ProductPlan", "SitePlan", "keyframe_output", "plan_site"]
+__all__ = ["ProductPlan", "SitePlan", "keyframe_output", "plan_sites"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,32 @@ class ProductPlan:
     cost: float
 
 
-def plan_site(
+def plan_sites(
+    sites: Sequence[AnySite],
+    groups: Sequence[int],
+    ranges: Sequence[SiteRanges],
+    weights: Weights,
+    config: QuantizationConfig,
+    kernels: Kernels,
+) -> list[SitePlan | ProductPlan]:
+    """The plans of all sites.
+
+    Args:
+        sites: layers and products, in order of execution, with the index of the layer group of each.
+        ranges: of the layers among them.
+    """
+    plans: list[SitePlan | ProductPlan] = []
+    own, bits = iter(ranges), config.key_activation_bits
+    for site, group in zip(sites, groups, strict=True):
+        if isinstance(site, Site):
+            plans.append(_plan(site, next(own), group, weights.of(site.operator), config, kernels))
+        else:
+            symmetric_limit(bits)  # refuses what the factors cannot have
+            plans.append(ProductPlan(site, group, site.macs * mac_cost(config.cost, bits, bits, site.size)))
+    return plans
+
+
+def _plan(
     site: Site,
     ranges: SiteRanges,
     group: int,
@@ -70,7 +96,6 @@ def plan_site(
     config: QuantizationConfig,
     kernels: Kernels,
 ) -> SitePlan:
-    """The plan of a site with integer `weights` of keyframes and residuals."""
     operator = site.operator
     width = config.weight_bits(operator.layer_kind)
     most = largest_code(config.levels)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from resq_rl.errors import CalibrationError, NetworkError, SettingsError
 from resq_rl.files import write_atomic
-from resq_rl.quantization.graph.operators import ResidualOperator, laid_out
+from resq_rl.quantization.graph.operators import ResidualOperator
 from resq_rl.quantization.quantizers.quantizer import AffineQuantizer, ChannelQuantizer
 from resq_rl.quantization.quantizers.residual import ResidualTable
 from resq_rl.quantization.quantizers.rounding import IntegerWeight
@@ -114,11 +114,11 @@ def _unpack(model: ResQModel, tensors: dict[str, Tensor]) -> None:
             codes, scale = tensors[f"{i}.{part}.codes"], tensors[f"{i}.{part}.scale"]
             if codes.shape != operator.weight.shape or scale.numel() != operator.out_channels:
                 raise ValueError(f"layer {operator.name!r} has weights of shape {tuple(codes.shape)}")
-            (codes,) = laid_out((codes.to(model.device, torch.float32),), model.layout)
-            model._quantized[operator, part, bits] = IntegerWeight(codes, scale.to(model.device))
+            weight = IntegerWeight(codes.to(model.device, torch.float32), scale.to(model.device))
+            model.weights.put(operator, part, bits, weight)
         if operator.bias is not None:
             operator.bias.copy_(tensors[f"{i}.bias"])
-    model._round_weights()
+    model.round_weights()
 
 
 def _ranges(site: dict[str, Any]) -> SiteRanges:

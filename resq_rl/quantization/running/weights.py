@@ -1,0 +1,86 @@
+"""The integer weights of a model's operators."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from resq_rl.errors import NetworkError
+from resq_rl.quantization.graph.operators import ResidualOperator, laid_out
+from resq_rl.quantization.quantizers.rounding import FINE, IntegerWeight, integer_weight
+from resq_rl.quantization.running.calibration import SiteRecorder
+from resq_rl.quantization.specification.config import Part, QuantizationConfig
+
+__all__ = ["Weights", "weighed"]
+
+
+def weighed(config: QuantizationConfig) -> tuple[Part, ...]:
+    """The weights whose rounding is fitted to calibration clips."""
+    if config.weight_rounding == "nearest":
+        return ()
+    return ("keyframe", "residual") if config.key_weight_bits < FINE else ("residual",)
+
+
+class Weights:
+    """Weights of every operator for keyframes and residuals, rounded once for each width.
+
+    Args:
+        operators: the operators.
+        layout: how weights of four dimensions lie in memory.
+
+    Attributes:
+        moments: second moments of what weights multiply, by which they are rounded; none before calibration.
+    """
+
+    def __init__(self, operators: Sequence[ResidualOperator], layout: torch.memory_format) -> None:
+        self._operators, self._layout = operators, layout
+        self.moments: dict[tuple[ResidualOperator, Part], Tensor] = {}
+        self._rounded: dict[tuple[ResidualOperator, Part, int], IntegerWeight] = {}
+        self._parts: dict[Part, dict[ResidualOperator, IntegerWeight]] = {}
+
+    def round(self, config: QuantizationConfig) -> None:
+        """Round the weights to the widths of a configuration.
+
+        Raises:
+            NetworkError: a weight or bias is not finite.
+        """
+        self._parts = {
+            "keyframe": {o: self._of(o, "keyframe", config.key_weight_bits, config) for o in self._operators},
+            "residual": {o: self._of(o, "residual", config.weight_bits(o.layer_kind), config) for o in self._operators},
+        }
+
+    def weigh(self, recorders: Sequence[SiteRecorder]) -> None:
+        """Take the moments that calibration recorded, summed over the calls of an operator; rounding begins anew."""
+        self.moments, self._rounded = {}, {}
+        for recorder in recorders:
+            for part, moment in recorder.moments.items():
+                key = recorder.site.operator, part
+                self.moments[key] = self.moments[key] + moment if key in self.moments else moment
+
+    def put(self, operator: ResidualOperator, part: Part, bits: int, weight: IntegerWeight) -> None:
+        """Set a weight that was rounded before, such as one from a file."""
+        self._rounded[operator, part, bits] = self._laid_out(weight)
+
+    def of(self, operator: ResidualOperator) -> dict[Part, IntegerWeight]:
+        """The weights of an operator by part."""
+        return {part: weights[operator] for part, weights in self._parts.items()}
+
+    def row_sum(self, operator: ResidualOperator, part: Part) -> float:
+        """The largest sum of code magnitudes over the weights of one output channel."""
+        codes = self._parts[part][operator].codes
+        return float(operator.geometry.rows(codes).double().abs().sum(1).max())
+
+    def _of(self, operator: ResidualOperator, part: Part, bits: int, config: QuantizationConfig) -> IntegerWeight:
+        if bits == config.key_weight_bits:
+            part = "keyframe"  # the same weights serve for both, so residuals do not drift
+        key = operator, part, bits
+        if key not in self._rounded:
+            if not all(bool(torch.isfinite(v).all()) for v in (operator.weight, operator.bias) if v is not None):
+                raise NetworkError(f"Layer {operator.name!r} has weights that are not finite: load other weights.")
+            moment = self.moments.get((operator, part))
+            self._rounded[key] = self._laid_out(integer_weight(operator, bits, config.range_estimator, moment))
+        return self._rounded[key]
+
+    def _laid_out(self, weight: IntegerWeight) -> IntegerWeight:
+        return replace(weight, codes=laid_out((weight.codes,), self._layout)[0])
