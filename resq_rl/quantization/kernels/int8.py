@@ -105,7 +105,7 @@ def _agrees(geometry: Geometry, shape: tuple[int, ...], weight_shape: tuple[int,
 
 
 def _packed(geometry: Geometry, weights: Tensor, zero: int, shape: torch.Size) -> Tensor:
-    ones, operators = torch.ones(len(weights), device="cpu"), torch.ops.onednn
+    ones, operators = torch.ones(len(weights), dtype=torch.float32, device="cpu"), torch.ops.onednn
     if geometry.operator == "linear":
         packed: Tensor = operators.qlinear_prepack(weights, list(shape))
         return packed
@@ -130,4 +130,4 @@ def _totals(geometry: Geometry, codes: Tensor, packed: Tensor, outputs: int, zer
 @lru_cache(maxsize=256)
 def _unit(outputs: int) -> tuple[Tensor, Tensor]:
     """Steps of 1 and zero points of 0 for the weights."""
-    return torch.ones(outputs, device="cpu"), torch.zeros(outputs, dtype=torch.int64, device="cpu")
+    return torch.ones(outputs, dtype=torch.float32, device="cpu"), torch.zeros(outputs, dtype=torch.int64, device="cpu")
