@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from resq_rl.perception import ddrnet23_slim
 from resq_rl.quantization import QuantizationConfig, ResQModel, ThresholdField, to_float
 from resq_rl.quantization.kernels import Product
-from resq_rl.quantization.kernels.skipping import Plan, Tiling
+from resq_rl.quantization.kernels.skipping import Tiling
 from resq_rl.video import DavisVideo
 
 SIZE = (512, 1024)
@@ -59,7 +59,7 @@ def filmed(root: Path) -> Tensor:
 
 
 class Active:
-    """Notes how many multiply-accumulates active tiles take, and all tiles, in residual steps of a model's kernels."""
+    """Notes how many multiply-accumulates active outputs take, and all, in residual steps of a model's kernels."""
 
     def __init__(self, kernels: Any) -> None:
         self.done = self.all = 0.0
@@ -97,15 +97,14 @@ def row(model: ResQModel, active: Active, title: str, frames: Tensor, tau: float
         model.step(inputs[0], state, every, field)
     spent: dict[str, list[float]] = {"float": [], "tiles": [], "whole": []}
     shares, bops = [], []
-    planned = skipping.planned
     for frame in inputs[1:]:
         spent["float"].append(seconds(lambda x=frame: model.float_forward(x)))
         active.share()
         spent["tiles"].append(seconds(lambda x=frame: bops.append(model.step(x, states["tiles"], ~every, field)[1])))
         shares.append(active.share())
-        skipping.planned = lambda *_: Plan(None, 0)
+        skipping.enabled = False
         spent["whole"].append(seconds(lambda x=frame: model.step(x, states["whole"], ~every, field)))
-        skipping.planned = planned
+        skipping.enabled = True
     base, tiles, whole = (statistics.median(spent[name][1:]) for name in ("float", "tiles", "whole"))
     share = statistics.mean(shares[1:])
     cost = statistics.mean(float(c.total) for c in bops[1:]) / model.reference_bops()
