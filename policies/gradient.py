@@ -32,6 +32,7 @@ __all__ = ["GradientSettings", "LearnedThresholds", "descend", "first_thresholds
 CONSTANTS = (0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.4, 2.0, 2.8)  # tried first, for the range of lambda and to begin from
 FIRST_WINDOWS = 2  # that they run
 FREE, LOST = 0.01, 0.15  # what the finest constant of the range may lose in agreement, and the coarsest must
+BEYOND = 4.0
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,8 @@ def _trade_offs(constants: Sequence[_Constant]) -> tuple[float, float]:
     """The range of lambda that matters: the slopes of divergence over BOPs between constant thresholds.
 
     They are those from the last one that agrees with the float network as the best does, within FREE, to the first
-    one that LOST more than that; three of them at least.
+    one that LOST more than that; three of them at least. The lowest is divided by BEYOND, because thresholds by layer
+    go on where constants stop to gain.
 
     Raises:
         SettingsError: no threshold diverges less for more BOPs.
@@ -145,7 +147,7 @@ def _trade_offs(constants: Sequence[_Constant]) -> tuple[float, float]:
             "Thresholds cannot be learned: on the first training clips, no constant threshold brings the output nearer "
             "to the float network's for more BOPs. Look at the network and its task."
         )
-    return min(slopes), max(slopes)
+    return min(slopes) / BEYOND, max(slopes)
 
 
 def _slopes(constants: Sequence[_Constant]) -> list[float]:
