@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
 from torch import Tensor, nn
 
 from resq_rl.envs import ActionScheme
@@ -131,6 +132,7 @@ def untrained(environment: AgentsVecEnv, settings: PPOSettings, seed: int) -> PP
         device="cpu",
         verbose=0,
     )
+    model.set_logger(Logger(None, []))  # that of stable-baselines3 leaves a folder among the temporary files
 
     def value(observations: np.ndarray) -> np.ndarray:
         with torch.no_grad():

@@ -1,6 +1,7 @@
 """Training: obvious optima are found, warm starts hold, and a killed run goes on where it stopped."""
 
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -244,6 +245,14 @@ def test_the_same_seed_trains_the_same_policy(moving: Problem, monkeypatch: pyte
     assert same_policy(runs[0][0], runs[1][0])
     assert runs[0][1].curve == runs[1][1].curve
     assert not same_policy(runs[0][0], runs[2][0])
+
+
+def test_training_leaves_nothing_among_the_temporary_files(
+    problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    train_ppo(agents_of(problem), TINY, seed=0)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("lengths", [[8] * 4, [2] * 6, [2, 9]])
