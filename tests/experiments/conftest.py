@@ -20,7 +20,6 @@ import torch
 from mlflow import MlflowClient
 from playwright.sync_api import Browser, Error, sync_playwright
 
-from resq_rl.experiments.results import plots
 from resq_rl.policies import ppo
 
 STARTED_WITHIN = 120  # seconds; the server imports much, and test machines are small
@@ -40,11 +39,10 @@ def _restored_process_state() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick_parts() -> Iterator[None]:
-    """A short fit of PPO's first choices, which tests/policies/test_ppo.py checks, and pictures of few dots."""
+def _quick_start() -> Iterator[None]:
+    """A short fit of PPO's first choices, which tests/policies/test_ppo.py checks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "_fit_first_choices", partial(ppo._fit_first_choices, steps=100))
-        patch.setattr(plots, "DPI", 50)
         yield
 
 
