@@ -1,5 +1,6 @@
 """Settings and fixtures of all tests."""
 
+import gc
 import os
 import random
 from collections.abc import Iterator
@@ -37,6 +38,14 @@ def _fixed_global_seeds() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - libraries under test still use it
     torch.manual_seed(0)
+    typechecks.begin_test()
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported to itself: the garbage collector would search these million objects again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture

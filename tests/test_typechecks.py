@@ -114,6 +114,21 @@ def test_checks_can_be_switched_off(checked: Any, unchecked_types: None) -> None
     assert len(checked.Pair(ones(3), ones(4)).y) == 4
 
 
+def test_first_calls_of_a_test_are_all_checked_and_later_ones_now_and_then(checked: Any) -> None:
+    for _ in range(2):
+        typechecks.begin_test()
+        found = []
+        for call in range(1, 4 * typechecks.APART + 1):
+            try:
+                checked.lengths("a", "1")
+            except BeartypeCallHintViolation:
+                found.append(call)
+        assert found == [
+            *range(1, typechecks.FIRST),
+            *range(typechecks.FIRST, 4 * typechecks.APART + 1, typechecks.APART),
+        ]
+
+
 def test_the_package_is_checked() -> None:
     with pytest.raises(BeartypeCallHintViolation):
         Clip(ones(2, 3, 4, 4), None, 25.0, "frames that are no bytes", "test")

@@ -11,22 +11,33 @@ import jaxtyping
 from beartype import BeartypeConf, beartype
 from jaxtyping import AbstractArray
 
-__all__ = ["hook"]
+__all__ = ["begin_test", "hook"]
+
+# Calls of a function in a test that are all checked, and how many calls there are for each one checked after those.
+FIRST, APART = 16, 16
 
 _check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # as for mypy, an int will do where a float is wanted
 _closures: dict[tuple[str, CodeType], Any] = {}
 _sizes = jaxtyping.jaxtyped  # as a context, it opens a scope in which names of axes mean sizes
+_tests = [0]  # how many have begun
 
 
 def hook(package: str) -> AbstractContextManager[object]:
     """Check every annotated argument and result of a package that is not imported yet.
 
     The import hook puts `jaxtyping.jaxtyped` before every function. That binds the arguments to the signature and
-    checks them twice, for better messages, which takes most of the time of a test. `checked` checks the same once.
+    checks them twice, for better messages, which takes most of the time of a test. `checked` checks the same once. In
+    every test it checks the first calls of each function, and few of the calls after those: a simulation makes the same
+    calls at every frame.
     """
     jaxtyping.jaxtyped = checked  # type: ignore[assignment]
     manager: AbstractContextManager[object] = jaxtyping.install_import_hook(package, None)
     return manager
+
+
+def begin_test() -> None:
+    """Check the next calls of every function again."""
+    _tests[0] += 1
 
 
 def checked(*, typechecker: object) -> Callable[[Any], Any]:
@@ -65,24 +76,30 @@ def _check_closure(given: FunctionType) -> FunctionType:
 
 
 def _switched(plain: Callable[..., Any], strict: Callable[..., Any] | None) -> Callable[..., Any]:
-    """The strict function unless checks are switched off, in a scope of its own if it names axes.
+    """The strict function unless checks are switched off or it is not its turn, in a scope of its own if it names axes.
 
     None stands for checks that are compiled when they are first needed: few tests call every function.
     """
     config = jaxtyping.config
     named = any(map(_names_axes, plain.__annotations__.values()))
+    test, calls = 0, 0
 
     @functools.wraps(plain)
     def call(*args: Any, **settings: Any) -> Any:
-        nonlocal strict
+        nonlocal strict, test, calls
         if config.jaxtyping_disable:
             return plain(*args, **settings)
-        if strict is None:
-            strict = _check(plain)
+        if test != _tests[0]:
+            test, calls = _tests[0], 0
+        calls += 1
+        if calls > FIRST and calls % APART:
+            function = plain
+        else:
+            function = strict = strict or _check(plain)
         if not named:
-            return strict(*args, **settings)
-        with _sizes("context"):
-            return strict(*args, **settings)
+            return function(*args, **settings)
+        with _sizes("context"):  # of an unchecked function too: its generators check their arguments in its scope
+            return function(*args, **settings)
 
     return call
 

@@ -239,8 +239,8 @@ class EnvContract:
             return result
 
         streams._run = recorded  # type: ignore[method-assign]
-        self.rollout(face, 20)
-        assert len(spent) >= 20 * streams.slots
+        self.rollout(face, 14)
+        assert len(spent) >= 14 * streams.slots
         for slot in range(streams.slots):
             own = [(time, bops) for row, time, bops in spent if row == slot]
             starts = [i for i, (time, _) in enumerate(own) if time == 0]
@@ -249,7 +249,7 @@ class EnvContract:
 
     @pytest.mark.parametrize("trade_off", [0.3, (0.1, 1.0)])
     def test_reward_is_accuracy_minus_lambda_bops_of_the_infos(self, problem: Problem, trade_off: Any) -> None:
-        _, steps = self.rollout(self.make(problem, trade_off=trade_off), 12)
+        _, steps = self.rollout(self.make(problem, trade_off=trade_off), 8)
         for t, step in enumerate(steps):
             assert np.isfinite(step.rewards).all(), f"step {t}"
             expected = 1 - step.error - step.trade_off * step.bops
@@ -266,7 +266,7 @@ class EnvContract:
 
     def test_clips_end_by_truncation_after_their_last_frame_only(self, problem: Problem) -> None:
         face = self.make(problem)
-        _, steps = self.rollout(face, 20)
+        _, steps = self.rollout(face, 14)
         done = np.zeros(face.core.agents, dtype=int)  # frames since the forced keyframe
         for t, step in enumerate(steps):
             done += 1
@@ -279,7 +279,7 @@ class EnvContract:
 
     def test_every_clip_comes_once_before_any_comes_again(self, problem: Problem) -> None:
         face = self.make(problem)
-        _, steps = self.rollout(face, 40)
+        _, steps = self.rollout(face, 20)
         ended: list[list[int]] = [[] for _ in range(face.core.agents)]
         for step in steps:
             for agent in np.flatnonzero(step.truncated):
@@ -288,15 +288,15 @@ class EnvContract:
             assert sorted(clips[: len(problem)]) == list(range(len(problem)))
 
     def test_a_seed_fixes_everything(self, problem: Problem) -> None:
-        first = self.rollout(self.make(problem, trade_off=(0.1, 1.0)), 14, seed=7)
-        again = self.rollout(self.make(problem, trade_off=(0.1, 1.0)), 14, seed=7)
+        first = self.rollout(self.make(problem, trade_off=(0.1, 1.0)), 9, seed=7)
+        again = self.rollout(self.make(problem, trade_off=(0.1, 1.0)), 9, seed=7)
         self.assert_same(first, again)
 
     def test_a_seed_fixes_everything_whatever_ran_before(self, problem: Problem) -> None:
         face = self.make(problem, trade_off=(0.1, 1.0), **self.budget())
-        first = self.rollout(face, 14, seed=7)
+        first = self.rollout(face, 9, seed=7)
         self.rollout(face, 5, seed=3, action_seed=1)
-        self.assert_same(first, self.rollout(face, 14, seed=7))
+        self.assert_same(first, self.rollout(face, 9, seed=7))
 
     def test_other_seeds_and_later_resets_give_other_episodes(self, problem: Problem) -> None:
         face = self.make(problem, trade_off=(0.1, 1.0))

@@ -111,10 +111,15 @@ def make_problem(
     grid: tuple[int, int] = GRID,
     **settings: Any,
 ) -> Problem:
-    """A calibrated network and labelled clips of the given lengths; `settings` are those of `Problem.prepare`."""
+    """A calibrated network and labelled clips of the given lengths; `settings` are those of `Problem.prepare`.
+
+    It runs on the compiled kernels, as in jobs; tests/quantization/test_kernels.py compares them with the plain ones.
+    """
     model = ResQModel(tiny_network(), torch.zeros(1, 3, *size))
     model.calibrate([moving_frames(6, size, seed=50 + i, speed=1 + i) for i in range(3)], interval=3)
-    return Problem.prepare(model, Segmentation(classes=CLASSES), tiny_clips(lengths, size), grid=grid, **settings)
+    return Problem.prepare(
+        model.compile(), Segmentation(classes=CLASSES), tiny_clips(lengths, size), grid=grid, **settings
+    )
 
 
 def with_clips(problem: Problem, lengths: Sequence[int], *, seed: int = 0, **settings: Any) -> Problem:
@@ -162,7 +167,7 @@ def make_recurrent_problem(lengths: Sequence[int] = (5, 7, 6)) -> Problem:
     task = MaskPropagation()
     model = ResQModel(follower_network(), (torch.zeros(1, 3, *SIZE), torch.zeros(1, 1, *SIZE), torch.zeros(1, 6, 1, 1)))
     model.calibrate([clip_inputs(model.float_forward, task, clip) for clip in clips_of_objects([6, 6], seed=50)])
-    return Problem.prepare(model, task, clips_of_objects(lengths), grid=GRID)
+    return Problem.prepare(model.compile(), task, clips_of_objects(lengths), grid=GRID)
 
 
 def make_pose_problem() -> Problem:
@@ -173,7 +178,7 @@ def make_pose_problem() -> Problem:
         network = CompactPose(width=8)
         list(network.head.parameters())[-2].mul_(30.0)  # weights of the last convolution
     model = ResQModel(load_network(network), torch.zeros(1, 3, *SIZE)).calibrate([c.frames for c in clips("train")])
-    return Problem.prepare(model, Pose(), clips("test"), grid=GRID)
+    return Problem.prepare(model.compile(), Pose(), clips("test"), grid=GRID)
 
 
 @lru_cache(maxsize=16)

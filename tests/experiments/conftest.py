@@ -12,12 +12,15 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from mlflow import MlflowClient
 from playwright.sync_api import Browser, Error, sync_playwright
+
+from resq_rl.policies import ppo
 
 STARTED_WITHIN = 120  # seconds; the server imports much, and test machines are small
 
@@ -33,6 +36,14 @@ def _restored_process_state() -> Iterator[None]:
     root.setLevel(levels[0])
     package.setLevel(levels[1])
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_start() -> Iterator[None]:
+    """A short fit of PPO's first choices, which tests/policies/test_ppo.py checks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "_fit_first_choices", partial(ppo._fit_first_choices, steps=100))
+        yield
 
 
 @pytest.fixture(scope="session")

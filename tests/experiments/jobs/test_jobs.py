@@ -47,6 +47,7 @@ TINY = [
     "quantization.weight_rounding=nearest",
 ]
 BOUND = ["heuristic.clairvoyant_points=2", "heuristic.clairvoyant_horizon=2", "heuristic.searches=[greedy,gradient]"]
+BOUND += ["heuristic.other_kappas=[[0.7,1.0,1.2]]", "heuristic.scene_changes=[0.4]"]
 STAGES = ("checkpoints", "keyframes")
 
 
@@ -208,7 +209,7 @@ def report_of(checkpoints: Path) -> dict[str, Any]:
     return report
 
 
-def test_compare_learns_keyframes_and_counts_their_frames(tmp_path: Path) -> None:
+def test_compare_learns_keyframes_and_counts_their_frames(tmp_path: Path, without_pictures: None) -> None:
     few = ["training.seeds=[0]", "training.frames=60", "training.keyframe_frames=150", "training.trade_offs=2"]
     few += ["heuristic.searches=[]", "heuristic.other_kappas=[]", "heuristic.scene_changes=[]", "heuristic.taus=[1.0]"]
     folder = run(tmp_path, "compare", *few, "heuristic.references=[previous]", "environment.keyframe_intervals=[0]")
@@ -326,7 +327,7 @@ def write_video(path: Path, frames: int) -> Path:
 VOS = ["video=generated_objects", "model=mask_propagation", "task=mask_propagation"]
 
 
-def test_masks_are_trained_for_propagated_and_compared(tmp_path: Path) -> None:
+def test_masks_are_trained_for_propagated_and_compared(tmp_path: Path, without_pictures: None) -> None:
     few = ["pretraining.steps=4", "pretraining.batch=2", "pretraining.validate_every=2"]
     trained = run(tmp_path, "pretrain", *VOS, "model.pretrained=false", "model.width=8", *few, network=())
     assert json.loads((trained / "summary.json").read_text())["metric"] == "J&F"
