@@ -50,6 +50,8 @@ SHORT = {
     "interval": "keyframe every {}",
     "keyframes": "{} keyframes",
     "scene_change": "scene change {}",
+    "integral": "integral gain {}",
+    "fill": "fill {}",
     "static": "the policy is its beginning, without a network",
     "reference": "{} reference",
     "seed": "seed {}",

@@ -12,10 +12,18 @@ from typing import Any, Final
 
 from resq_rl.envs import Policy
 from resq_rl.experiments.config.settings import HeuristicSettings, Settings
-from resq_rl.policies import DynamicResQ, FrameMagnitude, RandomLevels, RateControl, SkipGate, StaticResQ
+from resq_rl.policies import (
+    DynamicResQ,
+    FrameMagnitude,
+    GroupThresholds,
+    RandomLevels,
+    RateControl,
+    SkipGate,
+    StaticResQ,
+)
 from resq_rl.quantization import Reference
 
-__all__ = ["LEARNED", "METHODS", "Method", "learned_method", "method_of", "tuned_methods"]
+__all__ = ["LEARNED", "METHODS", "Method", "controlled", "learned_method", "method_of", "tuned_methods"]
 
 Candidates = Callable[[Settings], Sequence[Policy]]
 Refinement = Callable[[HeuristicSettings, Any], Sequence[Policy]]
@@ -100,6 +108,14 @@ def _rate_control(settings: Settings) -> list[RateControl]:
     return [
         RateControl(reference, taus=(tau,), kappa=heuristic.kappa, integral=integral, proportional=proportional)
         for reference, tau, (integral, proportional) in chosen
+    ]
+
+
+def controlled(policy: GroupThresholds) -> list[RateControl]:
+    """Static thresholds under a rate controller."""
+    return [
+        RateControl(policy.reference, taus=policy.taus, kappa=policy.kappa, integral=_GAINS[0][0], fill=fill)
+        for fill in _FILLS
     ]
 
 

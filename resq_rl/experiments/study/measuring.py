@@ -12,7 +12,7 @@ from resq_rl.envs import Measurement
 from resq_rl.errors import SettingsError
 from resq_rl.experiments.results.comparison import Effort
 from resq_rl.experiments.results.fronts import bops_step
-from resq_rl.experiments.results.methods import LEARNED, Method, tuned_methods
+from resq_rl.experiments.results.methods import LEARNED, Method, controlled, tuned_methods
 from resq_rl.experiments.study.deployment import trainer_of
 from resq_rl.experiments.study.frame_level import gap_closed, oracle_front
 from resq_rl.experiments.study.scoreboard import FRONT_POINTS, Scoreboard
@@ -145,7 +145,10 @@ def measure_searches(board: Scoreboard, start: Start | None) -> None:
 
 
 def _measure_gradient(board: Scoreboard) -> None:
-    """Thresholds per layer that are learned by gradients, tried with every keyframe interval."""
+    """Thresholds per layer that are learned by gradients, tried with every keyframe interval.
+
+    Under a mean, they are tried with a rate controller too.
+    """
     study, method = board.study, "gradient_thresholds"
     intervals, begun = study.settings.environment.keyframe_intervals, time.monotonic()
     try:
@@ -157,6 +160,9 @@ def _measure_gradient(board: Scoreboard) -> None:
     board.efforts[method] = Effort(learned.frames, seconds)
     spread = learned.spread(FRONT_POINTS)
     tried = [replace(policy, interval=interval) for policy in spread for interval in intervals]
+    budget = study.settings.environment.budget
+    if budget is not None and budget.mean is not None:
+        tried += [controller for policy in spread for controller in controlled(policy)]
     chosen = [policy for policy, _ in board.tune(method, tried)]
     board.add(method, board.measure(method, chosen), chosen)
 
