@@ -131,8 +131,8 @@ def _trade_offs(constants: Sequence[_Constant]) -> tuple[float, float]:
     """The range of lambda that matters: the slopes of divergence over BOPs between constant thresholds.
 
     They are those from the last one that agrees with the float network as the best does, within FREE, to the first
-    one that LOST more than that; three of them at least. The lowest is divided by BEYOND, because thresholds by layer
-    go on where constants stop to gain.
+    one that LOST more than that; three of them at least. Both ends are moved out by BEYOND, because thresholds by layer
+    go on where constants stop to gain, and lose less where those lose much.
 
     Raises:
         SettingsError: no threshold diverges less for more BOPs.
@@ -147,7 +147,7 @@ def _trade_offs(constants: Sequence[_Constant]) -> tuple[float, float]:
             "Thresholds cannot be learned: on the first training clips, no constant threshold brings the output nearer "
             "to the float network's for more BOPs. Look at the network and its task."
         )
-    return min(slopes) / BEYOND, max(slopes)
+    return min(slopes) / BEYOND, max(slopes) * BEYOND
 
 
 def _slopes(constants: Sequence[_Constant]) -> list[float]:

@@ -149,9 +149,9 @@ def test_the_range_of_lambda_is_from_where_constants_begin_to_lose_to_where_they
     found = [(0.1, 0.5, 0.01, 0.97), (0.2, 0.4, 0.01, 0.97), (0.4, 0.3, 0.02, 0.965), (0.7, 0.2, 0.06, 0.94)]
     found += [(1.0, 0.1, 0.26, 0.8), (1.4, 0.05, 0.76, 0.6)]
     constants = [_Constant(*values) for values in found]
-    assert _trade_offs(constants) == pytest.approx((0.4 / 4, 2.0))  # from 0.4 to 1.0
+    assert _trade_offs(constants) == pytest.approx((0.4 / 4, 2.0 * 4))  # from 0.4 to 1.0
     equal = [c._replace(agreement=0.9) for c in constants]
-    assert _trade_offs(equal) == pytest.approx((2.0 / 4, 10.0))  # the last three
+    assert _trade_offs(equal) == pytest.approx((2.0 / 4, 10.0 * 4))  # the last three
     reversed_errors = [c._replace(divergence=1 - c.divergence) for c in constants]
     with pytest.raises(SettingsError, match="no constant threshold brings the output nearer"):
         _trade_offs(reversed_errors)
