@@ -4,10 +4,10 @@ In memory with the channels last, the blocks of a pixel lie side by side as pixe
 works on blocks: an image of (c, h, w) is one of (c / k, h, w k).
 """
 
-from jaxtyping import Num, Shaped
+from jaxtyping import Num, Shaped, UInt8
 from torch import Tensor
 
-__all__ = ["joined", "split", "spread", "summed"]
+__all__ = ["any_of", "joined", "split", "spread", "summed"]
 
 
 def split(x: Shaped[Tensor, "b c h w"], blocks: int) -> Shaped[Tensor, "b n h wk"]:
@@ -35,3 +35,8 @@ def summed(values: Num[Tensor, "b h wk"], blocks: int) -> Num[Tensor, "b h w"]:
     """Sums over the blocks of each pixel."""
     total: Tensor = values if blocks == 1 else values.unflatten(-1, (-1, blocks)).sum(-1)
     return total
+
+
+def any_of(marks: UInt8[Tensor, "b h wk"], blocks: int) -> UInt8[Tensor, "b h w"]:
+    """Pixels of which some block is marked."""
+    return marks if blocks == 1 else marks.unflatten(-1, (-1, blocks)).amax(-1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from resq_rl.errors import NetworkError
 from resq_rl.quantization.graph.operators import Geometry
-from resq_rl.quantization.kernels.blocks import joined, split, summed
+from resq_rl.quantization.kernels.blocks import any_of, joined, split, summed
 from resq_rl.quantization.kernels.int8 import byte_weights
 from resq_rl.quantization.kernels.library import Function, load
 from resq_rl.quantization.kernels.plain import PLAIN, Bound, Choice, Kernels, Product, from_image
@@ -142,7 +142,7 @@ class _Native(Kernels):
         with self.skipping.codes(x.shape, active, product) as own:
             cost = summed(self._encoded(x, before, choice, moved, own, product, active), blocks)
             codes = joined(own, blocks)
-            tiles = self.skipping.find(tiling, summed(active, blocks).clamp_max(1).to(torch.uint8))
+            tiles = self.skipping.find(tiling, any_of(active, blocks))
             if not plan.few(len(tiles)):
                 return self._whole(product, codes, unit, base, over=over), cost
             y = _as_image(product.geometry, base)

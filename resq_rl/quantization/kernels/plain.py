@@ -28,6 +28,7 @@ __all__ = [
     "from_image",
     "quantize",
     "smallest_floor",
+    "sums_are_exact",
 ]
 
 
@@ -97,6 +98,11 @@ def smallest_floor(
         low, high = torch.where(over, middle, low), torch.where(over, high, middle)
     floor = torch.where(fits, zero, (high * _UNIT).view(torch.float32))
     return floor, spent(floor)
+
+
+def sums_are_exact(geometry: Geometry, weight: Tensor, largest: int) -> bool:
+    """Whether no sum of an operator's products can reach 2^24, for inputs of up to `largest` and integer weights."""
+    return float(geometry.rows(weight).double().abs().sum(1).max()) * largest < EXACT_SUMS
 
 
 @dataclass(frozen=True)
@@ -178,8 +184,8 @@ class Kernels:
             codes, scale: as of `Product`.
             span: the lowest and the highest code of inputs.
         """
-        largest = float(geometry.rows(codes).double().abs().sum(1).max()) * max(abs(code) for code in span)
-        return Product(geometry, codes, scale, exact=largest < EXACT_SUMS)
+        exact = sums_are_exact(geometry, codes, max(abs(code) for code in span))
+        return Product(geometry, codes, scale, exact=exact)
 
     def encode(
         self,

@@ -66,11 +66,6 @@ class Weights:
         """The weights of an operator by part."""
         return {part: weights[operator] for part, weights in self._parts.items()}
 
-    def row_sum(self, operator: ResidualOperator, part: Part) -> float:
-        """The largest sum of code magnitudes over the weights of one output channel."""
-        codes = self._parts[part][operator].codes
-        return float(operator.geometry.rows(codes).double().abs().sum(1).max())
-
     def _of(self, operator: ResidualOperator, part: Part, bits: int, config: QuantizationConfig) -> IntegerWeight:
         if bits == config.key_weight_bits:
             part = "keyframe"  # the same weights serve for both, so residuals do not drift
