@@ -16,7 +16,14 @@ from matplotlib.figure import Figure
 
 from resq_rl.experiments.report.pair import MOST_FRAMES, film, layer_rows, region_maps
 from resq_rl.experiments.report.verdict import choices_of, verdict_of
-from resq_rl.experiments.results.comparison import Comparison, Point, delta_title, short_settings, spread_points
+from resq_rl.experiments.results.comparison import (
+    Comparison,
+    delta_title,
+    describe_gain,
+    short_settings,
+    spread_points,
+)
+from resq_rl.experiments.results.entries import Point
 from resq_rl.experiments.results.methods import learned_method, method_of
 from resq_rl.experiments.results.plots import plot_curves, plot_fronts, plot_spending
 from resq_rl.experiments.runs.provenance import versions
@@ -62,6 +69,7 @@ def write_report(
         "created": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         "verdict": verdict,
         "choices": choices_of(comparison, verdict.anchor),
+        "gains": {name: (delta_title(name), describe_gain(gain)) for name, gain in comparison.gains.items()},
         "deltas": {name: (delta_title(name), entry) for name, entry in comparison.bd_bops.items()},
         "fronts": rows,
         "charts": _front_charts(

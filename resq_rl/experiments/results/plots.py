@@ -17,7 +17,8 @@ from matplotlib.image import AxesImage
 from torch import Tensor
 
 from resq_rl.envs import Trace
-from resq_rl.experiments.results.comparison import Comparison, Point
+from resq_rl.experiments.results.comparison import Comparison
+from resq_rl.experiments.results.entries import Point
 from resq_rl.experiments.results.methods import Method, method_of
 from resq_rl.experiments.results.statistics import pareto_envelope
 from resq_rl.files import write_atomic

@@ -11,7 +11,7 @@ import numpy as np
 from resq_rl.envs import Measurement
 from resq_rl.errors import SettingsError
 from resq_rl.experiments.config.settings import Search
-from resq_rl.experiments.results.comparison import Effort
+from resq_rl.experiments.results.entries import Effort
 from resq_rl.experiments.results.fronts import bops_step
 from resq_rl.experiments.results.methods import LEARNED, Method, controlled, tuned_methods
 from resq_rl.experiments.study.deployment import trainer_of
@@ -143,7 +143,7 @@ def measure_searches(board: Scoreboard, start: Start | None) -> None:
         method = SEARCHES[way]
         board.efforts[method] = Effort(known.frames, known.seconds)
         chosen = [policy for policy, _ in board.tune(method, [tried.policy for tried in found])]
-        board.add(method, board.measure(method, chosen))
+        board.add(method, board.measure(method, chosen), chosen)
         if way == "greedy" and settings.heuristic.clairvoyant_points:
             _measure_clairvoyant(board, found)
     if "gradient" in settings.heuristic.searches:
