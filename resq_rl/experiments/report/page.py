@@ -187,7 +187,7 @@ def _pair(study: Study, pair: TracedPair) -> dict[str, Any]:
     groups, layers = layer_rows(study.model, pair)
     return {
         "policies": list(zip(map(method_of, pair.methods), (pair.heuristic[1], pair.learned[1]), strict=True)),
-        "charts": [_spending_chart(pair, number) for number in range(len(pair.traces))],
+        "charts": [_spending_chart(study, pair, number) for number in range(len(pair.traces))],
         "groups": groups,
         "layers": layers,
         "regions": region_maps(pair),
@@ -195,10 +195,10 @@ def _pair(study: Study, pair: TracedPair) -> dict[str, Any]:
     }
 
 
-def _spending_chart(pair: TracedPair, number: int) -> dict[str, Any]:
+def _spending_chart(study: Study, pair: TracedPair, number: int) -> dict[str, Any]:
     """The chart of BOPs by frame of a clip, and how far its cursor moves for a frame, in the chart's own unit."""
     bops = [trace.bops[:MOST_FRAMES] for trace in pair.traces[number]]
-    figure = plot_spending(dict(zip(pair.methods, bops, strict=True)))
+    figure = plot_spending(dict(zip(pair.methods, bops, strict=True)), study.settings.environment.budget)
     axes = figure.axes[0]
     axes.lines[-1].set_gid(f"cursor-{number}")
     svg = inline_svg(figure, f"BOPs of each frame of clip {number}, and their running mean")
