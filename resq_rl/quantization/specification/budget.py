@@ -80,7 +80,7 @@ class Budget(Checked):
     def filled(self, spent: Float64[Tensor, " t"]) -> Float[Tensor, " t"]:
         """How full the bucket of one stream is before each of its frames, given what they cost."""
         credit, found = self.begin(1), []
-        for cost in spent:
+        for cost in spent[:, None]:
             found.append(self.left(credit))
             credit = self.after(credit, cost)
         return torch.cat(found)

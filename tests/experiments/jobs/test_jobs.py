@@ -46,7 +46,8 @@ TINY = [
     "quantization.calibration_clips=2",
     "quantization.weight_rounding=nearest",
 ]
-BOUND = ["heuristic.clairvoyant_points=2", "heuristic.clairvoyant_horizon=2", "heuristic.searches=[greedy,gradient]"]
+BOUND = ["heuristic.clairvoyant_points=2", "heuristic.clairvoyant_horizon=2"]
+BOUND += ["heuristic.searches=[greedy,greedy_by_layer,cma_es,gradient]"]
 BOUND += ["heuristic.other_kappas=[[0.7,1.0,1.2]]", "heuristic.scene_changes=[0.4]"]
 STAGES = ("checkpoints", "keyframes")
 
@@ -68,6 +69,7 @@ def test_compare_writes_every_promised_name(compared: Path) -> None:
     assert {
         "task", "video", "split", "clips", "frames", "accuracy_metric", "float_accuracy", "bops_convention",
         "reference_bops_per_frame", "env_frames_used_for_training", "wall_seconds", "fronts", "bd_bops", "efforts",
+        "budget", "at_budget", "gains",
     } == set(values)  # fmt: skip
     assert (values["clips"], values["frames"]) == (3, 18)
     for method in ("per_frame", "static_resq", "dynamic_resq", "searched_thresholds", "gradient_thresholds", "ppo"):
@@ -102,13 +104,34 @@ def test_the_bound_of_regions_spans_the_range_of_lambda(compared: Path) -> None:
     assert [(s["trade_off"], s["horizon"]) for s in settings] == [(pytest.approx(0.05), 2), (pytest.approx(1.0), 2)]
 
 
-def test_gradient_thresholds_are_of_layers_and_tried_at_the_intervals(compared: Path) -> None:
-    points = Comparison.read(compared / "comparison.json").fronts["gradient_thresholds"]
+@pytest.mark.parametrize("method", ["gradient_thresholds", "searched_by_layer", "cma_es"])
+def test_thresholds_of_layers_are_tried_at_the_intervals(compared: Path, method: str) -> None:
+    points = Comparison.read(compared / "comparison.json").fronts[method]
     layers = len(ResQModel(tiny_network(), torch.zeros(1, 3, 32, 48)).sites)
     assert points
     for settings in (point.settings for point in points):
         assert len(settings["taus"]) == layers
         assert settings["interval"] in (4, 0)
+
+
+def test_under_a_budget_methods_are_compared_at_it(tmp_path: Path) -> None:
+    few = ["heuristic.taus=[0.3,1.0]", "heuristic.searches=[]", "heuristic.other_kappas=[]", "training.seeds=[0,1]"]
+    folder = run(
+        tmp_path, "compare", *few, "training.frames=40", "environment.budget={peak: 0.4, mean: 0.3, bucket: 2}"
+    )
+    found = Comparison.read(folder / "comparison.json")
+    assert found.budget is not None
+    assert (found.budget["peak"], found.budget["mean"], found.budget["bucket"]) == (0.4, 0.3, 2)
+    assert {"static_resq", "dynamic_resq", "rate_control", "ppo"} <= set(found.at_budget)
+    for method, row in found.at_budget.items():
+        assert row.peak_bops <= 0.4 + 1e-9, method
+        assert row.used is not None
+        assert 0 < row.used <= 1 + 1e-9, method
+        assert row.accuracy in [pytest.approx(p.accuracy) for p in found.fronts[method]] or method == "ppo"
+    gain = found.gains["ppo_vs_rate_control"]
+    expected = found.at_budget["ppo"].accuracy - found.at_budget["rate_control"].accuracy
+    assert gain.points == pytest.approx(100 * expected)
+    assert "At the budget" in (folder / "report.html").read_text()
 
 
 def test_per_frame_is_the_unit_of_all_bops(compared: Path) -> None:
