@@ -16,10 +16,14 @@ from resq_rl.envs import NetworkEngine, Problem, Streams
 from resq_rl.perception import Segmentation, compact_ddrnet
 from resq_rl.policies import DynamicResQ
 from resq_rl.quantization import ResQModel
-from resq_rl.video import DavisVideo
+from resq_rl.video import DavisVideo, Split
 
 SIZE, PART = (180, 240), 100
-SPLITS = {"train": ["highway[:100]"], "validation": ["highway[100:140]"], "test": ["highway[160:900]"]}
+SPLITS: dict[Split, list[str]] = {
+    "train": ["highway[:100]"],
+    "validation": ["highway[100:140]"],
+    "test": ["highway[160:900]"],
+}
 TAUS = (1.9, 4.0)
 
 
