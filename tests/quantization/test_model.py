@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from resq_rl.errors import CalibrationError, PolicyError, SettingsError, VideoError
 from resq_rl.quantization import Field, LevelField, QuantizationConfig, ResQModel, ThresholdField, to_float
-from tests.quantization.networks import SmallNet, everywhere, video, wrapped
+from tests.quantization.networks import SmallNet, byte_clips, everywhere, video, wrapped
 
 SIZE = (8, 10)
 
@@ -216,7 +216,9 @@ def test_frames_whose_sum_is_too_large_for_their_type_are_finite() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_decisions_of_other_types_are_those_of_their_values(model: ResQModel, compiled: bool) -> None:
+def test_decisions_of_other_types_are_those_of_their_values(
+    model: ResQModel, compiled: bool, unchecked_types: None
+) -> None:
     model = model.priced("product")
     model = model.compile() if compiled else model
     frames = torch.stack([video(2, 3, SIZE, s) for s in range(2)], 1)
