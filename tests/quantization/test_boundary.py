@@ -77,12 +77,12 @@ def test_precision_around_a_model_has_no_effect(around: Callable[[], Any], compi
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_default_type_of_double_precision_has_no_effect(compiled: bool) -> None:
     torch.manual_seed(0)
-    network, frames = perturb_statistics(SmallNet()), video(3, 3, SIZE)
+    network, frames, clips = perturb_statistics(SmallNet()), video(3, 3, SIZE), byte_clips(1, 4, 3, SIZE)
     found = []
     for around in (nullcontext, default_type):
         with around():
             model = ResQModel(network, torch.zeros(1, 3, *SIZE, dtype=torch.float32))
-            model = (model.compile() if compiled else model).calibrate(byte_clips(1, 4, 3, SIZE))
+            model = (model.compile() if compiled else model).calibrate(clips)
             state, field = model.new_state(1), ThresholdField.constant(0.4, 1, len(model.groups))
             for t, frame in enumerate(frames):
                 output, cost = model.step(frame[None], state, everywhere(1, t == 0), field)

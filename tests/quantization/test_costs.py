@@ -112,7 +112,7 @@ def test_a_layer_that_reads_nothing_but_padding_costs_nothing_to_move() -> None:
         torch.rand(1, 3, 1, 1),
         QuantizationConfig(bops_convention="roofline"),
     ).calibrate(byte_clips(2, 5, 3, (1, 1)))
-    _, cost = model.step(torch.rand(1, 3, 1, 1), model.new_state(1), everywhere(1, True), LevelField.constant(0, 1, 1))
+    _, cost = model.step(torch.rand(1, 3, 1, 1), model.new_state(1), everywhere(1, True), LevelField.constant(0, 1, 2))
     assert model.sites[1].macs == 0
     assert float(cost.per_layer[0, 1]) == 0
 
