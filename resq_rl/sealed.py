@@ -65,7 +65,8 @@ def unpack(sealed: bytes) -> dict[str, Any]:
 
 def checksum(about: Any, tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of what JSON can hold and of named tensors, in whatever order they come."""
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    read = json.loads(json.dumps(about))  # as it comes back, with text for keys, which is sorted otherwise than numbers
+    digest = hashlib.sha256(json.dumps(read, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

@@ -3,7 +3,7 @@
 import copy
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from resq_rl.errors import NetworkError, PolicyError
-from resq_rl.quantization import LevelField, QuantizationConfig, ResQModel
+from resq_rl.quantization import LevelField, QuantizationConfig, ResQModel, ThresholdField
 from resq_rl.quantization.kernels import PLAIN, Choice, Kernels, native
 from resq_rl.quantization.kernels.library import ARGUMENTS, MAY_LACK
 from tests.quantization.networks import SmallNet, byte_clips, everywhere, perturb_statistics, video
@@ -72,6 +72,27 @@ def test_precision_around_a_model_has_no_effect(around: Callable[[], Any], compi
         found = stream(config, compiled)
     assert all(a.dtype == torch.float32 for a in found)
     assert all(map(torch.equal, wanted, found))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_default_type_of_double_precision_has_no_effect(compiled: bool) -> None:
+    torch.manual_seed(0)
+    network, frames, clips = perturb_statistics(SmallNet()), video(3, 3, SIZE), byte_clips(1, 4, 3, SIZE)
+    found = []
+    for around in (nullcontext, default_type):
+        with around():
+            model = ResQModel(network, torch.zeros(1, 3, *SIZE, dtype=torch.float32))
+            model = (model.compile() if compiled else model).calibrate(clips)
+            state, field = model.new_state(1), ThresholdField.constant(0.4, 1, len(model.groups))
+            for t, frame in enumerate(frames):
+                output, cost = model.step(frame[None], state, everywhere(1, t == 0), field)
+                found += [*(o.clone() for o in output), cost.bops]
+            state = model.new_state(1)
+            for t, frame in enumerate(frames):
+                output, cost = model.unrolled_step(frame[None], state, everywhere(1, t == 0), field)
+                found += [*(o.detach().clone() for o in output), cost.bops]
+    half = len(found) // 2
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found[:half], found[half:], strict=True))
 
 
 def test_compiled_steps_do_not_depend_on_the_default_type(fast: Kernels) -> None:

@@ -160,3 +160,36 @@ def test_a_dead_layer_gets_harmless_ranges() -> None:
     for kappa in (None, (1.0, 2.0, 8.0)):
         assert all(bool(part.isfinite().all()) for part in table.steps(kappa))
     assert float(model.ranges[1].keyframe(torch.zeros(1))) == 0.0
+
+
+class Overwriting(nn.Module):
+    """Writes to a layer's input, in place or not, once the layer has read it; within autocast, if it is to."""
+
+    def __init__(self, in_place: bool = False, coarse: bool = False) -> None:
+        super().__init__()
+        self.in_place, self.coarse = in_place, coarse
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.coarse):
+            x = self.first(x)
+            y = self.second(x)
+            return (x.relu_() if self.in_place else x.relu()) + y
+
+
+def overwriting(**how: bool) -> ResQModel:
+    torch.manual_seed(0)
+    return ResQModel(Overwriting(**how).eval(), torch.rand(1, 3, *SIZE)).calibrate(byte_clips(2, 5, 3, SIZE))
+
+
+def test_what_is_written_to_an_input_later_is_not_calibrated_on() -> None:
+    written, kept = overwriting(in_place=True), overwriting()
+    assert written.ranges == kept.ranges
+
+
+def test_calibration_has_full_precision_within_a_networks_own_autocast() -> None:
+    """The first layer sees the same frames either way, so that its weights are rounded alike."""
+    coarse, fine = overwriting(coarse=True), overwriting()
+    weights = [model.integer_weights(model.operators[0], residual=True) for model in (coarse, fine)]
+    assert all(map(torch.equal, *weights))
+    assert coarse.ranges[0].residual == fine.ranges[0].residual

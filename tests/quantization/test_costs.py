@@ -106,6 +106,17 @@ def test_a_frame_is_counted_as_by_hand(table: Path) -> None:
     assert np.isclose(region, region[0, 0]).sum() == 6
 
 
+def test_a_layer_that_reads_nothing_but_padding_costs_nothing_to_move() -> None:
+    model = ResQModel(
+        nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 4, 1, stride=2, padding=1)),
+        torch.rand(1, 3, 1, 1),
+        QuantizationConfig(bops_convention="roofline"),
+    ).calibrate(byte_clips(2, 5, 3, (1, 1)))
+    _, cost = model.step(torch.rand(1, 3, 1, 1), model.new_state(1), everywhere(1, True), LevelField.constant(0, 1, 2))
+    assert model.sites[1].macs == 0
+    assert float(cost.per_layer[0, 1]) == 0
+
+
 def test_whole_costs_stay_exact_and_equal_the_convention() -> None:
     bits = (2, 4, 8)
     macs: Any = {"any": {w: {a: float(w * a) for a in bits} for w in bits}}

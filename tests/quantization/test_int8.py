@@ -12,6 +12,7 @@ from resq_rl.errors import NetworkError
 from resq_rl.quantization.graph.operators import Geometry
 from resq_rl.quantization.kernels import PLAIN, Choice, Kernels, int8, native
 from resq_rl.quantization.kernels.int8 import ByteWeights, byte_weights
+from resq_rl.quantization.quantizers.residual import ResidualTable
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +124,28 @@ def test_inputs_that_are_not_numbers_are_refused(fast: Kernels) -> None:
         fast.encode_keyframe(x, 0.1, -9.0, 9.0, product)
     x[0, 3, 2, 2] = torch.inf  # is clipped
     assert int(fast.encode(x, torch.zeros_like(x), choice, None, product)[0].max()) == 127 + 7
+
+
+@pytest.mark.parametrize("channels", [4, 8, 20])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_no_layer_skips_an_input_that_is_not_a_number(
+    channels: int, layout: torch.memory_format, fast: Kernels
+) -> None:
+    weights, geometry = torch.ones(channels, 1, 3, 3), Geometry("conv2d", (3, 3), padding=(1,) * 4, groups=channels)
+    product = fast.product(geometry, weights, torch.ones(1, channels, 1, 1), (-127, 127))
+    assert product.int8 is None
+    table = ResidualTable(0.5, 0.25, (0, 7), (0, 2))
+    x = torch.zeros(1, channels, 9, 7).contiguous(memory_format=layout)
+    zero, level = torch.zeros_like(x), torch.zeros(1, 9, 7, dtype=torch.int64)
+    thresholds = Choice(table.lookup((1.0,)), level, torch.ones(1, 9, 7), 0.5, (1.0,))
+    for choice in (Choice(table.lookup(), level), thresholds):
+        x[0, 3, 2, 2] = torch.nan
+        with pytest.raises(NetworkError, match="input holds NaN"):
+            fast.residual(product, x, zero.clone(), choice, 0.25, zero.clone(), moves=True)
+        x[0, 3, 2, 2] = -torch.inf  # is clipped to the codes of its level: none, or 2 units up to 7 times
+        for kernels in (PLAIN, fast):
+            y, _ = kernels.residual(product, x, zero.clone(), choice, 0.25, zero.clone(), moves=True)
+            assert float(y.min()) == (0.0 if choice.tau is None else -0.25 * 2 * 7)
+    x[0, 3, 2, 2] = torch.nan
+    with pytest.raises(NetworkError, match="input holds NaN"):
+        fast.encode_keyframe(x, 0.1, -9.0, 9.0, product)

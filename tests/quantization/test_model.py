@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from resq_rl.errors import CalibrationError, PolicyError, SettingsError, VideoError
 from resq_rl.quantization import Field, LevelField, QuantizationConfig, ResQModel, ThresholdField, to_float
-from tests.quantization.networks import SmallNet, everywhere, video, wrapped
+from tests.quantization.networks import SmallNet, byte_clips, everywhere, video, wrapped
 
 SIZE = (8, 10)
 
@@ -101,6 +101,9 @@ def test_given_groups() -> None:
     model = grouped({"early": ["stem*", "block.*"], "late": ["squeeze.?", "up", "head", "score"]})
     assert model.groups == ("early", "late")
     assert model.group_of_site.tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
+    turned = grouped({"late": ["squeeze.?", "up", "head", "score"], "early": ["stem*", "block.*"]})
+    assert turned.groups == ("early", "late"), "as they run"
+    assert turned.group_of_site.tolist() == model.group_of_site.tolist()
     one = grouped({"early": "stem*", "late": ["[!s]*", "squeeze*", "score"]})
     assert one.group_of_site.tolist() == [0, 1, 1, 1, 1, 1, 1, 1]
 
@@ -161,6 +164,8 @@ def taus(shape: tuple[int, ...], fill: float = 1.0, kappa: tuple[float, ...] = (
         (lambda: levels((2, 2, 0, 1)), r"field of shape \(2, 2, 0, 1\)"),
         (lambda: levels((2, 2, 1, 1), -1), "Levels must be 0 to 3, got -1 to -1"),
         (lambda: levels((2, 2, 1, 1), 4), "Levels must be 0 to 3, got 4 to 4"),
+        (lambda: LevelField(torch.ones(2, 2, 1, 1)), "Levels must be whole numbers.* got torch.float32"),
+        (lambda: LevelField(torch.ones(2, 2, 1, 1, dtype=torch.bool)), "Levels must be whole numbers.* got torch.bool"),
         (lambda: taus((1, 2, 1, 1)), r"field of shape \(1, 2, 1, 1\)"),
         (lambda: taus((2, 2, 1, 1), float("nan")), "Thresholds must be 0 or more"),
         (lambda: taus((2, 2, 1, 1), -0.5), "Thresholds must be 0 or more"),
@@ -198,6 +203,44 @@ def test_a_state_of_another_batch(model: ResQModel) -> None:
 def test_frames_that_do_not_fit(model: ResQModel, frames: Tensor, unchecked_types: None) -> None:
     with pytest.raises(VideoError, match=r"Frames must be float of shape \(clips, 3, 8, 10\).*to_float"):
         model.step(frames, model.new_state(len(frames)), everywhere(len(frames), True), constant(model))
+
+
+def test_frames_whose_sum_is_too_large_for_their_type_are_finite() -> None:
+    size = (300, 500)  # in half precision, whose largest number is 65,504
+    network = nn.Sequential(nn.Identity(), nn.Conv2d(1, 1, 1, 50)).half()
+    model = ResQModel(network, torch.zeros(1, 1, *size, dtype=torch.float16)).calibrate(byte_clips(1, 2, 1, size))
+    frames = torch.full((1, 1, *size), 0.5, dtype=torch.float16)
+    assert not torch.isfinite(frames.sum())
+    output, _ = model.step(frames, model.new_state(1), everywhere(1, True), LevelField.constant(0, 1, 1))
+    assert bool(torch.isfinite(output).all())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_decisions_of_other_types_are_those_of_their_values(
+    model: ResQModel, compiled: bool, unchecked_types: None
+) -> None:
+    model = model.priced("product")
+    model = model.compile() if compiled else model
+    frames = torch.stack([video(2, 3, SIZE, s) for s in range(2)], 1)
+    fields: list[tuple[Any, ...]] = [
+        (
+            levels((2, 2, 1, 1), 2),
+            *(LevelField(levels((2, 2, 1, 1), 2).levels.to(t)) for t in (torch.int32, torch.uint8)),
+        ),
+        (
+            taus((2, 2, 1, 1), 0.5),
+            *(ThresholdField(taus((2, 2, 1, 1), 0.5).thresholds.to(t)) for t in (torch.float64, torch.float16)),
+        ),
+    ]
+    for own in fields:
+        found = []
+        for field in own:
+            state = model.new_state(2)
+            model.step(frames[0], state, everywhere(2, True), field)
+            output, cost = model.step(frames[1], state, everywhere(2, False), field)
+            found.append([output, cost.bops])
+        for other in found[1:]:
+            assert all(map(torch.equal, found[0], other))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -66,6 +66,13 @@ def after_attention(m: Any, x: Tensor) -> Tensor:
     return found
 
 
+def squeezed(m: Any, x: Tensor) -> Tensor:
+    """An image whose channels are weighed by a convolution of the whole frame's mean."""
+    y = m.a(x)
+    found: Tensor = y * m.s(y.mean((2, 3), keepdim=True)).sigmoid()
+    return found
+
+
 def by_rank(m: Any, x: Tensor) -> Tensor:
     y: Tensor = m.d(embedded(m, x).sort(1).values)
     return y
@@ -85,6 +92,7 @@ CASES: dict[str, Case] = {
     "pooled": (lambda m, x: m.d(nn.functional.avg_pool2d(m.a(x), 4).flatten(2).mT), (2, 3), list(range(6))),
     "resized": (lambda m, x: m.d(nn.functional.interpolate(m.a(x), (4, 4)).flatten(2).mT), (4, 4), list(range(16))),
     "gated": (lambda m, x: m.d(embedded(m, x) * embedded(m, x).mean(1, keepdim=True)), SIZE, list(range(96))),
+    "squeezed": (lambda m, x: m.d(squeezed(m, x).flatten(2).mT), SIZE, list(range(96))),
     "mean": (lambda m, x: m.d(embedded(m, x).mean(1)), (1, 1), [0]),
     "masked": (lambda m, x: m.d(torch.where(m.weight.flatten() > 0, embedded(m, x), 0.0)), SIZE, list(range(96))),
 }
@@ -92,7 +100,9 @@ CASES: dict[str, Case] = {
 
 def network(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return Net(CASES[name][0], c=attention(), d=nn.Linear(16 if name == "merged" else 4, 5)).eval()
+    return Net(
+        CASES[name][0], c=attention(), d=nn.Linear(16 if name == "merged" else 4, 5), s=nn.Conv2d(4, 4, 1)
+    ).eval()
 
 
 def tokens_of(model: ResQModel) -> Site:
@@ -184,6 +194,11 @@ def test_levels_and_costs_of_tokens_equal_a_replay(name: str) -> None:
                 else:
                     wanted[clip, place // size[1] * 2 // size[0], place % size[1] * 3 // size[1]] += cost
         np.testing.assert_allclose(steps[0][1].bops[:, position].numpy(), wanted, rtol=1e-12)
+
+
+def test_convolutions_of_one_tap_have_places_without_a_linear_layer() -> None:
+    model = ResQModel(Net(lambda m, x: m.d(m.a(x).flatten(2)), d=nn.Conv1d(4, 5, 1)).eval(), torch.rand(1, 3, *SIZE))
+    assert (tokens_of(model).tokens.size, tokens_of(model).tokens.index.tolist()) == (SIZE, list(range(96)))
 
 
 def test_tokens_of_no_known_place_share_one_region_and_are_named(caplog: pytest.LogCaptureFixture) -> None:

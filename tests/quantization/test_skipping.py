@@ -94,6 +94,18 @@ def test_tiles_give_the_numbers_of_the_whole_convolution(fast: Kernels, data: st
     assert all(map(torch.equal, own, residual_of(PLAIN, plain, x, start, base, choice)))
 
 
+def test_one_tap_between_as_many_pixels_is_no_identity(fast: Kernels) -> None:
+    """Of 3 x 3 pixels with a stride of 2 and padding of 1, the outputs read padding but for the middle one."""
+    geometry = Geometry("conv2d", (1, 1), (2, 2), (1, 1, 1, 1))
+    tiling = tiling_of(geometry, 1, (3, 3))
+    assert tiling is not None
+    for row, column, read in ((1, 1, [4]), (0, 0, []), (2, 2, []), (1, 0, [])):
+        active = torch.zeros(1, 3, 3, dtype=torch.uint8)
+        active[0, row, column] = 1
+        found = fast.skipping.find(tiling, active).tolist()  # type: ignore[attr-defined]
+        assert found == read, (row, column)
+
+
 def test_tiles_are_found_where_their_windows_have_an_active_pixel(fast: Kernels) -> None:
     geometry = Geometry("conv2d", (3, 2), (2, 1), (1, 0, 2, 1), (1, 2))
     tiling = tiling_of(geometry, 2, (23, 17))

@@ -22,6 +22,7 @@ from resq_rl.quantization import (
     save_model,
     to_float,
 )
+from resq_rl.quantization.specification.costs import SHIPPED
 from resq_rl.sealed import checksum
 from tests.envs.problems import moving_frames, tiny_network
 
@@ -106,6 +107,52 @@ def test_weights_set_again_to_the_saved_bits_stay(tmp_path: Path) -> None:
     save_model(model, tmp_path)
     loaded = load_model(tmp_path, tiny_network())
     loaded.set_residual_weight_bits(model.config.weight_bits("conv"))
+    assert all(map(torch.equal, steps(loaded, "previous"), steps(model, "previous")))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_models_under_shipped_cost_tables_come_back(name: str, tmp_path: Path) -> None:
+    bits = 8 if name == "int8_skip" else 4
+    model = calibrated(tiny_network(), QuantizationConfig(bops_convention=name, residual_weight_bits=bits))
+    save_model(model, tmp_path)
+    loaded = load_model(tmp_path, tiny_network())
+    assert loaded.config == model.config
+    assert all(map(torch.equal, steps(loaded, "previous"), steps(model, "previous")))
+
+
+class Coarse(nn.Module):
+    """Takes frames of any type, and reads them as float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.float())  # type: ignore[no-any-return]
+
+
+def test_frames_come_in_the_type_that_the_model_was_wrapped_for(tmp_path: Path) -> None:
+    network = Coarse().eval()
+    model = ResQModel(network, torch.zeros(1, 3, 32, 48, dtype=torch.float16)).calibrate([moving_frames(5, seed=1)])
+    save_model(model, tmp_path)
+    frames, whole = torch.full((1, 3, 32, 48), 0.3), torch.full((1, 3, 32, 48), 0.3).half().float()
+    loaded = load_model(tmp_path, network)
+    assert torch.equal(loaded.float_forward(frames), network.inner(whole))
+    assert not torch.equal(network.inner(frames), network.inner(whole))
+    assert all(map(torch.equal, steps(loaded, "previous"), steps(model, "previous")))
+
+
+def test_weights_from_a_file_are_not_rounded_to_other_bits_without_the_clips(tmp_path: Path) -> None:
+    model = calibrated(tiny_network())
+    save_model(model, tmp_path)
+    loaded = load_model(tmp_path, tiny_network())
+    with pytest.raises(CalibrationError, match=r"without weights of 3 bits.* calibrate the network anew"):
+        loaded.set_residual_weight_bits(3)
+    for own in (model, loaded):
+        own.set_residual_weight_bits(8)  # to nearest, as always
+    assert all(map(torch.equal, steps(loaded, "previous"), steps(model, "previous")))
+    for own in (model, loaded):
+        own.calibrate([moving_frames(5, seed=seed) for seed in (1, 2)], interval=3).set_residual_weight_bits(3)
     assert all(map(torch.equal, steps(loaded, "previous"), steps(model, "previous")))
 
 

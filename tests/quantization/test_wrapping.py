@@ -187,6 +187,40 @@ def test_frames_are_not_changed() -> None:
     assert torch.equal(frames, kept)
 
 
+class Normalising(nn.Module):
+    """Subtracts a mean from its own input and divides by a deviation, in place or not."""
+
+    def __init__(self, channels: int, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.layer = nn.Conv2d(channels, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.sub_(0.4).div_(0.2) if self.in_place else (x - 0.4) / 0.2
+        return self.layer(y)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("program", [False, True])
+def test_a_network_that_writes_to_its_input_leaves_the_frames_as_they_are(channels: int, program: bool) -> None:
+    models = []
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        network: nn.Module = Normalising(channels, in_place).eval()
+        network = exported(network, torch.rand(2, channels, *SIZE)) if program else network
+        models.append(ResQModel(network, torch.zeros(1, channels, *SIZE)).calibrate(byte_clips(2, 4, channels, SIZE)))
+    assert models[0].ranges == models[1].ranges
+    frames = video(2, channels, SIZE)
+    kept, outputs = frames.clone(), []
+    for model in models:
+        state, field = model.new_state(1), LevelField.constant(3, 1, 1)
+        outputs.append([model.float_forward(frames[:1]).clone()])
+        for t in (0, 1):
+            outputs[-1].append(model.step(frames[t : t + 1], state, everywhere(1, t == 0), field)[0].clone())
+        assert torch.equal(frames, kept)
+    assert all(map(torch.equal, *outputs))
+
+
 def test_in_place_operations_of_a_program() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

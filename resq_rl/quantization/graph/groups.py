@@ -63,7 +63,8 @@ def _given_groups(sites: list[Site], setting: Mapping[str, str | Sequence[str]])
     empty = [name for i, name in enumerate(setting) if i not in index]
     if empty:
         raise SettingsError(f"The groups {empty} match no layer. Layers are {[s.operator.name for s in sites]}.")
-    return tuple(setting), torch.tensor(index)
+    order = list(dict.fromkeys(index))  # of execution, so that groups of one layer each are ordered as the layers are
+    return tuple(list(setting)[i] for i in order), torch.tensor([order.index(i) for i in index])
 
 
 def _groups_by_resolution(sites: list[Site], most: int = 5) -> tuple[tuple[str, ...], Tensor]:

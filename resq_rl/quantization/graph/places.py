@@ -132,9 +132,12 @@ class Places(EagerMode):
             self.begin(x)
 
     def begin(self, t: Tensor, *, placed: bool = True) -> None:
-        """Take a tensor whose first axis is that of the clips as an image (b, c, h, w), or else as of no place."""
+        """Take a tensor whose first axis is that of the clips as an image (b, c, h, w), or else as of no place.
+
+        An image of one pixel stands for the whole frame, which is no place.
+        """
         clips = torch.arange(len(t), dtype=torch.float64).view(-1, *[1] * (t.dim() - 1)) * _CLIP + 1
-        if t.dim() == 4 and placed:
+        if t.dim() == 4 and placed and t.shape[2] * t.shape[3] > 1:
             h, w = t.shape[2:]
             raster = self._raster((h, w)) * _RASTER + torch.arange(h * w, dtype=torch.float64).view(1, 1, h, w)
             clips = clips + raster

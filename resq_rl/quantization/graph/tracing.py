@@ -95,10 +95,12 @@ class Traced(NamedTuple):
     Attributes:
         sites: the calls of operators and of products of activations, in order.
         constant: which of all products of matrices, by number in order, do not depend on the frame.
+        overwrites: whether the pass writes to its own inputs, or may.
     """
 
     sites: list[AnySite]
     constant: frozenset[int]
+    overwrites: bool
 
 
 def trace(network: nn.Module, switch: Switch, inputs: tuple[Tensor, ...]) -> Traced:
@@ -134,13 +136,14 @@ def trace(network: nn.Module, switch: Switch, inputs: tuple[Tensor, ...]) -> Tra
     for site, y, before in calls.outputs:
         changed = not torch.equal(y.nan_to_num(), before.nan_to_num())  # by code that no mode of torch sees
         site.overwritten = changed or block_of(y) in touched
-    return Traced(calls.sites, frozenset(calls.constant))
+    overwrites = any(block_of(part) in calls.follow.written for part in inputs)
+    return Traced(calls.sites, frozenset(calls.constant), overwrites)
 
 
 def _located(network: nn.Module, switch: Switch, inputs: tuple[Tensor, ...]) -> list[tuple[Arrangement | None, Tokens]]:
     """Where clips and tokens lie in the input of each operator call; shorter where the pass ends in an error."""
     found: list[tuple[Arrangement | None, Tokens]] = []
-    linear = (nn.Linear, ResidualOperator)
+    linear = (nn.Linear, nn.Conv1d, ResidualOperator)
     if not any(isinstance(module, linear) for module in network.modules()):
         return found
     clips, places = len(inputs[0]), Places(inputs)

@@ -93,7 +93,7 @@ class _Native(Kernels):
         """Write codes, and the pixels where one is not 0 if `active` is given. Returns the cost of each pixel."""
         cost = torch.empty(choice.index.shape, dtype=torch.float32, device="cpu")
         clips, channels, rows, columns = x.shape
-        bytes_, zero, invalid = _bytes(codes, product)
+        (bytes_, zero), invalid = _bytes(codes, product), torch.zeros(1, dtype=torch.int64, device="cpu")
         self._encode(
             **{"clips": clips, "channels": channels, "pixels": rows * columns, "bytes": bytes_, "zero": zero},
             channels_last=_layout(reference) == torch.channels_last,
@@ -195,7 +195,7 @@ class _Native(Kernels):
             return super().encode_keyframe(x, step, low, high)
         x = x.contiguous(memory_format=_layout(x)) if x.dim() == 4 else x.contiguous()
         codes, values = _codes_for(product, x), torch.empty_like(x)
-        bytes_, zero, invalid = _bytes(codes, product)
+        (bytes_, zero), invalid = _bytes(codes, product), torch.zeros(1, dtype=torch.int64, device="cpu")
         self._encode_keyframe(
             **{"count": x.numel(), "threads": torch.get_num_threads(), "bytes": bytes_, "zero": zero},
             **{"x": x, "codes": codes, "values": values, "invalid": invalid, "step": step, "low": low, "high": high},
@@ -243,15 +243,15 @@ def _codes_for(product: Product | None, x: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=torch.uint8 if bytes_ else torch.float32)
 
 
-def _bytes(codes: Tensor, product: Product | None) -> tuple[bool, int, Tensor | None]:
-    """Whether codes are bytes, with what zero point, and where it is said that an input is NaN."""
+def _bytes(codes: Tensor, product: Product | None) -> tuple[bool, int]:
+    """Whether codes are bytes, and with what zero point."""
     if codes.dtype != torch.uint8 or product is None or product.int8 is None:
-        return False, 0, None
-    return True, product.int8.zero, torch.zeros(1, dtype=torch.int64, device="cpu")
+        return False, 0
+    return True, product.int8.zero
 
 
-def _check_valid(invalid: Tensor | None) -> None:
-    if invalid is not None and int(invalid):
+def _check_valid(invalid: Tensor) -> None:
+    if int(invalid):
         raise NetworkError(
             "A layer's input holds NaN in this frame: look at divisions, logarithms and square roots of the network "
             "before its layers."

@@ -69,7 +69,7 @@ _HOLDS = {
     "void *": (torch.float32, torch.uint8),
 }
 # What may be None.
-MAY_LACK = {"encode": ("active", "invalid", "kappa", "tau"), "encode_keyframe": ("invalid",)}
+MAY_LACK = {"encode": ("active", "kappa", "tau")}
 
 # No contraction: the C code says where a multiply-add rounds once. Errno and traps would keep loops from vector units.
 _FLAGS = ["-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]

@@ -9,8 +9,8 @@
 // of a pixel side by side, else the pixels of a channel. A block of pixels stays in the cache from the magnitude to the
 // codes.
 //
-// Codes are float32, or bytes: the code plus a zero point, `zero`, so that it is not negative. Bytes cannot hold NaN, so that
-// `invalid` is set where an input has one.
+// Codes are float32, or bytes: the code plus a zero point, `zero`, so that it is not negative. Neither bytes nor codes that are
+// not written can hold NaN, so that `invalid` is set where an input has one.
 
 #include <math.h>
 #include <stdint.h>
@@ -143,8 +143,10 @@ void resq_encode(const struct arguments_encode *a) {
         const int64_t count = pixels - first < BLOCK ? pixels - first : BLOCK;
         const int64_t at = clip * pixels + first, start = clip * pixels * channels + first * pixel;
         float inverse[BLOCK], limit[BLOCK], unit[BLOCK], magnitude[BLOCK];
-        if (kappas > 0 || active || a->bytes)
-            largest_magnitudes(x + start, reference + start, channels, count, pixel, channel, magnitude);
+        int nan = 0;
+        largest_magnitudes(x + start, reference + start, channels, count, pixel, channel, magnitude);
+        for (int64_t p = 0; p < count; p++) nan |= magnitude[p] != magnitude[p];
+        if (nan) mark(a->invalid);
         for (int64_t p = 0; p < count; p++) {
             int64_t entry = index[at + p];
             if (kappas > 0) {
@@ -160,15 +162,12 @@ void resq_encode(const struct arguments_encode *a) {
         if (active) {
             int any = 0;
             for (int64_t p = 0; p < count; p++) {
-                active[at + p] = !(rintf(magnitude[p] * inverse[p]) < 1.0f);  // so that NaN is active
+                active[at + p] = rintf(magnitude[p] * inverse[p]) >= 1.0f;
                 any |= active[at + p];
             }
             if (!any) continue;
         }
         if (a->bytes) {
-            int any = 0;
-            for (int64_t p = 0; p < count; p++) any |= magnitude[p] != magnitude[p];
-            if (any) mark(a->invalid);
             encode_block(x + start, reference + start, (uint8_t *)a->codes + start, 1, a->zero, channels, count, pixel,
                          channel, inverse, limit, unit, moves, step, active ? active + at : 0);
         } else {
@@ -250,23 +249,24 @@ void resq_encode_keyframe(const struct arguments_encode_keyframe *a) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t b = 0; b < blocks; b++) {
         const int64_t last = (b + 1) * LONG < all ? (b + 1) * LONG : all;
+        int nan = 0;
         if (bytes) {
             uint8_t *restrict codes = a->codes;
-            int any = 0;
             for (int64_t i = b * LONG; i < last; i++) {
                 const float code = quantized(x[i] / step, low, high);
-                any |= code != code;
+                nan |= code != code;
                 put(codes, i, code, 1, zero);
                 values[i] = code * step;
             }
-            if (any) mark(a->invalid);
         } else {
             float *restrict codes = a->codes;
             for (int64_t i = b * LONG; i < last; i++) {
                 codes[i] = quantized(x[i] / step, low, high);
+                nan |= codes[i] != codes[i];
                 values[i] = codes[i] * step;
             }
         }
+        if (nan) mark(a->invalid);
     }
 }
 
@@ -281,7 +281,8 @@ static inline int64_t at_most(int64_t value, int64_t high) { return value < high
 void resq_find(const struct arguments_find *a) {
     const int64_t rows = a->rows, columns = a->columns, each = a->down * a->across;
     int64_t found = 0;
-    if (each == rows * columns && a->high == 1 && a->wide == 1) {  // each pixel is a window
+    if (each == rows * columns && a->high == 1 && a->wide == 1 && a->step_rows == 1 && a->step_columns == 1) {
+        // each pixel is a window
         for (int64_t t = 0; t < a->clips * each; t++)
             if (a->active[t]) a->tiles[found++] = t;
         *a->count = found;

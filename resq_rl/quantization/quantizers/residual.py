@@ -86,7 +86,7 @@ def _steps(
     rows = [table.units] if kappa is None else [_units(table, tau, kappa) for tau in _half_octaves()]
     unit = torch.tensor(rows, dtype=torch.float32, device="cpu")
     limit = torch.tensor(table.limits, dtype=torch.float32, device="cpu").expand(len(rows), -1).contiguous()
-    inverse = torch.where(unit > 0, 1.0 / (table.step * unit), 0.0)
+    inverse = torch.where(unit > 0, 1.0 / (table.step * unit), torch.finfo(unit.dtype).tiny)  # 0 times infinity is NaN
     return inverse.to(device), limit.to(device), unit.to(device)
 
 

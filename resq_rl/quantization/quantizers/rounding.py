@@ -108,7 +108,7 @@ def _descend(
 def _conditioned(moment: Tensor) -> Tensor:
     """The moment with a positive diagonal of mean 1."""
     mean = moment.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    identity = torch.eye(moment.shape[1], device=moment.device)
+    identity = torch.eye(moment.shape[1], dtype=moment.dtype, device=moment.device)
     scaled: Tensor = torch.where(mean > 0, moment / mean, identity)
     return (scaled + DAMPING * identity) / (1 + DAMPING)
 

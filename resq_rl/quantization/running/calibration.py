@@ -66,7 +66,7 @@ class SiteRecorder:
 
     def record(self, x: Tensor, age: int, generator: torch.Generator) -> None:
         """Take in the input `x` of one frame, `age` frames after its keyframe (0 at the keyframe itself)."""
-        x = x.detach().float()
+        x = x.detach().to(torch.float32, copy=True)  # which the network may overwrite once the operator has read it
         self.values.append(self._pixels(x, generator))
         low, high = float(x.min()), float(x.max())
         if not math.isfinite(low + high):

@@ -44,6 +44,8 @@ def check_decision(
             f"{tuple(refresh.shape)}, {refresh.dtype}."
         )
     if isinstance(decision, LevelField):
+        if values.is_floating_point() or values.dtype == torch.bool:
+            raise PolicyError(f"Levels must be whole numbers, indices of bit-widths, got {values.dtype}.")
         if int(values.min()) < 0 or int(values.max()) >= levels:
             raise PolicyError(f"Levels must be 0 to {levels - 1}, got {int(values.min())} to {int(values.max())}.")
     elif len(decision.kappa) != levels - 1 or bool((~(values >= 0)).any()):
@@ -66,7 +68,8 @@ def check_inputs(inputs: tuple[Tensor, ...], shapes: Sequence[tuple[int, ...]]) 
     for part in inputs:
         if not math.isfinite(float(part.sum())):  # a sum shows NaN and infinity at a tenth of isfinite's cost
             bad = torch.nonzero(~torch.isfinite(part).flatten(1).all(1))[:, 0].tolist()
-            raise VideoError(f"The frames of clips {bad} hold NaN or infinity. Repair or drop these frames.")
+            if bad:  # else the sum alone was too large
+                raise VideoError(f"The frames of clips {bad} hold NaN or infinity. Repair or drop these frames.")
 
 
 def _described(parts: Sequence[Tensor]) -> str:

@@ -259,10 +259,11 @@ class Execution:
     def _carry(self, index: int, size: Pair) -> tuple[Tensor | None, Tensor]:
         decision = self.rest_decision
         if isinstance(decision, LevelField):
-            return None, carry(decision.levels[:, index], size, "max").contiguous()
+            return None, carry(decision.levels[:, index].long(), size, "max").contiguous()
+        thresholds = decision.thresholds.float()  # of whatever type they are given
         if self._rows is None:
-            self._rows = threshold_row(decision.thresholds)
-        tau, row = (carry(x[:, index], size, "min").contiguous() for x in (decision.thresholds, self._rows))
+            self._rows = threshold_row(thresholds)
+        tau, row = (carry(x[:, index], size, "min").contiguous() for x in (thresholds, self._rows))
         return tau, row
 
     def _store_output(self, y: Tensor) -> None:

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from resq_rl.quantization.graph.operators import ResidualOperator
+from resq_rl.quantization.graph.operators import ResidualOperator, own_types
 from resq_rl.quantization.graph.outputs import tensors_of
 from resq_rl.quantization.graph.tracing import Site
 from resq_rl.quantization.kernels.plain import Kernels
@@ -134,7 +134,8 @@ class KeyframeFit:
 
         def observe(position: int, operator: ResidualOperator, x: Tensor) -> Tensor:
             y = operator.float_output(x)
-            quantizers.append(_quantizer(self._sites[position], x.detach().float(), bits, generator))
+            with own_types():
+                quantizers.append(_quantizer(self._sites[position], x.detach().float(), bits, generator))
             means.append(_mean(operator, y))
             return y
 
@@ -146,7 +147,7 @@ class KeyframeFit:
         plans, corrections = self._plan(ranges), []
 
         def correct(position: int, operator: ResidualOperator, x: Tensor) -> Tensor:
-            y, _ = keyframe_output(plans[position], self._kernels, _laid_out(operator, x))
+            y = self._quantized(plans[position], x)
             correction = (means[position] - _mean(operator, y)).float()
             corrections.append(correction)
             return (y + operator.per_channel(correction)).to(self._sites[position].dtype)
@@ -162,14 +163,18 @@ class KeyframeFit:
         plans = self._plan(ranges)
 
         def execute(position: int, operator: ResidualOperator, x: Tensor) -> Tensor:
-            y, _ = keyframe_output(plans[position], self._kernels, _laid_out(operator, x))
-            return y.to(self._sites[position].dtype)
+            return self._quantized(plans[position], x).to(self._sites[position].dtype)
 
         total = 0.0
         for y, target in zip(tensors_of(self._run(self._held, execute)), wanted, strict=True):
             error = float((y.double() - target.double()).square().sum())
             total += math.log(error + 1e-12 * float(target.double().square().sum()) + 1e-30)
         return total if math.isfinite(total) else math.inf
+
+    def _quantized(self, plan: SitePlan, x: Tensor) -> Tensor:
+        """The output of an operator as at keyframes, whatever types the network's own code computes in."""
+        with own_types():
+            return keyframe_output(plan, self._kernels, _laid_out(plan.site.operator, x))[0]
 
 
 def _quantizer(site: Site, x: Tensor, bits: int, generator: torch.Generator) -> Quantizer | None:

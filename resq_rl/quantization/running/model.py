@@ -79,7 +79,7 @@ class ResQModel:
         self.device = inputs[0].device
         self.frame_size = (inputs[0].shape[-2], inputs[0].shape[-1])
         self.input_shapes = tuple(tuple(x.shape[1:]) for x in inputs)
-        self._input_types = tuple(x.dtype for x in inputs)
+        self.input_types = tuple(x.dtype for x in inputs)
         clips = probe_clips(inputs)
         original = Behaviour(type(network).__name__, copy_of(network, self.device), clips)
         self.network = copy_of(network, self.device)
@@ -87,7 +87,7 @@ class ResQModel:
         insert_operators(self.network, self._switch)
         traced = trace(self.network, self._switch, tuple(part[:2] for part in clips))
         self.sites: list[AnySite] = traced.sites
-        self._constant_products = traced.constant
+        self._constant_products, self._overwrites = traced.constant, traced.overwrites
         self._multiplies = bool(traced.constant) or len(self.layers) < len(self.sites)  # matrices, outside of layers
         if self.unplaced:
             log.info(
@@ -217,7 +217,8 @@ class ResQModel:
         layers = self.layers
 
         def record(position: int, operator: ResidualOperator, value: Tensor) -> Tensor:
-            recorders[position].record(layers[position].arrangement.gathered(value), age, generator)
+            with own_types():  # whatever the network's own code does
+                recorders[position].record(layers[position].arrangement.gathered(value), age, generator)
             return operator.float_output(value)
 
         self._run(inputs, numbered(layers, record))
@@ -226,7 +227,8 @@ class ResQModel:
 
     def _run(self, inputs: tuple[Tensor, ...], execute: Any) -> Any:
         before, self._switch.execute = self._switch.execute, execute
-        given = (part.to(dtype) for part, dtype in zip(inputs, self._input_types, strict=True))
+        types, own = self.input_types, self._overwrites  # else the network would change the caller's frames
+        given = (part.to(dtype, copy=own) for part, dtype in zip(inputs, types, strict=True))
         try:
             if not self._multiplies:
                 return self.network(*given)
@@ -335,12 +337,13 @@ class ResQModel:
     # Cost ------------------------------------------------------------------------------------------------------------
 
     def priced(self, cost: Convention | CostTable) -> "ResQModel":
-        """This model under another cost; both share the network, its calibration and what calibrates it later.
+        """This model under another cost, with the same network and calibration; neither follows later changes.
 
         Raises:
             SettingsError: the cost table lacks a width or a kind of layer.
         """
         other = copy(self)
+        other.weights = copy(self.weights)
         other.config = replace(self.config, bops_convention=cost)
         other._plan()
         return other

@@ -43,6 +43,7 @@ def save_model(model: ResQModel, folder: Path) -> None:
     about = {
         "format": FORMAT,
         "input_shapes": [list(shape) for shape in model.input_shapes],
+        "input_types": [str(dtype).removeprefix("torch.") for dtype in model.input_types],
         "config": asdict(model.config),
         "groups": list(model.groups),
         "group_of_site": model.group_of_site.tolist(),
@@ -77,8 +78,7 @@ def load_model(folder: Path, network: nn.Module) -> ResQModel:
     try:
         config = dict(about["config"])
         config["levels"] = tuple(config["levels"])
-        example = tuple(torch.zeros(1, *shape) for shape in about["input_shapes"])
-        model = ResQModel(network, example, QuantizationConfig(**config))
+        model = ResQModel(network, _example(about), QuantizationConfig(**config))
         _check_same(folder, model, about)
         model.groups, model.group_of_site = tuple(about["groups"]), torch.tensor(about["group_of_site"])
         model.ranges = [_ranges(site) for site in about["sites"]]
@@ -88,6 +88,15 @@ def load_model(folder: Path, network: nn.Module) -> ResQModel:
             f"The model in {folder} cannot be used ({type(error).__name__}: {error}). Save it anew or copy it again."
         ) from error
     return model
+
+
+def _example(about: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Inputs of the shapes and types that a model was wrapped for; of float32, where its file does not say."""
+    shapes = about["input_shapes"]
+    types = about.get("input_types", ["float32"] * len(shapes))
+    return tuple(
+        torch.zeros(1, *shape, dtype=getattr(torch, dtype)) for shape, dtype in zip(shapes, types, strict=True)
+    )
 
 
 def _packed(model: ResQModel) -> Iterator[tuple[str, Tensor]]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from resq_rl.errors import NetworkError
+from resq_rl.errors import CalibrationError, NetworkError
 from resq_rl.quantization.graph.operators import ResidualOperator, laid_out
 from resq_rl.quantization.quantizers.rounding import FINE, IntegerWeight, integer_weight
 from resq_rl.quantization.running.calibration import SiteRecorder
@@ -30,12 +30,13 @@ class Weights:
         layout: how weights of four dimensions lie in memory.
 
     Attributes:
-        moments: second moments of what weights multiply, by which they are rounded; none before calibration.
+        moments: second moments of what weights multiply, by which they are rounded; none before calibration, and None
+            for weights from a file, which holds no moments.
     """
 
     def __init__(self, operators: Sequence[ResidualOperator], layout: torch.memory_format) -> None:
         self._operators, self._layout = operators, layout
-        self.moments: dict[tuple[ResidualOperator, Part], Tensor] = {}
+        self.moments: dict[tuple[ResidualOperator, Part], Tensor] | None = {}
         self._rounded: dict[tuple[ResidualOperator, Part, int], IntegerWeight] = {}
         self._parts: dict[Part, dict[ResidualOperator, IntegerWeight]] = {}
 
@@ -44,6 +45,7 @@ class Weights:
 
         Raises:
             NetworkError: a weight or bias is not finite.
+            CalibrationError: other bits are wanted than those of weights from a file.
         """
         self._parts = {
             "keyframe": {o: self._of(o, "keyframe", config.key_weight_bits, config) for o in self._operators},
@@ -52,15 +54,16 @@ class Weights:
 
     def weigh(self, recorders: Sequence[SiteRecorder]) -> None:
         """Take the moments that calibration recorded, summed over the calls of an operator; rounding begins anew."""
-        self.moments, self._rounded = {}, {}
+        moments: dict[tuple[ResidualOperator, Part], Tensor] = {}
         for recorder in recorders:
             for part, moment in recorder.moments.items():
                 key = recorder.site.operator, part
-                self.moments[key] = self.moments[key] + moment if key in self.moments else moment
+                moments[key] = moments[key] + moment if key in moments else moment
+        self.moments, self._rounded = moments, {}
 
     def put(self, operator: ResidualOperator, part: Part, bits: int, weight: IntegerWeight) -> None:
-        """Set a weight that was rounded before, such as one from a file."""
-        self._rounded[operator, part, bits] = self._laid_out(weight)
+        """Set a weight from a file."""
+        self.moments, self._rounded[operator, part, bits] = None, self._laid_out(weight)
 
     def of(self, operator: ResidualOperator) -> dict[Part, IntegerWeight]:
         """The weights of an operator by part."""
@@ -73,9 +76,18 @@ class Weights:
         if key not in self._rounded:
             if not all(bool(torch.isfinite(v).all()) for v in (operator.weight, operator.bias) if v is not None):
                 raise NetworkError(f"Layer {operator.name!r} has weights that are not finite: load other weights.")
-            moment = self.moments.get((operator, part))
+            moment = self._moment(operator, part, bits, config)
             self._rounded[key] = self._laid_out(integer_weight(operator, bits, config.range_estimator, moment))
         return self._rounded[key]
+
+    def _moment(self, operator: ResidualOperator, part: Part, bits: int, config: QuantizationConfig) -> Tensor | None:
+        """The second moment by which a weight is rounded; None where it is rounded to nearest."""
+        if self.moments is None and part in weighed(config) and bits < FINE:
+            raise CalibrationError(
+                f"Layer {operator.name!r} came from a file without weights of {bits} bits, and rounding them needs the "
+                "calibration clips: calibrate the network anew, or ask for 8 bits or more."
+            )
+        return None if self.moments is None else self.moments.get((operator, part))
 
     def _laid_out(self, weight: IntegerWeight) -> IntegerWeight:
         return replace(weight, codes=laid_out((weight.codes,), self._layout)[0])

@@ -97,7 +97,7 @@ class CostTable(Checked):
             layer.inputs * self.activation_traffic * activation_bits / 8,
             layer.weights * self.weight_traffic * weight_bits / 8,
         )
-        return max(float(compute), *(traffic / layer.macs for traffic in moved))
+        return max(float(compute), *(traffic / max(1, layer.macs) for traffic in moved))
 
     def _at(self, row: Mapping[int, Any], bits: int, what: str) -> Any:
         wide = [width for width in row if width >= bits]

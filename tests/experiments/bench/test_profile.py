@@ -1,5 +1,6 @@
 """The profile of a small network: what it writes, and that its cost table prices frames."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from resq_rl.envs import Problem
 from resq_rl.experiments.bench.operators import EVERYTHING, NOTHING, OperatorTimes, cost_table, whole_layers
 from resq_rl.experiments.cli.app import main
 from resq_rl.experiments.config.composition import load_settings
-from resq_rl.quantization import CostTable, ResQModel, ThresholdField, to_float
+from resq_rl.quantization import CostTable, LevelField, ResQModel, ThresholdField, to_float
 
 SMALL = [
     *("video.train=2", "video.validation=1", "video.test=1", "video.frames=4", "video.size=[32,48]"),
@@ -87,6 +88,25 @@ def test_a_model_under_another_cost_is_as_one_made_with_it(problem: Problem) -> 
     assert squared != cost
     assert stepped(model)[1] == cost  # which it left alone
     assert stepped(model.priced("max").priced("product"))[1] == cost
+
+
+def test_what_is_set_on_a_model_under_another_cost_leaves_the_first_alone(problem: Problem) -> None:
+    model, frames = copy.deepcopy(problem.model), to_float(problem.clips[0].frames[:1])
+    every, field = torch.ones(1, dtype=torch.bool), LevelField.constant(2, 1, len(problem.model.groups))
+
+    def spent(one: ResQModel) -> tuple[torch.Tensor, float]:
+        state = one.new_state(1)
+        one.step(frames, state, every, field)
+        output, cost = one.step(1 - frames, state, ~every, field)
+        return output, float(cost.total)
+
+    output, cost = spent(model)
+    other = model.priced("product")
+    other.set_residual_weight_bits(8)
+    assert spent(other)[1] == 2 * cost  # of 4 bits before
+    again, still = spent(model.compile())  # which makes its plans anew
+    assert still == cost
+    assert torch.equal(again, output)
 
 
 def test_whole_layers_give_the_same_numbers(problem: Problem) -> None:
