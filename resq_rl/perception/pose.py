@@ -17,8 +17,9 @@ from resq_rl.video import JOINTS, Clip
 
 __all__ = ["Pose", "PoseKind"]
 
-PoseKind = Literal["heatmaps", "landmarks"]
-"""`heatmaps`: a map of logits for each point; `landmarks`: two or more numbers for each point, coordinates first."""
+PoseKind = Literal["heatmaps", "probabilities", "landmarks"]
+"""`heatmaps`: a map of logits for each point; `probabilities`: a map of values in 0..1 for each, as of a sigmoid;
+`landmarks`: two or more numbers for each point, coordinates first."""
 
 SIDE: Final = (("shoulder", "elbow"), ("elbow", "wrist"), ("shoulder", "hip"), ("hip", "knee"), ("knee", "ankle"))
 LIMBS: Final = (
@@ -32,6 +33,7 @@ TORSO: Final = ("right_shoulder", "left_hip")  # its ends
 MOST_VALUES: Final = 5  # of a landmark, as far as they can be told from an output's length: x, y, z and two scores
 STILL: Final = 0.01  # pixels that a point moves at least, in some clip, if a network sees anything
 SPREAD: Final = 1.0  # standard deviation, in cells, of the heat of a labelled point
+LEAST_PROBABILITY: Final = 1e-6  # whose logarithm is taken of maps of probabilities
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,9 @@ class Pose:
     def output(self, raw: object, size: tuple[int, int] | None = None) -> Float[Tensor, "b k h w"]:
         """Logits of heatmaps in whatever the network returned; landmarks as heatmaps of one peak each.
 
+        The logits of probabilities are their logarithms, so that heat, which is a softmax over the cells of a map, is
+        the probabilities over their sum.
+
         Args:
             raw: a tensor, or a list, tuple or dictionary of tensors, from which `output_key` chooses.
             size: height and width of the frames in pixels; needed for landmarks.
@@ -169,7 +174,8 @@ class Pose:
                 f"{size}, got {own.dtype} of shape {found}. Set kind, stride, channels and output_key to "
                 "match the network."
             )
-        return (own if self.channels is None else own[:, list(self.channels)]).float()
+        maps = (own if self.channels is None else own[:, list(self.channels)]).float()
+        return maps.clamp(min=LEAST_PROBABILITY).log() if self.kind == "probabilities" else maps
 
     def _places(self, raw: Tensor, size: tuple[int, int]) -> Float[Tensor, "b k 2"]:
         """X and y in pixels of each of the task's points, from landmarks of frames of `size`.
@@ -331,8 +337,8 @@ class Pose:
             return f"every point stays at one place in all {len(found)} frames (see task.output_key{hint})"
         if float(found[..., 2].max()) < self.least_score:
             return (
-                f"no point has a score of {self.least_score} or more, so there is no target (the heatmaps must be "
-                "logits, not probabilities)"
+                f"no point has a score of {self.least_score} or more, so there is no target (of kind 'heatmaps' they "
+                "must be logits: set task.kind=probabilities for a network that puts out values in 0..1)"
             )
         return None
 

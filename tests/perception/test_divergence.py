@@ -18,6 +18,7 @@ TASKS: dict[str, tuple[Task, tuple[int, ...]]] = {
     "logit": (Segmentation(classes=2, kind="logit"), (1, *SIZE)),
     "masks": (MaskPropagation(), (2, *SIZE)),
     "heatmaps": (Pose(points=POINTS, normaliser="box"), (POINTS, 8, 12)),
+    "heats": (Pose(points=POINTS, kind="probabilities", normaliser="box"), (POINTS, 8, 12)),
     "landmarks": (LANDMARKS, (POINTS, 2)),
 }
 
@@ -27,13 +28,13 @@ def raw(name: str, seed: int, scale: float = 3.0) -> Tensor:
     values = scale * torch.randn(3, *TASKS[name][1], generator=torch.Generator().manual_seed(seed))
     if name == "landmarks":
         return torch.tensor([24.0, 16.0]) + 2 * values
-    return values.sigmoid() if name == "probability" else values
+    return values.sigmoid() if name in ("probability", "heats") else values
 
 
 def probabilities(name: str, output: Tensor) -> np.ndarray:
     """The distributions that are compared, (frames, distributions, outcomes)."""
     values = output.double().numpy()
-    if name in ("heatmaps", "landmarks"):
+    if name in ("heatmaps", "heats", "landmarks"):
         flat = values.reshape(*values.shape[:2], -1)
     elif name in ("probability", "logit"):
         flat = values.reshape(len(values), -1, 1).clip(1e-6, 1 - 1e-6)

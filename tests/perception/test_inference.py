@@ -109,12 +109,15 @@ def test_landmarks_in_another_unit_are_warned_of() -> None:
         assert degenerate_output(task, [task.predict(task.output(raw, (96, 160)))]) is None
 
 
-def test_heatmaps_of_probabilities_are_warned_of() -> None:
-    logits = 12 * torch.rand(6, 3, 24, 40)
-    assert degenerate_output(Pose(**BOX), [Pose(**BOX).predict(12 * logits)]) is None
-    found = degenerate_output(Pose(**BOX), [Pose(**BOX).predict((logits - 6).sigmoid())])
+def test_heatmaps_of_probabilities_are_warned_of_where_logits_are_expected() -> None:
+    logits, task = 144 * torch.rand(6, 3, 24, 40), Pose(**BOX)
+    probabilities = logits.flatten(2).softmax(2).view_as(logits)
+    assert degenerate_output(task, [task.predict(task.output(logits))]) is None
+    found = degenerate_output(task, [task.predict(task.output(probabilities))])
     assert found is not None
-    assert "the heatmaps must be logits, not probabilities" in found
+    assert "must be logits: set task.kind=probabilities" in found
+    told = Pose(kind="probabilities", **BOX)
+    assert degenerate_output(told, [told.predict(told.output(probabilities))]) is None
 
 
 def test_an_object_that_is_lost_at_once_is_warned_of() -> None:

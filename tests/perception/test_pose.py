@@ -103,18 +103,19 @@ def test_a_perfect_prediction_costs_nothing() -> None:
     assert float(TASK.accuracy(TASK.counts(prediction, target).sum(0))) == 1.0
 
 
+@pytest.mark.parametrize("kind", ["heatmaps", "probabilities"])
 @pytest.mark.parametrize("stride", [1, 4])
-def test_gaussian_heat_says_where_its_centre_is(stride: int) -> None:
-    """Independent of the task's own drawing: exp(-d^2 / 2) by numpy, its logarithm as logits."""
-    task, (height, width) = dataclasses.replace(SMALL, stride=stride), (16 * stride, 24 * stride)
+def test_gaussian_heat_says_where_its_centre_is(stride: int, kind: Any) -> None:
+    """Independent of the task's own drawing: exp(-d^2 / 2) by numpy as probabilities, its logarithm as logits."""
+    task, (height, width) = dataclasses.replace(SMALL, stride=stride, kind=kind), (16 * stride, 24 * stride)
     rng = np.random.default_rng(0)
     centres = rng.uniform(2 * stride, 14 * stride, size=(5, 3, 2))
     y, x = (np.arange(n // stride) * stride + (stride - 1) / 2 for n in (height, width))
     squared = (x[None, :] - centres[..., 0, None, None]) ** 2 + (y[:, None] - centres[..., 1, None, None]) ** 2
-    logits = torch.from_numpy(-squared / (2 * (1.3 * stride) ** 2)).float() + 7.0
-    found = task.predict(task.output(logits, (height, width)))
-    np.testing.assert_allclose(found[..., :2].numpy(), centres, atol=0.02 * stride)
     heat = np.exp(-squared / (2 * (1.3 * stride) ** 2))
+    raw = 0.8 * heat if kind == "probabilities" else np.log(heat) + 7.0
+    found = task.predict(task.output(torch.from_numpy(raw).float(), (height, width)))
+    np.testing.assert_allclose(found[..., :2].numpy(), centres, atol=0.02 * stride)
     for t in range(5):
         for k in range(3):
             row, column = np.unravel_index(heat[t, k].argmax(), heat[t, k].shape)
@@ -265,7 +266,8 @@ def test_heatmaps_of_another_form_are_refused(shape: tuple[int, ...]) -> None:
         ({"values": 5}, "values must be .* left alone for heatmaps, on which it has no effect, got 5"),
         ({"coordinates": "frame"}, "coordinates must be .* left alone for heatmaps, on which it has no effect"),
         ({"axes": "yx"}, "axes must be xy or yx, and left alone for heatmaps, on which it has no effect"),
-        ({"kind": "boxes"}, "kind must be one of heatmaps, landmarks, got 'boxes'"),
+        ({"kind": "boxes"}, "kind must be one of heatmaps, probabilities, landmarks, got 'boxes'"),
+        ({"kind": "probabilities", "values": 3}, "values must be 2 or more, and left alone for heatmaps"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, object], match: str, unchecked_types: None) -> None:

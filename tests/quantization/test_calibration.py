@@ -174,7 +174,8 @@ class Overwriting(nn.Module):
         with torch.autocast("cpu", torch.bfloat16, enabled=self.coarse):
             x = self.first(x)
             y = self.second(x)
-            return (x.relu_() if self.in_place else x.relu()) + y
+            after: Tensor = x.relu_() if self.in_place else x.relu()
+            return after + y
 
 
 def overwriting(**how: bool) -> ResQModel:

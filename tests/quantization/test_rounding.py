@@ -270,8 +270,10 @@ def assert_weighed(model: ResQModel, network: nn.Module, layer: nn.Module, clips
             key = x[[t - t % interval for t in range(len(x))]]
             for part, seen in zip(parts, (x, x - key), strict=True):
                 expected[part] += bare(layer, difference, seen).movedim(axis, -1).flatten(0, -2).square().sum(0)
+    moments = model.weights.moments
+    assert moments is not None
     for part, wanted in expected.items():
-        found = quadratic(rows_of(operator, difference), model.weights.moments[operator, part]).flatten()
+        found = quadratic(rows_of(operator, difference), moments[operator, part]).flatten()
         torch.testing.assert_close(found.float(), wanted, rtol=1e-3, atol=1e-5)
 
 

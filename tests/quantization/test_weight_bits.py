@@ -1,6 +1,6 @@
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from resq_rl.errors import CalibrationError
 from resq_rl.quantization import ResQModel, choose_residual_weight_bits
@@ -42,3 +42,22 @@ def test_weights_that_4_bits_hold_exactly_get_4_bits() -> None:
     layer.weight.data[:, 0, 0, 0] = 1.0
     model = wrapped(layer, 3, SIZE)
     assert choose_residual_weight_bits(model, byte_clips(1, 4, 3, SIZE)) == {"conv": 4}
+
+
+class TwoHeads(nn.Module):
+    """A dense and a pointwise layer, with an output each, the second of which is scaled."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.dense, self.point, self.scale = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 1), scale
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both outputs."""
+        return self.dense(x), self.scale * self.point(x)
+
+
+def test_an_output_of_large_values_does_not_outweigh_the_others() -> None:
+    clips = byte_clips(1, 4, 3, SIZE)
+    chosen = [choose_residual_weight_bits(wrapped(TwoHeads(s), 3, SIZE), clips) for s in (2.0**-10, 1.0, 2.0**10)]
+    assert chosen[0] == chosen[1] == chosen[2]

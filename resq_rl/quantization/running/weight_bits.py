@@ -1,11 +1,12 @@
 """Choosing the bits of residual weights for each kind of layer, from calibration clips."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
+from resq_rl.quantization.graph.outputs import tensors_of
 from resq_rl.quantization.running.checks import check_clips
 from resq_rl.quantization.running.model import ResQModel
 from resq_rl.quantization.specification.config import LayerKind
@@ -17,6 +18,7 @@ __all__ = ["choose_residual_weight_bits"]
 CANDIDATES = (4, 5, 6)
 FINEST = 8
 TOLERANCE = 1.5
+LEAST = 1e-30
 
 
 def choose_residual_weight_bits(
@@ -27,7 +29,8 @@ def choose_residual_weight_bits(
     Runs the clips in the closed loop at the finest level, so that only weights can err, with one keyframe each.
     Starting from 8 bits, the kinds are lowered to the first of 4, 5 and 6 bits with which the squared error of the
     output against the float network stays below `tolerance` times that of 8 bits everywhere, the kind with the most
-    multiply-accumulates first. The model is left with the chosen bits.
+    multiply-accumulates first. Of several outputs the geometric mean of their growths counts, so that an output of
+    large values does not outweigh the others. The model is left with the chosen bits.
 
     Args:
         model: a calibrated model.
@@ -45,44 +48,42 @@ def choose_residual_weight_bits(
         macs[kind] = macs.get(kind, 0) + site.macs
     chosen: dict[LayerKind, int] = dict.fromkeys(macs, FINEST)
     wanted = [_outputs(model, clip, frames) for clip in clips]
-    limit = tolerance * _error(model, clips, wanted, chosen, frames)
+    finest = _errors(model, clips, wanted, chosen, frames)
     for kind in sorted(macs, key=lambda k: -macs[k]):
         for bits in CANDIDATES:
-            if _error(model, clips, wanted, chosen | {kind: bits}, frames) <= limit:
+            growth = _errors(model, clips, wanted, chosen | {kind: bits}, frames) / finest
+            if float(growth.log().mean().exp()) <= tolerance:
                 chosen[kind] = bits
                 break
     model.set_residual_weight_bits(chosen)
     return chosen
 
 
-def _outputs(model: ResQModel, clip: Inputs, frames: int) -> list[Tensor]:
-    return [_flat(model.float_forward(inputs)) for inputs in float_frames(clip, frames, model.device)]
+def _outputs(model: ResQModel, clip: Inputs, frames: int) -> list[list[Tensor]]:
+    """The float network's outputs for each frame."""
+    return [list(tensors_of(model.float_forward(inputs))) for inputs in float_frames(clip, frames, model.device)]
 
 
-def _error(
+def _errors(
     model: ResQModel,
     clips: Sequence[Inputs],
-    wanted: Sequence[Sequence[Tensor]],
+    wanted: Sequence[Sequence[Sequence[Tensor]]],
     bits: dict[LayerKind, int],
     frames: int,
-) -> float:
-    """Sum of squared errors of the output over residual frames."""
+) -> Float64[Tensor, " outputs"]:
+    """Squared error of each output, summed over residual frames, and a little, so that it is above 0."""
     model.set_residual_weight_bits(bits)
     finest = LevelField.constant(len(model.config.levels) - 1, 1, len(model.groups))
-    total = 0.0
+    total = torch.full((len(wanted[0][0]),), LEAST, dtype=torch.float64)
     for clip, targets in zip(clips, wanted, strict=True):
         state = model.new_state(1)
         for t, inputs in enumerate(float_frames(clip, frames, model.device)):
-            refresh = torch.tensor([t == 0])
-            output, _ = model.step(inputs, state, refresh, finest)
+            output, _ = model.step(inputs, state, torch.tensor([t == 0]), finest)
             if t:
-                total += float((_flat(output) - targets[t]).square().sum())
+                pairs = zip(tensors_of(output), targets[t], strict=True)
+                total += torch.tensor([_squared(found, target) for found, target in pairs])
     return total
 
 
-def _flat(output: Any) -> Tensor:
-    """All tensors of an output side by side."""
-    if isinstance(output, Tensor):
-        return output.flatten().float()
-    parts = output.values() if isinstance(output, dict) else output
-    return torch.cat([_flat(part) for part in parts])
+def _squared(found: Tensor, target: Tensor) -> float:
+    return float((found.double() - target.double()).square().sum())
