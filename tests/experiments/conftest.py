@@ -1,5 +1,6 @@
 """Fixtures of the experiment tests."""
 
+import copy
 import logging
 import os
 import shutil
@@ -14,9 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hydra._internal.config_repository import ConfigRepository
+from hydra._internal.hydra import Hydra
 from mlflow import MlflowClient
 from playwright.sync_api import Browser, Error, sync_playwright
 
@@ -36,6 +40,30 @@ def _restored_process_state() -> Iterator[None]:
     root.setLevel(levels[0])
     package.setLevel(levels[1])
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_composition() -> Iterator[None]:
+    """Hydra parses the files of the package once, instead of for each of some hundred compositions.
+
+    Nor does a command compose its settings a first time to look for `hydra.mode`, which no test sets.
+    """
+    parsed: dict[object, Any] = {}
+    load = ConfigRepository.load_config
+
+    def remembered(repository: ConfigRepository, config_path: str) -> Any:
+        key = config_path, *((source.scheme(), source.path) for source in repository.sources)
+        if key not in parsed:
+            found = load(repository, config_path)
+            if found is None or found.path.startswith("file://"):  # a test's own, which may change
+                return found
+            parsed[key] = found
+        return copy.deepcopy(parsed[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ConfigRepository, "load_config", remembered)
+        patch.setattr(Hydra, "get_mode", lambda *_, **__: None)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
