@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from hydra._internal.hydra import Hydra
 from mlflow import MlflowClient
 from playwright.sync_api import Browser, Error, sync_playwright
 
+from resq_rl.experiments.config.composition import compose_config
+from resq_rl.experiments.runs import resume
 from resq_rl.policies import ppo
 
 STARTED_WITHIN = 120  # seconds; the server imports much, and test machines are small
@@ -46,7 +48,8 @@ def _restored_process_state() -> Iterator[None]:
 def _quick_composition() -> Iterator[None]:
     """Hydra parses the files of the package once, instead of for each of some hundred compositions.
 
-    Nor does a command compose its settings a first time to look for `hydra.mode`, which no test sets.
+    Nor does a command compose its settings a first time to look for `hydra.mode`, which no test sets, and the defaults
+    that a run's or a policy's settings are compared with are composed once.
     """
     parsed: dict[object, Any] = {}
     load = ConfigRepository.load_config
@@ -63,6 +66,7 @@ def _quick_composition() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ConfigRepository, "load_config", remembered)
         patch.setattr(Hydra, "get_mode", lambda *_, **__: None)
+        patch.setattr(resume, "compose_config", cache(compose_config))
         yield
 
 

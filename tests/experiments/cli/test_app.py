@@ -143,7 +143,6 @@ def test_a_job_gets_its_settings_and_folder(run: Run, tmp_path: Path, capsys: py
     ("arguments", "expected"),
     [
         (["sede=3"], "resq-rl train: Unknown setting 'sede'. Did you mean 'seed'?"),
-        (["video=davsi"], "resq-rl train: Unknown option 'davsi' for 'video'. Did you mean 'davis'?"),
         (["seed=x"], "resq-rl train: Setting 'seed' must be an integer of at least 0; received 'x'."),
         (["seed=1,2"], "resq-rl train: 'seed=1,2' gives several values"),
         (["seed"], "resq-rl train: Cannot read 'seed': write it as NAME=VALUE."),
@@ -409,15 +408,15 @@ def test_the_page_of_a_sweep_leads_to_its_jobs_and_their_curves(
 
 def test_a_sweep_that_goes_on_runs_only_what_is_missing(run: Run, results: Path, tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
-    words = ["--multirun", "seed=3,7,4", f"training.resume={sweep}"]
+    words = ["--multirun", "seed=3,7", f"training.resume={sweep}"]
     assert run("train", *words, tracking="mlflow") == 2
     done = sweep / "0" / "summary.json"
     done.unlink()
     assert run("train", *words, tracking="mlflow") == 2
     assert not done.exists(), "a job that is finished is not run again"
     statuses = {(r.data.params.get("seed"), r.info.status) for r in runs(results)}
-    assert statuses == {("3,7,4", "FAILED"), ("3", "FINISHED"), ("7", "FAILED"), ("4", "FINISHED")}
-    assert len(runs(results)) == 4, "each is one run of MLflow, however often it was begun"
+    assert statuses == {("3,7", "FAILED"), ("3", "FINISHED"), ("7", "FAILED")}
+    assert len(runs(results)) == 3, "each is one run of MLflow, however often it was begun"
 
 
 def test_a_sweep_without_a_store_is_sent_later(

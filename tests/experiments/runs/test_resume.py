@@ -5,7 +5,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from omegaconf import DictConfig, OmegaConf
 from resq_rl.errors import SettingsError
 from resq_rl.experiments.config.composition import compose_config
 from resq_rl.experiments.config.settings import make_settings, plain
-from resq_rl.experiments.runs import resume
 from resq_rl.experiments.runs.record import RunRecord
 from resq_rl.experiments.runs.resume import merged_overrides, with_kept_settings, with_policy_settings
 from tests.experiments.killing import Runs, differences
@@ -91,14 +90,6 @@ def test_pretrainings_killed_at_random_moments_go_on_exactly(runs: Make) -> None
 
 DEMO = ["+experiment=demo", "model=compact_ddrnet_untrained", "threads=1", "training.learning_rate=1e-4", "seed=3"]
 FOREIGN = ["model=custom", "model._target_=tests.envs.worlds.tiny_network", "task.classes=3"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _composed_once() -> Iterator[None]:
-    """The defaults of a command are composed once: going on asks for them each time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resume, "compose_config", cache(compose_config))
-        yield
 
 
 @cache
