@@ -22,7 +22,7 @@ from resq_rl.policies.oracle import (
 )
 from resq_rl.policies.rate_control import RateControl
 from resq_rl.policies.runner import RunCost, Runner
-from resq_rl.policies.search import Tried, best_for, search_group_thresholds
+from resq_rl.policies.search import Tried, best_for, evolve_thresholds, search_group_thresholds
 from resq_rl.policies.tuning import (
     best_of,
     best_policies,
@@ -50,6 +50,7 @@ __all__ = [
     "best_of",
     "best_policies",
     "best_schedule",
+    "evolve_thresholds",
     "learn_thresholds",
     "measure_on_tables",
     "measure_schedules",

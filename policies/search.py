@@ -1,4 +1,4 @@
-"""Searching static thresholds per layer group: what a policy must beat to be worth its observation."""
+"""Searching static thresholds by layer group or layer: what a policy must beat to be worth its observation."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -6,17 +6,20 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+from cmaes import CMA
 
 from resq_rl.errors import SettingsError
 from resq_rl.policies.fixed import GroupThresholds, StaticResQ
 
-__all__ = ["Strategy", "Tried", "best_for", "search_group_thresholds"]
+__all__ = ["Strategy", "Tried", "best_for", "evolve_thresholds", "search_group_thresholds"]
 
 Strategy = Literal["greedy", "random"]
 # Probabilities that a greedy proposal changes one more group, and that it changes the keyframe interval instead.
 ONE_MORE, OTHER_INTERVAL = 0.3, 0.15
 # Consecutive repeats before the search falls back to random draws, and before it stops.
 STUCK, MOST_MISSES = 200, 5000
+# Of CMA-ES: values of lambda, and the first standard deviation of the logarithm of a threshold.
+EVOLVED, FIRST_SIGMA = 3, 0.4
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ def search_group_thresholds(
     strategy: Strategy = "greedy",
     seed: int = 0,
 ) -> list[Tried]:
-    """Static thresholds per layer group for a range of lambda.
+    """Static thresholds by layer group or layer, as many as the known ones have, for a range of lambda.
 
     All evaluations serve all lambdas. "greedy" goes from lambda to lambda and tries a neighbour of the best setting
     known for it: another threshold, one or two places up or down, in one group or a few, or another keyframe interval;
@@ -82,6 +85,46 @@ def search_group_thresholds(
             misses = 0
             found.append(evaluate(policy))
             tried[policy] = found[-1]
+    return found
+
+
+def evolve_thresholds(
+    evaluate: Callable[[GroupThresholds], Tried],
+    known: Sequence[Tried],
+    trade_offs: tuple[float, float],
+    *,
+    evaluations: int,
+    seed: int = 0,
+) -> list[Tried]:
+    """Static thresholds for a range of lambda by CMA-ES (Hansen, arXiv 1604.00772) over their logarithms.
+
+    The evaluations are shared by EVOLVED values of lambda, evenly by ratio, each with a run of its own that begins at
+    the best setting known for it, those of the runs before included.
+
+    Args:
+        evaluate: measures a setting on training clips.
+        known: settings to begin from, such as constant fields, with as many thresholds as are wanted.
+        trade_offs: the range of lambda.
+        evaluations: how many settings to try besides the known ones.
+
+    Returns:
+        What was tried besides, in its order.
+
+    Raises:
+        SettingsError: there is nothing to start from.
+    """
+    _first(known)
+    found: list[Tried] = []
+    for run, trade_off in enumerate(np.geomspace(*trade_offs, EVOLVED).tolist()):
+        begin = _best((*known, *found), trade_off)
+        evolution = CMA(mean=np.log(begin.taus), sigma=FIRST_SIGMA, seed=seed * EVOLVED + run)
+        end = evaluations * (run + 1) // EVOLVED
+        while len(found) < end:
+            drawn = [evolution.ask() for _ in range(min(evolution.population_size, end - len(found)))]
+            tried = [evaluate(replace(begin, taus=tuple(np.exp(x).tolist()))) for x in drawn]
+            found += tried
+            if len(drawn) == evolution.population_size:
+                evolution.tell([(x, t.loss(trade_off)) for x, t in zip(drawn, tried, strict=True)])
     return found
 
 

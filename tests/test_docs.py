@@ -92,6 +92,8 @@ RIVALS = {
     "searched thresholds": "searched_thresholds",
     "gradient thresholds": "gradient_thresholds",
     "random search": "random_search",
+    "searched by layer": "searched_by_layer",
+    "CMA-ES": "cma_es",
     "frame magnitude": "frame_magnitude",
     "static ResQ": "static_resq",
 }

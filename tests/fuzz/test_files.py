@@ -18,7 +18,8 @@ from PIL import Image
 
 from resq_rl.envs import ActionScheme, Problem, table_cache
 from resq_rl.envs.table import ResponseTable, respond
-from resq_rl.experiments.results.comparison import Comparison, Point
+from resq_rl.experiments.results.comparison import Comparison
+from resq_rl.experiments.results.entries import Point
 from resq_rl.experiments.tracking.outbox import JOURNAL, Operation, Outbox, read_journal
 from resq_rl.experiments.tracking.store import Store
 from resq_rl.perception import load_network, load_weights, save_weights

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from resq_rl.errors import SettingsError
-from resq_rl.policies import GroupThresholds, Tried, best_for, search_group_thresholds
+from resq_rl.policies import GroupThresholds, Tried, best_for, evolve_thresholds, search_group_thresholds
 
 THRESHOLDS = (0.5, 1.0, 2.0, 4.0)
 GROUPS = 3
@@ -107,3 +107,30 @@ def test_nothing_to_search(changes: dict[str, Any]) -> None:
     arguments: dict[str, Any] = {"known": known(), "thresholds": THRESHOLDS, "intervals": (16,), "trade_offs": (0.1,)}
     with pytest.raises(SettingsError, match="A search needs"):
         search_group_thresholds(measured, **({"evaluations": 9} | arguments | changes))
+
+
+@pytest.mark.parametrize("trade_off", [0.05, 0.3, 2.0])
+def test_evolution_comes_near_the_optimum_that_calculus_finds(trade_off: float) -> None:
+    found = evolve_thresholds(measured, known(), (trade_off, trade_off), evaluations=600, seed=1)
+
+    # rate * tau + lambda * 0.2 / tau is least at tau = sqrt(0.2 lambda / rate), where it is 2 sqrt(0.2 lambda rate)
+    best = sum(2 * (0.2 * trade_off * rate) ** 0.5 for rate in (0.01, 0.05, 0.2))
+    interval = min(known(), key=lambda t: t.loss(trade_off)).policy.interval
+    assert interval == 16
+    least = min(t.loss(trade_off) for t in found)
+    assert best + 0.06 * trade_off - 0.02 <= least < best + 0.06 * trade_off - 0.02 + 0.002
+
+
+def test_evolution_spends_what_it_was_given_and_seeds_repeat() -> None:
+    runs = []
+    for seed in (3, 3, 4):
+        calls: list[GroupThresholds] = []
+        found = evolve_thresholds(recorded(calls), known(), (0.1, 1.0), evaluations=31, seed=seed)
+        assert len(calls) == len(found) == 31
+        runs.append(calls)
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_evolution_needs_thresholds_to_start_from() -> None:
+    with pytest.raises(SettingsError, match="start from"):
+        evolve_thresholds(measured, [], (0.1, 1.0), evaluations=3)

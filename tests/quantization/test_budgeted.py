@@ -267,6 +267,14 @@ def test_the_bucket_by_hand() -> None:
     assert float(alone.left(alone.after(alone.begin(1), torch.tensor([0.3], dtype=torch.float64)))) == 1.0
 
 
+def test_how_full_the_bucket_is_by_hand() -> None:
+    """It begins with one frame's credit of a capacity of four, and gains as much with every frame."""
+    budget = Budget(peak=0.5, mean=0.1, bucket=4)
+    spent = torch.tensor([0.1, 0.0, 0.0, 0.0, 0.3, 0.2], dtype=torch.float64)
+    assert budget.filled(spent).tolist() == pytest.approx([0.25, 0.25, 0.5, 0.75, 1.0, 0.5])
+    assert Budget(peak=0.5).filled(spent).tolist() == [1.0] * 6
+
+
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.floats(1, 9), st.floats(0.01, 1))
 def test_the_mean_holds_over_all_first_frames_and_in_every_window(
     shares: list[float], bucket: float, mean: float

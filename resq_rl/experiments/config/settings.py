@@ -33,6 +33,7 @@ __all__ = [
     "Folder",
     "HeuristicSettings",
     "QuantizationSettings",
+    "Search",
     "Settings",
     "Target",
     "TrackingSettings",
@@ -41,6 +42,7 @@ __all__ = [
     "plain",
 ]
 
+Search = Literal["greedy", "random", "greedy_by_layer", "cma_es"]  # without gradients
 EnvironmentId = Literal[
     "resq_rl/FrameBits-v0", "resq_rl/FrameLevel-v0", "resq_rl/RegionBits-v0", "resq_rl/RegionThresholds-v0"
 ]
@@ -236,7 +238,9 @@ class HeuristicSettings(Checked):
             level.
         frame_kappa: for frame-level decisions, factor of frame_taus for each level.
         searches: how static thresholds are found, each way with as many environment frames as the training of one
-            policy: "greedy" or "random" search of one for each layer group, "gradient" descent of one for each layer.
+            policy: "greedy" or "random" search of one for each layer group; "greedy_by_layer", the evolution strategy
+            "cma_es" or "gradient" descent for one for each layer, which needs a task that tells how far two outputs
+            diverge.
         clairvoyant_points: values of lambda for which an oracle by region, which knows the errors ahead, is measured
             beside the greedy search; each takes (fields x horizon) times as long as a policy.
         clairvoyant_horizon: frames that this oracle looks ahead; 0 for all to the end of the clip.
@@ -252,7 +256,7 @@ class HeuristicSettings(Checked):
     scene_changes: tuple[Positive, ...] = (0.4,)
     frame_taus: Annotated[tuple[Positive, ...], ONE_OR_MORE] = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
     frame_kappa: Ascending = FrameMagnitude.kappa
-    searches: tuple[Literal["greedy", "random", "gradient"], ...] = ("greedy",)
+    searches: tuple[Search | Literal["gradient"], ...] = ("greedy", "gradient")
     clairvoyant_points: NotNegative = 0
     clairvoyant_horizon: NotNegative = 0
 

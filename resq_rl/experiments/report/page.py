@@ -16,7 +16,14 @@ from matplotlib.figure import Figure
 
 from resq_rl.experiments.report.pair import MOST_FRAMES, film, layer_rows, region_maps
 from resq_rl.experiments.report.verdict import choices_of, verdict_of
-from resq_rl.experiments.results.comparison import Comparison, Point, delta_title, short_settings, spread_points
+from resq_rl.experiments.results.comparison import (
+    Comparison,
+    delta_title,
+    describe_gain,
+    short_settings,
+    spread_points,
+)
+from resq_rl.experiments.results.entries import Point
 from resq_rl.experiments.results.methods import learned_method, method_of
 from resq_rl.experiments.results.plots import plot_curves, plot_fronts, plot_spending
 from resq_rl.experiments.runs.provenance import versions
@@ -62,6 +69,7 @@ def write_report(
         "created": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         "verdict": verdict,
         "choices": choices_of(comparison, verdict.anchor),
+        "gains": {name: (delta_title(name), describe_gain(gain)) for name, gain in comparison.gains.items()},
         "deltas": {name: (delta_title(name), entry) for name, entry in comparison.bd_bops.items()},
         "fronts": rows,
         "charts": _front_charts(
@@ -179,7 +187,7 @@ def _pair(study: Study, pair: TracedPair) -> dict[str, Any]:
     groups, layers = layer_rows(study.model, pair)
     return {
         "policies": list(zip(map(method_of, pair.methods), (pair.heuristic[1], pair.learned[1]), strict=True)),
-        "charts": [_spending_chart(pair, number) for number in range(len(pair.traces))],
+        "charts": [_spending_chart(study, pair, number) for number in range(len(pair.traces))],
         "groups": groups,
         "layers": layers,
         "regions": region_maps(pair),
@@ -187,10 +195,10 @@ def _pair(study: Study, pair: TracedPair) -> dict[str, Any]:
     }
 
 
-def _spending_chart(pair: TracedPair, number: int) -> dict[str, Any]:
+def _spending_chart(study: Study, pair: TracedPair, number: int) -> dict[str, Any]:
     """The chart of BOPs by frame of a clip, and how far its cursor moves for a frame, in the chart's own unit."""
     bops = [trace.bops[:MOST_FRAMES] for trace in pair.traces[number]]
-    figure = plot_spending(dict(zip(pair.methods, bops, strict=True)))
+    figure = plot_spending(dict(zip(pair.methods, bops, strict=True)), study.settings.environment.budget)
     axes = figure.axes[0]
     axes.lines[-1].set_gid(f"cursor-{number}")
     svg = inline_svg(figure, f"BOPs of each frame of clip {number}, and their running mean")

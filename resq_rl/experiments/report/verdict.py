@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from resq_rl.experiments.results.comparison import BdEntry, Comparison, Point
+from resq_rl.experiments.results.comparison import Comparison
+from resq_rl.experiments.results.entries import BdEntry, Point
 from resq_rl.experiments.results.methods import learned_method, method_of
 
 __all__ = ["Choice", "Verdict", "choices_of", "verdict_of"]
@@ -40,6 +41,8 @@ def verdict_of(comparison: Comparison) -> Verdict:
     method = learned_method(comparison.fronts)
     own, prefix = method_of(method).title, f"{method}_vs_"
     own, first = (own, own) if own.isupper() else (f"the {own}", f"The {own}")
+    if comparison.gains:
+        return _budget_verdict(comparison, method, first)
     deltas = {name.removeprefix(prefix): e for name, e in comparison.bd_bops.items() if name.startswith(prefix)}
     if not deltas:
         return Verdict("No learned policy was compared with a heuristic.", "", "none", "", method)
@@ -61,6 +64,30 @@ def verdict_of(comparison: Comparison) -> Verdict:
         tone, (low, high) = "fewer" if entry.value < 0 else "more", sorted(map(abs, entry.ci95))
         sentence = f"At equal accuracy, {own} needs {amount} (95% interval {low:.1f}% to {high:.1f}%)."
     return Verdict(sentence, _scope(comparison, entry, method), tone, anchor, method)
+
+
+def _budget_verdict(comparison: Comparison, method: str, first: str) -> Verdict:
+    """The gain over the baseline that is the most accurate at the budget."""
+    baselines = [name.removeprefix(f"{method}_vs_") for name in comparison.gains]
+    anchor = max(baselines, key=lambda key: comparison.at_budget[key].accuracy)
+    gain = comparison.gains[f"{method}_vs_{anchor}"]
+    tone: Tone = "unclear"
+    if gain.ci95 is not None and not gain.ci95[0] <= 0 <= gain.ci95[1]:
+        tone = "fewer" if gain.points > 0 else "more"
+    words = "more" if gain.points > 0 else "less"
+    interval = f"95% interval {gain.ci95[0]:+.1f} to {gain.ci95[1]:+.1f}" if gain.ci95 else str(gain.reason)
+    sentence = (
+        f"{first} is {abs(gain.points):.1f} points {words} accurate than {method_of(anchor).title}, the best baseline, "
+        f"under the same budget ({interval})."
+    )
+    own, title = comparison.at_budget[method], method_of(method).title
+    scope = (
+        f"Each method runs at the settings that validated as the most accurate, on {comparison.clips} "
+        f"{comparison.split} clips ({comparison.frames:,} frames); {title} reaches {own.accuracy:.3f} "
+        f"({comparison.accuracy_metric}; {comparison.float_accuracy:.3f} in float), and its most expensive frame costs "
+        f"{own.peak_bops:.3f} of W8A8."
+    )
+    return Verdict(sentence, scope, tone, anchor, method)
 
 
 def _scope(comparison: Comparison, entry: BdEntry, method: str) -> str:

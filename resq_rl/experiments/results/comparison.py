@@ -20,24 +20,22 @@ from rich.table import Table
 from rich.text import Text
 
 from resq_rl.errors import ResultsError
+from resq_rl.experiments.results.entries import AtBudget, BdEntry, Effort, Gain, Point, Range
 from resq_rl.experiments.results.methods import method_of
 from resq_rl.experiments.results.statistics import pareto_envelope
 from resq_rl.files import write_atomic
 
 __all__ = [
-    "BdEntry",
     "Comparison",
-    "Effort",
-    "Point",
     "comparison_table",
+    "delta_title",
+    "describe_gain",
     "print_comparison",
     "print_policies",
     "short_settings",
     "spread_points",
     "write_summary",
 ]
-
-Range = tuple[float, float]
 
 # How tables show a setting, in this order; the settings that are not here are in the file only.
 SHORT = {
@@ -62,66 +60,6 @@ MOST_LISTED = 8  # values of one setting in tables; of more, their range
 
 
 @dataclass(frozen=True)
-class Point:
-    """One policy as measured.
-
-    Attributes:
-        accuracy: accuracy, 0..1.
-        accuracy_ci95: 95% interval of `accuracy`, or None.
-        bops: mean BOPs per frame, keyframes and policy included, as a fraction of W8A8.
-        bops_ci95: 95% interval of `bops`, or None.
-        peak_bops: BOPs of the most expensive frame, as a fraction of W8A8.
-        policy_bops: the part of `bops` that the policy itself spends.
-        state_bytes: bytes of reference state that a device keeps.
-        settings: the settings that tell this point from the others of its method.
-        keyframe_bops: the part of `bops` that keyframes spend; residual frames spend the rest. It is None in files of
-            older versions.
-    """
-
-    accuracy: float
-    accuracy_ci95: Range | None
-    bops: float
-    bops_ci95: Range | None
-    peak_bops: float
-    policy_bops: float
-    state_bytes: int
-    settings: Mapping[str, Any]
-    keyframe_bops: float | None = None
-
-
-@dataclass(frozen=True)
-class BdEntry:
-    """A Bjontegaard delta of BOPs between two methods, or the share of a gap that a method closes.
-
-    Attributes:
-        value: percent, negative for fewer BOPs; None where it is not reported.
-        ci95: 95% interval of `value`, or None.
-        accuracy_range: accuracies that a delta is averaged over; None for a share.
-        reason: why `value` or `ci95` is None.
-        undefined_replicates: number of bootstrap replicates without a value.
-    """
-
-    value: float | None
-    ci95: Range | None
-    accuracy_range: Range | None
-    reason: str | None = None
-    undefined_replicates: int = 0
-
-
-@dataclass(frozen=True)
-class Effort:
-    """What it took to find the policies of a method, of one training seed at most.
-
-    Attributes:
-        frames: environment frames; one that is backpropagated counts three times.
-        seconds: wall time.
-    """
-
-    frames: int
-    seconds: float
-
-
-@dataclass(frozen=True)
 class Comparison:
     """Everything that `comparison.json` holds.
 
@@ -137,6 +75,9 @@ class Comparison:
         fronts: points by the key of their method, such as "dynamic_resq" or "ppo".
         bd_bops: deltas by name, such as "ppo_vs_dynamic_resq".
         efforts: by the key of a method that is trained or searched; none in files of older versions.
+        budget: peak, mean and bucket of the budget that every frame keeps to, where there is one.
+        at_budget: under it, by the key of a method that is tuned.
+        gains: accuracy at equal budget by name, such as "ppo_vs_rate_control".
     """
 
     task: str
@@ -153,6 +94,9 @@ class Comparison:
     fronts: Mapping[str, Sequence[Point]]
     bd_bops: Mapping[str, BdEntry]
     efforts: Mapping[str, Effort] = field(default_factory=dict)
+    budget: Mapping[str, Any] | None = None
+    at_budget: Mapping[str, AtBudget] = field(default_factory=dict)
+    gains: Mapping[str, Gain] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The text of the file."""
@@ -181,7 +125,9 @@ class Comparison:
             }
             deltas = {name: BdEntry(**_tuples(entry)) for name, entry in values.pop("bd_bops").items()}
             efforts = {name: Effort(**effort) for name, effort in values.pop("efforts", {}).items()}
-            return cls(**values, fronts=fronts, bd_bops=deltas, efforts=efforts)
+            kept = {name: AtBudget(**_tuples(entry)) for name, entry in values.pop("at_budget", {}).items()}
+            gains = {name: Gain(**_tuples(entry)) for name, entry in values.pop("gains", {}).items()}
+            return cls(**values, fronts=fronts, bd_bops=deltas, efforts=efforts, at_budget=kept, gains=gains)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ResultsError(f"Cannot read the comparison: {error!r}. Run resq-rl compare again.") from error
 
@@ -244,6 +190,7 @@ def comparison_table(comparison: Comparison, levels: Sequence[int] | None = None
             words = Padding(Text(short_settings(settings, levels)), (0, 0, 0, 2))
             table.add_row(words, *_numbers(point, comparison))
     lines = [f"{delta_title(name)}: {_describe(entry)}" for name, entry in comparison.bd_bops.items()]
+    lines += [f"{delta_title(name)}: {describe_gain(gain)}" for name, gain in comparison.gains.items()]
     lines += [
         f"{method_of(name).title}: {effort.frames:,} environment frames, {effort.seconds:.0f} s"
         for name, effort in comparison.efforts.items()
@@ -338,6 +285,12 @@ def _describe(entry: BdEntry) -> str:
     interval = f"95% from {entry.ci95[0]:+.1f}% to {entry.ci95[1]:+.1f}%" if entry.ci95 else str(entry.reason)
     low, high = entry.accuracy_range
     return f"{entry.value:+.1f}% BOPs at equal accuracy ({interval}; accuracy {low:.3f} to {high:.3f})"
+
+
+def describe_gain(gain: Gain) -> str:
+    """A difference of accuracy at equal budget, in words."""
+    interval = f"95% from {gain.ci95[0]:+.1f} to {gain.ci95[1]:+.1f}" if gain.ci95 else str(gain.reason)
+    return f"{gain.points:+.1f} points of accuracy at equal budget ({interval})"
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From measurements to the points, intervals and Bjontegaard deltas of a comparison."""
+"""From measurements to the points, intervals, Bjontegaard deltas and gains of a comparison."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float64, Int
 
 from resq_rl.envs import Measurement
-from resq_rl.experiments.results.comparison import BdEntry, Point
-from resq_rl.experiments.results.statistics import BdResult, bd_bops, bootstrap_intervals
+from resq_rl.experiments.results.entries import AtBudget, BdEntry, Gain, Point
+from resq_rl.experiments.results.statistics import BdResult, Interval, bd_bops, bootstrap_intervals
 
-__all__ = ["bops_step", "compare_fronts", "points_of"]
+__all__ = ["at_budget", "bops_step", "compare_fronts", "gain_at_budget", "points_of"]
 
 REPLICATES = 1000
 
@@ -107,3 +107,53 @@ def compare_fronts(
     value = float(np.mean([r.value for r in own if r.value is not None]))
     span = (float(np.mean([r[0] for r in ranges])), float(np.mean([r[1] for r in ranges])))
     return BdEntry(value, interval.bounds, span, interval.reason, interval.undefined)
+
+
+def at_budget(runs: Sequence[Measurement], mean: float | None, *, seed: int) -> AtBudget:
+    """A method under a budget, as measured once for each training seed.
+
+    Args:
+        runs: measurements of the seeds on the same clips.
+        mean: the budget's mean, as a share of W8A8; None where it has none.
+        seed: seed of the bootstrap.
+    """
+    (interval,) = _accuracy_intervals(runs, (), seed)
+    used = [m.clip_bops / m.frames / mean for m in runs] if mean is not None else []
+    return AtBudget(
+        accuracy=float(np.mean([m.accuracy for m in runs])),
+        accuracy_ci95=interval.bounds,
+        bops=float(np.mean([m.bops for m in runs])),
+        used=float(torch.cat(used).median()) if used else None,
+        peak_bops=max(float(m.peak.max()) for m in runs),
+    )
+
+
+def gain_at_budget(runs: Sequence[Measurement], anchor: Sequence[Measurement], *, seed: int) -> Gain:
+    """How much more accurate a method is than an anchor; interval over clips, and over the seeds of both."""
+    (interval,) = _accuracy_intervals(runs, anchor, seed)
+    means = [float(np.mean([m.accuracy for m in own])) for own in (runs, anchor)]
+    bounds = None if interval.bounds is None else (100 * interval.bounds[0], 100 * interval.bounds[1])
+    return Gain(100 * (means[0] - means[1]), bounds, interval.reason)
+
+
+def _accuracy_intervals(runs: Sequence[Measurement], anchor: Sequence[Measurement], seed: int) -> list[Interval]:
+    """The interval of the mean accuracy of some runs, less that of an anchor if there is one."""
+    every = [*runs, *anchor]
+
+    def mean(accuracy: Float64[np.ndarray, "r s"], seeds: Int[np.ndarray, "r m"]) -> Float64[np.ndarray, " r"]:
+        drawn: np.ndarray = np.take_along_axis(accuracy, seeds % accuracy.shape[1], 1).mean(1)
+        return drawn
+
+    def difference(clips: Int[np.ndarray, "r n"], seeds: Int[np.ndarray, "r m"]) -> Float64[np.ndarray, " r"]:
+        accuracy = _resampled(every, clips)[:, :, 0]
+        own, other = accuracy[:, : len(runs)], accuracy[:, len(runs) :]
+        return mean(own, seeds) - mean(other, seeds) if anchor else mean(own, seeds)
+
+    return bootstrap_intervals(
+        difference,
+        clips=len(every[0].frames),
+        seeds=max(len(runs), len(anchor)),
+        generator=np.random.default_rng(seed),
+        replicates=REPLICATES,
+        vectorized=True,
+    )

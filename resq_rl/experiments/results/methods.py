@@ -36,8 +36,8 @@ class Method:
     Attributes:
         key: name in `comparison.json`.
         title: name in tables and figures.
-        colour: hexadecimal RGB. The colours are Okabe and Ito's palette, a grey, and Paul Tol's wine, indigo, teal
-            and purple, which the colour-blind can tell apart.
+        colour: hexadecimal RGB. The colours are Okabe and Ito's palette, a grey, and Paul Tol's wine, indigo, teal,
+            purple, green and olive, which the colour-blind can tell apart.
         marker: Matplotlib's code of the marker.
         candidates: the policies that are tried on the validation clips, for a method that is tuned so.
         refinements: by name, for each of the best candidates, what is tried next.
@@ -132,6 +132,8 @@ _BASELINES: Final = (
     "rate_control",
     "searched_thresholds",
     "random_search",
+    "searched_by_layer",
+    "cma_es",
     "gradient_thresholds",
     "frame_magnitude",
     "static_resq",
@@ -163,6 +165,8 @@ METHODS: Final = (
     Method("frame_magnitude", "frame magnitude", "#56B4E9", "h", _frame_magnitude, frame_level=True),
     Method("searched_thresholds", "searched thresholds", "#009E73", "D"),
     Method("random_search", "random search", "#882255", "<"),
+    Method("searched_by_layer", "searched by layer", "#117733", "1"),
+    Method("cma_es", "CMA-ES", "#999933", "2"),
     Method("gradient_thresholds", "gradient thresholds", "#332288", ">"),
     Method("ppo", "PPO", "#D55E00", "*", against=_BASELINES),
     Method("gradient_policy", "gradient policy", "#44AA99", "d", against=_BASELINES),

@@ -17,11 +17,13 @@ from matplotlib.image import AxesImage
 from torch import Tensor
 
 from resq_rl.envs import Trace
-from resq_rl.experiments.results.comparison import Comparison, Point
+from resq_rl.experiments.results.comparison import Comparison
+from resq_rl.experiments.results.entries import Point
 from resq_rl.experiments.results.methods import Method, method_of
 from resq_rl.experiments.results.statistics import pareto_envelope
 from resq_rl.files import write_atomic
 from resq_rl.perception import Task
+from resq_rl.quantization import Budget
 
 __all__ = ["plot_curves", "plot_decisions", "plot_fronts", "plot_spending", "save_figure"]
 
@@ -138,17 +140,32 @@ def plot_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     return figure
 
 
-def plot_spending(bops: Mapping[str, Float64[Tensor, " t"]]) -> Figure:
-    """BOPs of each frame of a clip (dashed) and their running mean, by method; the last line is a cursor at frame 0."""
-    figure = _figure(9.6, 2.8)
-    axes = figure.add_subplot()
+def plot_spending(bops: Mapping[str, Float64[Tensor, " t"]], budget: Budget | None = None) -> Figure:
+    """BOPs of each frame of a clip (dashed) and their running mean, by method; the last line is a cursor at frame 0.
+
+    Under a budget, its limits are shown; with a mean, a strip below shows how full the bucket is before each frame.
+    """
+    if budget is None or budget.mean is None:
+        figure = _figure(9.6, 2.8)
+        axes = figure.add_subplot()
+    else:
+        figure = _figure(9.6, 3.9)
+        axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        for key, own in bops.items():
+            strip.plot(budget.filled(own).numpy(), color=method_of(key).colour, linewidth=1.4)
+        strip.set_ylim(0, 1.05)
+        strip.set_ylabel("bucket")
     for key, own in bops.items():
         method, mean = method_of(key), own.cumsum(0) / torch.arange(1, len(own) + 1)
         axes.plot(own.numpy(), color=method.colour, linewidth=0.9, linestyle="--", label=f"{method.title}: each frame")
         axes.plot(mean.numpy(), color=method.colour, linewidth=1.8, label=f"{method.title}: mean so far")
+    limits = {} if budget is None else {"peak": budget.peak, "mean": budget.mean}
+    for name, limit in limits.items():
+        if limit is not None:
+            axes.axhline(limit, color="#555555", linewidth=0.8, linestyle=":", label=f"{name} of the budget")
     axes.axvline(0, color="#000000", linewidth=1.2)
     _scale_bops(axes)
-    axes.set_xlabel("frame")
+    figure.axes[-1].set_xlabel("frame")
     axes.legend(fontsize="x-small", ncols=2)
     return figure
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float64, Int
 
 from resq_rl.envs import Measurement, TableEngine, tabulate
-from resq_rl.experiments.results.comparison import BdEntry
+from resq_rl.experiments.results.entries import BdEntry
 from resq_rl.experiments.results.methods import tuned_methods
 from resq_rl.experiments.results.statistics import bootstrap_intervals
 from resq_rl.experiments.runs.progress import stage

@@ -10,7 +10,8 @@ import numpy as np
 
 from resq_rl.envs import Measurement
 from resq_rl.errors import SettingsError
-from resq_rl.experiments.results.comparison import Effort
+from resq_rl.experiments.config.settings import Search
+from resq_rl.experiments.results.entries import Effort
 from resq_rl.experiments.results.fronts import bops_step
 from resq_rl.experiments.results.methods import LEARNED, Method, controlled, tuned_methods
 from resq_rl.experiments.study.deployment import trainer_of
@@ -19,7 +20,7 @@ from resq_rl.experiments.study.scoreboard import FRONT_POINTS, Scoreboard
 from resq_rl.experiments.study.start import Start, learn, measure_constants, search
 from resq_rl.experiments.study.training import front_candidates, save_chosen, train_policy
 from resq_rl.policies import Clairvoyant, GroupThresholds, LearnedPolicy, PerFrame
-from resq_rl.policies.search import Strategy, Tried, best_for
+from resq_rl.policies.search import Tried, best_for
 from resq_rl.policies.tuning import best_of, thinned
 
 __all__ = [
@@ -33,7 +34,12 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-SEARCHES: Final[Mapping[Strategy, str]] = {"greedy": "searched_thresholds", "random": "random_search"}
+SEARCHES: Final[Mapping[Search, str]] = {
+    "greedy": "searched_thresholds",
+    "random": "random_search",
+    "greedy_by_layer": "searched_by_layer",
+    "cma_es": "cma_es",
+}
 HALF_BITS = 4
 
 
@@ -125,20 +131,20 @@ def measure_searches(board: Scoreboard, start: Start | None) -> None:
     The greedy search goes on from what training began with, whose frames count for both.
     """
     study, settings = board.study, board.study.settings
-    strategies = [strategy for strategy in SEARCHES if strategy in settings.heuristic.searches]
+    ways = [way for way in SEARCHES if way in settings.heuristic.searches]
     study = replace(study, base=())  # searches are for thresholds, not for factors
-    if strategies and (start is None or not study.scheme().by_threshold):
+    if ways and (start is None or not study.scheme().by_threshold):
         start = measure_constants(study, replace(study.scheme(), kind="region_thresholds"))
-    for strategy in strategies:
+    for way in ways:
         assert start is not None  # as it was just measured
-        known = replace(start, searched=start.searched if strategy == "greedy" else (), learned=(), learning_frames=0)
-        known = search(study, known, max(0, board.training_frames - known.frames), strategy)
+        known = replace(start, searched=start.searched if way == "greedy" else (), learned=(), learning_frames=0)
+        known = search(study, known, max(0, board.training_frames - known.frames), way)
         found = best_for((*known.constants, *known.searched), settings.environment.trade_off_range)
-        method = SEARCHES[strategy]
+        method = SEARCHES[way]
         board.efforts[method] = Effort(known.frames, known.seconds)
         chosen = [policy for policy, _ in board.tune(method, [tried.policy for tried in found])]
-        board.add(method, board.measure(method, chosen))
-        if strategy == "greedy" and settings.heuristic.clairvoyant_points:
+        board.add(method, board.measure(method, chosen), chosen)
+        if way == "greedy" and settings.heuristic.clairvoyant_points:
             _measure_clairvoyant(board, found)
     if "gradient" in settings.heuristic.searches:
         _measure_gradient(board)

@@ -6,18 +6,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise, product
+from typing import Final
 
 import numpy as np
 
 from resq_rl.envs import ActionScheme, Measurement
 from resq_rl.errors import SettingsError
-from resq_rl.experiments.config.settings import EnvironmentSettings
+from resq_rl.experiments.config.settings import EnvironmentSettings, Search
 from resq_rl.experiments.results.statistics import MAXIMUM_ACCURACY_LOSS
 from resq_rl.experiments.runs.progress import stage
 from resq_rl.experiments.study.study import Study
 from resq_rl.policies import GradientSettings, GroupThresholds, LearnedThresholds, StaticResQ, learn_thresholds
 from resq_rl.policies.ppo import FirstChoice
-from resq_rl.policies.search import Strategy, Tried, search_group_thresholds
+from resq_rl.policies.search import Tried, evolve_thresholds, search_group_thresholds
 from resq_rl.quantization import Reference
 
 __all__ = [
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 
 SEARCH_CLIPS = 6
 SPREAD = 12  # of learned thresholds, measured by reward
+BY_LAYER: Final[tuple[Search, ...]] = ("greedy_by_layer", "cma_es")  # of which each begins at constants
 BASE_KNOTS = 5  # values of lambda for which one of them is the base
 
 
@@ -183,11 +185,11 @@ def measure_constants(study: Study, scheme: ActionScheme) -> Start:
     return Start(tuple(tried), clip_frames=problem.frames, seconds=time.monotonic() - begun)
 
 
-def search(study: Study, start: Start, frames: int, strategy: Strategy) -> Start:
-    """Search static thresholds per layer group on a few training clips.
+def search(study: Study, start: Start, frames: int, way: Search) -> Start:
+    """Search static thresholds by layer group or layer on a few training clips.
 
     Args:
-        start: thresholds, from which the search begins.
+        start: thresholds, from which the search begins; constant ones for a search by layer.
         frames: environment frames to spend, rounded up to whole settings.
 
     Returns:
@@ -195,21 +197,37 @@ def search(study: Study, start: Start, frames: int, strategy: Strategy) -> Start
     """
     settings, few, begun = study.settings, _few_clips(study), time.monotonic()
     problem, environment = few.problems["train"], settings.environment
-    evaluations = math.ceil(frames / problem.frames)
-    with stage(f"{strategy} search", evaluations * problem.frames) as advance:
-        found = search_group_thresholds(
-            lambda policy: _tried(policy, few.measure(policy, "train", advance)),
-            (*start.constants, *start.searched),
-            environment.thresholds,
-            environment.keyframe_intervals,
-            settings.training.spread(environment.trade_off_range),
-            evaluations=evaluations,
-            strategy=strategy,
-            seed=settings.seed,
-        )
+    limits, evaluations = environment.trade_off_range, math.ceil(frames / problem.frames)
+    known = [*start.constants, *start.searched]
+    if way in BY_LAYER:
+        known = [replace(t, policy=_by_layer(t.policy, len(study.model.sites))) for t in known]
+    with stage(f"{way.replace('_', ' ')} search", evaluations * problem.frames) as advance:
+
+        def evaluate(policy: GroupThresholds) -> Tried:
+            return _tried(policy, few.measure(policy, "train", advance))
+
+        if way == "cma_es":
+            found = evolve_thresholds(evaluate, known, limits, evaluations=evaluations, seed=settings.seed)
+        else:
+            found = search_group_thresholds(
+                evaluate,
+                known,
+                environment.thresholds,
+                environment.keyframe_intervals,
+                settings.training.spread(limits),
+                evaluations=evaluations,
+                strategy="random" if way == "random" else "greedy",
+                seed=settings.seed,
+            )
     if len(found) < evaluations:
-        log.info("There are no more than %d thresholds per layer group to try.", len(found))
+        log.info("There are no more than %d static thresholds to try.", len(found))
     return replace(start, searched=(*start.searched, *found), seconds=start.seconds + time.monotonic() - begun)
+
+
+def _by_layer(policy: GroupThresholds | StaticResQ, layers: int) -> GroupThresholds:
+    """Constant thresholds by layer group as equal ones by layer."""
+    assert isinstance(policy, GroupThresholds)  # as of all starts by thresholds
+    return replace(policy, taus=policy.taus[:1] * layers)
 
 
 def _tried(policy: GroupThresholds | StaticResQ, result: Measurement) -> Tried:

@@ -77,6 +77,14 @@ class Budget(Checked):
         full = self.least if self.mean is None else self.bucket * self.mean
         return (credit / full).float().clamp(0, 1)
 
+    def filled(self, spent: Float64[Tensor, " t"]) -> Float[Tensor, " t"]:
+        """How full the bucket of one stream is before each of its frames, given what they cost."""
+        credit, found = self.begin(1), []
+        for cost in spent:
+            found.append(self.left(credit))
+            credit = self.after(credit, cost)
+        return torch.cat(found)
+
     def rate(self, spent: Float64[Tensor, " b"]) -> Float[Tensor, " b"]:
         """Costs of frames over the mean; 1 without a mean."""
         return torch.ones(len(spent)) if self.mean is None else (spent / self.mean).float()

@@ -23,7 +23,8 @@ from resq_rl.experiments.report import verdict_of, write_report
 from resq_rl.experiments.report.page import cost_rows, inline_svg
 from resq_rl.experiments.report.pair import COLUMNS, layer_rows, region_maps, sheet
 from resq_rl.experiments.report.verdict import choices_of
-from resq_rl.experiments.results.comparison import BdEntry, Comparison
+from resq_rl.experiments.results.comparison import Comparison
+from resq_rl.experiments.results.entries import AtBudget, BdEntry, Gain
 from resq_rl.experiments.results.fronts import points_of
 from resq_rl.experiments.results.methods import method_of
 from resq_rl.experiments.runs.record import RunRecord
@@ -154,6 +155,25 @@ def test_policies_learned_by_gradients_are_named_and_their_beginnings_counted(co
     assert (verdict.method, verdict.anchor) == ("gradient_policy", "static_resq")
     assert f"At 1 of {1 + len(points)} points the policy is its beginning" in verdict.scope
     assert "its beginning" not in verdict_of(replace(comparison, bd_bops={"ppo_vs_static_resq": entry})).scope
+
+
+def test_at_equal_budget_the_best_baseline_is_what_the_verdict_names(comparison: Comparison) -> None:
+    kept = {
+        "dynamic_resq": AtBudget(0.80, (0.78, 0.82), 0.11, 0.91, 0.24),
+        "rate_control": AtBudget(0.83, (0.81, 0.85), 0.12, 0.99, 0.25),
+        "ppo": AtBudget(0.85, (0.83, 0.87), 0.12, 0.98, 0.25),
+    }
+    gains = {"ppo_vs_dynamic_resq": Gain(5.0, (4.0, 6.0)), "ppo_vs_rate_control": Gain(2.0, (0.5, 3.5))}
+    budget = {"peak": 0.25, "mean": 0.12, "bucket": 8.0}
+    under = replace(comparison, budget=budget, at_budget=kept, gains=gains)
+    verdict = verdict_of(under)
+    assert verdict.sentence.startswith("PPO is 2.0 points more accurate than rate control, the best baseline")
+    assert "+0.5 to +3.5" in verdict.sentence
+    assert (verdict.tone, verdict.anchor) == ("fewer", "rate_control")
+    unclear = replace(under, gains={"ppo_vs_rate_control": Gain(-1.0, (-2.5, 0.5))})
+    assert "1.0 points less accurate" in verdict_of(unclear).sentence
+    assert verdict_of(unclear).tone == "unclear"
+    assert Comparison.from_json(under.to_json()) == replace(under, fronts=Comparison.from_json(under.to_json()).fronts)
 
 
 def test_the_choice_is_the_cheapest_point_within_the_loss(comparison: Comparison) -> None:

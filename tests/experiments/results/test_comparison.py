@@ -14,15 +14,13 @@ from rich.console import Console
 
 from resq_rl.errors import ResultsError
 from resq_rl.experiments.results.comparison import (
-    BdEntry,
     Comparison,
-    Effort,
-    Point,
     print_comparison,
     print_policies,
     short_settings,
     write_summary,
 )
+from resq_rl.experiments.results.entries import BdEntry, Effort, Point
 from resq_rl.experiments.results.methods import METHODS, method_of
 from resq_rl.experiments.results.plots import plot_fronts, save_figure
 
@@ -42,6 +40,9 @@ NAMES = [
     "fronts",
     "bd_bops",
     "efforts",
+    "budget",
+    "at_budget",
+    "gains",
 ]
 POINT_NAMES = [
     "accuracy",

@@ -13,7 +13,8 @@ from resq_rl.envs import Measurement, NetworkEngine, Policy, Problem, Streams, T
 from resq_rl.errors import SettingsError
 from resq_rl.experiments.cli.app import main
 from resq_rl.experiments.config.composition import load_settings
-from resq_rl.experiments.results.comparison import BdEntry, Comparison
+from resq_rl.experiments.results.comparison import Comparison
+from resq_rl.experiments.results.entries import BdEntry
 from resq_rl.experiments.results.methods import tuned_methods
 from resq_rl.experiments.study import measuring
 from resq_rl.experiments.study.frame_level import (
