@@ -26,6 +26,7 @@ from playwright.sync_api import Browser, Error, sync_playwright
 
 from resq_rl.experiments.config.composition import compose_config
 from resq_rl.experiments.runs import resume
+from resq_rl.experiments.study import start
 from resq_rl.policies import ppo
 
 STARTED_WITHIN = 120  # seconds; the server imports much, and test machines are small
@@ -72,9 +73,10 @@ def _quick_composition() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick_start() -> Iterator[None]:
-    """A short fit of PPO's first choices, which tests/policies/test_ppo.py checks."""
+    """A short fit of PPO's first choices, which tests/policies/test_ppo.py checks, and few learned thresholds tried."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "_fit_first_choices", partial(ppo._fit_first_choices, steps=100))
+        patch.setattr(start, "SPREAD", 3)
         yield
 
 

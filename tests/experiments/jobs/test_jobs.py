@@ -14,7 +14,7 @@ from resq_rl.envs import ActionScheme
 from resq_rl.experiments.cli.app import main
 from resq_rl.experiments.jobs import compare
 from resq_rl.experiments.results.comparison import Comparison
-from resq_rl.experiments.study.start import SPREAD
+from resq_rl.experiments.study import start as beginning
 from resq_rl.perception import compact_ddrnet, load_weights
 from resq_rl.perception.compact_networks import CompactDDRNet
 from resq_rl.policies import LearnedPolicy
@@ -403,7 +403,7 @@ def test_ppo_begins_at_gradient_thresholds(tmp_path: Path, without_pictures: Non
     comparison = Comparison.read(folder / "comparison.json")
     policy = LearnedPolicy.load(folder / "seed0")
     assert len(policy.scheme.base[0]) == len(policy.scheme.layers)
-    constants, spread = 2 * 3 * 18, SPREAD * 18  # on three clips of six frames
+    constants, spread = 2 * 3 * 18, beginning.SPREAD * 18  # on three clips of six frames
     assert comparison.env_frames_used_for_training >= constants + spread + 30 + 120
     for point in comparison.fronts["ppo"]:
         assert (point.policy_bops == 0) == bool(point.settings.get("static"))
