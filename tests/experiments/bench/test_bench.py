@@ -59,7 +59,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the command writes, of small networks and few steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(growth, "DEPTHS", (2, 3))
-        patch.setattr(growth, "WIDTHS", (4, 8, 16))
+        patch.setattr(growth, "WIDTHS", (8, 10, 12))
         patch.setattr(bench, "TABLE_SLOTS", 8)
         patch.setattr(bench, "TABLE_STEPS", 5)
         patch.setattr(bench, "RATE_STEPS", 2)
