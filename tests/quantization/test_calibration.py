@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from resq_rl.errors import CalibrationError, SettingsError
-from resq_rl.quantization import AffineQuantizer, QuantizationConfig, ResQModel
+from resq_rl.quantization import AffineQuantizer, LevelField, QuantizationConfig, Reference, ResQModel
 from resq_rl.quantization.running import calibration
 from tests.quantization.networks import byte_clips, wrapped
 
@@ -24,6 +24,30 @@ def test_keyframe_ranges_cover_the_extremes_under_min_max() -> None:
     assert isinstance(quantizer, AffineQuantizer)
     assert quantizer.zero_point == 0
     assert quantizer.step == pytest.approx(largest / 255, rel=1e-5)
+
+
+@pytest.mark.parametrize("reference", ["previous", "keyframe"])
+def test_a_change_that_no_calibration_clip_shows_is_held(reference: Reference) -> None:
+    """Clips of a camera before which hardly anything moves, then a picture that turns from black to white."""
+    torch.manual_seed(0)
+    pictures = byte_clips(3, 1, 3, SIZE)
+    quiet = [
+        (picture.expand(6, -1, -1, -1).int() + torch.randint(-1, 2, (6, 3, *SIZE))).clamp(0, 255)
+        for picture in pictures
+    ]
+    quiet[0][:, :, 0, :2] = torch.tensor([0, 255])  # within the range of keyframes
+    network = nn.Conv2d(3, 4, 3)
+    model = fresh(network).calibrate([clip.to(torch.uint8) for clip in quiet])
+    black, white = torch.zeros(1, 3, *SIZE), torch.ones(1, 3, *SIZE)
+    state, finest = model.new_state(1, reference), LevelField.constant(3, 1, 1)
+    model.step(black, state, torch.tensor([True]), finest)
+    output, _ = model.step(white, state, torch.tensor([False]), finest)
+    codes, scale = model.integer_weights(model.operators[0], residual=True)
+    held = (codes * scale.view(-1, 1, 1, 1)).double().sum((1, 2, 3))  # of an input that is 1 everywhere
+    assert network.bias is not None
+    wanted = held + network.bias.double()
+    reach = (codes.abs() * scale.view(-1, 1, 1, 1)).double().sum((1, 2, 3))
+    assert bool(((output[0].double() - wanted[:, None, None]).abs() < 0.02 * reach[:, None, None]).all())
 
 
 def test_sigma_is_the_deviation_of_all_residuals() -> None:
@@ -55,7 +79,8 @@ def test_the_same_seed_gives_the_same_ranges() -> None:
     torch.manual_seed(1)
     network = nn.Conv2d(3, 4, 3)
     clips = byte_clips(2, 5, 3, (40, 40))
-    models = [ResQModel(network, torch.rand(1, 3, 40, 40)).calibrate(clips, seed=seed) for seed in (3, 3, 4)]
+    config = QuantizationConfig(levels=(0, 2))
+    models = [ResQModel(network, torch.rand(1, 3, 40, 40), config).calibrate(clips, seed=seed) for seed in (3, 3, 4)]
     steps = [m.ranges[0].residual["previous"].step for m in models]
     assert steps[0] == steps[1] != steps[2]
 

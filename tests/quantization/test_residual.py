@@ -34,7 +34,7 @@ def samples(seed: int = 0, scale: float = 1.0) -> Tensor:
 
 def table_of(levels: tuple[int, ...], seed: int = 0, scale: float = 1.0) -> ResidualTable:
     values = samples(seed, scale)
-    return residual_table(values, float(values.std()), levels, "least_squares")
+    return residual_table(values, float(values.std()), levels, "least_squares", reach=0.0)
 
 
 def limit_of(bits: int) -> int:
@@ -135,11 +135,23 @@ def test_steps_depend_on_nothing_but_the_table_and_kappa() -> None:
 def test_a_skip_gate_has_the_steps_of_its_two_levels() -> None:
     # Equal thresholds leave the levels between them no residuals; the highest one follows the common threshold.
     sparse = torch.cat([torch.zeros(9900), samples()[:100]])
-    table = residual_table(sparse, 1.0, (0, 2, 4), "least_squares")
+    table = residual_table(sparse, 1.0, (0, 2, 4), "least_squares", reach=0.0)
     unit = table.steps((1.0, 1.0))[2]
     for row, tau in enumerate(HALF_OCTAVES):
         assert unit[row, 0] == 0
         assert_near(float(unit[row, 2]), max(4 * tau / 9 / table.step, 4), 4, (0, 2, 4))
+
+
+@pytest.mark.parametrize("levels", [(0, 2, 4, 8), (0, 4, 8), (0, 16)], ids=str)
+def test_codes_reach_what_no_sample_shows(levels: tuple[int, ...]) -> None:
+    reach = 40.0 * float(samples().abs().max())
+    table = residual_table(samples(), float(samples().std()), levels, "least_squares", reach=reach)
+    assert table.step * largest_code(levels) == pytest.approx(reach)
+    for kappa in (None, KAPPA[: len(levels) - 1]):
+        inverse, limit, _ = (part[:, -1] for part in table.steps(kappa))
+        assert bool((limit / inverse >= 0.999 * reach).all())
+    wide = residual_table(samples(), float(samples().std()), levels, "least_squares", reach=1e-3)
+    assert wide == residual_table(samples(), float(samples().std()), levels, "least_squares", reach=0.0)
 
 
 # Rows ----------------------------------------------------------------------------------------------------------------
@@ -217,7 +229,7 @@ def test_codes_are_whole_and_no_larger_than_promised(
 
 @pytest.mark.parametrize("levels", LEVELS, ids=str)
 def test_residuals_that_are_all_zero_give_finite_steps(levels: tuple[int, ...]) -> None:
-    table = residual_table(torch.zeros(50), 0.0, levels, "least_squares")
+    table = residual_table(torch.zeros(50), 0.0, levels, "least_squares", reach=0.0)
     for kappa in (None, KAPPA[: len(levels) - 1]):
         assert all(bool(part.isfinite().all()) for part in table.steps(kappa))
     zeros = torch.zeros(3)

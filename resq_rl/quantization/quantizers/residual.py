@@ -38,7 +38,7 @@ class ResidualTable:
     follows tau: kappa_(l+1) tau sigma / (n + 2), n the largest code. That clips the largest residuals of the level (at
     2 bits to a third of the bound) and resolves the many small ones beside them better; the closed loop makes up for
     what is clipped. The highest level has no bound: 4 times its lower one stands for it, and its step is at least that
-    of bit fields. No code exceeds `largest_code`.
+    of bit fields, so that it holds any change within the range of keyframes. No code exceeds `largest_code`.
 
     Attributes:
         sigma: standard deviation of the residual, by which magnitudes are normalised.
@@ -131,7 +131,7 @@ def largest_code(level_bits: Sequence[int]) -> int:
 
 
 def residual_table(
-    samples: Float[Tensor, " n"], sigma: float, level_bits: Sequence[int], estimator: RangeEstimator
+    samples: Float[Tensor, " n"], sigma: float, level_bits: Sequence[int], estimator: RangeEstimator, reach: float
 ) -> ResidualTable:
     """A table for residuals of which `samples` were drawn.
 
@@ -140,10 +140,12 @@ def residual_table(
         sigma: their standard deviation over all of calibration.
         level_bits: bit-widths of the levels, ascending.
         estimator: how the steps of bit fields are chosen.
+        reach: the largest change of an input, which codes must hold however small the samples are: calibration clips
+            may show little motion.
     """
     limits = [symmetric_limit(bits) for bits in level_bits]
     steps = [float(symmetric_step(samples[None], b, estimator)) if b else 0.0 for b in level_bits]
     finer = max(n for n in (1, 2, FINER) if n == 1 or n * limits[-1] <= LARGEST_CODE)
-    unit = steps[-1] / finer
+    unit = max(steps[-1] / finer, reach / largest_code(level_bits))
     units = [_whole(s / unit, n, largest_code(level_bits)) for s, n in zip(steps, limits, strict=True)]
     return ResidualTable(max(sigma, 1e-8), unit, tuple(limits), tuple(units))

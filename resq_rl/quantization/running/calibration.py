@@ -116,16 +116,19 @@ class SiteRecorder:
         values = torch.cat(
             [_thinned(torch.cat(self.values)), torch.tensor([self.low, self.high], dtype=torch.float32, device="cpu")]
         )
+        keyframe = affine_quantizer(values, key_bits, estimator)
+        reach = keyframe.step * (2**key_bits - 1)
         tables = {
             r: residual_table(
                 _thinned(torch.cat(self.rows[r])),
                 math.sqrt(self.square_sum[r] / self.count[r]),
                 level_bits,
                 estimator,
+                reach,
             )
             for r in REFERENCES
         }
-        return SiteRanges(affine_quantizer(values, key_bits, estimator), tables)
+        return SiteRanges(keyframe, tables)
 
 
 def _thinned(rows: Float[Tensor, "n c"]) -> Float[Tensor, " m"]:
