@@ -129,7 +129,7 @@ def test_rollouts_of_two_instances_are_equal(name: str, problem: Problem) -> Non
             assert first_difference(first.reset()[0], second.reset()[0]) is None, f"seed {seed}, reset after step {t}"
 
 
-@pytest.mark.parametrize(("name", "reference"), zip(ENVIRONMENTS, ["previous", "keyframe"] * 2, strict=True))
+@pytest.mark.parametrize(("name", "reference"), [*zip(ENVIRONMENTS, ["previous", "keyframe"] * 2, strict=True)])
 def test_vector_equals_single_bit_for_bit_across_ends_of_clips(name: str, reference: str, problem: Problem) -> None:
     check_vector_equals_single(name, {"reference": reference, "problem": problem})
 
