@@ -52,8 +52,9 @@ venv: $(STAMP)
 demo: $(STAMP)
 	@$(BIN)/resq-rl compare +experiment=$(TASK) $(ARGS)
 
+# Each process reads what another has compiled, also where the environment forbids Python to keep it.
 test: $(STAMP)
-	@$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile $(ARGS)
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n logical --maxprocesses=4 --dist=loadfile $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -42,8 +42,8 @@ def default_problem(clips: int = 4, frames: int = 16) -> Problem:
     video = GeneratedVideo(train=clips, frames=frames)
     made = video.clips("train")
     height, width = video.size
-    model = ResQModel(compact_ddrnet(), torch.zeros(1, 3, height, width)).calibrate([c.frames for c in made])
-    return Problem.prepare(model, task, made)
+    model = ResQModel(compact_ddrnet(), torch.zeros(1, 3, height, width)).compile()
+    return Problem.prepare(model.calibrate([clip.frames for clip in made]), task, made)
 
 
 class EnvironmentArguments(TypedDict, total=False):

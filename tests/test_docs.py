@@ -58,7 +58,7 @@ def test_the_dataset_shown_can_be_chosen(
     monkeypatch.syspath_prepend(tmp_path)
     small = ["environment.grid=[2,3]", "environment.trade_off=0.3", "training.frames=20", "training.warm_start=none"]
     small += ["training.seeds=[0]", "threads=1", "tracking=disabled", f"results={tmp_path}"]
-    small += ["quantization.weight_rounding=nearest", "quantization.compile=false", "environment.clips_per_batch=1"]
+    small += ["quantization.weight_rounding=nearest", "environment.clips_per_batch=1"]
     small += [*TINY_NETWORK, "video.size=[32,48]", "training.search_frames=30", "training.n_steps=5"]
     assert main(["train", "--config-dir", str(tmp_path), "video=panning", *small]) == 0
     assert list(tmp_path.glob("train/*/seed0/policy.safetensors"))

@@ -66,24 +66,32 @@ def test_every_package_folder_is_listed(root: Path) -> None:
     assert names == set(settings["packages"])
 
 
-@pytest.mark.parametrize("links", [True, False], ids=["with links", "without links"])
-def test_wheel_holds_every_package_file_and_runs_alone(links: bool, root: Path, tmp_path: Path) -> None:
-    files = tracked_files(root)
-    wheel = build_wheel(root, files, tmp_path, links)
-    with zipfile.ZipFile(wheel) as archive:
-        built = {name for name in archive.namelist() if ".dist-info/" not in name}
-        archive.extractall(tmp_path / "unpacked")
+@pytest.fixture(scope="module")
+def unpacked(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """What the wheels hold that are built with and without the links."""
+    folders = []
+    for links in (True, False):
+        folder = tmp_path_factory.mktemp("wheel")
+        with zipfile.ZipFile(build_wheel(root, tracked_files(root), folder, links)) as archive:
+            archive.extractall(folder / "unpacked")
+        folders.append(folder / "unpacked")
+    return folders[0], folders[1]
+
+
+def test_wheels_hold_every_package_file_with_and_without_links(unpacked: tuple[Path, Path], root: Path) -> None:
     expected = {
-        file.as_posix() if file.parts[0] in PLAIN else f"resq_rl/{file.as_posix()}"
-        for file in files
+        file.as_posix() if file.parts[0] in PLAIN else f"resq_rl/{file.as_posix()}": (root / file).read_bytes()
+        for file in tracked_files(root)
         if file.parts[0] in (*PLAIN, *LINKED) and not (root / file).is_symlink()
     }
-    assert built == expected
+    for folder in unpacked:
+        files = [file for file in folder.rglob("*") if file.is_file() and ".dist-info/" not in file.as_posix()]
+        assert {file.relative_to(folder).as_posix(): file.read_bytes() for file in files} == expected
 
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    command = [sys.executable, "-c", RUN_WHEEL, str(tmp_path / "unpacked")]
-    done = subprocess.run(command, cwd=empty, capture_output=True, text=True, check=False)
+
+def test_a_wheel_runs_alone(unpacked: tuple[Path, Path], tmp_path: Path) -> None:
+    command = [sys.executable, "-c", RUN_WHEEL, str(unpacked[0])]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     origins = [Path(line) for line in done.stdout.splitlines()]
-    assert [origin for origin in origins if not origin.is_relative_to(tmp_path / "unpacked")] == []
+    assert [origin for origin in origins if not origin.is_relative_to(unpacked[0])] == []

@@ -22,7 +22,7 @@ from resq_rl.envs import (
 )
 from resq_rl.errors import PolicyError, SettingsError, VideoError
 from tests.envs import problems
-from tests.envs.contract import EnvContract, Face, SingleFace, VectorFace
+from tests.envs.contract import BUDGETS, EnvContract, Face, SingleFace, VectorFace
 from tests.envs.problems import first_difference
 
 ENVIRONMENTS: dict[str, type[ResQEnv]] = {
@@ -50,14 +50,17 @@ class VectorContract(EnvContract):
 
 class TestFrameBits(SingleContract):
     kind = "frame_bits"
+    budgets = BUDGETS[:2]
 
 
 class TestFrameLevel(SingleContract):
     kind = "frame_level"
+    budgets = BUDGETS[2:]
 
 
 class TestRegionBits(SingleContract):
     kind = "region_bits"
+    budgets = BUDGETS[:2]
 
 
 class TestRegionThresholds(SingleContract):
@@ -66,6 +69,7 @@ class TestRegionThresholds(SingleContract):
 
 class TestRegionThresholdsByGroup(SingleContract):
     kind = "region_thresholds"
+    budgets = BUDGETS[2:]
 
     def make(self, problem: Problem, **settings: Any) -> Face:
         return super().make(problem, by_group=True, **settings)
@@ -77,14 +81,17 @@ class TestVectorFrameBits(VectorContract):
 
 class TestVectorFrameLevel(VectorContract):
     kind = "frame_level"
+    budgets = BUDGETS[:2]
 
 
 class TestVectorRegionBits(VectorContract):
     kind = "region_bits"
+    budgets = BUDGETS[2:]
 
 
 class TestVectorRegionThresholds(VectorContract):
     kind = "region_thresholds"
+    budgets = BUDGETS[:2]
 
 
 # Gymnasium ---------------------------------------------------------------------------------------------------------
@@ -122,8 +129,7 @@ def test_rollouts_of_two_instances_are_equal(name: str, problem: Problem) -> Non
             assert first_difference(first.reset()[0], second.reset()[0]) is None, f"seed {seed}, reset after step {t}"
 
 
-@pytest.mark.parametrize("reference", ["previous", "keyframe"])
-@pytest.mark.parametrize("name", ENVIRONMENTS)
+@pytest.mark.parametrize(("name", "reference"), [*zip(ENVIRONMENTS, ["previous", "keyframe"] * 2, strict=True)])
 def test_vector_equals_single_bit_for_bit_across_ends_of_clips(name: str, reference: str, problem: Problem) -> None:
     check_vector_equals_single(name, {"reference": reference, "problem": problem})
 

@@ -18,7 +18,7 @@ from resq_rl.policies import DynamicResQ, GroupThresholds
 from resq_rl.quantization import LevelField, Reference
 from resq_rl.sealed import pack, unpack
 from tests.envs import problems
-from tests.envs.contract import AgentsFace, EnvContract, Face
+from tests.envs.contract import BUDGETS, AgentsFace, EnvContract, Face
 from tests.envs.problems import assert_same, first_difference
 
 EPISODE = ("trade_off", "reward_scale", "intervals", "frame_share", "relative")
@@ -40,20 +40,24 @@ class TestRegionAgentsOfThresholds(AgentsContract):
 
 class TestRegionAgentsOfBits(AgentsContract):
     kind = "region_bits"
+    budgets = BUDGETS[:2]
 
 
 class TestFrameAgentsOfBits(AgentsContract):
     kind = "frame_bits"
+    budgets = BUDGETS[2:]
     agents = "frame"
 
 
 class TestFrameAgentsOfThresholds(AgentsContract):
     kind = "region_thresholds"
+    budgets = BUDGETS[:2]
     agents = "frame"
 
 
 class TestKeyframeAgents(AgentsContract):
     kind = "keyframe"
+    budgets = BUDGETS[2:]
     agents = "frame"
 
     def make(self, problem: Problem, **settings: Any) -> Face:

@@ -1,5 +1,6 @@
 """Fixtures of the experiment tests."""
 
+import copy
 import logging
 import os
 import shutil
@@ -12,14 +13,20 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hydra._internal.config_repository import ConfigRepository
+from hydra._internal.hydra import Hydra
 from mlflow import MlflowClient
 from playwright.sync_api import Browser, Error, sync_playwright
 
+from resq_rl.experiments.config.composition import compose_config
+from resq_rl.experiments.runs import resume
+from resq_rl.experiments.study import start
 from resq_rl.policies import ppo
 
 STARTED_WITHIN = 120  # seconds; the server imports much, and test machines are small
@@ -38,11 +45,38 @@ def _restored_process_state() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _quick_composition() -> Iterator[None]:
+    """Hydra parses the files of the package once, instead of for each of some hundred compositions.
+
+    Nor does a command compose its settings a first time to look for `hydra.mode`, which no test sets, and the defaults
+    that a run's or a policy's settings are compared with are composed once.
+    """
+    parsed: dict[object, Any] = {}
+    load = ConfigRepository.load_config
+
+    def remembered(repository: ConfigRepository, config_path: str) -> Any:
+        key = config_path, *((source.scheme(), source.path) for source in repository.sources)
+        if key not in parsed:
+            found = load(repository, config_path)
+            if found is None or found.path.startswith("file://"):  # a test's own, which may change
+                return found
+            parsed[key] = found
+        return copy.deepcopy(parsed[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ConfigRepository, "load_config", remembered)
+        patch.setattr(Hydra, "get_mode", lambda *_, **__: None)
+        patch.setattr(resume, "compose_config", cache(compose_config))
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _quick_start() -> Iterator[None]:
-    """A short fit of PPO's first choices, which tests/policies/test_ppo.py checks."""
+    """A short fit of PPO's first choices, which tests/policies/test_ppo.py checks, and few learned thresholds tried."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "_fit_first_choices", partial(ppo._fit_first_choices, steps=100))
+        patch.setattr(start, "SPREAD", 3)
         yield
 
 

@@ -122,6 +122,15 @@ class Runs:
         process.join()
         return process.exitcode != 0
 
+    def kill_once_there_is(self, name: str, pattern: str) -> bool:
+        """Kill a run once its folder has a file of a pattern; whether it had not come to its end."""
+        process = self.start(name)
+        while process.is_alive() and not any(self.run_folder(name).glob(pattern)):
+            time.sleep(0.01)
+        process.kill()
+        process.join()
+        return process.exitcode != 0
+
     def forget(self, name: str) -> None:
         """Remove all of a run."""
         shutil.rmtree(self.results(name))

@@ -15,7 +15,7 @@ from resq_rl.experiments.cli.commands import COMMANDS
 from resq_rl.experiments.config.composition import compose_config, load_settings
 from tests.fuzz.mutations import TOKENS, outcome
 
-FEW, MANY = 25, int(os.environ.get("RESQ_RL_FUZZ_CASES", "1000"))
+FEW, MANY = 15, int(os.environ.get("RESQ_RL_FUZZ_CASES", "1000"))
 VALUES = [
     *(token.decode("latin-1") for token in TOKENS),
     "1",

@@ -76,8 +76,7 @@ def test_thresholds_between_two_values_of_lambda_are_interpolated() -> None:
     assert all((policy.reference, policy.interval, policy.kappa) == ("keyframe", 4, (1.0, 2.0)) for policy in spread)
 
 
-@pytest.mark.parametrize("reference", ["previous", "keyframe"])
-@pytest.mark.parametrize("interval", [0, 2])
+@pytest.mark.parametrize(("reference", "interval"), [("previous", 0), ("keyframe", 2)])
 def test_a_seed_gives_the_same_thresholds_again(problem: Problem, reference: Reference, interval: int) -> None:
     runs = [
         learn_thresholds(problem, QUICK, reference=reference, interval=interval, kappa=(1.0, 3.0, 9.0), seed=seed)
@@ -108,8 +107,8 @@ def test_frames_are_counted_and_kept_to(problem: Problem, monkeypatch: pytest.Mo
 
 
 def test_the_range_of_lambda_may_be_given(problem: Problem) -> None:
-    assert learn_thresholds(problem, QUICK, trade_offs=(0.02, 0.5)).trade_offs == pytest.approx((0.02, 0.1, 0.5))
-    one = learn_thresholds(problem, QUICK, trade_offs=(0.1, 0.1))
+    assert learn_thresholds(problem, FEW, trade_offs=(0.02, 0.5)).trade_offs == pytest.approx((0.02, 0.1, 0.5))
+    one = learn_thresholds(problem, FEW, trade_offs=(0.1, 0.1))
     assert one.trade_offs == (0.1,)
     assert one.spread(3) == list(one.policies) * 3
 

@@ -192,8 +192,7 @@ def check_on_network(problem: Problem, schedules: Sequence[Schedule], slots: int
         same(measure_schedules(problem.task, [tables[i] for i in batch], own, {}), expected)
 
 
-@pytest.mark.parametrize("slots", [1, 2, 32])
-@pytest.mark.parametrize("trade_off", [0.003, 0.1, 1.0])
+@pytest.mark.parametrize(("trade_off", "slots"), [(0.003, 1), (0.1, 2), (0.1, 32), (1.0, 32)])
 def test_the_network_gives_what_the_oracle_says(trade_off: float, slots: int, problem: Problem) -> None:
     tables = table_engine(problem).tables
     schedules = [best_schedule(table, trade_off) for table in tables]
@@ -325,8 +324,7 @@ def test_fixed_policies_measure_on_tables_as_on_the_network(
         assert_equal(measure_on_tables(table_engine(own), policy), measure(own, policy))
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("trade_off", [*RANGE, 0.2])
+@pytest.mark.parametrize(("seed", "trade_off"), [*zip(SEEDS, (*RANGE, 0.2, 0.2), strict=True), (SEEDS[0], 0.2)])
 def test_learned_policies_measure_on_tables_as_on_the_network(seed: int, trade_off: float, problem: Problem) -> None:
     policy = learned(problem, seed, trade_off)
     result = measure_on_tables(table_engine(problem), policy)

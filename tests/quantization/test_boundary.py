@@ -13,7 +13,7 @@ from torch import Tensor
 
 from resq_rl.errors import NetworkError, PolicyError
 from resq_rl.quantization import LevelField, QuantizationConfig, ResQModel, ThresholdField
-from resq_rl.quantization.kernels import PLAIN, Choice, Kernels, native
+from resq_rl.quantization.kernels import PLAIN, Choice, Kernels, library, native
 from resq_rl.quantization.kernels.library import ARGUMENTS, MAY_LACK
 from tests.quantization.networks import SmallNet, byte_clips, everywhere, perturb_statistics, video
 
@@ -162,7 +162,8 @@ def test_a_state_of_another_model_is_refused(fast: Kernels) -> None:
 
 @pytest.fixture
 def cache(fast: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder of the compiled library, holding one, as in a process that has loaded none yet."""
+    """The folder of the compiled library, holding one, as in a process that has loaded none yet; compiled quickly."""
+    monkeypatch.setattr(library, "_FLAGS", [flag.replace("-O3", "-O0") for flag in library._FLAGS])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     native.cache_clear()
     assert native() is not PLAIN
@@ -179,24 +180,24 @@ def test_a_library_that_others_may_have_written_is_not_loaded(
     cache = cache.parent / "second" / "resq_rl"  # a path that this process has not loaded
     cache.mkdir(parents=True, mode=0o700)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent))
-    library = cache / loaded.name
-    library.write_bytes(b"not what was compiled")
+    file = cache / loaded.name
+    file.write_bytes(b"not what was compiled")
     if change in ("file", "folder"):
-        (library if change == "file" else cache).chmod(0o777)
+        (file if change == "file" else cache).chmod(0o777)
     elif change == "link":
-        library.rename(cache.parent / "elsewhere.so")
-        library.symlink_to(cache.parent / "elsewhere.so")
+        file.rename(cache.parent / "elsewhere.so")
+        file.symlink_to(cache.parent / "elsewhere.so")
     elif change == "owner":
-        monkeypatch.setattr(os, "getuid", lambda: library.stat().st_uid + 1)
+        monkeypatch.setattr(os, "getuid", lambda: file.stat().st_uid + 1)
     assert native() is not PLAIN
-    assert [path.name for path in cache.iterdir()] == [library.name]
-    mended = library.read_bytes() != b"not what was compiled" and not library.is_symlink()
+    assert [path.name for path in cache.iterdir()] == [file.name]
+    mended = file.read_bytes() != b"not what was compiled" and not file.is_symlink()
     assert mended == (change in ("file", "link", "damage"))
 
 
 def test_a_failed_build_leaves_nothing_behind(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (library,) = cache.iterdir()
-    library.unlink()
+    (file,) = cache.iterdir()
+    file.unlink()
     temporary = cache.parent / "temporary"
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))

@@ -122,7 +122,8 @@ def test_at_full_bits_the_stream_equals_the_float_network(name: str) -> None:
     )
     clips = byte_clips(2, 4, 3, SIZE)
     model = ResQModel(made(name), frames(1)[0], config).calibrate(clips)
-    references: tuple[Reference, ...] = ("previous", "keyframe")
+    # The closed loop is also what the independent replay steps through.
+    references: tuple[Reference, ...] = ("keyframe", "previous") if name in NOT_REPLAYED else ("keyframe",)
     for reference in references:
         network = made(name, reference=True)
         state, decision = model.new_state(2, reference), LevelField.constant(1, 2, len(model.groups))

@@ -119,7 +119,7 @@ def test_corrections_serve_residual_frames_too() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_the_choice_never_loses_on_the_frames_it_is_made_by(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(seed)
-    network, clips = perturb_statistics(SmallNet(), seed), smooth_clips(4, 8, 3, SIZE)
+    network, clips = perturb_statistics(SmallNet(), seed), smooth_clips(2, 6, 3, SIZE)
     model = ResQModel(network, to_float(clips[0][:1])).calibrate(clips)
     _, (held,) = keyframes.chosen_frames(clips, 24, model.layers, model.device)
     chosen = torch.tensor(errors(model, held)).log().sum()
@@ -166,7 +166,7 @@ def test_frames_to_fit_to_and_to_choose_by_are_apart_and_fit_in_memory(monkeypat
 
 
 def test_threads_do_not_show() -> None:
-    clips, found = smooth_clips(3, 6, 3, SIZE), []
+    clips, found = smooth_clips(2, 4, 3, SIZE), []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2):

@@ -333,7 +333,7 @@ def small(config: QuantizationConfig, seed: int = 0) -> ResQModel:
 @cache
 def fitted(**settings: object) -> ResQModel:
     """A calibrated model that tests share and do not change."""
-    return small(QuantizationConfig(**settings)).calibrate(smooth_clips(4, 8, 3, SIZE))  # type: ignore[arg-type]
+    return small(QuantizationConfig(**settings)).calibrate(smooth_clips(2, 5, 3, SIZE))  # type: ignore[arg-type]
 
 
 def output_error(model: ResQModel, clips: list[Tensor]) -> float:
@@ -373,14 +373,15 @@ def test_second_order_brings_a_networks_output_nearer_to_float() -> None:
     own = smooth_clips(8, 6, 3, SIZE)
     clips = {"own": own, "others": smooth_clips(8, 6, 3, SIZE, 900)}
     ratios: dict[tuple[int, str], list[float]] = {(bits, name): [] for bits in (2, 4) for name in clips}
-    for seed in range(5):
+    for seed in range(3):
         configs = [QuantizationConfig(weight_rounding=r, levels=(0, 2, 4, 12)) for r in ROUNDINGS]  # only weights err
         models = [small(config, seed).calibrate(own) for config in configs]
-        for (bits, name), shares in ratios.items():
+        for bits in (2, 4):
             for model in models:
                 model.set_residual_weight_bits(bits)
-            nearest, together = (output_error(model, clips[name]) for model in models)
-            shares.append(together / nearest)
+            for name in clips:
+                nearest, together = (output_error(model, clips[name]) for model in models)
+                ratios[bits, name].append(together / nearest)
     for (bits, _), shares in ratios.items():  # layers are rounded one by one, so now and then a whole network loses
         assert sum(shares) / len(shares) < {2: 0.7, 4: 0.85}[bits]
 
@@ -394,7 +395,7 @@ def test_weights_are_rounded_to_nearest_until_calibrated_or_if_so_set() -> None:
 
 def test_too_wide_layers_are_rounded_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "WIDEST", 8)  # of the layers, only the stem has more inputs, and one depthwise
-    model = small(QuantizationConfig()).calibrate(smooth_clips(4, 8, 3, SIZE))
+    model = small(QuantizationConfig()).calibrate(smooth_clips(2, 5, 3, SIZE))
     plain = weights(fitted(weight_rounding="nearest"))
     wide = [operator.weight_rows().shape[1] > 8 for operator in model.operators]
     assert 0 < sum(wide) < len(wide)
@@ -415,18 +416,18 @@ def test_narrower_residual_weights_are_fitted_to_changes_not_inputs() -> None:
 
 
 def test_calibrating_again_starts_afresh() -> None:
-    clips, others = smooth_clips(4, 8, 3, SIZE), smooth_clips(4, 8, 3, SIZE, 900)
+    clips, others = smooth_clips(2, 5, 3, SIZE), smooth_clips(2, 5, 3, SIZE, 900)
     model = small(QuantizationConfig(key_weight_bits=5)).calibrate(clips)
     first = weights(model), weights(model, residual=False)
-    for between in (clips, others):
-        model.calibrate(between).calibrate(clips)
+    assert not all(alike(weights(model.calibrate(others)), first[0]))
+    for _ in range(2):  # after other clips, and after the same
+        model.calibrate(clips)
         assert all(alike(weights(model), first[0]))
         assert all(alike(weights(model, residual=False), first[1]))
-    assert not all(alike(weights(model.calibrate(others)), first[0]))
 
 
 def test_weight_bits_set_later_are_fitted_to_the_same_clips() -> None:
-    model = small(QuantizationConfig()).calibrate(smooth_clips(4, 8, 3, SIZE))
+    model = small(QuantizationConfig()).calibrate(smooth_clips(2, 5, 3, SIZE))
     four = weights(model)
     model.set_residual_weight_bits(3)
     assert all(alike(weights(model), weights(fitted(residual_weight_bits=3))))

@@ -49,9 +49,9 @@ def _squared_errors(
 ) -> Float[Tensor, "rows candidates"]:
     """Squared error of each row after symmetric quantization with each step."""
     if samples.shape[1] < _MANY * limit:
-        each = steps.T[:, :, None]
-        errors = [((samples / s).round_().clamp_(-limit, limit) * s - samples).square_().sum(1) for s in each]
-        return torch.stack(errors, 1)
+        each = steps.T[:, :, None].split(max(1, _AT_ONCE // samples.numel()))
+        errors = [(samples / s).round_().clamp_(-limit, limit).mul_(s).sub_(samples).square_().sum(2) for s in each]
+        return torch.cat(errors).T
     at_once = max(1, _AT_ONCE // (steps.shape[1] * limit))
     parts = zip(samples.split(at_once), steps.split(at_once), strict=True)
     return torch.cat([_errors_of_many(*part, limit) for part in parts])

@@ -90,11 +90,10 @@ class SiteRecorder:
     def _weigh(self, x: Tensor, age: int, generator: torch.Generator) -> None:
         operator, size = self.site.operator, self.site.output_size
         positions = positions_of(operator, self.site.output_shape, generator)
-        patches = operator.geometry.patches(x, size, positions)
         if "keyframe" in self.parts:
-            self._add("keyframe", patches)
+            self._add("keyframe", operator.geometry.patches(x, size, positions))
         if "residual" in self.parts and age > 0:
-            self._add("residual", patches - operator.geometry.patches(self.reference["keyframe"], size, positions))
+            self._add("residual", operator.geometry.patches(x - self.reference["keyframe"], size, positions))
 
     def _add(self, part: Part, patches: Float[Tensor, "g k n"]) -> None:
         moment = second_moment(patches)

@@ -98,10 +98,10 @@ class ResQModel:
         original.check()
         self.layout = original.layout_of(self.network)
         self.groups, self.group_of_site = layer_groups(self.sites, self.config.groups)
-        self.weights = Weights(self.operators, self.layout)
+        self.weights = Weights(self.operators, self.layout, self.config)
         self.ranges: list[SiteRanges] = []
         self.kernels: Kernels = PLAIN
-        self.round_weights()
+        self._plan()
 
     def compile(self) -> "ResQModel":
         """Run the elementwise work of steps as compiled C where this machine can; results stay bit for bit."""

@@ -28,29 +28,32 @@ class Weights:
     Args:
         operators: the operators.
         layout: how weights of four dimensions lie in memory.
+        config: their widths, and how they are rounded.
 
     Attributes:
         moments: second moments of what weights multiply, by which they are rounded; none before calibration, and None
             for weights from a file, which holds no moments.
     """
 
-    def __init__(self, operators: Sequence[ResidualOperator], layout: torch.memory_format) -> None:
+    def __init__(
+        self, operators: Sequence[ResidualOperator], layout: torch.memory_format, config: QuantizationConfig
+    ) -> None:
         self._operators, self._layout = operators, layout
         self.moments: dict[tuple[ResidualOperator, Part], Tensor] | None = {}
         self._rounded: dict[tuple[ResidualOperator, Part, int], IntegerWeight] = {}
-        self._parts: dict[Part, dict[ResidualOperator, IntegerWeight]] = {}
+        self.round(config)
 
     def round(self, config: QuantizationConfig) -> None:
-        """Round the weights to the widths of a configuration.
+        """Round the weights to the widths of a configuration, each when it is first asked for.
 
         Raises:
             NetworkError: a weight or bias is not finite.
             CalibrationError: other bits are wanted than those of weights from a file.
         """
-        self._parts = {
-            "keyframe": {o: self._of(o, "keyframe", config.key_weight_bits, config) for o in self._operators},
-            "residual": {o: self._of(o, "residual", config.weight_bits(o.layer_kind), config) for o in self._operators},
-        }
+        for operator in self._operators:
+            if not all(bool(torch.isfinite(v).all()) for v in (operator.weight, operator.bias) if v is not None):
+                raise NetworkError(f"Layer {operator.name!r} has weights that are not finite: load other weights.")
+        self._config = config
 
     def weigh(self, recorders: Sequence[SiteRecorder]) -> None:
         """Take the moments that calibration recorded, summed over the calls of an operator; rounding begins anew."""
@@ -67,22 +70,24 @@ class Weights:
 
     def of(self, operator: ResidualOperator) -> dict[Part, IntegerWeight]:
         """The weights of an operator by part."""
-        return {part: weights[operator] for part, weights in self._parts.items()}
+        residual_bits = self._config.weight_bits(operator.layer_kind)
+        return {
+            "keyframe": self._of(operator, "keyframe", self._config.key_weight_bits),
+            "residual": self._of(operator, "residual", residual_bits),
+        }
 
-    def _of(self, operator: ResidualOperator, part: Part, bits: int, config: QuantizationConfig) -> IntegerWeight:
-        if bits == config.key_weight_bits:
+    def _of(self, operator: ResidualOperator, part: Part, bits: int) -> IntegerWeight:
+        if bits == self._config.key_weight_bits:
             part = "keyframe"  # the same weights serve for both, so residuals do not drift
         key = operator, part, bits
         if key not in self._rounded:
-            if not all(bool(torch.isfinite(v).all()) for v in (operator.weight, operator.bias) if v is not None):
-                raise NetworkError(f"Layer {operator.name!r} has weights that are not finite: load other weights.")
-            moment = self._moment(operator, part, bits, config)
-            self._rounded[key] = self._laid_out(integer_weight(operator, bits, config.range_estimator, moment))
+            moment = self._moment(operator, part, bits)
+            self._rounded[key] = self._laid_out(integer_weight(operator, bits, self._config.range_estimator, moment))
         return self._rounded[key]
 
-    def _moment(self, operator: ResidualOperator, part: Part, bits: int, config: QuantizationConfig) -> Tensor | None:
+    def _moment(self, operator: ResidualOperator, part: Part, bits: int) -> Tensor | None:
         """The second moment by which a weight is rounded; None where it is rounded to nearest."""
-        if self.moments is None and part in weighed(config) and bits < FINE:
+        if self.moments is None and part in weighed(self._config) and bits < FINE:
             raise CalibrationError(
                 f"Layer {operator.name!r} came from a file without weights of {bits} bits, and rounding them needs the "
                 "calibration clips: calibrate the network anew, or ask for 8 bits or more."

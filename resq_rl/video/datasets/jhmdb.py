@@ -7,7 +7,6 @@ from typing import ClassVar, Final
 
 import numpy as np
 from jaxtyping import Float32
-from scipy.io import loadmat
 
 from resq_rl.errors import VideoError
 from resq_rl.video.clip import Split
@@ -142,6 +141,8 @@ class JHMDBVideo(PointVideo):
 
     def _read_points(self, path: Path) -> Float32[np.ndarray, "t 15 3"]:
         """Joint positions of all frames, in pixels from the centre of the upper left one (the file counts from 1)."""
+        from scipy.io import loadmat  # takes half a second, and is needed for this dataset only
+
         try:
             positions = loadmat(path, variable_names=["pos_img"])["pos_img"]
         except Exception as error:  # damaged files fail in many ways

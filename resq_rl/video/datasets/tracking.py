@@ -2,7 +2,6 @@
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
-from scipy.ndimage import maximum_filter1d, minimum_filter1d
 
 from resq_rl.video.clip import IGNORE
 from resq_rl.video.images import Box
@@ -20,6 +19,8 @@ def object_box(labels: UInt8[np.ndarray, "h w"], thickness: int = 1) -> Box | No
     box = _extent((labels != 0) & (labels != IGNORE))
     if box is None or thickness <= 1:
         return box
+    from scipy.ndimage import maximum_filter1d, minimum_filter1d  # takes half a second, and is seldom needed
+
     left, top, right, bottom = (int(edge) for edge in box)
     inner = labels[top:bottom, left:right]
     marked = ((inner != 0) & (inner != IGNORE)).astype(np.uint8)

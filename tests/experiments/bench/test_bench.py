@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
+from resq_rl.experiments.bench import bench, growth
 from resq_rl.experiments.bench.timing import Figure, alternate, timed
 from tests.experiments.jobs.test_jobs import run
 
 SMALL = [
     "benchmark.batches=[1,2]",
-    "benchmark.rounds=2",
-    "benchmark.processes=2",
+    "benchmark.rounds=1",
+    "benchmark.processes=1",
     "benchmark.soak_steps=20",
 ]
 
@@ -55,7 +56,14 @@ def test_timing_a_method_adds_up_and_leaves_the_object_as_it_was() -> None:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder: Path = run(tmp_path_factory.mktemp("results"), "bench", *SMALL)
+    """What the command writes, of small networks and few steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(growth, "DEPTHS", (2, 3))
+        patch.setattr(growth, "WIDTHS", (8, 10, 12))
+        patch.setattr(bench, "TABLE_SLOTS", 8)
+        patch.setattr(bench, "TABLE_STEPS", 5)
+        patch.setattr(bench, "RATE_STEPS", 2)
+        folder: Path = run(tmp_path_factory.mktemp("results"), "bench", *SMALL)
     values: dict[str, Any] = json.loads((folder / "bench.json").read_text())
     return values
 

@@ -16,7 +16,6 @@ import gymnasium
 import pytest
 import torch
 from omegaconf import OmegaConf
-from playwright.sync_api import Browser
 
 import resq_rl.configs
 from resq_rl.errors import VideoError
@@ -143,7 +142,6 @@ def test_a_job_gets_its_settings_and_folder(run: Run, tmp_path: Path, capsys: py
     ("arguments", "expected"),
     [
         (["sede=3"], "resq-rl train: Unknown setting 'sede'. Did you mean 'seed'?"),
-        (["video=davsi"], "resq-rl train: Unknown option 'davsi' for 'video'. Did you mean 'davis'?"),
         (["seed=x"], "resq-rl train: Setting 'seed' must be an integer of at least 0; received 'x'."),
         (["seed=1,2"], "resq-rl train: 'seed=1,2' gives several values"),
         (["seed"], "resq-rl train: Cannot read 'seed': write it as NAME=VALUE."),
@@ -351,8 +349,10 @@ def runs(folder: Path) -> list[Any]:
     return list(client.search_runs([experiment.experiment_id], order_by=["attributes.start_time"]))
 
 
-def test_a_sweep_is_recorded_under_one_parent(run: Run, results: Path) -> None:
+def test_a_sweep_is_recorded_under_one_parent(run: Run, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train", "--multirun", "seed=3,7", tracking="mlflow") == 2
+    (address,) = set(re.findall(r"^Tracking: (.+)$", capsys.readouterr().err, re.MULTILINE))
+    assert address.startswith("mlflow ui ")
     parent, *children = runs(results)
     assert parent.info.run_name == "sweep train seed=3,7"
     assert [child.info.run_name for child in children] == ["seed=3", "seed=7"]
@@ -382,42 +382,17 @@ def test_commands_start_no_server_and_no_other_process(run: Run, results: Path) 
     assert {(event, Path(what).name) for event, what in seen} <= {("subprocess.Popen", "git")}, seen
 
 
-def test_the_page_of_a_sweep_leads_to_its_jobs_and_their_curves(
-    run: Run, mlflow_server: str, browser: Browser, capsys: pytest.CaptureFixture[str]
-) -> None:
-    store = [f"tracking.uri={mlflow_server}", "tracking.experiment=a sweep"]
-    assert run("train", "--multirun", "seed=3,5", "training.gamma=0.5,0.9", *store, tracking="mlflow") == 0
-    (address,) = set(re.findall(r"^Tracking: (\S+)$", capsys.readouterr().err, re.MULTILINE))
-    page = browser.new_page(viewport={"width": 1280, "height": 900})
-    page.set_default_timeout(60_000)  # milliseconds; the page is large
-    page.goto(address)
-    parent = page.get_by_role("link", name="sweep train seed=3,5 gamma=0.5,0.9")
-    parent.wait_for()
-    assert page.get_by_role("link", name="gamma=").count() == 1, "jobs are folded away"
-    parent.click()
-    jobs = [f"seed={seed} gamma={gamma}" for seed in (3, 5) for gamma in (0.5, 0.9)]
-    for name in jobs:
-        page.get_by_role("link", name=name).wait_for()
-    page.get_by_role("link", name=jobs[0]).click()
-    page.get_by_role("heading", name=jobs[0]).wait_for()
-    page.get_by_role("tab", name="Model metrics").click()
-    page.locator(".js-plotly-plot .scatterlayer path.js-line").first.wait_for()
-    ticks = {text.replace(",", "") for text in page.locator(".js-plotly-plot .xtick").all_text_contents()}
-    assert any(1000 <= float(tick.replace("k", "e3")) <= 2000 for tick in ticks), "by environment frames"
-    page.close()
-
-
 def test_a_sweep_that_goes_on_runs_only_what_is_missing(run: Run, results: Path, tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
-    words = ["--multirun", "seed=3,7,4", f"training.resume={sweep}"]
+    words = ["--multirun", "seed=3,7", f"training.resume={sweep}"]
     assert run("train", *words, tracking="mlflow") == 2
     done = sweep / "0" / "summary.json"
     done.unlink()
     assert run("train", *words, tracking="mlflow") == 2
     assert not done.exists(), "a job that is finished is not run again"
     statuses = {(r.data.params.get("seed"), r.info.status) for r in runs(results)}
-    assert statuses == {("3,7,4", "FAILED"), ("3", "FINISHED"), ("7", "FAILED"), ("4", "FINISHED")}
-    assert len(runs(results)) == 4, "each is one run of MLflow, however often it was begun"
+    assert statuses == {("3,7", "FAILED"), ("3", "FINISHED"), ("7", "FAILED")}
+    assert len(runs(results)) == 3, "each is one run of MLflow, however often it was begun"
 
 
 def test_a_sweep_without_a_store_is_sent_later(

@@ -208,7 +208,7 @@ WITHOUT_SETTINGS = ("list", "sync", "COMMAND", "--help")
 def test_a_command_shown_has_valid_settings(line: str) -> None:
     command, *words = SHOWN[line]
     if "--config-dir" not in words:  # or they are of files that the page shows
-        assert load_settings(COMMANDS[command].config, [*single(words), *small(command, words)])
+        load_settings(COMMANDS[command].config, single(words))
 
 
 @pytest.mark.slow

@@ -59,9 +59,16 @@ def composed(*overrides: str) -> Any:
     return config
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_name_is_written_so_that_it_comes_back(name: str) -> None:
-    assert read(assignment("results", name)) == name
+def test_names_are_written_so_that_they_come_back() -> None:
+    assert [read(assignment("results", name)) for name in NAMES] == NAMES
+    config = composed(*(assignment(f"+names.n{i}", name) for i, name in enumerate(NAMES)))
+    assert list(config.names.values()) == NAMES
+
+
+@pytest.mark.parametrize(
+    "name", ["what?x", "my clips (1)", "видео/ünï.avi", "a,b", "it's", "{x}", "$HOME", "null", "2026"]
+)
+def test_runs_go_to_a_folder_of_any_name(name: str) -> None:
     config = composed(assignment("policy", name), assignment("results", name))
     assert config.policy == name
     assert str(config.hydra.run.dir).startswith(f"{name}/train/")

@@ -14,6 +14,7 @@ from resq_rl.envs import ActionScheme
 from resq_rl.experiments.cli.app import main
 from resq_rl.experiments.jobs import compare
 from resq_rl.experiments.results.comparison import Comparison
+from resq_rl.experiments.study import start as beginning
 from resq_rl.perception import compact_ddrnet, load_weights
 from resq_rl.perception.compact_networks import CompactDDRNet
 from resq_rl.policies import LearnedPolicy
@@ -34,10 +35,11 @@ TINY = [
     "environment.clips_per_batch=3",
     "environment.keyframe_intervals=[4,0]",
     "environment.trade_off=[0.05,1.0]",
+    "environment.thresholds=[0.3,1.0,100.0]",
     "training.frames=120",
     "training.seeds=[0,1]",
     "training.n_steps=5",
-    "training.trade_offs=3",
+    "training.trade_offs=2",
     "training.search_frames=30",
     "training.checkpoint_every=2",
     "heuristic.intervals=[4]",
@@ -176,7 +178,7 @@ def test_compare_measures_policies_of_another_run(compared: Path, tmp_path: Path
     before = Comparison.read(compared / "comparison.json")
     first, second = ([(p.accuracy, p.bops, p.settings["seed"]) for p in c.fronts["ppo"]] for c in (before, again))
     assert first == second
-    start = (2 * 12 + 2) * 18  # every threshold at both intervals on the training clips, and two searched settings
+    start = (2 * 3 + 2) * 18  # every threshold at both intervals on the training clips, and two searched settings
     assert again.env_frames_used_for_training == start + 120, "so many frames as training would take"
     one = run(tmp_path / "b", "compare", f"policy={compared / 'seed1'}", "video.speed=3.0", *few)
     other = Comparison.read(one / "comparison.json")
@@ -242,7 +244,7 @@ def test_compare_learns_keyframes_and_counts_their_frames(tmp_path: Path, withou
     assert frames[0] >= 60
     assert frames[1] >= 150
     comparison = Comparison.read(folder / "comparison.json")
-    start = (12 + 2) * 18  # every threshold on the training clips, and two searched settings
+    start = (3 + 2) * 18  # every threshold on the training clips, and two searched settings
     assert comparison.env_frames_used_for_training == sum(frames) + start
     for point in comparison.fronts["ppo"]:
         learned = point.settings.get("keyframes") == "learned"
@@ -424,7 +426,7 @@ def test_ppo_begins_at_gradient_thresholds(tmp_path: Path, without_pictures: Non
     comparison = Comparison.read(folder / "comparison.json")
     policy = LearnedPolicy.load(folder / "seed0")
     assert len(policy.scheme.base[0]) == len(policy.scheme.layers)
-    constants, spread = 2 * 12 * 18, 12 * 18  # on three clips of six frames
+    constants, spread = 2 * 3 * 18, beginning.SPREAD * 18  # on three clips of six frames
     assert comparison.env_frames_used_for_training >= constants + spread + 30 + 120
     for point in comparison.fronts["ppo"]:
         assert (point.policy_bops == 0) == bool(point.settings.get("static"))

@@ -6,12 +6,13 @@
 import os
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from resq_rl.errors import SettingsError
 from resq_rl.experiments.config.composition import compose_config
@@ -57,8 +58,12 @@ def kill_and_go_on(runs: Runs, points: int, *, seed: int) -> int:
 
 
 def test_a_training_that_is_killed_goes_on_as_if_it_had_not_been(runs: Make) -> None:
+    """It is killed at its first checkpoint; the tests below kill at any moment."""
     training = runs("train", "training.seeds=[0]", "training.keyframe_frames=0", "training.frames=90")
-    assert kill_and_go_on(training, 2, seed=3) > 0
+    training.finish("whole")
+    assert training.kill_once_there_is("killed", "seed0/checkpoints/*.checkpoint")
+    training.finish("killed", resume=True)
+    assert differences(training.left_behind("whole"), training.left_behind("killed")) == []
 
 
 # Fewer are caught if the machine is faster than when the whole run was timed.
@@ -87,8 +92,16 @@ DEMO = ["+experiment=demo", "model=compact_ddrnet_untrained", "threads=1", "trai
 FOREIGN = ["model=custom", "model._target_=tests.envs.worlds.tiny_network", "task.classes=3"]
 
 
-def values_of(*overrides: str) -> dict[str, Any]:
-    return plain(compose_config("train", overrides))
+@cache
+def composed(*overrides: str) -> DictConfig:
+    return compose_config("train", overrides)
+
+
+def values_of(*overrides: str, folder: Path | None = None) -> dict[str, Any]:
+    """Settings as composed; those of a run that goes on in a folder, if one is given."""
+    values = plain(composed(*overrides))
+    values["training"]["resume"] = None if folder is None else str(folder)
+    return values
 
 
 def begun(folder: Path, *overrides: str) -> Path:
@@ -99,13 +112,14 @@ def begun(folder: Path, *overrides: str) -> Path:
 
 
 def go_on(folder: Path, *overrides: str) -> dict[str, Any]:
-    asked = [f"training.resume={folder}", *overrides]
-    return with_kept_settings(folder, "train", values_of(*asked), asked)
+    return with_kept_settings(
+        folder, "train", values_of(*overrides, folder=folder), [f"training.resume={folder}", *overrides]
+    )
 
 
 def test_a_run_goes_on_with_the_settings_in_its_folder(tmp_path: Path) -> None:
     folder = begun(tmp_path / "run", *DEMO)
-    expected = values_of(*DEMO, f"training.resume={folder}")
+    expected = values_of(*DEMO, folder=folder)
     assert go_on(folder) == expected
     assert go_on(folder, *DEMO) == expected
     assert make_settings(go_on(folder)).training.learning_rate == 1e-4
@@ -122,7 +136,7 @@ def test_a_target_goes_on_with_the_arguments_it_had(tmp_path: Path) -> None:
 def test_what_is_given_anew_replaces_what_was_kept(given: str, tmp_path: Path) -> None:
     """Also with the value that it has by default, as threads=2."""
     folder = begun(tmp_path / "run", *DEMO)
-    assert go_on(folder, given) == values_of(*DEMO, f"training.resume={folder}", given)
+    assert go_on(folder, given) == values_of(*DEMO, given, folder=folder)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +175,7 @@ def test_damaged_settings_are_one_error(content: str, tmp_path: Path) -> None:
 
 def test_code_that_a_folder_names_runs_only_if_the_user_names_or_trusts_it(tmp_path: Path) -> None:
     folder = begun(tmp_path / "run", *FOREIGN)
-    expected = values_of(*FOREIGN, f"training.resume={folder}")
+    expected = values_of(*FOREIGN, folder=folder)
     with pytest.raises(SettingsError, match=r"tests.envs.worlds.tiny_network\). If you trust it, add trusted=true; or"):
         go_on(folder)
     assert go_on(folder, *FOREIGN[:2]) == expected
@@ -195,7 +209,7 @@ def settings_for_policy(overrides: list[str], saved: dict[str, Any]) -> dict[str
 
 
 def trained_under(*overrides: str) -> dict[str, Any]:
-    values = plain(compose_config("train", list(overrides)))
+    values = values_of(*overrides)
     return {name: values[name] for name in ("model", "task", "video", "quantization", "environment", "training")}
 
 

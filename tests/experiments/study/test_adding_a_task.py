@@ -30,7 +30,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_the_documents_task_can_be_compared(example: Path) -> None:
     own = ["task=coverage", "training.seeds=[0]", "training.frames=30", "training.trade_offs=2", "heuristic.taus=[0.5]"]
-    own += ["heuristic.references=[previous]", "heuristic.searches=[]", "quantization.compile=false"]
+    own += ["heuristic.references=[previous]", "heuristic.searches=[]"]
     assert main(["compare", "--config-dir", str(example), *TINY, *own, f"results={example}"]) == 0
     (found,) = (example / "compare").glob("*/comparison.json")
     comparison = Comparison.read(found)

@@ -275,7 +275,7 @@ TINY = [
     *TINY_NETWORK,
     "tracking=disabled",
     "threads=1",
-    "video.size=[48,64]",
+    "video.size=[32,48]",
     "video.frames=6",
     "video.train=3",
     "video.validation=2",
@@ -283,7 +283,7 @@ TINY = [
     "environment.grid=[2,3]",
     "environment.clips_per_batch=3",
     "environment.trade_off=[0.05,1.0]",
-    "training.frames=200",
+    "training.frames=100",
     "training.seeds=[0]",
     "training.n_steps=8",
     "training.trade_offs=2",
@@ -347,8 +347,8 @@ def test_nothing_comes_below_the_oracle(trade_off: float, compared: Compared) ->
 
     def total(result: Measurement) -> float:
         pixels = result.counts.double()
-        assert int(pixels.sum()) == 3 * 6 * 48 * 64
-        return float((pixels * table).sum()) / (48 * 64) + trade_off * float(result.clip_bops.sum())
+        assert int(pixels.sum()) == 3 * 6 * 32 * 48
+        return float((pixels * table).sum()) / (32 * 48) + trade_off * float(result.clip_bops.sum())
 
     least = total(oracle_measurement(study.task, study.tables["test"].tables, trade_off))
     for policy in (*heuristics_of(study), *(p.at(trade_off) for p in compared.policies.values()), PerFrame("keyframe")):

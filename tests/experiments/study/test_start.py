@@ -1,5 +1,7 @@
 """What training begins from: the range of lambda from constant fields, and the best that was tried."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -126,8 +128,14 @@ CASES = {
 }
 
 
+@pytest.fixture(scope="module")
+def built() -> Study:
+    """A study of a calibrated network, for settings that leave network and clips as they are."""
+    return build_study(load_settings("train", SMALL), ["train"])
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_what_training_begins_from(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_training_begins_from(case: str, built: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     changes, settings = CASES[case]
     simulated = 0
     measure = Study.measure
@@ -138,7 +146,7 @@ def test_what_training_begins_from(case: str, monkeypatch: pytest.MonkeyPatch) -
         return measure(self, policy, split, advance)
 
     monkeypatch.setattr(Study, "measure", counted)
-    study, start = prepare_training(build_study(load_settings("train", [*SMALL, *changes]), ["train"]))
+    study, start = prepare_training(replace(built, settings=load_settings("train", [*SMALL, *changes])))
     assert start is not None
     assert start.frames == simulated == settings * 2 * 6
     first = first_choices(study, start)
@@ -149,9 +157,8 @@ def test_what_training_begins_from(case: str, monkeypatch: pytest.MonkeyPatch) -
         assert first(trade_off).interval in (4, 0)
 
 
-def test_at_random_without_a_warm_start() -> None:
-    study, start = prepare_training(
-        build_study(load_settings("train", [*SMALL, "training.warm_start=none"]), ["train"])
-    )
+def test_at_random_without_a_warm_start(built: Study) -> None:
+    settings = load_settings("train", [*SMALL, "training.warm_start=none"])
+    study, start = prepare_training(replace(built, settings=settings))
     assert start is None
     assert first_choices(study, start) is None

@@ -1,6 +1,7 @@
 """Training region agents and then their keyframes, on a tiny study without the command line."""
 
-from dataclasses import replace
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ SETTINGS = [
 ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tiny(problem: Problem) -> Study:
     """A small study that asks for learned keyframes."""
     problems: dict[Split, Problem] = {"train": problem, "validation": problem}
@@ -54,15 +55,41 @@ def same(a: LearnedPolicy | None, b: LearnedPolicy | None) -> bool:
     return all(torch.equal(x, y) for x, y in zip((*a.weights, *a.biases), (*b.weights, *b.biases), strict=True))
 
 
-def test_keyframes_are_learned_beside_agents_that_stay_as_they_are(tiny: Study, tmp_path: Path) -> None:
-    alone, before = train(of_frames(tiny, FRAMES[0], 0), tmp_path / "alone")
-    joint, report = train(tiny, tmp_path / "joint")
-    assert alone.keyframes is None
-    assert not (tmp_path / "alone" / "keyframes").exists()
-    assert same(alone, joint)
-    assert joint.keyframes is not None
-    assert joint.keyframes.scheme.kind == "keyframe"
-    assert same(LearnedPolicy.load(tmp_path / "joint").keyframes, joint.keyframes)
+@dataclass(frozen=True)
+class Trained:
+    """A training, and the folder that it left."""
+
+    folder: Path
+    policy: LearnedPolicy
+    report: TrainingReport
+
+    def copied(self, to: Path) -> Path:
+        """Its folder once more, to go on in."""
+        return Path(shutil.copytree(self.folder, to / "copy"))
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: Study, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A training without keyframes."""
+    folder = tmp_path_factory.mktemp("alone")
+    return Trained(folder, *train(of_frames(tiny, FRAMES[0], 0), folder))
+
+
+@pytest.fixture(scope="module")
+def joint(tiny: Study, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A training of region agents and then of their keyframes."""
+    folder = tmp_path_factory.mktemp("joint")
+    return Trained(folder, *train(tiny, folder))
+
+
+def test_keyframes_are_learned_beside_agents_that_stay_as_they_are(alone: Trained, joint: Trained) -> None:
+    assert alone.policy.keyframes is None
+    assert not (alone.folder / "keyframes").exists()
+    assert same(alone.policy, joint.policy)
+    assert joint.policy.keyframes is not None
+    assert joint.policy.keyframes.scheme.kind == "keyframe"
+    assert same(LearnedPolicy.load(joint.folder).keyframes, joint.policy.keyframes)
+    before, report = alone.report, joint.report
     assert report.frames >= before.frames + FRAMES[1]
     assert report.curve[: before.rollouts] == before.curve
     frames = [row["frames"] for row in report.curve]
@@ -70,40 +97,35 @@ def test_keyframes_are_learned_beside_agents_that_stay_as_they_are(tiny: Study, 
     assert (frames[-1], len(frames)) == (report.frames, report.rollouts)
 
 
-def test_keyframes_are_added_to_a_finished_run(tiny: Study, tmp_path: Path) -> None:
-    alone, _ = train(of_frames(tiny, FRAMES[0], 0), tmp_path / "later")
-    later, _ = train(tiny, tmp_path / "later", resume=True)
-    at_once, _ = train(tiny, tmp_path / "at once")
-    assert same(alone, later)
-    assert same(later.keyframes, at_once.keyframes)
+def test_keyframes_are_added_to_a_finished_run(tiny: Study, alone: Trained, joint: Trained, tmp_path: Path) -> None:
+    later, _ = train(tiny, alone.copied(tmp_path), resume=True)
+    assert same(alone.policy, later)
+    assert same(later.keyframes, joint.policy.keyframes)
 
 
-def test_a_finished_run_comes_back_with_its_keyframes(tiny: Study, tmp_path: Path) -> None:
-    policy, report = train(tiny, tmp_path)
-    again, twin = train(tiny, tmp_path, resume=True)
-    assert same(policy, again)
-    assert same(policy.keyframes, again.keyframes)
-    assert twin == report
+def test_a_finished_run_comes_back_with_its_keyframes(tiny: Study, joint: Trained, tmp_path: Path) -> None:
+    again, twin = train(tiny, joint.copied(tmp_path), resume=True)
+    assert same(joint.policy, again)
+    assert same(joint.policy.keyframes, again.keyframes)
+    assert twin == joint.report
 
 
-def test_a_finished_training_goes_on_with_no_more_frames(tiny: Study, tmp_path: Path) -> None:
+def test_a_finished_training_goes_on_with_no_more_frames(tiny: Study, joint: Trained, tmp_path: Path) -> None:
     """The learning rate falls over the whole length, so more frames would be another run from its first step on."""
-    train(tiny, tmp_path)
     with pytest.raises(PolicyError, match=r"settings.frames was 80 and is 240"):
-        train(of_frames(tiny, 3 * FRAMES[0], FRAMES[1]), tmp_path, resume=True)
+        train(of_frames(tiny, 3 * FRAMES[0], FRAMES[1]), joint.copied(tmp_path), resume=True)
 
 
-def test_validation_chooses_among_learned_and_fixed_timing(tiny: Study, tmp_path: Path) -> None:
-    joint, _ = train(tiny, tmp_path)
+def test_validation_chooses_among_learned_and_fixed_timing(tiny: Study, joint: Trained) -> None:
     lambdas = [pytest.approx(0.1), pytest.approx(10**-0.5), pytest.approx(1.0)]
-    found = front_candidates(tiny, joint)
+    found = front_candidates(tiny, joint.policy)
     assert [p.trade_off for p in found if p.keyframes is not None] == lambdas
     assert [p.trade_off for p in found if p.keyframes is None and p.interval == 4] == lambdas
     assert [p.trade_off for p in found if p.keyframes is None and p.interval == 0] == lambdas
     assert len(found) == 9
     results = {tuple(tiny.measure(p, "validation").keyframes.tolist()) for p in found if p.keyframes is None}
     assert results == {(1, 1, 1, 1), (2, 2, 2, 2)}
-    assert len(front_candidates(tiny, joint.at(0.2, 0))) == 6
+    assert len(front_candidates(tiny, joint.policy.at(0.2, 0))) == 6
 
 
 def test_the_keyframe_policy_looks_further_ahead(tiny: Study) -> None:

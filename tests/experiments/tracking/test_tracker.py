@@ -197,7 +197,7 @@ def test_a_name_says_what_was_asked_for(tmp_path: Path) -> None:
     assert len(run_name("train", ["a=1"] * 100, folder)) == 120
 
 
-def test_the_page_of_runs_shows_parents_with_their_children(
+def test_the_page_of_runs_shows_parents_with_their_children_and_curves(
     mlflow_server: str, browser: Browser, tmp_path: Path
 ) -> None:
     own = settings(mlflow_server, experiment="in a browser")
@@ -215,7 +215,12 @@ def test_the_page_of_runs_shows_parents_with_their_children(
     assert page.get_by_role("link", name="ppo seed 0").count() == 0, "children are folded away"
     parent.click()
     page.get_by_text("PPO needs half.").wait_for()
-    page.get_by_role("link", name="ppo seed 0").wait_for()
+    page.get_by_role("link", name="ppo seed 0").click()
+    page.get_by_role("heading", name="ppo seed 0").wait_for()
+    page.get_by_role("tab", name="Model metrics").click()
+    page.locator(".js-plotly-plot .scatterlayer path.js-line").first.wait_for()
+    ticks = {text.replace(",", "") for text in page.locator(".js-plotly-plot .xtick").all_text_contents()}
+    assert any(1000 <= float(tick.replace("k", "e3")) <= 2000 for tick in ticks), "curves are by environment frames"
     page.goto(tracker.hint.replace("/runs?", f"/runs/{tracker.run_id}/artifacts/report.html?"))
     page.frame_locator("iframe").get_by_role("heading", name="a report").wait_for()
     page.close()
