@@ -174,8 +174,8 @@ class Overwriting(nn.Module):
         with torch.autocast("cpu", torch.bfloat16, enabled=self.coarse):
             x = self.first(x)
             y = self.second(x)
-            after: Tensor = x.relu_() if self.in_place else x.relu()
-            return after + y
+            total: Tensor = (x.relu_() if self.in_place else x.relu()) + y
+            return total
 
 
 def overwriting(**how: bool) -> ResQModel:
