@@ -179,7 +179,7 @@ _BY_KEY: Final = {method.key: method for method in METHODS}
 
 def method_of(key: str) -> Method:
     """The method of a key; an unknown key, such as that of a user's own method, gets its words as title and a grey."""
-    return _BY_KEY.get(key, Method(key, key.replace("_", " "), "#6E7781", "p"))
+    return _BY_KEY.get(key, Method(key, key.replace("_", " "), "#6E7781", "."))
 
 
 def learned_method(fronts: Mapping[str, Sequence[Any]]) -> str:
