@@ -20,10 +20,12 @@ __all__ = ["OutputKind", "Segmentation", "class_iou", "mean_iou", "segmentation_
 
 DEFAULT_THRESHOLD: Final = 0.5
 ONE_CLASS: Final = 0.9999  # share of a frame's pixels from which the frame counts as of one class
-LEAST_PROBABILITY: Final = 1e-6  # whose logarithm a divergence takes
+LEAST_PROBABILITY: Final = 1e-6  # whose logarithm is taken
+ROUNDING: Final = 1e-3  # by which a probability may leave 0..1
 
-OutputKind = Literal["logits", "probability", "logit"]
-"""`logits`: one channel per class; `probability` or `logit`: one channel, of the foreground."""
+OutputKind = Literal["logits", "probabilities", "probability", "logit"]
+"""`logits` or `probabilities`: one channel per class; `probability` or `logit`: one channel, of the foreground."""
+BY_CLASS: Final[tuple[OutputKind, ...]] = ("logits", "probabilities")
 
 
 def class_iou(confusion: Int64[Tensor, "*n k k"]) -> Float64[Tensor, "*n k"]:
@@ -52,10 +54,10 @@ class Segmentation:
 
     Attributes:
         classes: number of classes k, 2 to 255.
-        kind: what the network returns: "logits" (b, k, h, w); or "probability" or "logit" (b, 1, h, w) of
-            the foreground, which is class 1 of 2.
+        kind: what the network returns: "logits" (b, k, h, w), or "probabilities" of the classes, as behind a softmax;
+            or "probability" or "logit" (b, 1, h, w) of the foreground, which is class 1 of 2.
         threshold: least foreground probability that counts as foreground, strictly between 0 and 1; it has no
-            effect on "logits", and must be left alone for them.
+            effect where there is a channel for each class, and must be left alone there.
         output_key: which of several outputs, an index or a dictionary key; None for a network with one
             output.
         label_size: height and width of the labels where that is not the size of the frames. The network's output is
@@ -78,17 +80,17 @@ class Segmentation:
             )
         if not 2 <= self.classes <= IGNORE:
             raise SettingsError(f"Segmentation: classes must be from 2 to {IGNORE}, got {self.classes}.")
-        if self.kind != "logits" and self.classes != 2:
+        if self.kind not in BY_CLASS and self.classes != 2:
             raise SettingsError(
                 f"Segmentation: kind {self.kind!r} knows background and foreground only, so classes must be "
                 f"2, got {self.classes}. Use kind 'logits' for more classes."
             )
         if not 0 < self.threshold < 1:
             raise SettingsError(f"Segmentation: threshold must lie between 0 and 1, got {self.threshold}.")
-        if self.kind == "logits" and self.threshold != DEFAULT_THRESHOLD:
+        if self.kind in BY_CLASS and self.threshold != DEFAULT_THRESHOLD:
             raise SettingsError(
-                f"Segmentation: threshold {self.threshold} has no effect on kind 'logits', whose highest logit wins. "
-                "Leave it out, or set kind to 'probability' or 'logit'."
+                f"Segmentation: threshold {self.threshold} has no effect on kind {self.kind!r}, whose highest class "
+                "wins. Leave it out, or set kind to 'probability' or 'logit'."
             )
         if self.label_size is not None:
             object.__setattr__(self, "label_size", tuple(self.label_size))
@@ -105,7 +107,7 @@ class Segmentation:
     @property
     def channels(self) -> int:
         """Channels of the network's output: `classes`, or 1 for a foreground probability or logit."""
-        return self.classes if self.kind == "logits" else 1
+        return self.classes if self.kind in BY_CLASS else 1
 
     def output(self, raw: object, size: tuple[int, int] | None = None) -> Float[Tensor, "b k h w"]:
         """The scores in whatever the network returned, in float32.
@@ -116,10 +118,12 @@ class Segmentation:
                 `label_size` they are resized to that.
 
         Returns:
-            Logits, or for kinds "probability" and "logit" the foreground probability.
+            Logits, which of probabilities are their logarithms; or for kinds "probability" and "logit" the foreground
+            probability.
 
         Raises:
-            NetworkError: there is no such output, or it is not a float tensor of shape (b, `channels`, h, w).
+            NetworkError: there is no such output, it is not a float tensor of shape (b, `channels`, h, w), or holds
+                probabilities that are none.
         """
         scores = select_output(raw, self.output_key, "segmentation")
         if scores.dim() != 4 or scores.shape[1] != self.channels or not scores.is_floating_point():
@@ -134,7 +138,15 @@ class Segmentation:
         size = size if self.label_size is None else self.label_size
         if size is not None and tuple(scores.shape[-2:]) != tuple(size):
             scores = F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
-        return scores
+        return self._logarithms(scores) if self.kind == "probabilities" else scores
+
+    def _logarithms(self, scores: Float[Tensor, "b k h w"]) -> Float[Tensor, "b k h w"]:
+        low, high = (float(bound) for bound in scores.aminmax())
+        if low < -ROUNDING or high > 1 + ROUNDING:
+            raise NetworkError(
+                f"Probabilities of classes lie in 0..1, the network puts out {low:g} to {high:g}: set task.kind=logits."
+            )
+        return scores.clamp_min(LEAST_PROBABILITY).log()
 
     def check(self, clip: Clip) -> None:
         """Check a clip's labels.
@@ -161,7 +173,7 @@ class Segmentation:
 
     def predict(self, output: Float[Tensor, "b k h w"]) -> UInt8[Tensor, "b h w"]:
         """The class of every pixel: that of the highest logit, or 1 where the foreground reaches the threshold."""
-        if self.kind == "logits":
+        if self.kind in BY_CLASS:
             return native().highest(output)
         return (output[:, 0] >= self.threshold).to(torch.uint8)
 
@@ -261,7 +273,7 @@ class Segmentation:
         return (log_p.exp() * (log_p - log_q)).sum(1).mean((1, 2))
 
     def _log_probabilities(self, output: Float[Tensor, "b k h w"]) -> Float[Tensor, "b c h w"]:
-        if self.kind == "logits":
+        if self.kind in BY_CLASS:
             return output.log_softmax(1)
         p = output.clamp(LEAST_PROBABILITY, 1 - LEAST_PROBABILITY)
         return torch.cat([(-p).log1p(), p.log()], 1)
@@ -316,7 +328,7 @@ class Segmentation:
         """
         start = min(stride // 2, output.shape[-2] - 1, output.shape[-1] - 1)
         sample = output[..., start::stride, start::stride]
-        if self.kind != "logits":
+        if self.kind not in BY_CLASS:
             return 1 - (2 * sample[:, 0] - 1).abs()
         best = sample.softmax(1).topk(2, dim=1).values
         return 1 - (best[:, 0] - best[:, 1])

@@ -216,7 +216,7 @@ def test_labels_that_are_no_class_are_refused() -> None:
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"kind": "softmax"}, "kind must be one of logits, probability, logit, got 'softmax'"),
+        ({"kind": "softmax"}, "kind must be one of logits, probabilities, probability, logit, got 'softmax'"),
         ({"classes": 1}, "classes must be from 2 to 255, got 1"),
         ({"classes": 256}, "got 256"),
         ({"classes": 6, "kind": "probability"}, "classes must be 2, got 6"),
@@ -294,3 +294,24 @@ def test_labels_of_another_size_than_the_tasks_are_refused() -> None:
 def test_task_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Segmentation().classes = 3  # type: ignore[misc]
+
+
+def test_probabilities_of_classes_mean_what_their_logits_mean() -> None:
+    """A network that ends in a softmax and the same network without it are one task."""
+    logits, teacher = torch.randn(2, 2, 5, 8, 12, generator=torch.Generator().manual_seed(0))
+    plain, behind = Segmentation(classes=5), Segmentation(classes=5, kind="probabilities")
+    own, its = behind.output(logits.softmax(1)), behind.output(teacher.softmax(1))
+    assert torch.equal(behind.predict(own), plain.predict(logits))
+    assert behind.channels == 5
+    torch.testing.assert_close(behind.uncertainty(own), plain.uncertainty(logits), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(behind.divergence(own, its), plain.divergence(logits, teacher), rtol=1e-3, atol=1e-5)
+    larger = behind.output(logits.softmax(1), (16, 24))
+    wanted = F.interpolate(logits.softmax(1), size=(16, 24), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(larger.exp(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_logits_are_not_taken_for_probabilities() -> None:
+    with pytest.raises(NetworkError, match=r"lie in 0\.\.1, the network puts out -2 to 3: set task\.kind=logits"):
+        Segmentation(classes=2, kind="probabilities").output(torch.tensor([-2.0, 3.0]).view(1, 2, 1, 1))
+    with pytest.raises(SettingsError, match="no effect on kind 'probabilities'"):
+        Segmentation(classes=2, kind="probabilities", threshold=0.4)
