@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resq_rl.errors import NetworkError, SettingsError, VideoError
-from resq_rl.perception.task import PALETTE, Loss, PretrainSettings, select_output
+from resq_rl.perception.task import PALETTE, Loss, PretrainSettings, log_probabilities, select_output
 from resq_rl.perception.training_batches import labels_of
 from resq_rl.video import JOINTS, Clip
 
@@ -33,7 +33,6 @@ TORSO: Final = ("right_shoulder", "left_hip")  # its ends
 MOST_VALUES: Final = 5  # of a landmark, as far as they can be told from an output's length: x, y, z and two scores
 STILL: Final = 0.01  # pixels that a point moves at least, in some clip, if a network sees anything
 SPREAD: Final = 1.0  # standard deviation, in cells, of the heat of a labelled point
-LEAST_PROBABILITY: Final = 1e-6  # whose logarithm is taken of maps of probabilities
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,7 @@ class Pose:
                 "match the network."
             )
         maps = (own if self.channels is None else own[:, list(self.channels)]).float()
-        return maps.clamp(min=LEAST_PROBABILITY).log() if self.kind == "probabilities" else maps
+        return log_probabilities(maps, "heatmaps") if self.kind == "probabilities" else maps
 
     def _places(self, raw: Tensor, size: tuple[int, int]) -> Float[Tensor, "b k 2"]:
         """X and y in pixels of each of the task's points, from landmarks of frames of `size`.

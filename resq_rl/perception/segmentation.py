@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resq_rl.errors import NetworkError, SettingsError, VideoError
-from resq_rl.perception.task import PALETTE, Loss, PretrainSettings, select_output
+from resq_rl.perception.task import (
+    LEAST_PROBABILITY,
+    PALETTE,
+    Loss,
+    PretrainSettings,
+    log_probabilities,
+    select_output,
+)
 from resq_rl.perception.training_batches import class_shares, mirrored_map
 from resq_rl.quantization.kernels import native
 from resq_rl.video import IGNORE, Clip
@@ -20,8 +27,6 @@ __all__ = ["OutputKind", "Segmentation", "class_iou", "mean_iou", "segmentation_
 
 DEFAULT_THRESHOLD: Final = 0.5
 ONE_CLASS: Final = 0.9999  # share of a frame's pixels from which the frame counts as of one class
-LEAST_PROBABILITY: Final = 1e-6  # whose logarithm is taken
-ROUNDING: Final = 1e-3  # by which a probability may leave 0..1
 
 OutputKind = Literal["logits", "probabilities", "probability", "logit"]
 """`logits` or `probabilities`: one channel per class; `probability` or `logit`: one channel, of the foreground."""
@@ -138,15 +143,7 @@ class Segmentation:
         size = size if self.label_size is None else self.label_size
         if size is not None and tuple(scores.shape[-2:]) != tuple(size):
             scores = F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
-        return self._logarithms(scores) if self.kind == "probabilities" else scores
-
-    def _logarithms(self, scores: Float[Tensor, "b k h w"]) -> Float[Tensor, "b k h w"]:
-        low, high = (float(bound) for bound in scores.aminmax())
-        if low < -ROUNDING or high > 1 + ROUNDING:
-            raise NetworkError(
-                f"Probabilities of classes lie in 0..1, the network puts out {low:g} to {high:g}: set task.kind=logits."
-            )
-        return scores.clamp_min(LEAST_PROBABILITY).log()
+        return log_probabilities(scores, "logits") if self.kind == "probabilities" else scores
 
     def check(self, clip: Clip) -> None:
         """Check a clip's labels.

@@ -17,12 +17,25 @@ from resq_rl.checked import Checked, Count, NotNegative, Positive
 from resq_rl.errors import NetworkError, SettingsError
 from resq_rl.video import Clip
 
-__all__ = ["PALETTE", "Loss", "PretrainSettings", "Recurrent", "Task", "Trainable", "select_output"]
+__all__ = [
+    "LEAST_PROBABILITY",
+    "PALETTE",
+    "Loss",
+    "PretrainSettings",
+    "Recurrent",
+    "Task",
+    "Trainable",
+    "log_probabilities",
+    "select_output",
+]
 
 # Colours in pictures that the colour-blind can tell apart (Okabe and Ito), RGB in 0..1.
 PALETTE: Final[Float[Tensor, "n 3"]] = (
     torch.tensor([[230, 159, 0], [240, 228, 66], [0, 114, 178], [0, 158, 115], [213, 94, 0], [204, 121, 167]]) / 255
 )
+
+LEAST_PROBABILITY: Final = 1e-6  # whose logarithm is taken
+ROUNDING: Final = 1e-3  # by which a probability may leave 0..1
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Takes the output of a batch (`Task.output`) and its labels, and returns a scalar."""
@@ -198,6 +211,24 @@ class Recurrent(Task, Protocol):
 
     def disturbed(self, labels: Num[Tensor, "b *t"], generator: torch.Generator) -> Num[Tensor, "b *p"]:
         """Predictions with which roll-outs in training begin: labels, some with errors such as networks make."""
+
+
+def log_probabilities(values: Float[Tensor, "*shape"], otherwise: str) -> Float[Tensor, "*shape"]:
+    """The logarithms of probabilities that a network puts out.
+
+    Args:
+        values: the probabilities, of which those below LEAST_PROBABILITY count as that.
+        otherwise: the kind of task to choose where they are none, for messages.
+
+    Raises:
+        NetworkError: they lie outside of 0..1 by more than rounding.
+    """
+    low, high = (float(bound) for bound in values.detach().aminmax())
+    if low < -ROUNDING or high > 1 + ROUNDING:
+        raise NetworkError(
+            f"Probabilities lie in 0..1, the network puts out {low:g} to {high:g}: set task.kind={otherwise}."
+        )
+    return values.clamp_min(LEAST_PROBABILITY).log()
 
 
 def select_output(raw: object, key: int | str | None, what: str) -> Tensor:

@@ -355,3 +355,9 @@ def test_training_learns_figures() -> None:
     assert float(TASK.accuracy(counts.sum(0))) == report.validation
     with pytest.raises(SettingsError, match="kind 'heatmaps', got 'landmarks'"):
         pretrain(network, video.clips("train"), [], task=dataclasses.replace(TASK, kind="landmarks"))
+
+
+def test_logits_are_not_taken_for_heatmaps_of_probabilities() -> None:
+    task = Pose(points=1, kind="probabilities", stride=4, normaliser="box")
+    with pytest.raises(NetworkError, match=r"lie in 0\.\.1, the network puts out -2 to 0: set task\.kind=heatmaps"):
+        task.output(torch.tensor([[[[-2.0, 0.0], [0.0, 0.0]]]]), (8, 8))

@@ -117,7 +117,7 @@ def at_budget(runs: Sequence[Measurement], mean: float | None, *, seed: int) -> 
         mean: the budget's mean, as a share of W8A8; None where it has none.
         seed: seed of the bootstrap.
     """
-    (interval,) = _accuracy_intervals(runs, (), seed)
+    interval = _accuracy_interval(runs, (), seed)
     used = [m.clip_bops / m.frames / mean for m in runs] if mean is not None else []
     return AtBudget(
         accuracy=float(np.mean([m.accuracy for m in runs])),
@@ -130,13 +130,13 @@ def at_budget(runs: Sequence[Measurement], mean: float | None, *, seed: int) -> 
 
 def gain_at_budget(runs: Sequence[Measurement], anchor: Sequence[Measurement], *, seed: int) -> Gain:
     """How much more accurate a method is than an anchor; interval over clips, and over the seeds of both."""
-    (interval,) = _accuracy_intervals(runs, anchor, seed)
+    interval = _accuracy_interval(runs, anchor, seed)
     means = [float(np.mean([m.accuracy for m in own])) for own in (runs, anchor)]
     bounds = None if interval.bounds is None else (100 * interval.bounds[0], 100 * interval.bounds[1])
     return Gain(100 * (means[0] - means[1]), bounds, interval.reason)
 
 
-def _accuracy_intervals(runs: Sequence[Measurement], anchor: Sequence[Measurement], seed: int) -> list[Interval]:
+def _accuracy_interval(runs: Sequence[Measurement], anchor: Sequence[Measurement], seed: int) -> Interval:
     """The interval of the mean accuracy of some runs, less that of an anchor if there is one."""
     every = [*runs, *anchor]
 
@@ -149,7 +149,7 @@ def _accuracy_intervals(runs: Sequence[Measurement], anchor: Sequence[Measuremen
         own, other = accuracy[:, : len(runs)], accuracy[:, len(runs) :]
         return mean(own, seeds) - mean(other, seeds) if anchor else mean(own, seeds)
 
-    return bootstrap_intervals(
+    (interval,) = bootstrap_intervals(
         difference,
         clips=len(every[0].frames),
         seeds=max(len(runs), len(anchor)),
@@ -157,3 +157,4 @@ def _accuracy_intervals(runs: Sequence[Measurement], anchor: Sequence[Measuremen
         replicates=REPLICATES,
         vectorized=True,
     )
+    return interval

@@ -48,7 +48,6 @@ class Weights:
 
         Raises:
             NetworkError: a weight or bias is not finite.
-            CalibrationError: other bits are wanted than those of weights from a file.
         """
         for operator in self._operators:
             if not all(bool(torch.isfinite(v).all()) for v in (operator.weight, operator.bias) if v is not None):
@@ -69,7 +68,11 @@ class Weights:
         self.moments, self._rounded[operator, part, bits] = None, self._laid_out(weight)
 
     def of(self, operator: ResidualOperator) -> dict[Part, IntegerWeight]:
-        """The weights of an operator by part."""
+        """The weights of an operator by part.
+
+        Raises:
+            CalibrationError: other bits are wanted than those of weights from a file.
+        """
         residual_bits = self._config.weight_bits(operator.layer_kind)
         return {
             "keyframe": self._of(operator, "keyframe", self._config.key_weight_bits),
