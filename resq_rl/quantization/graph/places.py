@@ -105,18 +105,18 @@ class Arrangement:
         """An input with the clips along its first axis."""
         if self.folded:
             x = x.unflatten(0, (self.folded, -1) if self.axis else (-1, self.folded))
-        return x.movedim(self.axis, 0)
+        return x.movedim(self.axis, 0) if self.axis else x
 
     def returned(self, y: Tensor) -> Tensor:
         """The inverse, for an output."""
-        y = y.movedim(0, self.axis)
+        y = y.movedim(0, self.axis) if self.axis else y
         return y.flatten(0, 1) if self.folded else y
 
     def fits(self, x: Tensor, shape: tuple[int, ...], clips: int) -> bool:
         """Whether an input has the shape of so many clips of `shape`."""
         if self.folded:
             return x.shape == (clips * self.folded, *shape[1:])
-        return x.dim() > self.axis and x.movedim(self.axis, 0).shape == (clips, *shape)
+        return x.dim() > self.axis and self.gathered(x).shape == (clips, *shape)
 
 
 class Places(EagerMode):

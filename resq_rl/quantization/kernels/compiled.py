@@ -93,8 +93,8 @@ class _Native(Kernels):
         """Write codes, and the pixels where one is not 0 if `active` is given. Returns the cost of each pixel."""
         cost = torch.empty(choice.index.shape, dtype=torch.float32, device="cpu")
         clips, channels, rows, columns = x.shape
-        (bytes_, zero), invalid = _bytes(codes, product), torch.zeros(1, dtype=torch.int64, device="cpu")
-        self._encode(
+        bytes_, zero = _bytes(codes, product)
+        invalid = self._encode(
             **{"clips": clips, "channels": channels, "pixels": rows * columns, "bytes": bytes_, "zero": zero},
             channels_last=_layout(reference) == torch.channels_last,
             threads=torch.get_num_threads(),
@@ -103,7 +103,6 @@ class _Native(Kernels):
             codes=codes,
             active=active,
             cost=cost,
-            invalid=invalid,
             index=choice.index.contiguous(),
             tau=None if choice.tau is None else choice.tau.contiguous(),
             sigma=choice.sigma,
@@ -195,10 +194,10 @@ class _Native(Kernels):
             return super().encode_keyframe(x, step, low, high)
         x = x.contiguous(memory_format=_layout(x)) if x.dim() == 4 else x.contiguous()
         codes, values = _codes_for(product, x), torch.empty_like(x)
-        (bytes_, zero), invalid = _bytes(codes, product), torch.zeros(1, dtype=torch.int64, device="cpu")
-        self._encode_keyframe(
+        bytes_, zero = _bytes(codes, product)
+        invalid = self._encode_keyframe(
             **{"count": x.numel(), "threads": torch.get_num_threads(), "bytes": bytes_, "zero": zero},
-            **{"x": x, "codes": codes, "values": values, "invalid": invalid, "step": step, "low": low, "high": high},
+            **{"x": x, "codes": codes, "values": values, "step": step, "low": low, "high": high},
         )
         _check_valid(invalid)
         return codes, values
@@ -250,8 +249,8 @@ def _bytes(codes: Tensor, product: Product | None) -> tuple[bool, int]:
     return True, product.int8.zero
 
 
-def _check_valid(invalid: Tensor) -> None:
-    if int(invalid):
+def _check_valid(invalid: int) -> None:
+    if invalid:
         raise NetworkError(
             "A layer's input holds NaN in this frame: look at divisions, logarithms and square roots of the network "
             "before its layers."

@@ -34,14 +34,13 @@ ARGUMENTS: dict[str, dict[str, str]] = {
     )
     | dict.fromkeys(("x", "tau", "kappa", "steps"), "const float *")
     | {"reference": "float *", "cost": "float *", "index": "const int64_t *", "codes": "void *", "active": "uint8_t *"}
-    | {"invalid": "int64_t *"}
     | dict.fromkeys(("sigma", "step", "zero"), _NUMBER),
     "encode_keyframe": dict.fromkeys(("count", "threads", "bytes"), _INTEGER)
-    | {"x": "const float *", "codes": "void *", "values": "float *", "invalid": "int64_t *"}
+    | {"x": "const float *", "codes": "void *", "values": "float *"}
     | dict.fromkeys(("step", "low", "high", "zero"), _NUMBER),
     "highest": dict.fromkeys(("clips", "channels", "pixels", "channels_last", "threads"), _INTEGER)
     | {"scores": "const float *", "found": "uint8_t *"},
-    "find": _WINDOWS | {"clips": _INTEGER, "active": "const uint8_t *", "tiles": "int64_t *", "count": "int64_t *"},
+    "find": _WINDOWS | {"clips": _INTEGER, "active": "const uint8_t *", "tiles": "int64_t *"},
     "gather": _WINDOWS
     | dict.fromkeys(("size", "zero", "count", "threads"), _INTEGER)
     | {"tiles": "const int64_t *", "codes": "const void *", "windows": "void *"},
@@ -169,10 +168,10 @@ class Function:
         members = [(field, kinds.get(kind, c_void_p)) for field, kind in self.fields.items()]
         self.struct: Any = type(f"arguments_{name}", (ctypes.Structure,), {"_fields_": members})
         self.run = getattr(library, f"resq_{name}")
-        self.run.restype, self.run.argtypes = None, [ctypes.POINTER(self.struct)]
+        self.run.restype, self.run.argtypes = c_int64, [ctypes.POINTER(self.struct)]
 
-    def __call__(self, **values: Any) -> None:
-        """Run the function.
+    def __call__(self, **values: Any) -> int:
+        """Run the function, and return what it does.
 
         Raises:
             NetworkError: an argument is missing, unknown, or not of the type, device and layout that is read.
@@ -181,7 +180,8 @@ class Function:
             raise NetworkError(f"{self.name} takes {sorted(self.fields)}, got {sorted(values)}.")
         for field, types in self.tensors.items():
             values[field] = self._address(field, types, values[field])
-        self.run(ctypes.byref(self.struct(**values)))
+        returned: int = self.run(ctypes.byref(self.struct(**values)))
+        return returned
 
     def _address(self, field: str, types: tuple[torch.dtype, ...], value: Any) -> int | None:
         if value is None and field in MAY_LACK.get(self.name, ()):

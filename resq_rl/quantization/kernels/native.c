@@ -10,7 +10,7 @@
 // codes.
 //
 // Codes are float32, or bytes: the code plus a zero point, `zero`, so that it is not negative. Neither bytes nor codes that are
-// not written can hold NaN, so that `invalid` is set where an input has one.
+// not written can hold NaN, so that the functions that encode return 1 where an input has one, else 0.
 
 #include <math.h>
 #include <stdint.h>
@@ -71,11 +71,6 @@ static inline float coded(float x, float *restrict reference, float inverse, flo
     return code;
 }
 
-static void mark(int64_t *flag) {
-#pragma omp atomic write
-    *flag = 1;
-}
-
 static inline void put(void *restrict codes, int64_t index, float code, int bytes, float zero) {
     if (bytes)
         ((uint8_t *)codes)[index] = (uint8_t)(int32_t)(code + zero);
@@ -129,7 +124,7 @@ static inline __attribute__((always_inline)) void encode_block(
 // index[p] * (kappas + 1) + #{j : magnitude > tau[p] * sigma * kappa[j]}.
 // With `active` it marks the pixels that have a code other than 0, and codes must be 0 before: those of other pixels are
 // not written. A pixel has one where its largest magnitude has, since rounding is monotone.
-void resq_encode(const struct arguments_encode *a) {
+int64_t resq_encode(const struct arguments_encode *a) {
     const int64_t clips = a->clips, channels = a->channels, channels_last = a->channels_last, threads = a->threads;
     const int64_t kappas = a->kappas, entries = a->entries, moves = a->moves, pixels = a->pixels, *index = a->index;
     const float *x = a->x, *tau = a->tau, *kappa = a->kappa, *steps = a->steps, sigma = a->sigma, step = a->step;
@@ -137,16 +132,15 @@ void resq_encode(const struct arguments_encode *a) {
     uint8_t *active = a->active;
     const int64_t pixel = channels_last ? channels : 1, channel = channels_last ? 1 : pixels;
     const int64_t blocks = (pixels + BLOCK - 1) / BLOCK;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
+    int64_t nan = 0;
+#pragma omp parallel for num_threads(threads) if (threads > 1) reduction(| : nan)
     for (int64_t b = 0; b < clips * blocks; b++) {
         const int64_t clip = b / blocks, first = b % blocks * BLOCK;
         const int64_t count = pixels - first < BLOCK ? pixels - first : BLOCK;
         const int64_t at = clip * pixels + first, start = clip * pixels * channels + first * pixel;
         float inverse[BLOCK], limit[BLOCK], unit[BLOCK], magnitude[BLOCK];
-        int nan = 0;
         largest_magnitudes(x + start, reference + start, channels, count, pixel, channel, magnitude);
         for (int64_t p = 0; p < count; p++) nan |= magnitude[p] != magnitude[p];
-        if (nan) mark(a->invalid);
         for (int64_t p = 0; p < count; p++) {
             int64_t entry = index[at + p];
             if (kappas > 0) {
@@ -175,6 +169,7 @@ void resq_encode(const struct arguments_encode *a) {
                          channel, inverse, limit, unit, moves, step, active ? active + at : 0);
         }
     }
+    return nan;
 }
 
 // What a layer of one clip costs where no threshold is below `floor`: costs[0] for all of the coverage, costs[j] more for
@@ -203,7 +198,7 @@ static double spent_above(float floor, const struct arguments_fit *a, const floa
 
 // The smallest floor of thresholds, of the numbers with 8 bits behind the leading one, under which a layer of each clip
 // costs no more than its allowance, and what it costs then. `tau`: of (clips, pixels).
-void resq_fit(const struct arguments_fit *a) {
+int64_t resq_fit(const struct arguments_fit *a) {
     const int64_t pixels = a->pixels, threads = a->threads;
     const int64_t pixel = a->channels_last ? a->channels : 1, channel = a->channels_last ? 1 : pixels;
     enum { UNIT = 1 << 15, INFINITE = 0x7f800000 / UNIT };
@@ -239,17 +234,18 @@ void resq_fit(const struct arguments_fit *a) {
         a->floor[clip] = floor;
         a->spent[clip] = spent;
     }
+    return 0;
 }
 
 // Codes and values of a keyframe.
-void resq_encode_keyframe(const struct arguments_encode_keyframe *a) {
+int64_t resq_encode_keyframe(const struct arguments_encode_keyframe *a) {
     const float *restrict x = a->x, step = a->step, low = a->low, high = a->high, zero = a->zero;
     float *restrict values = a->values;
     const int64_t all = a->count, bytes = a->bytes, threads = a->threads, blocks = (all + LONG - 1) / LONG;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
+    int64_t nan = 0;
+#pragma omp parallel for num_threads(threads) if (threads > 1) reduction(| : nan)
     for (int64_t b = 0; b < blocks; b++) {
         const int64_t last = (b + 1) * LONG < all ? (b + 1) * LONG : all;
-        int nan = 0;
         if (bytes) {
             uint8_t *restrict codes = a->codes;
             for (int64_t i = b * LONG; i < last; i++) {
@@ -266,8 +262,8 @@ void resq_encode_keyframe(const struct arguments_encode_keyframe *a) {
                 values[i] = codes[i] * step;
             }
         }
-        if (nan) mark(a->invalid);
     }
+    return nan;
 }
 
 // Active tiles. An output is cut into tiles of side x side, numbered clip by clip and row by row; a tile's window is the
@@ -277,16 +273,15 @@ void resq_encode_keyframe(const struct arguments_encode_keyframe *a) {
 static inline int64_t at_least(int64_t value, int64_t low) { return value > low ? value : low; }
 static inline int64_t at_most(int64_t value, int64_t high) { return value < high ? value : high; }
 
-// The tiles whose window has a pixel that `active` marks, ascending, and their number.
-void resq_find(const struct arguments_find *a) {
+// The tiles whose window has a pixel that `active` marks, ascending. Returns their number.
+int64_t resq_find(const struct arguments_find *a) {
     const int64_t rows = a->rows, columns = a->columns, each = a->down * a->across;
     int64_t found = 0;
     if (each == rows * columns && a->high == 1 && a->wide == 1 && a->step_rows == 1 && a->step_columns == 1) {
         // each pixel is a window
         for (int64_t t = 0; t < a->clips * each; t++)
             if (a->active[t]) a->tiles[found++] = t;
-        *a->count = found;
-        return;
+        return found;
     }
     for (int64_t t = 0; t < a->clips * each; t++) {
         const int64_t top = t % each / a->across * a->step_rows - a->lead_rows;
@@ -298,11 +293,11 @@ void resq_find(const struct arguments_find *a) {
             any = memchr(a->active + (t / each * rows + y) * columns + first, 1, (size_t)length);
         if (any) a->tiles[found++] = t;
     }
-    *a->count = found;
+    return found;
 }
 
 // The windows of `count` tiles, one after the other.
-void resq_gather(const struct arguments_gather *a) {
+int64_t resq_gather(const struct arguments_gather *a) {
     const int64_t rows = a->rows, columns = a->columns, each = a->down * a->across, size = a->size;
     const int64_t high = a->high, wide = a->wide, threads = a->threads;
     const int zero = (int)a->zero;
@@ -321,10 +316,11 @@ void resq_gather(const struct arguments_gather *a) {
             memset(to + (before + length) * size, zero, (size_t)((wide - before - length) * size));
         }
     }
+    return 0;
 }
 
 // Sums of `count` tiles, (side, side, channels) each, to their places: y = fma(total, scale, y).
-void resq_scatter(const struct arguments_scatter *a) {
+int64_t resq_scatter(const struct arguments_scatter *a) {
     const int64_t rows = a->rows, columns = a->columns, each = a->down * a->across, channels = a->channels;
     const int64_t side = a->side, threads = a->threads;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
@@ -337,16 +333,18 @@ void resq_scatter(const struct arguments_scatter *a) {
                 for (int64_t c = 0; c < channels; c++) out[c] = fmaf(total[c], scale[c], out[c]);
             }
     }
+    return 0;
 }
 
 // Codes of active pixels to 0.
-void resq_clear(const struct arguments_clear *a) {
+int64_t resq_clear(const struct arguments_clear *a) {
     for (int64_t p = 0; p < a->pixels; p++)
         if (a->active[p]) memset((char *)a->codes + p * a->size, (int)a->zero, (size_t)a->size);
+    return 0;
 }
 
 // The first channel with the highest score of every pixel, of 255 at most; from a NaN on, none is higher.
-void resq_highest(const struct arguments_highest *a) {
+int64_t resq_highest(const struct arguments_highest *a) {
     const int64_t clips = a->clips, channels = a->channels, pixels = a->pixels, threads = a->threads;
     const int64_t channels_last = a->channels_last;
     const float *restrict scores = a->scores;
@@ -369,4 +367,5 @@ void resq_highest(const struct arguments_highest *a) {
             }
         for (int64_t p = 0; p < count; p++) found[clip * pixels + first + p] = (uint8_t)place[p];
     }
+    return 0;
 }

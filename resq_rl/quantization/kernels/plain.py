@@ -6,7 +6,7 @@ the multiply-adds.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -121,6 +121,7 @@ class Product:
     scale: Tensor
     exact: bool = False
     int8: ByteWeights | None = None
+    _scaled: dict[float, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def totals(self, codes: Tensor, geometry: Geometry | None = None) -> Float[Tensor, "*n"]:
         """The sums of products with codes in float32 or in bytes, as integers.
@@ -133,6 +134,12 @@ class Product:
             return self.int8.totals(codes, geometry)
         with exact_products(geometry, codes.device.type):
             return geometry.apply(codes, self.codes)
+
+    def scaled(self, step: float) -> Tensor:
+        """`scale` times the step of the codes; it is kept, since a layer has few of them."""
+        if step not in self._scaled:
+            self._scaled[step] = self.scale * step
+        return self._scaled[step]
 
     @cached_property
     def flat(self) -> "Product":
@@ -283,7 +290,7 @@ class Kernels:
             base: the reference output, or what broadcasts over the output; None for 0.
             over: whether `base` is no longer needed, so that the result may take its place in memory.
         """
-        total, scale = product.totals(codes), product.scale * step
+        total, scale = product.totals(codes), product.scaled(step)
         return total.mul_(scale) if base is None else torch.addcmul(base, total, scale, out=total)
 
     def residual(

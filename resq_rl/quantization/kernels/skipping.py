@@ -183,9 +183,7 @@ class Skipping:
     def find(self, tiling: Tiling, active: UInt8[Tensor, "b h w"]) -> Int64[Tensor, " n"]:
         """The tiles whose window has an active pixel, ascending."""
         tiles = torch.empty(tiling.count, dtype=torch.int64, device="cpu")
-        count = torch.empty(1, dtype=torch.int64, device="cpu")
-        self._find(**tiling.windows, clips=tiling.clips, active=active, tiles=tiles, count=count)
-        return tiles[: int(count)]
+        return tiles[: self._find(**tiling.windows, clips=tiling.clips, active=active, tiles=tiles)]
 
     def add(
         self,
@@ -221,7 +219,7 @@ class Skipping:
             channels=y.shape[1],
             side=tiling.side,
             totals=totals,
-            scale=(product.scale * unit).flatten(),
+            scale=product.scaled(unit).flatten(),
             y=y,
         )
 

@@ -1,7 +1,7 @@
 """One quantized forward pass: the keyframe or residual arithmetic of every operator call, and its cost."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -160,15 +160,19 @@ class Execution:
                     f"{tuple(x.shape)}: it is of another model. Make one with new_state."
                 )
             self._check_untouched(plan.site, self.position)
-        parts = [(rows, run) for rows, run in self._parts() if len(rows)]
-        if len(parts) == 1:
-            y = parts[0][1](plan, x, slice(None))
+        if len(self._running) == 1:
+            y = self._running[0][1](plan, x, slice(None))
         else:
             y = state.outputs[self.position].clone()
-            for rows, run in parts:
+            for rows, run in self._running:
                 y[rows] = run(plan, x[rows], rows)
         self._store_output(y)
         return y
+
+    @cached_property
+    def _running(self) -> list[tuple[Tensor, Run]]:
+        """Which clips run how, of the ways in which some run."""
+        return [(rows, run) for rows, run in self._parts() if len(rows)]
 
     def _parts(self) -> list[tuple[Tensor, Run]]:
         """Which clips run how."""
@@ -201,7 +205,9 @@ class Execution:
             moves: whether the references move by the codes.
         """
         state, every = self.state, isinstance(rows, slice)
-        reference = state.inputs[self.position][rows]  # of all clips a view, of some a copy
+        reference, base = state.inputs[self.position], state.outputs[self.position]
+        if not every:
+            reference, base = reference[rows], base[rows]  # copies
         image, before = as_image(plan.site, x), as_image(plan.site, reference)
         choice = choose(plan, table, image, before)
         y, cost = self.kernels.residual(
@@ -210,7 +216,7 @@ class Execution:
             before,
             choice,
             table.step,
-            state.outputs[self.position][rows],
+            base,
             moves=moves,
             over=moves or not every,
         )

@@ -1,12 +1,14 @@
 """What all passes of a calibrated model share at one operator call."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from resq_rl.quantization.graph.operators import ResidualOperator
+from resq_rl.quantization.graph.operators import Geometry, Pair, ResidualOperator
 from resq_rl.quantization.graph.products import ProductSite
 from resq_rl.quantization.graph.tracing import AnySite, Site
 from resq_rl.quantization.kernels.plain import Bound, Kernels, Product
@@ -18,7 +20,24 @@ from resq_rl.quantization.running.weights import Weights
 from resq_rl.quantization.specification.config import Part, QuantizationConfig
 from resq_rl.quantization.specification.costs import mac_cost
 
-__all__ = ["ProductPlan", "SitePlan", "keyframe_output", "plan_sites"]
+__all__ = ["ProductPlan", "SitePlan", "Spending", "highest_cost", "keyframe_output", "plan_sites"]
+
+
+@dataclass(frozen=True, eq=False)
+class Spending:
+    """What decides how the costs of a layer's pixels or tokens are summed.
+
+    Attributes:
+        size: height and width of the map of costs.
+        highest: the highest cost at a place of the map; infinite if one is not whole, since then no sum is exact in
+            single precision.
+        macs_per_tap: of one block.
+    """
+
+    geometry: Geometry
+    size: Pair
+    highest: float
+    macs_per_tap: int
 
 
 @dataclass(frozen=True)
@@ -47,6 +66,20 @@ class SitePlan:
     keyframe_cost: float
     costs: tuple[float, ...]
     blocks: int
+
+    @cached_property
+    def spending(self) -> Spending:
+        """How the costs of its pixels or tokens are summed."""
+        operator, tokens = self.site.operator, self.site.tokens
+        image = operator.channel_axis == 1
+        size = (self.site.input_shape[1], self.site.input_shape[2]) if image else tokens.size
+        highest = highest_cost(self.costs) * (1.0 if image else tokens.crowd) * self.blocks
+        return Spending(operator.geometry, size, highest, operator.macs_per_tap // self.blocks)
+
+
+def highest_cost(costs: Sequence[float]) -> float:
+    """The highest of whole costs; infinite if one is not whole."""
+    return max(costs) if all(float(cost).is_integer() for cost in costs) else math.inf
 
 
 @dataclass(frozen=True)

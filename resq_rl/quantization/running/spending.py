@@ -4,16 +4,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from resq_rl.quantization.graph.operators import Geometry, Pair
 from resq_rl.quantization.kernels.plain import EXACT_SUMS
-from resq_rl.quantization.running.plans import ProductPlan, SitePlan
+from resq_rl.quantization.running.plans import ProductPlan, SitePlan, Spending, highest_cost
 from resq_rl.quantization.specification.costs import Convention, CostTable
 from resq_rl.quantization.specification.fields import cells_of
 
@@ -44,11 +44,10 @@ def frame_bops(
     for position, plan in enumerate(plans):
         if isinstance(plan, ProductPlan):
             bops[:, position] = plan.cost / (grid[0] * grid[1])
-    rest = torch.nonzero(~refresh)
-    for group in _groups(tuple(_spending(plans[at], at, m) for at, m in maps.items()), grid):
-        costs = torch.stack([maps[position] for position in group.positions], 1).cpu()
-        by_region = group.rows @ ((costs.to(group.coverage.dtype) * group.coverage) @ group.columns).double()
-        bops[rest, group.index] = by_region * group.macs
+    if maps:
+        groups, order = _groups(tuple(_spending(plans[position]) for position in maps), grid)
+        residual = torch.cat([_group_bops(group, list(maps.values())) for group in groups], 1)
+        bops[torch.nonzero(~refresh), torch.tensor(list(maps))[order]] = residual
     if isinstance(cost, CostTable):
         bops += (cost.operator + cost.frame / len(plans)) / (grid[0] * grid[1])
     return bops
@@ -63,30 +62,16 @@ def by_tile(cost: Float[Tensor, "b h w"], tile: Pair) -> Float[Tensor, "b h w"]:
     return spread[:, : cost.shape[1], : cost.shape[2]]
 
 
-class _Spending(NamedTuple):
-    """What decides how the costs of a layer's pixels or tokens are summed."""
-
-    position: int
-    geometry: Geometry
-    size: Pair
-    highest: float
-    macs_per_tap: int  # of one block
-
-
-def _spending(plan: SitePlan | ProductPlan, position: int, cost: Float[Tensor, "k h w"]) -> _Spending:
+def _spending(plan: SitePlan | ProductPlan) -> Spending:
     assert isinstance(plan, SitePlan)  # products have no map of costs
-    operator = plan.site.operator
-    crowd = 1.0 if operator.channel_axis == 1 else plan.site.tokens.crowd
-    size, highest = (cost.shape[1], cost.shape[2]), _highest(plan.costs) * crowd * plan.blocks
-    return _Spending(position, operator.geometry, size, highest, operator.macs_per_tap // plan.blocks)
+    return plan.spending
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Layers that are summed together: their coverage, and what they share."""
+    """Layers that are summed together: which they are among those given, their coverage, and what they share."""
 
-    positions: tuple[int, ...]
-    index: Tensor
+    members: list[int]
     coverage: Tensor
     rows: Tensor
     columns: Tensor
@@ -94,20 +79,27 @@ class _Group:
 
 
 @lru_cache(maxsize=256)
-def _groups(layers: tuple[_Spending, ...], grid: Pair) -> list[_Group]:
-    alike: dict[tuple[Any, ...], list[tuple[_Spending, _Pooling]]] = {}
-    for layer in layers:
+def _groups(layers: tuple[Spending, ...], grid: Pair) -> tuple[list[_Group], Int64[Tensor, " n"]]:
+    """The groups of some layers, and the members of all groups, one after the other."""
+    alike: dict[tuple[Any, ...], list[tuple[int, _Pooling]]] = {}
+    for i, layer in enumerate(layers):
         pooling = _pooling(layer.geometry, layer.size, grid, layer.highest)
         key = pooling.columns.dtype, layer.size, layer.geometry.line
-        alike.setdefault(key, []).append((layer, pooling))
+        alike.setdefault(key, []).append((i, pooling))
     groups = []
-    for (exact, *_), members in alike.items():
-        own, poolings = zip(*members, strict=True)
-        positions = tuple(layer.position for layer in own)
+    for (exact, *_), own in alike.items():
+        members, poolings = [i for i, _ in own], [pooling for _, pooling in own]
         coverage = torch.stack([pooling.coverage for pooling in poolings]).to(exact)
-        macs = torch.tensor([float(layer.macs_per_tap) for layer in own], dtype=torch.float64)[:, None, None]
-        groups.append(_Group(positions, torch.tensor(positions), coverage, poolings[0].rows, poolings[0].columns, macs))
-    return groups
+        macs = torch.tensor([float(layers[i].macs_per_tap) for i in members], dtype=torch.float64)[:, None, None]
+        groups.append(_Group(members, coverage, poolings[0].rows, poolings[0].columns, macs))
+    return groups, torch.tensor([i for group in groups for i in group.members])
+
+
+def _group_bops(group: _Group, maps: Sequence[Float[Tensor, "k h w"]]) -> Float64[Tensor, "k n gh gw"]:
+    costs = torch.stack([maps[i] for i in group.members], 1).cpu()
+    along_rows = (costs.to(group.coverage.dtype) * group.coverage) @ group.columns
+    by_region: Tensor = group.rows @ along_rows.double() * group.macs
+    return by_region
 
 
 @dataclass(frozen=True)
@@ -120,11 +112,6 @@ class _Pooling:
     coverage: Tensor
     rows: Tensor
     columns: Tensor
-
-
-def _highest(costs: Sequence[float]) -> float:
-    """The highest of whole costs; infinite if one is not whole, since then no sum is exact in single precision."""
-    return max(costs) if all(float(cost).is_integer() for cost in costs) else math.inf
 
 
 @lru_cache(maxsize=1024)
@@ -164,7 +151,7 @@ def _keyframe_bops(plans: Sequence["SitePlan | ProductPlan"], grid: Pair) -> Flo
 @lru_cache(maxsize=1024)
 def _even_bops(geometry: Geometry, size: Pair, grid: Pair, cost: float) -> Float64[Tensor, "gh gw"]:
     """Costs of an input by region, for one channel in and out, where every pixel costs the same."""
-    pooling = _pooling(geometry, size, grid, _highest((cost,)))
+    pooling = _pooling(geometry, size, grid, highest_cost((cost,)))
     spent = pooling.coverage.to(pooling.columns.dtype) * cost
     return pooling.rows @ (spent @ pooling.columns).double()
 

@@ -71,7 +71,7 @@ class UnrolledExecution(Execution):
                 moved if isinstance(rows, slice) else state.inputs[position].index_copy(0, rows, moved)
             )
         total = operator.geometry.apply(codes, plan.residual.codes)
-        return torch.addcmul(before, total, plan.residual.scale * table.step)
+        return torch.addcmul(before, total, plan.residual.scaled(table.step))
 
     def _gates(self, plan: SitePlan, table: ResidualTable, size: Pair) -> "_Gates":
         tau, row = self._carried_to(plan, size)

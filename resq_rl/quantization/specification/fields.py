@@ -108,11 +108,17 @@ def carry(values: Num[Tensor, "b gh gw"], size: tuple[int, int], finest: str) ->
 
     `finest` is "max" for levels (more bits) and "min" for thresholds.
     """
-    (h, w), (gh, gw) = size, (values.shape[1], values.shape[2])
-    if h % gh == 0 and w % gw == 0:
-        return values[:, :, None, :, None].expand(-1, -1, h // gh, -1, w // gw).reshape(-1, h, w)
-    rows, columns = cells_of(h, gh)[0].to(values.device), cells_of(w, gw)[0].to(values.device)
-    if rows.shape[1] == 1 and columns.shape[1] == 1:
-        return values[:, rows[:, 0]][:, :, columns[:, 0]]
-    spread = values[:, rows][:, :, :, columns]  # (b, h, k, w, k')
-    return spread.amax((2, 4)) if finest == "max" else spread.amin((2, 4))
+    index = _covered(size, (values.shape[1], values.shape[2]), values.device)
+    spread = values.flatten(1).index_select(1, index.flatten())
+    if index.shape[1] == 1:
+        return spread.view(len(values), *size)
+    spread = spread.view(len(values), *size, index.shape[1])
+    return spread.amax(3) if finest == "max" else spread.amin(3)
+
+
+@lru_cache(maxsize=512)
+def _covered(size: tuple[int, int], grid: tuple[int, int], device: torch.device) -> Int64[Tensor, "hw k"]:
+    """By position of a layer, row by row, the grid cells that it covers, padded by repetition."""
+    rows, columns = cells_of(size[0], grid[0])[0], cells_of(size[1], grid[1])[0]
+    index = rows[:, None, :, None] * grid[1] + columns[None, :, None, :]  # (h, w, k, k')
+    return index.flatten(2).flatten(0, 1).to(device)
