@@ -4,6 +4,7 @@ import gc
 import os
 import random
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import hypothesis
@@ -17,7 +18,8 @@ from tests import typechecks
 # Shapes and types are checked at run time, under pytest only. Must come before the first import of resq_rl.
 typechecks.hook("resq_rl")
 
-from resq_rl.envs import Problem  # noqa: E402
+import resq_rl.envs  # noqa: E402
+from resq_rl.envs import Problem, default_problem, environments  # noqa: E402
 from tests.envs.problems import make_pose_problem, make_problem, make_recurrent_problem  # noqa: E402
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # tests talk to nothing outside this machine
@@ -46,6 +48,16 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _small_default() -> Iterator[None]:
+    """The embedded default is calibrated on a fifth of its frames, where tests and pages make environments of it."""
+    small = partial(default_problem, clips=2, frames=6)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (environments, resq_rl.envs):
+            patch.setattr(module, "default_problem", small)
+        yield
 
 
 @pytest.fixture

@@ -11,24 +11,32 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.hydra import Hydra
+from hydra.core.utils import JobRuntime
+from hydra.errors import HydraException
+from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from playwright.sync_api import Browser, Error, sync_playwright
 
-from resq_rl.experiments.config.composition import compose_config
-from resq_rl.experiments.runs import resume
 from resq_rl.experiments.study import start
 from resq_rl.policies import ppo
 
+# Pictures of nothing.
+UNPAINTED = {
+    "svg": b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1"></svg>',
+    "png": b"\x89PNG\r\n\x1a\n",
+}
+PAINT = Figure.savefig
 STARTED_WITHIN = 120  # seconds; the server imports much, and test machines are small
 
 
@@ -47,27 +55,43 @@ def _restored_process_state() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _quick_composition() -> Iterator[None]:
-    """Hydra parses the files of the package once, instead of for each of some hundred compositions.
+    """Hydra reads the files of the package and composes the same settings once, not for each of a thousand compositions.
 
-    Nor does a command compose its settings a first time to look for `hydra.mode`, which no test sets, and the defaults
-    that a run's or a policy's settings are compared with are composed once.
+    Nor does a command compose its settings a first time to look for `hydra.mode`, which no test sets.
     """
-    parsed: dict[object, Any] = {}
-    load = ConfigRepository.load_config
 
-    def remembered(repository: ConfigRepository, config_path: str) -> Any:
-        key = config_path, *((source.scheme(), source.path) for source in repository.sources)
-        if key not in parsed:
-            found = load(repository, config_path)
-            if found is None or found.path.startswith("file://"):  # a test's own, which may change
-                return found
-            parsed[key] = found
-        return copy.deepcopy(parsed[key])
+    def remembered(result_of: Callable[..., Any], key_of: Callable[..., Hashable]) -> Callable[..., Any]:
+        """What a method of Hydra gave for the same key, unless it depends on a test's own files, which may change."""
+        known: dict[Hashable, Any] = {}
+
+        def call(*arguments: Any, **settings: Any) -> Any:
+            key = key_of(*arguments, **settings)
+            if any(own in str(key) for own in ("file://", "searchpath=")):
+                return result_of(*arguments, **settings)
+            if key not in known:
+                try:
+                    known[key] = result_of(*arguments, **settings)
+                except HydraException as error:
+                    known[key] = error
+            if isinstance(known[key], HydraException):
+                raise known[key]
+            return copy.deepcopy(known[key])
+
+        return call
+
+    def file(repository: ConfigRepository, config_path: str) -> Hashable:
+        return config_path, *(f"{source.scheme()}://{source.path}" for source in repository.sources)
+
+    def composition(loader: ConfigLoaderImpl, *arguments: Any, **settings: Any) -> Hashable:
+        return str(loader.config_search_path), JobRuntime().get("name"), os.getcwd(), repr(arguments), repr(settings)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ConfigRepository, "load_config", remembered)
+        for owner, name, key in (
+            (ConfigRepository, "load_config", file),
+            (ConfigLoaderImpl, "load_configuration", composition),
+        ):
+            patch.setattr(owner, name, remembered(getattr(owner, name), key))
         patch.setattr(Hydra, "get_mode", lambda *_, **__: None)
-        patch.setattr(resume, "compose_config", cache(compose_config))
         yield
 
 
@@ -78,6 +102,28 @@ def _quick_start() -> Iterator[None]:
         patch.setattr(ppo, "_fit_first_choices", partial(ppo._fit_first_choices, steps=100))
         patch.setattr(start, "SPREAD", 3)
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _unpainted(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Figures are made, and written without being painted, which takes almost half of the time of a comparison.
+
+    A module that looks at its pictures sets `PAINTED`, a test of another one takes the fixture `painted`.
+    """
+
+    def write(figure: Figure, file: Any, *, format: str, **settings: Any) -> None:
+        file.write(UNPAINTED[format])
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not getattr(request.module, "PAINTED", False):
+            patch.setattr(Figure, "savefig", write)
+        yield
+
+
+@pytest.fixture
+def painted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are painted."""
+    monkeypatch.setattr(Figure, "savefig", PAINT)
 
 
 @pytest.fixture(scope="session")

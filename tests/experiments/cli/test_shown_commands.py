@@ -212,6 +212,7 @@ def test_a_command_shown_has_valid_settings(line: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("painted")
 @pytest.mark.parametrize("line", SHOWN)
 def test_a_command_shown_runs(
     line: str,

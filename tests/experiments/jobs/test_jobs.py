@@ -9,10 +9,10 @@ from typing import Any
 import av
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from resq_rl.envs import ActionScheme
 from resq_rl.experiments.cli.app import main
-from resq_rl.experiments.jobs import compare
 from resq_rl.experiments.results.comparison import Comparison
 from resq_rl.experiments.study import start as beginning
 from resq_rl.perception import compact_ddrnet, load_weights
@@ -21,6 +21,7 @@ from resq_rl.policies import LearnedPolicy
 from resq_rl.quantization import ResQModel, save_model
 from resq_rl.sealed import Checkpoints
 from tests.envs.problems import TINY_NETWORK, moving_frames, tiny_network
+from tests.experiments.conftest import PAINT
 from tests.policies.test_learned import made
 
 TINY = [
@@ -63,7 +64,9 @@ def run(tmp_path: Path, command: str, *overrides: str, network: Sequence[str] = 
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(tmp_path_factory.mktemp("results"), "compare", *BOUND)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", PAINT)
+        return run(tmp_path_factory.mktemp("results"), "compare", *BOUND)
 
 
 def test_compare_writes_every_promised_name(compared: Path) -> None:
@@ -170,7 +173,7 @@ def test_evaluate_agrees_with_compare(compared: Path, tmp_path: Path, capsys: py
         assert (twin["accuracy"], twin["bops"]) == (point.accuracy, point.bops)
 
 
-def test_compare_measures_policies_of_another_run(compared: Path, tmp_path: Path, without_pictures: None) -> None:
+def test_compare_measures_policies_of_another_run(compared: Path, tmp_path: Path) -> None:
     """On the same video it gives what that run gave."""
     few = ["heuristic.references=[previous]", "heuristic.taus=[1.0]", "heuristic.other_kappas=[]"]
     few += ["heuristic.scene_changes=[]", "heuristic.searches=[]"]
@@ -234,7 +237,7 @@ def report_of(checkpoints: Path) -> dict[str, Any]:
     return report
 
 
-def test_compare_learns_keyframes_and_counts_their_frames(tmp_path: Path, without_pictures: None) -> None:
+def test_compare_learns_keyframes_and_counts_their_frames(tmp_path: Path) -> None:
     few = ["training.seeds=[0]", "training.frames=60", "training.keyframe_frames=150", "training.trade_offs=2"]
     few += ["heuristic.searches=[]", "heuristic.other_kappas=[]", "heuristic.scene_changes=[]", "heuristic.taus=[1.0]"]
     folder = run(tmp_path, "compare", *few, "heuristic.references=[previous]", "environment.keyframe_intervals=[0]")
@@ -278,12 +281,6 @@ def test_ppo_trains_on_every_environment(tmp_path: Path, environment: str, agent
     assert [policy["seed"] for policy in summary["policies"] if policy["validation_front"]] == seeds
     assert list(summary["curves"]) == [str(seed) for seed in seeds]
     assert all(curve[-1]["frames"] >= 40 for curve in summary["curves"].values())
-
-
-@pytest.fixture
-def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A comparison ends with its figures: plots and the report take a fifth of its time."""
-    monkeypatch.setattr(compare, "_show", lambda board, learned: board.write())
 
 
 @pytest.fixture(scope="module")
@@ -352,7 +349,7 @@ def write_video(path: Path, frames: int) -> Path:
 VOS = ["video=generated_objects", "model=mask_propagation", "task=mask_propagation"]
 
 
-def test_masks_are_trained_for_propagated_and_compared(tmp_path: Path, without_pictures: None) -> None:
+def test_masks_are_trained_for_propagated_and_compared(tmp_path: Path) -> None:
     few = ["pretraining.steps=4", "pretraining.batch=2", "pretraining.validate_every=2"]
     trained = run(tmp_path, "pretrain", *VOS, "model.pretrained=false", "model.width=8", *few, network=())
     assert json.loads((trained / "summary.json").read_text())["metric"] == "J&F"
@@ -402,7 +399,7 @@ FEW += ["heuristic.scene_changes=[]", "heuristic.searches=[]"]
 
 
 def test_a_policy_learned_by_gradients_is_compared_and_runs_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = run(tmp_path / "a", "compare", "training.trainer=gradient", "training.frames=400", *FEW)
     comparison = Comparison.read(folder / "comparison.json")
@@ -414,14 +411,13 @@ def test_a_policy_learned_by_gradients_is_compared_and_runs_on(
     static = [bool(point.settings.get("static")) for point in points]
     assert policy.static == all(static)
     assert all((point.policy_bops == 0) == own for point, own in zip(points, static, strict=True))
-    request.getfixturevalue("without_pictures")
     again = Comparison.read(run(tmp_path / "b", "compare", f"policy={folder}", *FEW[1:]) / "comparison.json")
     assert again.fronts["gradient_policy"]
     capsys.readouterr()
     assert main(["evaluate", *TINY, *TINY_NETWORK, f"results={tmp_path}", f"policy={folder}"]) == 0
 
 
-def test_ppo_begins_at_gradient_thresholds(tmp_path: Path, without_pictures: None) -> None:
+def test_ppo_begins_at_gradient_thresholds(tmp_path: Path) -> None:
     folder = run(tmp_path, "compare", "training.warm_start=gradient", *FEW)
     comparison = Comparison.read(folder / "comparison.json")
     policy = LearnedPolicy.load(folder / "seed0")

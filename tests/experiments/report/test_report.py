@@ -33,6 +33,7 @@ from resq_rl.experiments.study.study import Study, build_study
 from resq_rl.policies import DynamicResQ, PerFrame, StaticResQ
 from resq_rl.video import Clip
 
+PAINTED = True
 TINY = [
     "threads=1", "video.size=[32,48]", "video.frames=6", "video.train=2", "video.test=3", "environment.grid=[2,3]",
     "quantization.calibration_clips=2",

@@ -44,6 +44,7 @@ NAMES = [
     "at_budget",
     "gains",
 ]
+PAINTED = True
 POINT_NAMES = [
     "accuracy",
     "accuracy_ci95",

