@@ -24,7 +24,7 @@ from tests.envs.problems import make_pose_problem, make_problem, make_recurrent_
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # tests talk to nothing outside this machine
 
-hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
+hypothesis.settings.register_profile("default", deadline=None, print_blob=True, max_examples=40)
 hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 

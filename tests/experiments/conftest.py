@@ -55,7 +55,7 @@ def _restored_process_state() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _quick_composition() -> Iterator[None]:
-    """Hydra reads the files of the package and composes the same settings once, not for each of a thousand compositions.
+    """Hydra reads the files of the package and composes the same settings once, however often it is asked.
 
     Nor does a command compose its settings a first time to look for `hydra.mode`, which no test sets.
     """

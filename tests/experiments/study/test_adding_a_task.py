@@ -11,7 +11,8 @@ import pytest
 from resq_rl.experiments.cli.app import main
 from resq_rl.experiments.results.comparison import Comparison
 from resq_rl.perception import Task
-from tests.experiments.jobs.test_jobs import TINY
+from tests.envs.problems import TINY_NETWORK
+from tests.experiments.jobs.test_jobs import FEW, TINY
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "adding_a_task.md"
 
@@ -29,8 +30,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_the_documents_task_can_be_compared(example: Path) -> None:
-    own = ["task=coverage", "training.seeds=[0]", "training.frames=30", "training.trade_offs=2", "heuristic.taus=[0.5]"]
-    own += ["heuristic.references=[previous]", "heuristic.searches=[]"]
+    own = [*TINY_NETWORK, *FEW, "task=coverage", "training.frames=30"]
     assert main(["compare", "--config-dir", str(example), *TINY, *own, f"results={example}"]) == 0
     (found,) = (example / "compare").glob("*/comparison.json")
     comparison = Comparison.read(found)
