@@ -11,14 +11,7 @@ from resq_rl.envs import Decision, Observation, Problem, StreamResult, Streams
 from resq_rl.errors import PolicyError, SettingsError
 from resq_rl.quantization import Budget, LevelField, Reference, to_float
 from tests.envs import problems
-from tests.envs.problems import (
-    assert_same,
-    first_difference,
-    random_levels,
-    run_random_levels,
-    values_of,
-    written_over,
-)
+from tests.envs.problems import assert_same, first_difference, random_levels, run_random_levels, values_of, written_over
 
 
 def alone(problem: Problem, clip: int, fields: list[LevelField], reference: Reference) -> list[tuple[Tensor, float]]:

@@ -32,10 +32,7 @@ from resq_rl.experiments.study import start
 from resq_rl.policies import ppo
 
 # Pictures of nothing.
-UNPAINTED = {
-    "svg": b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1"></svg>',
-    "png": b"\x89PNG\r\n\x1a\n",
-}
+UNPAINTED = {"svg": b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1"></svg>', "png": b"\x89PNG\r\n\x1a\n"}
 PAINT = Figure.savefig
 STARTED_WITHIN = 120  # seconds; the server imports much, and test machines are small
 

@@ -297,10 +297,7 @@ def test_shipped_weights_of_another_number_of_classes_are_refused() -> None:
 
 @pytest.mark.real_data
 def test_real_person_segmentation_runs(shared: Path) -> None:
-    network, task = (
-        load_network(shared / "models" / "selfie_segmentation.pt2"),
-        Segmentation(2, "probability"),
-    )
+    network, task = (load_network(shared / "models" / "selfie_segmentation.pt2"), Segmentation(2, "probability"))
     frames = torch.rand(2, 3, 256, 256)
     output = task.output(network(frames), (96, 160))
     assert output.shape == (2, 1, 96, 160)

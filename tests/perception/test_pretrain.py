@@ -60,13 +60,7 @@ def test_training_learns_colours(tmp_path: Path) -> None:
     model, seen = network(), list[PretrainProgress]()
     settings = PretrainSettings(steps=60, batch=4, learning_rate=2e-2, validate_every=20)
     report = pretrain(
-        model,
-        TRAIN,
-        VALIDATION,
-        settings,
-        task=TASK,
-        progress=seen.append,
-        weights=tmp_path / "w.safetensors",
+        model, TRAIN, VALIDATION, settings, task=TASK, progress=seen.append, weights=tmp_path / "w.safetensors"
     )
     assert [p.step for p in seen] == list(range(1, 61))
     assert [p.step for p in seen if p.validation is not None] == [20, 40, 60]
@@ -133,13 +127,7 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path: Path) -> None:
     resumed = network()
     nn.init.ones_(next(resumed.parameters()))
     report = pretrain(
-        resumed,
-        TRAIN,
-        VALIDATION,
-        SHORT,
-        task=TASK,
-        checkpoint=checkpoint,
-        progress=lambda p: steps.append(p.step),
+        resumed, TRAIN, VALIDATION, SHORT, task=TASK, checkpoint=checkpoint, progress=lambda p: steps.append(p.step)
     )
     assert steps == [4, 5, 6]  # the checkpoint was written after step 3
     assert dataclasses.replace(report, seconds=0.0) == dataclasses.replace(expected, seconds=0.0)

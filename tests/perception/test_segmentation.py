@@ -8,10 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics.functional.classification import (
-    multiclass_confusion_matrix,
-    multiclass_jaccard_index,
-)
+from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_jaccard_index
 
 from resq_rl.errors import NetworkError, SettingsError, VideoError
 from resq_rl.perception import Segmentation, class_iou, mean_iou

@@ -397,10 +397,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit_tensors(f, lambda t: t.update(bias0=torch.zeros(3))),
         "do not fit each other",
     ),
-    "not a number": (
-        lambda f: edit_tensors(f, lambda t: t["weight0"].fill_(float("nan"))),
-        "finite",
-    ),
+    "not a number": (lambda f: edit_tensors(f, lambda t: t["weight0"].fill_(float("nan"))), "finite"),
     "no scheme": (lambda f: edit(f, lambda a: a.pop("scheme")), "lacks 'scheme'"),
     "a scheme that is none": (lambda f: edit(f, lambda a: a.update(scheme="x")), "cannot be used"),
     "an unknown key": (lambda f: edit(f, lambda a: a["scheme"].update(colour=1)), "cannot be used.*colour"),

@@ -13,15 +13,7 @@ import pytest
 import torch
 from stable_baselines3 import PPO
 
-from resq_rl.envs import (
-    ActionKind,
-    Agents,
-    Decision,
-    EpisodeSettings,
-    FrameView,
-    Problem,
-    measure,
-)
+from resq_rl.envs import ActionKind, Agents, Decision, EpisodeSettings, FrameView, Problem, measure
 from resq_rl.envs.batched import BatchedEnvironment
 from resq_rl.envs.sb3 import AgentsVecEnv
 from resq_rl.errors import PolicyError, ResultsError, SettingsError
@@ -535,10 +527,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
 
 
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
-    interrupted: Path,
-    whole: tuple[LearnedPolicy, TrainingReport],
-    moving: Problem,
-    caplog: pytest.LogCaptureFixture,
+    interrupted: Path, whole: tuple[LearnedPolicy, TrainingReport], moving: Problem, caplog: pytest.LogCaptureFixture
 ) -> None:
     newest = Checkpoints(interrupted).paths()[-1]
     newest.write_bytes(newest.read_bytes()[:-1])

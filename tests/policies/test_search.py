@@ -100,8 +100,7 @@ def test_the_best_for_some_lambda_are_a_front() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"known": []}, {"trade_offs": ()}, {"intervals": ()}, {"thresholds": (2.0, 1.0)}, {"evaluations": -1}],
+    "changes", [{"known": []}, {"trade_offs": ()}, {"intervals": ()}, {"thresholds": (2.0, 1.0)}, {"evaluations": -1}]
 )
 def test_nothing_to_search(changes: dict[str, Any]) -> None:
     arguments: dict[str, Any] = {"known": known(), "thresholds": THRESHOLDS, "intervals": (16,), "trade_offs": (0.1,)}

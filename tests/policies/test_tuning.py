@@ -6,11 +6,7 @@ from hypothesis import strategies as st
 
 from resq_rl.envs import Measurement
 from resq_rl.perception import Segmentation
-from resq_rl.policies import (
-    StaticResQ,
-    best_policies,
-    thinned,
-)
+from resq_rl.policies import StaticResQ, best_policies, thinned
 
 PIXELS = 10
 TASK = Segmentation(classes=2)

@@ -43,11 +43,7 @@ def _conv(
     top, left = pair(padding)
     setting = Setting("conv2d", pair(kernel), pair(stride), (left, left, top, top), pair(dilation), groups)
     return Case(
-        name,
-        lambda: nn.Conv2d(ins, outs, kernel, stride, padding, dilation, groups, bias),
-        setting,
-        (ins, outs),
-        size,
+        name, lambda: nn.Conv2d(ins, outs, kernel, stride, padding, dilation, groups, bias), setting, (ins, outs), size
     )
 
 
@@ -89,12 +85,7 @@ CASES = (
     _conv("groups", 4, 6, 3, padding=1, groups=2),
     _conv("depthwise", 4, 4, 3, stride=2, padding=1, groups=4),
     _conv("depthwise_multiplied", 3, 6, 3, padding=1, groups=3),
-    Case(
-        "same",
-        lambda: nn.Conv2d(3, 4, (4, 3), padding="same"),
-        Setting("conv2d", (4, 3), pads=(1, 1, 1, 2)),
-        (3, 4),
-    ),
+    Case("same", lambda: nn.Conv2d(3, 4, (4, 3), padding="same"), Setting("conv2d", (4, 3), pads=(1, 1, 1, 2)), (3, 4)),
     Case(
         "same_dilated",
         lambda: nn.Conv2d(3, 4, 2, padding="same", dilation=3),

@@ -11,15 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from resq_rl.errors import PolicyError, SettingsError
-from resq_rl.quantization import (
-    Budget,
-    Field,
-    FrameCost,
-    LevelField,
-    QuantizationConfig,
-    ResQModel,
-    ThresholdField,
-)
+from resq_rl.quantization import Budget, Field, FrameCost, LevelField, QuantizationConfig, ResQModel, ThresholdField
 from resq_rl.quantization.kernels import PLAIN, Choice, Kernels, native
 from resq_rl.quantization.specification.budget import exceeds
 from tests.quantization.corpus import ACCEPTED, Net, spatial_attention

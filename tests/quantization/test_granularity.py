@@ -10,14 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from resq_rl.errors import SettingsError
-from resq_rl.quantization import (
-    CostTable,
-    LevelField,
-    QuantizationConfig,
-    Reference,
-    ResQModel,
-    ThresholdField,
-)
+from resq_rl.quantization import CostTable, LevelField, QuantizationConfig, Reference, ResQModel, ThresholdField
 from resq_rl.quantization.kernels import PLAIN
 from resq_rl.quantization.kernels.skipping import Skipping
 from tests.quantization.networks import CASES, Case, SmallNet, byte_clips, everywhere, perturb_statistics, wrapped

@@ -5,14 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from resq_rl.quantization import (
-    Field,
-    LevelField,
-    QuantizationConfig,
-    Reference,
-    ResQModel,
-    ThresholdField,
-)
+from resq_rl.quantization import Field, LevelField, QuantizationConfig, Reference, ResQModel, ThresholdField
 from tests.quantization.networks import CASES, Case, everywhere, model_of, video, wrapped
 from tests.quantization.reference import Oracle, Setting
 

@@ -23,8 +23,7 @@ def test_clip_knows_its_length_and_size() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [((5, 4, 6), torch.uint8), ((5, 1, 4, 6), torch.uint8), ((5, 3, 4, 6), torch.float32)],
+    ("shape", "dtype"), [((5, 4, 6), torch.uint8), ((5, 1, 4, 6), torch.uint8), ((5, 3, 4, 6), torch.float32)]
 )
 def test_frames_of_another_kind_are_refused(shape: tuple[int, ...], dtype: torch.dtype, unchecked_types: None) -> None:
     with pytest.raises(VideoError, match=r"clip 'a' \(here\).*uint8 of shape \(t, 3, h, w\).*Convert"):

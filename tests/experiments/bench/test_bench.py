@@ -11,12 +11,7 @@ from resq_rl.experiments.bench import bench, growth
 from resq_rl.experiments.bench.timing import Figure, alternate, timed
 from tests.experiments.jobs.test_jobs import run
 
-SMALL = [
-    "benchmark.batches=[1,2]",
-    "benchmark.rounds=1",
-    "benchmark.processes=1",
-    "benchmark.soak_steps=20",
-]
+SMALL = ["benchmark.batches=[1,2]", "benchmark.rounds=1", "benchmark.processes=1", "benchmark.soak_steps=20"]
 
 
 def test_figures_are_medians_of_the_ratios_of_each_round() -> None:

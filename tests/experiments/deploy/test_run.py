@@ -261,12 +261,7 @@ def test_a_mask_to_follow_is_read_from_an_image(tmp_path: Path, capsys: pytest.C
     ],
 )
 def test_code_that_a_policy_folder_names_is_not_run(
-    making: dict[str, Any],
-    trained: Path,
-    video: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: Capture,
+    making: dict[str, Any], trained: Path, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """Not even imported, unless the command line says that the folder is trusted."""
     (tmp_path / "evil.py").write_text("from pathlib import Path\nPath('ran').touch()\n")

@@ -9,19 +9,11 @@ from hypothesis import strategies as st
 from scipy.interpolate import PchipInterpolator
 
 from resq_rl.errors import ResultsError
-from resq_rl.experiments.results.statistics import (
-    bd_bops,
-    bootstrap_intervals,
-    pareto_envelope,
-)
+from resq_rl.experiments.results.statistics import bd_bops, bootstrap_intervals, pareto_envelope
 
 ANCHOR = [(0.62, 0.10), (0.66, 0.15), (0.70, 0.25), (0.71, 0.40)]
 
-fronts = st.lists(
-    st.tuples(st.floats(0.4, 0.8), st.floats(0.01, 1.0)),
-    min_size=1,
-    max_size=12,
-)
+fronts = st.lists(st.tuples(st.floats(0.4, 0.8), st.floats(0.01, 1.0)), min_size=1, max_size=12)
 
 
 def integrated(front: list[tuple[float, float]], anchor: list[tuple[float, float]], low: float, high: float) -> float:
@@ -170,12 +162,7 @@ def test_bootstrap_is_deterministic_and_vectorization_changes_nothing() -> None:
     values = np.random.default_rng(3).normal(size=(2, 15))
     one, again, batched = (
         bootstrap_intervals(
-            means(values),
-            clips=15,
-            seeds=2,
-            generator=np.random.default_rng(4),
-            replicates=600,
-            vectorized=vectorized,
+            means(values), clips=15, seeds=2, generator=np.random.default_rng(4), replicates=600, vectorized=vectorized
         )
         for vectorized in (False, False, True)
     )

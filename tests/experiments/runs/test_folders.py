@@ -23,9 +23,7 @@ from resq_rl.experiments.runs.folders import LOCK, claimed, new_folder
 from resq_rl.experiments.tracking.tracker import Tracker
 from tests.experiments.killing import PRELOADED
 
-COMMANDS = {
-    "train": Command("train something", "train", f"{__name__}:run", resume="training.resume={folder}"),
-}
+COMMANDS = {"train": Command("train something", "train", f"{__name__}:run", resume="training.resume={folder}")}
 GO_ON = "go on"  # a file in the working folder that running jobs wait for
 PLAIN = ["threads=1", "tracking=disabled"]
 

@@ -17,20 +17,9 @@ from resq_rl.experiments.results.comparison import Comparison
 from resq_rl.experiments.results.entries import BdEntry
 from resq_rl.experiments.results.methods import tuned_methods
 from resq_rl.experiments.study import measuring
-from resq_rl.experiments.study.frame_level import (
-    gap_closed,
-    is_frame_level,
-    oracle_front,
-    share_of_gap,
-    tabulated,
-)
+from resq_rl.experiments.study.frame_level import gap_closed, is_frame_level, oracle_front, share_of_gap, tabulated
 from resq_rl.experiments.study.study import Study
-from resq_rl.policies import (
-    LearnedPolicy,
-    PerFrame,
-    best_schedule,
-    oracle_measurement,
-)
+from resq_rl.policies import LearnedPolicy, PerFrame, best_schedule, oracle_measurement
 from resq_rl.video import IGNORE, Framing, Split
 from tests.envs.problems import TINY_NETWORK, scheme, tiny_network, with_clips
 from tests.policies.test_learned import made
@@ -207,8 +196,7 @@ def test_the_oracle_has_a_point_for_each_lambda(tiny: Tiny) -> None:
     front = oracle_front(tiny.tabulated, "test")
     assert [m.settings["trade_off"] for m in front] == pytest.approx(TRADE_OFFS)
     one = replace(
-        tiny.tabulated,
-        settings=load_settings("compare", ["+experiment=frame_level", "environment.trade_off=0.1"]),
+        tiny.tabulated, settings=load_settings("compare", ["+experiment=frame_level", "environment.trade_off=0.1"])
     )
     assert [m.settings["trade_off"] for m in oracle_front(one, "test")] == pytest.approx([0.1])
 
@@ -244,10 +232,7 @@ def at_each(study: Study, policies: Sequence[Policy | Sequence[Policy]], split: 
     return np.stack([objective(study, policy, split)[i] for i, policy in enumerate(policies)])
 
 
-@pytest.mark.parametrize(
-    "unlabelled",
-    [False, True],
-)
+@pytest.mark.parametrize("unlabelled", [False, True])
 def test_the_share_closed_follows_from_rewards_on_the_network(unlabelled: bool, problem: Problem) -> None:
     own = tabulated(study_of(problem, "heuristic.intervals=[2,3,5,0]", unlabelled=unlabelled))
     tables = own.tables["test"].tables
