@@ -234,7 +234,8 @@ def at_each(study: Study, policies: Sequence[Policy | Sequence[Policy]], split: 
 
 @pytest.mark.parametrize("unlabelled", [False, True])
 def test_the_share_closed_follows_from_rewards_on_the_network(unlabelled: bool, problem: Problem) -> None:
-    own = tabulated(study_of(problem, "heuristic.intervals=[2,3,5,0]", unlabelled=unlabelled))
+    more = [] if unlabelled else ["heuristic.intervals=[2,3,5,0]"]
+    own = tabulated(study_of(problem, *more, unlabelled=unlabelled))
     tables = own.tables["test"].tables
     policies = {seed: learned(problem, seed) for seed in (1, 3)}
     heuristics = heuristics_of(own)
