@@ -84,12 +84,12 @@ def _setting(kind: str, weight: Tensor, rest: Any) -> Setting:
 def test_steps_equal_an_independent_replay(name: str) -> None:
     network = made(name, reference=True)
     model = ResQModel(made(name), frames(1)[0])
-    model.calibrate(byte_clips(2, 4, 3, SIZE))
+    model.calibrate(byte_clips(2, 3, 3, SIZE))
     compiled, groups = copy.deepcopy(model).compile(), len(model.groups)
     replayed = not isinstance(network, torch.fx.GraphModule) and name not in NOT_REPLAYED
     replay = Replay(model)
     states = model.new_state(2), compiled.new_state(2)
-    for t, x in enumerate(frames(4)):
+    for t, x in enumerate(frames(3)):
         decision: Field = (
             ThresholdField.constant(0.4, 2, groups) if t == 2 else LevelField.constant(2 + t % 2, 2, groups)
         )
@@ -120,14 +120,14 @@ def test_at_full_bits_the_stream_equals_the_float_network(name: str) -> None:
     config = QuantizationConfig(
         16, 16, levels=(0, 16), residual_weight_bits=16, range_estimator="min_max", weight_rounding="nearest"
     )
-    clips = byte_clips(2, 4, 3, SIZE)
+    clips = byte_clips(2, 3, 3, SIZE)
     model = ResQModel(made(name), frames(1)[0], config).calibrate(clips)
     # The closed loop is also what the independent replay steps through.
     references: tuple[Reference, ...] = ("keyframe", "previous") if name in NOT_REPLAYED else ("keyframe",)
     for reference in references:
         network = made(name, reference=True)
         state, decision = model.new_state(2, reference), LevelField.constant(1, 2, len(model.groups))
-        for t in range(4):
+        for t in range(3):
             x = torch.stack([clip[t] for clip in clips]).float() / 255
             found = list(tensors_of(model.step(x, state, everywhere(2, t == 0), decision)[0]))
             with torch.no_grad():

@@ -1,6 +1,5 @@
 """The pretrained networks of the `shared` folder, wrapped and stepped."""
 
-import time
 import warnings
 from pathlib import Path
 
@@ -25,9 +24,7 @@ def load(shared: Path, name: str) -> nn.Module:
 def test_selfie_segmentation(shared: Path) -> None:
     network = load(shared, "selfie_segmentation.pt2")
     frames = video(2, 3, SIZE)[:, None]
-    began = time.perf_counter()
     model = ResQModel(network, frames[0])
-    assert time.perf_counter() - began < 10  # typically half a second
     kinds = [site.layer_kind for site in model.sites]
     assert len(kinds) == 55
     assert kinds.count("transposed") == 1
@@ -38,7 +35,7 @@ def test_selfie_segmentation(shared: Path) -> None:
         wanted = tree_leaves(network(frames[0]))
     for a, b in zip(wanted, tree_leaves(model.float_forward(frames[0])), strict=True):
         torch.testing.assert_close(b, a, atol=1e-5, rtol=1e-5)
-    model.calibrate(byte_clips(1, 3, 3, SIZE))
+    model.calibrate(byte_clips(1, 2, 3, SIZE))
     state = model.new_state(1)
     groups = len(model.groups)
     out, cost = model.step(frames[0], state, everywhere(1, True), LevelField.constant(0, 1, groups, (6, 10)))

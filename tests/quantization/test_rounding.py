@@ -353,7 +353,7 @@ def output_error(model: ResQModel, clips: list[Tensor]) -> float:
 ROUNDINGS: tuple[WeightRounding, ...] = ("nearest", "second_order")
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", CASES[::2], ids=lambda c: c.name)
 def test_second_order_brings_a_layers_output_nearer_to_float(case: Case, all_positions: None) -> None:
     layer = case.make()
     clips = smooth_clips(4, 8, case.channels[0], case.size)
@@ -370,8 +370,8 @@ def test_second_order_brings_a_layers_output_nearer_to_float(case: Case, all_pos
 
 
 def test_second_order_brings_a_networks_output_nearer_to_float() -> None:
-    own = smooth_clips(8, 6, 3, SIZE)
-    clips = {"own": own, "others": smooth_clips(8, 6, 3, SIZE, 900)}
+    own = smooth_clips(4, 6, 3, SIZE)
+    clips = {"own": own, "others": smooth_clips(4, 6, 3, SIZE, 900)}
     ratios: dict[tuple[int, str], list[float]] = {(bits, name): [] for bits in (2, 4) for name in clips}
     for seed in range(3):
         configs = [QuantizationConfig(weight_rounding=r, levels=(0, 2, 4, 12)) for r in ROUNDINGS]  # only weights err
@@ -402,7 +402,7 @@ def test_too_wide_layers_are_rounded_to_nearest(monkeypatch: pytest.MonkeyPatch)
     assert alike(weights(model), plain) == wide
 
 
-@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("bits", [4, 8])
 def test_residual_weights_as_wide_as_keyframe_weights_are_the_same(bits: int) -> None:
     model = fitted(key_weight_bits=bits, residual_weight_bits=bits)
     assert all(alike(weights(model), weights(model, residual=False)))

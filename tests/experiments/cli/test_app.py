@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -167,16 +168,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert not any("Traceback" in line for line in lines)
 
 
-def test_debugging_shows_the_traceback(
-    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_log_keeps_the_traceback_and_debugging_shows_it(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RESQ_RL_DEBUG", "1")
     assert run("train", "seed=7") == 2
     assert "Traceback" in capsys.readouterr().err
-
-
-def test_the_log_keeps_the_traceback(run: Run, tmp_path: Path) -> None:
-    run("train", "seed=7")
     (log,) = tmp_path.glob("results/train/*/train.log")
     assert "VideoError: No such video" in log.read_text()
 
@@ -349,8 +346,28 @@ def runs(folder: Path) -> list[Any]:
     return list(client.search_runs([experiment.experiment_id], order_by=["attributes.start_time"]))
 
 
-def test_a_sweep_is_recorded_under_one_parent(run: Run, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("train", "--multirun", "seed=3,7", tracking="mlflow") == 2
+@contextmanager
+def watched() -> Iterator[list[tuple[str, str]]]:
+    """What is bound and started meanwhile."""
+    seen: list[tuple[str, str]] = []
+    watching = [True]
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:  # a hook cannot be removed
+        if watching[0] and event in ("socket.bind", "subprocess.Popen", "os.fork", "os.posix_spawn"):
+            seen.append((event, str(arguments[0] if event == "subprocess.Popen" else arguments)))
+
+    sys.addaudithook(watch)
+    yield seen
+    watching[0] = False
+
+
+def test_a_sweep_is_recorded_under_one_parent_and_starts_no_server_nor_another_process(
+    run: Run, results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With Hydra's own launcher; only git is asked for the commit."""
+    with watched() as seen:
+        assert run("train", "--multirun", "seed=3,7", tracking="mlflow") == 2
+    assert {(event, Path(what).name) for event, what in seen} <= {("subprocess.Popen", "git")}, seen
     (address,) = set(re.findall(r"^Tracking: (.+)$", capsys.readouterr().err, re.MULTILINE))
     assert address.startswith("mlflow ui ")
     parent, *children = runs(results)
@@ -364,22 +381,6 @@ def test_a_sweep_is_recorded_under_one_parent(run: Run, results: Path, capsys: p
     assert [child.info.status for child in (parent, *children)] == ["FAILED", "FINISHED", "FAILED"]
     assert [child.data.params["seed"] for child in children] == ["3", "7"]
     assert all((Path(c.info.artifact_uri.removeprefix("file://")) / "config.yaml").is_file() for c in children)
-
-
-def test_commands_start_no_server_and_no_other_process(run: Run, results: Path) -> None:
-    """With Hydra's own launcher; only git is asked for the commit."""
-    seen: list[tuple[str, str]] = []
-    watching = [True]
-
-    def watch(event: str, arguments: tuple[Any, ...]) -> None:  # a hook cannot be removed
-        if watching[0] and event in ("socket.bind", "subprocess.Popen", "os.fork", "os.posix_spawn"):
-            seen.append((event, str(arguments[0] if event == "subprocess.Popen" else arguments)))
-
-    sys.addaudithook(watch)
-    assert run("train", "--multirun", "seed=3,4", tracking="mlflow") == 0
-    watching[0] = False
-    assert len(runs(results)) == 3
-    assert {(event, Path(what).name) for event, what in seen} <= {("subprocess.Popen", "git")}, seen
 
 
 def test_a_sweep_that_goes_on_runs_only_what_is_missing(run: Run, results: Path, tmp_path: Path) -> None:
