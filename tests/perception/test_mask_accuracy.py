@@ -84,10 +84,10 @@ def test_contour_accuracy_by_scipy_dilation_at_the_size_of_davis() -> None:
 @pytest.mark.real_data
 def test_masks_of_davis_five_frames_apart(shared: Path) -> None:
     """J and F of each mask against a later one, at the size of the source."""
-    video = DavisVideo(shared / "data" / "davis2016", splits={"test": ["dog", "soapbox"]}, frames=11)
+    video = DavisVideo(shared / "data" / "davis2016", splits={"test": ["dog", "soapbox"]}, frames=6)
     for clip in video.clips("test"):
         assert clip.labels is not None
-        one, two = clip.labels[:6:5], clip.labels[5::5]
+        one, two = clip.labels[:1], clip.labels[5:]
         regions, contours = region_similarity(one, two), contour_accuracy(one, two)
         for i, (a, b) in enumerate(zip(one.numpy(), two.numpy(), strict=True)):
             assert float(regions[i]) == pytest.approx((a & b).sum() / (a | b).sum())

@@ -64,8 +64,7 @@ def test_it_takes_the_best_of_the_mixture_and_every_candidate(trade_off: float, 
         assert first_difference(field.thresholds[clip], expected) is None
 
 
-@pytest.mark.parametrize("trade_off", [0.02, 0.3, 3.0])
-@pytest.mark.parametrize("first", [0, 2])
+@pytest.mark.parametrize(("trade_off", "first"), [(0.02, 2), (0.3, 0), (3.0, 2)])
 def test_seeing_to_the_end_it_never_does_worse_than_its_first_candidate(
     trade_off: float, first: int, problem: Problem
 ) -> None:

@@ -27,7 +27,7 @@ def agreeing(problem: Problem) -> Problem:
 def trained() -> tuple[Problem, LearnedThresholds]:
     """Clips of 12 frames and the thresholds that were learned on them."""
     problem = make_problem((12,) * 6)
-    settings = GradientSettings(frames=3000, window=5, clips=6, learning_rate=0.1)
+    settings = GradientSettings(frames=2000, window=5, clips=6, learning_rate=0.1)
     return problem, learn_thresholds(problem, settings, trade_offs=(3.4e-4, 0.054))  # where constants differ
 
 

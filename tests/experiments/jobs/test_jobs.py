@@ -9,7 +9,6 @@ from typing import Any
 import av
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 from resq_rl.envs import ActionScheme
 from resq_rl.experiments.cli.app import main
@@ -21,7 +20,6 @@ from resq_rl.policies import LearnedPolicy
 from resq_rl.quantization import ResQModel, save_model
 from resq_rl.sealed import Checkpoints
 from tests.envs.problems import TINY_NETWORK, moving_frames, tiny_network
-from tests.experiments.conftest import PAINT
 from tests.policies.test_learned import made
 
 TINY = [
@@ -64,9 +62,7 @@ def run(tmp_path: Path, command: str, *overrides: str, network: Sequence[str] = 
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", PAINT)
-        return run(tmp_path_factory.mktemp("results"), "compare", *BOUND)
+    return run(tmp_path_factory.mktemp("results"), "compare", *BOUND)
 
 
 def test_compare_writes_every_promised_name(compared: Path) -> None:
@@ -86,9 +82,7 @@ def test_compare_writes_every_promised_name(compared: Path) -> None:
                 "keyframe_bops",
             } == set(point)  # fmt: skip
     assert {"ppo_vs_dynamic_resq", "oracle_vs_searched_thresholds"} <= set(values["bd_bops"])
-    assert (compared / "fronts.png").stat().st_size > 1000
-    assert (compared / "training.svg").exists()
-    assert (compared / "decisions.png").stat().st_size > 1000
+    assert {"fronts.png", "training.svg", "decisions.png", "report.html"} <= {path.name for path in compared.iterdir()}
 
 
 @pytest.mark.slow
@@ -120,7 +114,7 @@ def test_thresholds_of_layers_are_tried_at_the_intervals(compared: Path, method:
 
 
 def test_under_a_budget_methods_are_compared_at_it(tmp_path: Path) -> None:
-    few = ["heuristic.taus=[0.3,1.0]", "heuristic.searches=[]", "heuristic.other_kappas=[]", "training.seeds=[0,1]"]
+    few = [*FEW[1:], "heuristic.taus=[0.3,1.0]", "training.seeds=[0,1]"]
     folder = run(
         tmp_path, "compare", *few, "training.frames=40", "environment.budget={peak: 0.4, mean: 0.3, bucket: 2}"
     )
@@ -385,7 +379,7 @@ def test_pretrain_writes_weights_that_load(tmp_path: Path) -> None:
 
 
 def test_no_labels_is_said_before_anything_is_computed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    overrides = ["video=carphone", "task=foreground", "environment.accuracy=labels"]
+    overrides = ["video=carphone", "++video.frames=3", "task=foreground", "environment.accuracy=labels"]
     tiny = [o for o in TINY if not o.startswith("video.") or o.startswith("video.size")]
     code = main(["compare", *tiny, f"results={tmp_path}", *overrides])
     assert code == 2
