@@ -173,7 +173,8 @@ def test_ppo_learns_to_run_a_keyframe_at_a_cut_where_it_pays(
     core = problems.agents(
         own, 8, "keyframe", "frame", episodes=EpisodeSettings(trade_off=trade_off, relative=True), fields=fields
     )
-    settings = replace(FAST, frames=2000, n_steps=16, batch_size=64, learning_rate=6e-3, gamma=0.9)
+    frames = 2000 if at_the_cut else 800
+    settings = replace(FAST, frames=frames, n_steps=16, batch_size=64, learning_rate=6e-3, gamma=0.9)
     keyframes, report = train_ppo(AgentsVecEnv(core), settings, seed=0, warm_start=lambda _: FirstChoice(0))
     assert report.curve[0]["keyframes"] < 0.15, "few keyframes to begin with"
     joint = replace(fields, keyframes=keyframes)
@@ -223,7 +224,7 @@ def test_a_warm_start_begins_as_the_constant_field_for_every_lambda(
     assert report.curve[0]["keyframes"] < 0.3, "few keyframes to begin with"
 
 
-@pytest.mark.parametrize("interval", [2, 3, 5])
+@pytest.mark.parametrize("interval", [2, 5])
 def test_a_warm_start_with_an_interval_begins_with_keyframes_at_it(interval: int, moving: Problem) -> None:
     env = agents_of(moving, (0.03, 3.0), kind="frame_level", agents="frame")
     settings = replace(TINY, frames=1, n_steps=2, learning_rate=1e-9)
