@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from cmaes import CMA
 
 from resq_rl.errors import SettingsError
 from resq_rl.policies.fixed import GroupThresholds, StaticResQ
@@ -113,6 +112,8 @@ def evolve_thresholds(
     Raises:
         SettingsError: there is nothing to start from.
     """
+    from cmaes import CMA  # brings SciPy's statistics, which take two seconds
+
     _first(known)
     found: list[Tried] = []
     for run, trade_off in enumerate(np.geomspace(*trade_offs, EVOLVED).tolist()):

@@ -19,9 +19,9 @@ LEAN = {
     "resq_rl": (*TRACKING, *LEARNING, *PLOTTING, *SCIENCE, "torch"),
     "resq_rl.quantization": TRACKING + LEARNING + PLOTTING + SCIENCE,
     "resq_rl.video": TRACKING + LEARNING + PLOTTING + SCIENCE,
-    "resq_rl.perception": TRACKING + LEARNING,
-    "resq_rl.envs": TRACKING + LEARNING,
-    "resq_rl.policies": TRACKING,
+    "resq_rl.perception": TRACKING + LEARNING + SCIENCE,
+    "resq_rl.envs": TRACKING + LEARNING + SCIENCE,
+    "resq_rl.policies": (*TRACKING, "scipy"),
 }
 
 
