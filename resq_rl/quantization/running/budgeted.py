@@ -9,8 +9,8 @@ and c_i what layer i of n costs at its highest level everywhere, beyond its leas
     R w_i / (w_i + w_(i+1) + ... + w_n),      w_i = c_i^0.7 2^(-i/n),
 
 more; what it does not spend is left to the layers after it. So cheap layers get finer codes than expensive ones, and
-early layers, on whose outputs all others build, than late ones. What levels cost is known before the frame runs: they are
-lowered to the highest cap that fits, one for the whole frame.
+early layers, on whose outputs all others build, than late ones. What levels cost is known before the frame runs: they
+are lowered to the highest cap that fits, one for the whole frame.
 
 A keyframe that does not fit runs as the finest residual that does: under thresholds of 0 and the floors, with
 quantizers for the range of keyframes. On the first frame of a stream that is a residual against nothing, which are
