@@ -17,6 +17,7 @@ from resq_rl.envs import NetworkEngine, Policy, Streams, Trace
 from resq_rl.errors import PolicyError
 from resq_rl.experiments.config.settings import Settings
 from resq_rl.experiments.results.comparison import write_summary
+from resq_rl.experiments.results.methods import controlled
 from resq_rl.experiments.runs.progress import stage
 from resq_rl.experiments.study.deployment import FILES, deployed_study, policy_folder, policy_words
 from resq_rl.experiments.study.study import Study
@@ -35,7 +36,6 @@ PORTABLE = "policy"
 # Validation clips whose choices are looked at for the table, and the shares of choices that are tried as thresholds.
 TABLE_CLIPS = 6
 SHARES = (0.35, 0.5, 0.65, 0.8)
-CONTROLLERS = (Controller(4.0, 0.3), Controller(4.0, 0.7))  # that are tried under a mean
 # Of decisions that another runtime may make otherwise, because it sums in another order.
 MOST_OTHER = 1e-3
 
@@ -193,12 +193,11 @@ def _row(work: _Export, trade_off: float) -> TableRow:
     with stage(f"distilling lambda {trade_off:.3g}", None) as advance:
         traces = [study.trace(policy, "validation", clip) for clip in few]
         intervals = settings.environment.keyframe_intervals if policy.keyframes else (policy.interval,)
-        controllers = (None,) if work.budget is None or work.budget.mean is None else (None, *CONTROLLERS)
         rows = [
-            TableRow(trade_off, interval, taus, controller=controller)
+            row
             for taus in typical_thresholds(torch.cat([trace.chosen for trace in traces]), SHARES)
             for interval in intervals
-            for controller in controllers
+            for row in _controlled(work, TableRow(trade_off, interval, taus))
         ]
         losses = []
         for row in rows:
@@ -211,6 +210,14 @@ def _row(work: _Export, trade_off: float) -> TableRow:
     return replace(
         best, accuracy=mine.accuracy, bops=mine.bops, policy_accuracy=theirs.accuracy, policy_bops=theirs.bops
     )
+
+
+def _controlled(work: _Export, row: TableRow) -> list[TableRow]:
+    """A row, and under a mean the same thresholds with rate controllers."""
+    if work.budget is None or work.budget.mean is None:
+        return [row]
+    controllers = controlled(row.policy(work.policy.reference, work.policy.scheme.kappa))
+    return [row, *(replace(row, controller=Controller(own.integral, own.fill)) for own in controllers)]
 
 
 # MLflow --------------------------------------------------------------------------------------------------------------
