@@ -16,6 +16,7 @@ from resq_rl.policies.learned import LearnedPolicy
 from resq_rl.policies.oracle import (
     Schedule,
     best_schedule,
+    best_schedule_within,
     measure_on_tables,
     measure_schedules,
     oracle_measurement,
@@ -50,6 +51,7 @@ __all__ = [
     "best_of",
     "best_policies",
     "best_schedule",
+    "best_schedule_within",
     "evolve_thresholds",
     "learn_thresholds",
     "measure_on_tables",

@@ -7,7 +7,7 @@ give the same numbers but for the order of sums.
 import importlib
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,14 @@ from resq_rl.envs.observation import Seen, frame_values, observed
 from resq_rl.errors import PolicyError
 from resq_rl.files import write_atomic
 from resq_rl.policies.learned import LearnedPolicy
-from resq_rl.quantization import LevelField, Reference, ThresholdField
+from resq_rl.quantization import Budget, LevelField, Reference, ThresholdField
 
 __all__ = ["OnnxPolicy", "export_onnx"]
 
 OPSET = 18
 FORMAT = "resq_rl onnx policy 1"
 INPUTS = ("frame", "reference_frame", "key_frame", "output", "spent", "age", "trade_off")
+BUDGET_LEFT = "budget_left"  # a further input of policies under a budget: how full the bucket is, 0..1
 OUTPUTS = ("choice", "refresh")
 
 
@@ -40,19 +41,23 @@ class _Graph(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """The choices, (1, groups, rows, columns), and whether to run a keyframe, (1,)."""
-        policy, seen = self.policy, Seen(*inputs)
+        policy, seen = self.policy, Seen(*inputs[: len(INPUTS)])
         closed_loop = policy.reference == "previous"
         regions, residual, foreground = observed(seen, policy.scheme.grid, closed_loop=closed_loop)
-        budget = torch.ones_like(seen.trade_off)
-        frame = frame_values(seen.age, seen.trade_off, policy.trade_off_range, budget, residual, foreground)
+        left = inputs[len(INPUTS)] if len(inputs) > len(INPUTS) else torch.ones_like(seen.trade_off)
+        frame = frame_values(seen.age, seen.trade_off, policy.trade_off_range, left, residual, foreground)
         decision = policy.decision(Observation(regions, frame), seen.age)
         field = decision.field
         choice = field.levels if isinstance(field, LevelField) else field.thresholds
         return choice + torch.zeros(1, 1, *policy.scheme.grid, dtype=choice.dtype), decision.refresh
 
 
-def export_onnx(policy: LearnedPolicy, path: Path) -> None:
+def export_onnx(policy: LearnedPolicy, path: Path, budget: Budget | None = None) -> None:
     """Write a policy as an ONNX file, for frames of the size it was trained on.
+
+    Args:
+        budget: with it, the graph takes how full the bucket is (`budget_left`), and the file names the budget; to keep
+            it is up to the runtime of the network.
 
     Raises:
         PolicyError: the extra `onnx` is not installed, or the policy knows no frame size.
@@ -69,6 +74,7 @@ def export_onnx(policy: LearnedPolicy, path: Path) -> None:
         torch.rand(1, *grid, groups),
         torch.ones(1, dtype=torch.int64),
         torch.tensor([policy.trade_off]),
+        *(() if budget is None else (torch.ones(1),)),
     )
     buffer = BytesIO()
     with warnings.catch_warnings(), torch.no_grad():
@@ -78,14 +84,15 @@ def export_onnx(policy: LearnedPolicy, path: Path) -> None:
             _Graph(policy),
             example,
             buffer,  # type: ignore[arg-type]
-            input_names=list(INPUTS),
+            input_names=[*INPUTS, BUDGET_LEFT][: len(example)],
             output_names=list(OUTPUTS),
             opset_version=OPSET,
             dynamo=False,
             keep_initializers_as_inputs=False,
         )
     model = onnx.load_model_from_string(buffer.getvalue())
-    onnx.helper.set_model_props(model, {"resq_rl": json.dumps(_about(policy))})
+    about = _about(policy) | {"budget": None if budget is None else asdict(budget)}
+    onnx.helper.set_model_props(model, {"resq_rl": json.dumps(about)})
     onnx.checker.check_model(model)
     write_atomic(path, model.SerializeToString())
 
@@ -151,11 +158,11 @@ class OnnxPolicy:
     def decide(self, view: FrameView) -> Decision:
         """The graph's decision for every clip, one at a time."""
         seen = view.seen
-        columns = [getattr(seen, name).numpy() for name in INPUTS]
-        known = {node.name for node in self.session.get_inputs()}  # what a policy does not look at is no input
+        columns = {name: getattr(seen, name).numpy() for name in INPUTS}
+        columns[BUDGET_LEFT] = view.conditions.budget_left.numpy()
+        known = [node.name for node in self.session.get_inputs()]  # what a policy does not look at is no input
         rows = [
-            self.session.run(OUTPUTS, {n: c[i : i + 1] for n, c in zip(INPUTS, columns, strict=True) if n in known})
-            for i in range(view.clips)
+            self.session.run(OUTPUTS, {name: columns[name][i : i + 1] for name in known}) for i in range(view.clips)
         ]
         choice = torch.from_numpy(np.concatenate([row[0] for row in rows]))
         refresh = torch.from_numpy(np.concatenate([row[1] for row in rows]))

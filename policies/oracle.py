@@ -1,20 +1,29 @@
 """The clairvoyant bound of frame-level decisions: the best schedule of keyframes and levels, found exactly."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from resq_rl.envs import Measurement, Policy, ResponseTable, Streams, TableEngine
 from resq_rl.envs.measure import batches, policy_share
 from resq_rl.errors import PolicyError
 from resq_rl.perception import Task
-from resq_rl.quantization import LevelField
+from resq_rl.quantization import Budget, LevelField
+from resq_rl.quantization.specification.budget import exceeds
 
-__all__ = ["Schedule", "best_schedule", "measure_on_tables", "measure_schedules", "oracle_measurement"]
+__all__ = [
+    "Schedule",
+    "best_schedule",
+    "best_schedule_within",
+    "measure_on_tables",
+    "measure_schedules",
+    "oracle_measurement",
+]
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,88 @@ def best_schedule(table: ResponseTable, trade_off: float) -> Schedule:
         key = len(levels)
         levels += [None, *level[key, : length[key] - 1].tolist()]
     return Schedule(tuple(levels))
+
+
+@dataclass(frozen=True)
+class _Ways:
+    """Ways of having run the first frames of a clip, of which none has both more credit and a smaller error.
+
+    Attributes:
+        credit: of the bucket before the next frame.
+        error: sum over the frames.
+        step: index of the last step among all steps that were kept.
+    """
+
+    credit: Float64[Tensor, " n"]
+    error: Float64[Tensor, " n"]
+    step: Int64[Tensor, " n"]
+
+
+def best_schedule_within(table: ResponseTable, budget: Budget) -> Schedule:
+    """The schedule of a clip with the least sum of errors, of which every frame keeps a budget.
+
+    What can still be done depends on the keyframe and on the credit of the bucket alone. So frame by frame and for each
+    keyframe, a way of having come there is dropped if another one has no less credit and no larger error, which loses
+    nothing: the result is exact.
+
+    Raises:
+        PolicyError: the budget does not allow the keyframe that a clip begins with, or no schedule.
+    """
+    error, first = table.error.double(), budget.begin(1)
+    if bool(exceeds(table.bops[-1:], budget.limit(first)).any()):
+        raise PolicyError(
+            f"A clip begins with a keyframe, which costs {float(table.bops[-1]):g}, and the budget allows its first "
+            f"frame {float(budget.limit(first)):g}: raise the peak, or the mean or the bucket."
+        )
+    steps: list[tuple[int, int | None]] = [(-1, None)]  # the step before, and the level
+    ways = {0: _Ways(budget.after(first, table.bops[-1:]), error[:1, 0, 0], torch.zeros(1, dtype=torch.int64))}
+    levels: list[int | None] = [*range(table.levels), None]
+    for time in range(1, table.frames):
+        found: dict[int, list[tuple[_Ways, int | None]]] = {time: []}
+        for key, own in ways.items():
+            found[key] = []
+            for level in levels if time - key < table.ages else [None]:
+                to, row = (time, (time, 0, 0)) if level is None else (key, (key, time - key, level))
+                spent = table.bops[table.levels if level is None else level]
+                found[to].append((_run(own, budget, spent, error[row]), level))
+        ways = {key: _best(options, steps) for key, options in found.items() if options}
+    ends = [own for own in ways.values() if len(own.error)]
+    if not ends:
+        raise PolicyError(
+            "No schedule keeps the budget: residuals cost more than the mean at the lowest level, or a keyframe that "
+            "is due does not fit. Raise the mean or the bucket, or tabulate more ages or a level of 0 bits."
+        )
+    last = min(ends, key=lambda own: float(own.error.min()))
+    chosen: list[int | None] = []
+    step = int(last.step[last.error.argmin()])
+    while step >= 0:
+        step, level = steps[step]
+        chosen.insert(0, level)
+    return Schedule(tuple(chosen))
+
+
+def _run(ways: _Ways, budget: Budget, bops: Float64[Tensor, ""], error: Float64[Tensor, ""]) -> _Ways:
+    """The ways that allow a next frame of such a cost and error, with it."""
+    spent = bops.expand(len(ways.credit))
+    fits = ~exceeds(spent, budget.limit(ways.credit))
+    return _Ways(budget.after(ways.credit, spent)[fits], ways.error[fits] + error, ways.step[fits])
+
+
+def _best(options: Sequence[tuple[_Ways, int | None]], steps: list[tuple[int, int | None]]) -> _Ways:
+    """What is kept of the ways by the level of their last frame, each with a step of its own at the end of `steps`."""
+    credit, error, before = (
+        torch.cat([getattr(ways, name) for ways, _ in options]) for name in ("credit", "error", "step")
+    )
+    levels = [level for ways, level in options for _ in range(len(ways.step))]
+    order = sorted(range(len(levels)), key=lambda i: (float(error[i]), -float(credit[i])))
+    kept, most = [], -math.inf
+    for i in order:
+        if float(credit[i]) > most:
+            most = float(credit[i])
+            kept.append(i)
+    begin = len(steps)
+    steps += [(int(before[i]), levels[i]) for i in kept]
+    return _Ways(credit[kept], error[kept], torch.arange(begin, len(steps)))
 
 
 def oracle_measurement(task: Task, tables: Sequence[ResponseTable], trade_off: float) -> Measurement:

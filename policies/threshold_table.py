@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,9 +18,11 @@ from torch import Tensor
 from resq_rl.errors import PolicyError
 from resq_rl.files import write_atomic
 from resq_rl.policies.fixed import GroupThresholds
-from resq_rl.quantization import Reference
+from resq_rl.policies.rate_control import RateControl
+from resq_rl.quantization import Budget, Reference
+from resq_rl.quantization.specification.budget import read_budget
 
-__all__ = ["TableRow", "ThresholdTable", "typical_thresholds"]
+__all__ = ["Controller", "TableRow", "ThresholdTable", "typical_thresholds"]
 
 FORMAT = "resq_rl thresholds 1"
 RULE = (
@@ -29,6 +32,19 @@ RULE = (
     "takes a level of its own, from the largest magnitude over its channels. Every `interval` frames one runs as a "
     "keyframe; 0: only the first."
 )
+CONTROL = (
+    " Under the budget, the thresholds are first multiplied by exp(integral * (fill - left)), where left is the credit "
+    "of the bucket over its capacity, bucket * mean; without a controller they stay. No frame may cost more than peak "
+    "or the credit: in a layer that would exceed its allowance, thresholds are raised to the smallest floor that fits."
+)
+
+
+@dataclass(frozen=True)
+class Controller:
+    """The gains of `RateControl`: how far the bucket of a budget moves thresholds, and how full it is to be."""
+
+    integral: float
+    fill: float
 
 
 @dataclass(frozen=True)
@@ -41,6 +57,7 @@ class TableRow:
         thresholds: tau of each layer group.
         accuracy, bops: of the table; BOPs per frame as a share of W8A8.
         policy_accuracy, policy_bops: of the policy, with its own cost.
+        controller: of the thresholds under a budget; None for none.
     """
 
     trade_off: float
@@ -50,11 +67,19 @@ class TableRow:
     bops: float = math.nan
     policy_accuracy: float = math.nan
     policy_bops: float = math.nan
+    controller: Controller | None = None
 
     @property
     def accuracy_lost(self) -> float:
         """Accuracy of the policy less that of the table, 0..1."""
         return self.policy_accuracy - self.accuracy
+
+    def policy(self, reference: Reference, kappa: tuple[float, ...]) -> GroupThresholds:
+        """The rule of this row."""
+        if self.controller is None:
+            return GroupThresholds(reference, self.interval, taus=self.thresholds, kappa=kappa)
+        gains = asdict(self.controller)
+        return RateControl(reference, self.interval, taus=self.thresholds, kappa=kappa, **gains)
 
     @property
     def bops_added(self) -> float:
@@ -71,6 +96,7 @@ class ThresholdTable:
         levels: bits of each level.
         kappa, reference: of the rule.
         rows: the table.
+        budget: what frames may cost, which the runtime of the network keeps; None for no limit.
     """
 
     groups: tuple[str, ...]
@@ -78,6 +104,7 @@ class ThresholdTable:
     kappa: tuple[float, ...]
     reference: Reference
     rows: tuple[TableRow, ...]
+    budget: Budget | None = None
 
     def __post_init__(self) -> None:
         wrong = [row for row in self.rows if len(row.thresholds) != len(self.groups) or not min(row.thresholds) > 0]
@@ -95,7 +122,7 @@ class ThresholdTable:
 
     def policy(self, row: TableRow) -> GroupThresholds:
         """A row as a policy."""
-        return GroupThresholds(self.reference, row.interval, taus=row.thresholds, kappa=self.kappa)
+        return row.policy(self.reference, self.kappa)
 
     def save(self, path: Path) -> None:
         """Write the table as JSON, with the rule in words.
@@ -106,7 +133,8 @@ class ThresholdTable:
         about = asdict(self)
         for row, own in zip(about["rows"], self.rows, strict=True):
             row |= {"accuracy_lost": own.accuracy_lost, "bops_added": own.bops_added}
-        write_atomic(path, json.dumps({"format": FORMAT, "rule": RULE, **about}, indent=2) + "\n")
+        rule = RULE if self.budget is None else RULE + CONTROL
+        write_atomic(path, json.dumps({"format": FORMAT, "rule": rule, **about}, indent=2) + "\n")
 
     @staticmethod
     def load(path: Path) -> "ThresholdTable":
@@ -124,16 +152,23 @@ class ThresholdTable:
         if not isinstance(about, dict) or about.get("format") != FORMAT:
             raise PolicyError(f"{path} is not of format {FORMAT!r}.")
         try:
-            rows = [{name: row[name] for name in TableRow.__dataclass_fields__} for row in about["rows"]]
             return ThresholdTable(
                 tuple(about["groups"]),
                 tuple(about["levels"]),
                 tuple(about["kappa"]),
                 about["reference"],
-                tuple(TableRow(**row | {"thresholds": tuple(row["thresholds"])}) for row in rows),
+                tuple(map(_row, about["rows"])),
+                read_budget(about.get("budget")),  # files of policies without one may lack it
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PolicyError(f"The table {path} cannot be used ({error}). Export it anew or copy it again.") from error
+
+
+def _row(about: dict[str, Any]) -> TableRow:
+    controller = about.get("controller")
+    own = {name: about[name] for name in TableRow.__dataclass_fields__ if name != "controller"}
+    own["thresholds"] = tuple(own["thresholds"])
+    return TableRow(**own, controller=None if controller is None else Controller(**controller))
 
 
 def typical_thresholds(chosen: Float[Tensor, "n g rows columns"], shares: Sequence[float]) -> list[tuple[float, ...]]:

@@ -148,7 +148,8 @@ def check_budget(budget: Budget, spent: list[float]) -> None:
     if budget.mean is None:
         return
     for end in range(1, len(spent) + 1):
-        assert sum(spent[:end]) <= end * budget.mean * rounding
+        first = min(budget.peak, budget.bucket * budget.mean)
+        assert sum(spent[:end]) <= (first + (end - 1) * budget.mean) * rounding
         for start in range(end):
             assert sum(spent[start:end]) <= (end - start + budget.bucket - 1) * budget.mean * rounding
 

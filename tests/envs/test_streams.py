@@ -111,7 +111,7 @@ def test_frame_features_age_lambda_and_budget(problem: Problem) -> None:
     for t in range(4):
         frame = streams.observe().frame
         for slot in range(2):
-            credit = mean
+            credit = 0.5  # the peak
             for result in results:
                 credit = min(credit - float(result.cost.total[slot]) / problem.reference_bops + mean, bucket * mean)
             left = credit / (bucket * mean)

@@ -8,6 +8,8 @@ from typing import ClassVar
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from resq_rl.envs import Decision, FrameView, Measurement, Policy, Problem, ResponseTable, measure
@@ -22,11 +24,12 @@ from resq_rl.policies import (
     Schedule,
     StaticResQ,
     best_schedule,
+    best_schedule_within,
     measure_on_tables,
     measure_schedules,
     oracle_measurement,
 )
-from resq_rl.quantization import FrameCost, LevelField, Reference
+from resq_rl.quantization import Budget, FrameCost, LevelField, Reference
 from tests.envs import problems
 from tests.envs.problems import assert_same, table_engine
 from tests.policies.test_learned import RANGE, made
@@ -147,6 +150,53 @@ def test_where_bits_are_free_or_dear(problem: Problem) -> None:
 def test_lambda_is_positive() -> None:
     with pytest.raises(PolicyError, match=r"lambda must be positive, got 0\.0"):
         best_schedule(random_table(3, 2, 0), 0.0)
+
+
+# Under a budget ----------------------------------------------------------------------------------------------------
+
+
+def keeps(table: ResponseTable, levels: Levels, budget: Budget) -> bool:
+    """Whether every frame of a schedule costs no more than the peak and the credit of the bucket."""
+    mean = budget.mean or 1.0
+    credit = min(budget.peak, budget.bucket * mean)
+    for level in levels:
+        spent = float(table.bops[table.levels if level is None else level])
+        if spent > min(budget.peak, credit) + 1e-9:
+            return False
+        credit = min(credit - spent + mean, budget.bucket * mean)
+    return True
+
+
+@given(
+    st.integers(1, 5), st.integers(1, 3), st.integers(1, 5), st.floats(0.15, 1.0), st.floats(1, 12), st.integers(0, 99)
+)
+@settings(max_examples=40)
+def test_no_schedule_within_a_budget_is_better(
+    frames: int, levels: int, ages: int, mean: float, bucket: float, seed: int
+) -> None:
+    table, budget = random_table(frames, levels, seed, min(ages, frames)), Budget(mean=mean, bucket=bucket)
+    within = [s for s in all_schedules(frames, levels) if keeps(table, s, budget)]
+    errors = {s: walk(table, s)[0] for s in within}
+    if not errors or min(errors.values()) == math.inf:
+        with pytest.raises(PolicyError, match="budget"):
+            best_schedule_within(table, budget)
+        return
+    best = best_schedule_within(table, budget).levels
+    assert keeps(table, best, budget)
+    assert errors[best] == pytest.approx(min(errors.values()), abs=1e-12)
+
+
+def test_a_budget_that_never_binds_leaves_the_best_keyframe_or_level_of_each_frame() -> None:
+    table = random_table(6, 3, seed=1)
+    free = best_schedule_within(table, Budget())
+    assert walk(table, free.levels)[0] == pytest.approx(min(walk(table, s)[0] for s in all_schedules(6, 3)))
+    assert best_schedule_within(table, Budget(mean=0.9, bucket=5)) != free
+
+
+def test_a_budget_without_a_first_keyframe_is_refused() -> None:
+    for budget in (Budget(peak=0.9), Budget(mean=0.1, bucket=8)):
+        with pytest.raises(PolicyError, match=r"begins with a keyframe, which costs 1, and the budget allows"):
+            best_schedule_within(random_table(3, 2, 0), budget)
 
 
 # What it gives -----------------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from resq_rl.errors import PolicyError
-from resq_rl.policies import GroupThresholds
-from resq_rl.policies.threshold_table import TableRow, ThresholdTable, typical_thresholds
+from resq_rl.policies import GroupThresholds, RateControl
+from resq_rl.policies.threshold_table import Controller, TableRow, ThresholdTable, typical_thresholds
+from resq_rl.quantization import Budget
 
 ROWS = (
     TableRow(0.1, 8, (0.2, 0.45, 1.0), 0.9, 0.3, 0.91, 0.25),
@@ -40,6 +41,17 @@ def test_it_comes_back_from_its_file(tmp_path: Path) -> None:
     assert "kappa" in about["rule"]
     assert about["rows"][0]["accuracy_lost"] == pytest.approx(0.01)
     assert about["rows"][0]["bops_added"] == pytest.approx(0.2)
+
+
+def test_under_a_budget_it_comes_back_with_its_controllers(tmp_path: Path) -> None:
+    rows = (replace(ROWS[0], controller=Controller(4.0, 0.7)), ROWS[1])
+    table = replace(TABLE, rows=rows, budget=Budget(peak=0.3, mean=0.1))
+    table.save(tmp_path / "thresholds.json")
+    assert ThresholdTable.load(tmp_path / "thresholds.json") == table
+    assert "exp(integral * (fill - left))" in json.loads((tmp_path / "thresholds.json").read_text())["rule"]
+    controlled = RateControl("previous", 8, taus=rows[0].thresholds, kappa=TABLE.kappa, integral=4.0, fill=0.7)
+    assert table.at(0.1) == controlled
+    assert type(table.at(1.0)) is GroupThresholds
 
 
 @pytest.mark.parametrize(("trade_off", "row"), [(0.01, 0), (0.3, 0), (0.33, 1), (5.0, 1)])

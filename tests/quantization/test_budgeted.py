@@ -245,10 +245,18 @@ def test_the_smallest_floor_against_brute_force(seed: int, share: float, layout:
         assert torch.equal(cost, found[PLAIN][1])
 
 
+def test_layers_share_what_is_left_by_hand(model: ResQModel) -> None:
+    costs = model.layer_costs
+    sizes = [site.macs * model.config.weight_bits(site.layer_kind) * 8 for site in model.layers]  # at 8 bits beyond 0
+    weights = [size**0.7 * 2 ** (-i / len(sizes)) for i, size in enumerate(sizes)]
+    assert costs.share == pytest.approx([own / sum(weights[i:]) for i, own in enumerate(weights)])
+    assert costs.share[-1] == 1
+
+
 def test_the_bucket_by_hand() -> None:
     budget = Budget(peak=0.3, mean=0.1, bucket=4)
     credit = budget.begin(1)
-    for spent, limit, after in [(0.1, 0.1, 0.1), (0.0, 0.1, 0.2), (0.0, 0.2, 0.3), (0.0, 0.3, 0.4), (0.0, 0.3, 0.4)]:
+    for spent, limit, after in [(0.3, 0.3, 0.1), (0.0, 0.1, 0.2), (0.0, 0.2, 0.3), (0.0, 0.3, 0.4), (0.0, 0.3, 0.4)]:
         assert float(budget.limit(credit)) == pytest.approx(limit)
         credit = budget.after(credit, torch.tensor([spent], dtype=torch.float64))
         assert float(credit) == pytest.approx(after)
@@ -260,18 +268,20 @@ def test_the_bucket_by_hand() -> None:
 
 
 def test_how_full_the_bucket_is_by_hand() -> None:
-    """It begins with one frame's credit of a capacity of four, and gains as much with every frame."""
-    budget = Budget(peak=0.5, mean=0.1, bucket=4)
-    spent = torch.tensor([0.1, 0.0, 0.0, 0.0, 0.3, 0.2], dtype=torch.float64)
-    assert budget.filled(spent).tolist() == pytest.approx([0.25, 0.25, 0.5, 0.75, 1.0, 0.5])
+    """It begins with the peak, of a capacity of four frames, and gains one frame's credit with every frame."""
+    budget = Budget(peak=0.2, mean=0.1, bucket=4)
+    spent = torch.tensor([0.2, 0.0, 0.0, 0.0, 0.2, 0.2], dtype=torch.float64)
+    assert budget.filled(spent).tolist() == pytest.approx([0.5, 0.25, 0.5, 0.75, 1.0, 0.75])
+    assert Budget(peak=0.5, mean=0.1, bucket=4).filled(spent[:1]).tolist() == [1.0], "no more than the capacity"
     assert Budget(peak=0.5).filled(spent).tolist() == [1.0] * 6
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.floats(1, 9), st.floats(0.01, 1))
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.floats(1, 9), st.floats(0.01, 1), st.floats(0, 1))
 def test_the_mean_holds_over_all_first_frames_and_in_every_window(
-    shares: list[float], bucket: float, mean: float
+    shares: list[float], bucket: float, mean: float, above: float
 ) -> None:
-    budget, spent = Budget(peak=1.0, mean=mean, bucket=bucket), []
+    peak = mean + above * (1 - mean)
+    budget, spent = Budget(peak=peak, mean=mean, bucket=bucket), []
     credit = budget.begin(1)
     for share in shares:
         limit = budget.limit(credit)
@@ -279,7 +289,7 @@ def test_the_mean_holds_over_all_first_frames_and_in_every_window(
         spent.append(share * float(limit))
         credit = budget.after(credit, torch.tensor([spent[-1]], dtype=torch.float64))
     for end in range(1, len(spent) + 1):
-        assert sum(spent[:end]) <= end * mean * (1 + 1e-9)
+        assert sum(spent[:end]) <= (min(peak, bucket * mean) + (end - 1) * mean) * (1 + 1e-9)
         for start in range(end):
             assert sum(spent[start:end]) <= (end - start + bucket - 1) * mean * (1 + 1e-9)
 

@@ -26,15 +26,18 @@ def test_cells_and_positions_meet_as_defined(length: int, count: int) -> None:
 
 @given(sizes, grids, seeds)
 def test_a_grid_is_carried_position_by_position(size: tuple[int, int], grid: tuple[int, int], seed: int) -> None:
-    values = torch.rand(2, *grid, generator=torch.Generator().manual_seed(seed))
-    assert torch.equal(carry(values, size, "max"), torch.from_numpy(spread(values.numpy(), size, max)))
-    assert torch.equal(carry(values, size, "min"), torch.from_numpy(spread(values.numpy(), size, min)))
+    values = torch.rand(2, 3, *grid, generator=torch.Generator().manual_seed(seed))
+    for finest, pick in (("max", max), ("min", min)):
+        carried = carry(values, size, finest)
+        assert carried.is_contiguous()
+        for row in range(3):
+            assert torch.equal(carried[row], torch.from_numpy(spread(values[:, row].numpy(), size, pick)))
 
 
 @given(sizes, grids)
 def test_a_constant_grid_stays_constant(size: tuple[int, int], grid: tuple[int, int]) -> None:
-    levels = torch.full((1, *grid), 3)
-    assert torch.equal(carry(levels, size, "max"), torch.full((1, *size), 3))
+    levels = torch.full((1, 1, *grid), 3)
+    assert torch.equal(carry(levels, size, "max"), torch.full((1, 1, *size), 3))
 
 
 def test_rows_and_constants() -> None:

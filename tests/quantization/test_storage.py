@@ -157,6 +157,8 @@ def test_weights_from_a_file_are_not_rounded_to_other_bits_without_the_clips(tmp
     loaded = load_model(tmp_path, tiny_network())
     with pytest.raises(CalibrationError, match=r"without weights of 3 bits.* calibrate the network anew"):
         loaded.set_residual_weight_bits(3)
+    assert loaded.config == model.config
+    assert all(map(torch.equal, steps(loaded, "previous"), steps(model, "previous")))
     for own in (model, loaded):
         own.set_residual_weight_bits(8)  # to nearest, as always
     assert all(map(torch.equal, steps(loaded, "previous"), steps(model, "previous")))

@@ -17,14 +17,16 @@ from resq_rl.envs import NetworkEngine, Policy, Streams, Trace
 from resq_rl.errors import PolicyError
 from resq_rl.experiments.config.settings import Settings
 from resq_rl.experiments.results.comparison import write_summary
+from resq_rl.experiments.results.methods import controlled
 from resq_rl.experiments.runs.progress import stage
 from resq_rl.experiments.study.deployment import FILES, deployed_study, policy_folder, policy_words
 from resq_rl.experiments.study.study import Study
 from resq_rl.experiments.tracking.tracker import Tracker, quiet_mlflow
-from resq_rl.policies import GroupThresholds, LearnedPolicy
+from resq_rl.policies import LearnedPolicy
 from resq_rl.policies.onnx_policy import OnnxPolicy, export_onnx
 from resq_rl.policies.search import Tried
-from resq_rl.policies.threshold_table import TableRow, ThresholdTable, typical_thresholds
+from resq_rl.policies.threshold_table import Controller, TableRow, ThresholdTable, typical_thresholds
+from resq_rl.quantization import Budget
 
 __all__ = ["run"]
 
@@ -36,12 +38,6 @@ TABLE_CLIPS = 6
 SHARES = (0.35, 0.5, 0.65, 0.8)
 # Of decisions that another runtime may make otherwise, because it sums in another order.
 MOST_OTHER = 1e-3
-
-
-NO_BUDGET = (
-    "It would keep no budget: the policy alone does not, and what does is the runtime of the network. Use the portable "
-    "policy with resq-rl run running.budget=..., or export with environment.budget=null."
-)
 
 
 class _SkippedError(Exception):
@@ -57,6 +53,11 @@ class _Export:
     folder: Path
     run_dir: Path
     tracker: Tracker
+
+    @property
+    def budget(self) -> Budget | None:
+        """What frames may cost, of the settings."""
+        return self.study.settings.environment.budget
 
     def trace(self, policy: Policy) -> Trace:
         """A policy on the first of the reported clips."""
@@ -84,8 +85,6 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
     table = Table("format", "files", "checked", title=str(folder))
     for name in settings.exporting.formats:
         try:
-            if settings.environment.budget is not None and name in ("onnx", "thresholds"):
-                raise _SkippedError(NO_BUDGET)
             summary[name] = writers[name](work, reference)
             table.add_row(name, summary[name]["path"], summary[name]["checked"])
         except _SkippedError as skipped:
@@ -122,7 +121,7 @@ def _onnx(work: _Export, reference: Trace) -> dict[str, Any]:
     """The policy with its preprocessing as a graph."""
     path = work.run_dir / "policy.onnx"
     try:
-        export_onnx(work.policy, path)
+        export_onnx(work.policy, path, work.budget)
         loaded = OnnxPolicy.load(path)
     except PolicyError as error:
         if isinstance(error.__cause__, ImportError):
@@ -163,6 +162,7 @@ def _thresholds(work: _Export, reference: Trace) -> dict[str, Any]:
         scheme.kappa,
         work.policy.reference,
         tuple(_row(work, trade_off) for trade_off in _trade_offs(work)),
+        work.budget,
     )
     path = work.run_dir / "thresholds.json"
     table.save(path)
@@ -194,25 +194,30 @@ def _row(work: _Export, trade_off: float) -> TableRow:
         traces = [study.trace(policy, "validation", clip) for clip in few]
         intervals = settings.environment.keyframe_intervals if policy.keyframes else (policy.interval,)
         rows = [
-            TableRow(trade_off, interval, taus)
+            row
             for taus in typical_thresholds(torch.cat([trace.chosen for trace in traces]), SHARES)
             for interval in intervals
+            for row in _controlled(work, TableRow(trade_off, interval, taus))
         ]
         losses = []
         for row in rows:
-            rule = _rule(work, row)
+            rule = row.policy(policy.reference, policy.scheme.kappa)
             result = study.measure(rule, "validation", advance)
             losses.append(Tried(rule, result.mean_error, result.bops).loss(trade_off))
         best = rows[int(np.argmin(losses))]
-        mine, theirs = (study.measure(p, settings.split, advance) for p in (_rule(work, best), policy))
+        own = best.policy(policy.reference, policy.scheme.kappa)
+        mine, theirs = (study.measure(p, settings.split, advance) for p in (own, policy))
     return replace(
         best, accuracy=mine.accuracy, bops=mine.bops, policy_accuracy=theirs.accuracy, policy_bops=theirs.bops
     )
 
 
-def _rule(work: _Export, row: TableRow) -> GroupThresholds:
-    policy = work.policy
-    return GroupThresholds(policy.reference, row.interval, taus=row.thresholds, kappa=policy.scheme.kappa)
+def _controlled(work: _Export, row: TableRow) -> list[TableRow]:
+    """A row, and under a mean the same thresholds with rate controllers."""
+    if work.budget is None or work.budget.mean is None:
+        return [row]
+    controllers = controlled(row.policy(work.policy.reference, work.policy.scheme.kappa))
+    return [row, *(replace(row, controller=Controller(own.integral, own.fill)) for own in controllers)]
 
 
 # MLflow --------------------------------------------------------------------------------------------------------------

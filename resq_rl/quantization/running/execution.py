@@ -96,8 +96,7 @@ class Execution:
         rows = (decision.levels if isinstance(decision, LevelField) else decision.thresholds).shape[1]
         self._by_layer = rows > 1 + max(plan.group for plan in plans)
         self._costs: dict[int, Tensor] = {}  # of residuals, by position
-        self._carried: dict[tuple[int, Pair], tuple[Tensor | None, Tensor]] = {}  # by group or layer, and size
-        self._rows: Tensor | None = None  # of thresholds in the residual tables
+        self._carried: dict[tuple[int, Pair], tuple[Tensor | None, Tensor]] = {}  # by row of the decision, and size
         self._moved = self.key  # clips whose references are new whatever the reference mode
 
     def __call__(self, operator: ResidualOperator, x: Tensor) -> Tensor:
@@ -257,20 +256,28 @@ class Execution:
         return by_token, tokens.of_pixels(index, whole_index)
 
     def _at(self, plan: SitePlan, size: Pair) -> tuple[Tensor | None, Tensor]:
-        place = self.position if self._by_layer else plan.group, size
-        if place not in self._carried:
-            self._carried[place] = self._carry(*place)
-        return self._carried[place]
+        row = self._row(self.position, plan)
+        if (row, size) not in self._carried:
+            self._carry(size)
+        return self._carried[row, size]
 
-    def _carry(self, index: int, size: Pair) -> tuple[Tensor | None, Tensor]:
+    def _row(self, position: int, plan: SitePlan | ProductPlan) -> int:
+        """The row of the decision that a site takes."""
+        return position if self._by_layer else plan.group
+
+    def _carry(self, size: Pair) -> None:
+        """Carry the decision of all layers that need it at a size, together."""
+        plans = [(at, plan) for at, plan in enumerate(self.plans) if isinstance(plan, SitePlan)]
+        rows = sorted({self._row(at, plan) for at, plan in plans if size in plan.decided_at})
         decision = self.rest_decision
+        tau: Sequence[Tensor | None] = [None] * len(rows)
         if isinstance(decision, LevelField):
-            return None, carry(decision.levels[:, index].long(), size, "max").contiguous()
-        thresholds = decision.thresholds.float()  # of whatever type they are given
-        if self._rows is None:
-            self._rows = threshold_row(thresholds)
-        tau, row = (carry(x[:, index], size, "min").contiguous() for x in (thresholds, self._rows))
-        return tau, row
+            index = carry(decision.levels[:, rows].long(), size, "max")
+        else:
+            thresholds = decision.thresholds[:, rows].float()  # of whatever type they are given
+            tau, index = carry(thresholds, size, "min").unbind(), carry(threshold_row(thresholds), size, "min")
+        for row, *own in zip(rows, tau, index, strict=True):
+            self._carried[row, size] = own[0], own[1]
 
     def _store_output(self, y: Tensor) -> None:
         state = self.state

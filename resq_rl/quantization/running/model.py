@@ -131,9 +131,19 @@ class ResQModel:
     # Weights ---------------------------------------------------------------------------------------------------------
 
     def set_residual_weight_bits(self, bits: int | Mapping[LayerKind, int]) -> None:
-        """Quantize the residual weights anew, to one width or to one per layer kind."""
-        self.config = replace(self.config, residual_weight_bits=bits)
-        self.round_weights()
+        """Quantize the residual weights anew, to one width or to one per layer kind.
+
+        Raises:
+            SettingsError: a width or a kind is not known.
+            CalibrationError: weights from a file cannot be rounded to that width. The model keeps the widths it has.
+        """
+        before, self.config = self.config, replace(self.config, residual_weight_bits=bits)
+        try:
+            self.round_weights()
+        except CalibrationError:
+            self.config = before
+            self.weights.round(before)
+            raise
 
     def round_weights(self) -> None:
         """Round the weights as the configuration says, and plan with them."""

@@ -68,6 +68,13 @@ class SitePlan:
     blocks: int
 
     @cached_property
+    def decided_at(self) -> tuple[Pair, ...]:
+        """Sizes at which decisions by region are needed for its pixels or tokens."""
+        if self.site.operator.geometry.line:
+            return ((1, 1),)
+        return (self.spending.size,) if self.site.operator.channel_axis == 1 else (self.spending.size, (1, 1))
+
+    @cached_property
     def spending(self) -> Spending:
         """How the costs of its pixels or tokens are summed."""
         operator, tokens = self.site.operator, self.site.tokens

@@ -3,10 +3,10 @@
 The mean is kept by a leaky bucket. It holds the credit c that a stream has left, in W8A8 frames; with the mean rate r
 and a capacity of n frames,
 
-    c_0 = r,      a frame may spend min(peak, c_t),      c_(t+1) = min(c_t - spent_t + r, n r).
+    c_0 = min(peak, n r),      a frame may spend min(peak, c_t),      c_(t+1) = min(c_t - spent_t + r, n r).
 
-The bucket begins with the credit of one frame, so that the mean over the first frames of a stream never exceeds r,
-however many they are; any k frames later on spend at most (k + n - 1) r.
+So the first frame, which has everything to compute, may spend the peak. The first k frames of a stream spend at most
+c_0 + (k - 1) r, and any k frames at most (k + n - 1) r.
 """
 
 from collections.abc import Mapping
@@ -60,7 +60,8 @@ class Budget(Checked):
 
     def begin(self, clips: int) -> Float64[Tensor, " b"]:
         """The credit of so many streams before their first frame."""
-        return torch.full((clips,), self.least, dtype=torch.float64)
+        first = self.peak if self.mean is None else min(self.peak, self.bucket * self.mean)
+        return torch.full((clips,), first, dtype=torch.float64)
 
     def limit(self, credit: Float64[Tensor, " b"]) -> Float64[Tensor, " b"]:
         """What the next frame of each stream may cost."""

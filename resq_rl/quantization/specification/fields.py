@@ -103,17 +103,17 @@ def cells_of(length: int, cells: int) -> tuple[Tensor, Tensor]:
     return cover, share
 
 
-def carry(values: Num[Tensor, "b gh gw"], size: tuple[int, int], finest: str) -> Num[Tensor, "b h w"]:
-    """A grid of decisions at a layer's resolution; where a position covers several cells it takes the finest of them.
+def carry(values: Num[Tensor, "b n gh gw"], size: tuple[int, int], finest: str) -> Num[Tensor, "n b h w"]:
+    """Grids of decisions at a layer's resolution; where a position covers several cells it takes the finest of them.
 
     `finest` is "max" for levels (more bits) and "min" for thresholds.
     """
-    index = _covered(size, (values.shape[1], values.shape[2]), values.device)
-    spread = values.flatten(1).index_select(1, index.flatten())
+    clips, rows, *grid = values.shape
+    index = _covered(size, (grid[0], grid[1]), values.device)
+    spread = values.transpose(0, 1).flatten(2).index_select(2, index.flatten()).view(rows, clips, *size, index.shape[1])
     if index.shape[1] == 1:
-        return spread.view(len(values), *size)
-    spread = spread.view(len(values), *size, index.shape[1])
-    return spread.amax(3) if finest == "max" else spread.amin(3)
+        return spread[..., 0]
+    return spread.amax(4) if finest == "max" else spread.amin(4)
 
 
 @lru_cache(maxsize=512)

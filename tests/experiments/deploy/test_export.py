@@ -21,8 +21,9 @@ from resq_rl.experiments.cli.app import main
 from resq_rl.experiments.deploy.served import choices_of
 from resq_rl.perception import Segmentation
 from resq_rl.policies import LearnedPolicy, Runner
+from resq_rl.policies.onnx_policy import OnnxPolicy
 from resq_rl.policies.threshold_table import ThresholdTable
-from resq_rl.quantization import save_model
+from resq_rl.quantization import Budget, save_model
 from resq_rl.video import Framing
 from tests.envs.problems import CLASSES, moving_frames, scheme, tiny_network
 from tests.experiments.conftest import free_port
@@ -98,6 +99,19 @@ def test_the_table_tells_its_loss(exported: Path) -> None:
     for row, told in zip(table.rows, summary(exported)["thresholds"]["rows"], strict=True):
         assert (0 < row.bops < 1, 0 <= row.accuracy <= 1) == (True, True)
         assert row.accuracy_lost == told["accuracy_lost"]
+
+
+def test_under_a_budget_all_formats_name_it_and_decide_as_the_policy_does(tmp_path: Path, problem: Problem) -> None:
+    budget = "environment.budget={peak: 0.9, mean: 0.7, bucket: 2}"
+    words = (f"policy={deploy(problem, tmp_path / 'policy')}", "exporting.trade_offs=1", budget, "tracking=disabled")
+    folder = export(tmp_path, *words)
+    found = summary(folder)
+    assert {name: found[name]["equal"] for name in ("portable", "onnx")} == {"portable": True, "onnx": True}
+    table = ThresholdTable.load(folder / "thresholds.json")
+    assert table.budget == Budget(peak=0.9, mean=0.7, bucket=2.0)
+    session = OnnxPolicy.load(folder / "policy.onnx").session
+    assert "budget_left" in {node.name for node in session.get_inputs()}
+    assert json.loads(session.get_modelmeta().custom_metadata_map["resq_rl"])["budget"]["mean"] == 0.7
 
 
 @pytest.mark.parametrize(("kind", "agents"), [("region_bits", "region"), ("frame_bits", "frame")])
