@@ -2,12 +2,14 @@
 
 import re
 import runpy
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from resq_rl.experiments.config.composition import load_settings
+from resq_rl.policies import ppo
 from resq_rl.quantization import ResQModel
 
 
@@ -17,7 +19,10 @@ def points(printed: str, name: str) -> list[tuple[float, float]]:
     return [(float(bops), float(accuracy)) for bops, accuracy in re.findall(pattern, printed, re.MULTILINE)]
 
 
-def test_a_policy_is_trained_and_compared(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_policy_is_trained_and_compared(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ppo, "_fit_first_choices", partial(ppo._fit_first_choices, steps=100))
     example = runpy.run_path(str(root / "examples" / "train_and_compare.py"))
     example["main"](frames=90)
     printed = capsys.readouterr().out

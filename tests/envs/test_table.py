@@ -62,8 +62,7 @@ def replay(streams: Streams, clip: int, schedule: list[int | None]) -> list[Stre
     return results
 
 
-@pytest.mark.parametrize("divides", [True, False])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("seed", "divides"), enumerate([True, False] * 2))
 def test_a_table_holds_what_the_network_gives_under_any_schedule(
     seed: int, divides: bool, problem: Problem, uneven_problem: Problem
 ) -> None:
@@ -153,15 +152,14 @@ class TestTableContract(EnvContract):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "divides"),
     [
-        {"trade_off": 0.3},
-        {"trade_off": (0.05, 1.0)},
-        {"trade_off": (0.05, 1.0), "relative": True, "reward_scale": 20.0},
-        {"slots": 5, "shuffle": False},
+        ({"trade_off": 0.3}, True),
+        ({"trade_off": (0.05, 1.0)}, False),
+        ({"trade_off": (0.05, 1.0), "relative": True, "reward_scale": 20.0}, True),
+        ({"slots": 5, "shuffle": False}, False),
     ],
 )
-@pytest.mark.parametrize("divides", [True, False])
 def test_rollouts_on_tables_equal_those_on_the_network(
     settings: dict[str, Any], divides: bool, problem: Problem, uneven_problem: Problem
 ) -> None:
