@@ -32,12 +32,11 @@ from resq_rl.experiments.study.decisions import TracedPair, trace_pair
 from resq_rl.experiments.study.study import Study, build_study
 from resq_rl.policies import DynamicResQ, PerFrame, StaticResQ
 from resq_rl.video import Clip
-from tests.envs.problems import TINY_NETWORK
 
 PAINTED = True
 TINY = [
-    *TINY_NETWORK, "threads=1", "video.size=[32,48]", "video.frames=6", "video.train=2", "video.test=3",
-    "environment.grid=[2,3]", "quantization.calibration_clips=2",
+    "threads=1", "video.size=[32,48]", "video.frames=6", "video.train=2", "video.test=3", "environment.grid=[2,3]",
+    "quantization.calibration_clips=2",
 ]  # fmt: skip
 HOSTILE = "</script><script>alert(1)</script><b title='\"&"
 CURVES = {
