@@ -21,7 +21,7 @@ from resq_rl.quantization.running.spending import by_tile, frame_bops
 from resq_rl.quantization.running.state import StreamState
 from resq_rl.quantization.specification.config import QuantizationConfig
 from resq_rl.quantization.specification.costs import CostTable
-from resq_rl.quantization.specification.fields import Field, LevelField, carry
+from resq_rl.quantization.specification.fields import Field, LevelField, ThresholdField, carry
 from resq_rl.quantization.specification.ledger import FrameCost
 
 __all__ = ["Execution", "Image", "Run", "as_image", "numbered"]
@@ -274,10 +274,17 @@ class Execution:
         if isinstance(decision, LevelField):
             index = carry(decision.levels[:, rows].long(), size, "max")
         else:
-            thresholds = decision.thresholds[:, rows].float()  # of whatever type they are given
-            tau, index = carry(thresholds, size, "min").unbind(), carry(threshold_row(thresholds), size, "min")
+            thresholds, entries = (part[:, rows] for part in self._thresholds)
+            tau, index = carry(thresholds, size, "min").unbind(), carry(entries, size, "min")
         for row, *own in zip(rows, tau, index, strict=True):
             self._carried[row, size] = own[0], own[1]
+
+    @cached_property
+    def _thresholds(self) -> tuple[Tensor, Tensor]:
+        """The thresholds decided on, of whatever type they are given, and their rows in residual tables."""
+        assert isinstance(self.rest_decision, ThresholdField)
+        thresholds = self.rest_decision.thresholds.float()
+        return thresholds, threshold_row(thresholds)
 
     def _store_output(self, y: Tensor) -> None:
         state = self.state
