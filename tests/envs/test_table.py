@@ -62,7 +62,7 @@ def replay(streams: Streams, clip: int, schedule: list[int | None]) -> list[Stre
     return results
 
 
-@pytest.mark.parametrize(("seed", "divides"), enumerate([True, False] * 2))
+@pytest.mark.parametrize(("seed", "divides"), [(0, True), (1, False), (2, True), (3, False)])
 def test_a_table_holds_what_the_network_gives_under_any_schedule(
     seed: int, divides: bool, problem: Problem, uneven_problem: Problem
 ) -> None:
