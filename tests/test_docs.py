@@ -96,6 +96,7 @@ RIVALS = {
     "CMA-ES": "cma_es",
     "frame magnitude": "frame_magnitude",
     "static ResQ": "static_resq",
+    "rate control": "rate_control",
 }
 RESULT_PAGES = [page for page in SITE if page.name == "results.md" or page.parent.name == "results"]
 
@@ -143,6 +144,11 @@ def test_a_change_of_bops_shown_is_that_of_its_file(page: Path) -> None:
         if titles[0] in ("PPO against", "gradient policy against"):
             assert file
             assert_delta(cells[1], file, RIVALS[cells[0]])
+            checked += 1
+        elif titles[0] == "PPO at equal budget against":
+            assert file
+            gain = comparison(file)["gains"][f"ppo_vs_{RIVALS[cells[0]]}"]
+            assert cells[1] == "{:+.1f} [{:+.1f}, {:+.1f}]".format(gain["points"], *gain["ci95"])
             checked += 1
         elif "](" in cells[0] + cells[-1] and file:
             for title, cell in zip(titles, cells, strict=True):

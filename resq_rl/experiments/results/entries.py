@@ -79,7 +79,8 @@ class AtBudget:
         accuracy: accuracy, 0..1.
         accuracy_ci95: 95% interval of `accuracy` over clips and seeds, or None.
         bops: mean BOPs per frame, as a fraction of W8A8.
-        used: share of the budget's mean that is spent, median over clips; None without a mean.
+        used: share of the budget's mean that is spent, median over clips; None without a mean. It exceeds 1 by
+            at most what the first frame may spend beyond the mean.
         peak_bops: BOPs of the most expensive frame, as a fraction of W8A8.
     """
 

@@ -125,7 +125,7 @@ def test_under_a_budget_methods_are_compared_at_it(tmp_path: Path) -> None:
     for method, row in found.at_budget.items():
         assert row.peak_bops <= 0.4 + 1e-9, method
         assert row.used is not None
-        assert 0 < row.used <= 1 + 1e-9, method
+        assert 0 < row.used <= (0.4 + 5 * 0.3) / (6 * 0.3) + 1e-9, method  # the first of six frames may spend the peak
         assert row.accuracy in [pytest.approx(p.accuracy) for p in found.fronts[method]] or method == "ppo"
     gain = found.gains["ppo_vs_rate_control"]
     expected = found.at_budget["ppo"].accuracy - found.at_budget["rate_control"].accuracy
