@@ -152,11 +152,10 @@ def _best(options: Sequence[tuple[_Ways, int | None]], steps: list[tuple[int, in
         torch.cat([getattr(ways, name) for ways, _ in options]) for name in ("credit", "error", "step")
     )
     levels = [level for ways, level in options for _ in range(len(ways.step))]
-    order = sorted(range(len(levels)), key=lambda i: (float(error[i]), -float(credit[i])))
     kept, most = [], -math.inf
-    for i in order:
-        if float(credit[i]) > most:
-            most = float(credit[i])
+    for _, less, i in sorted(zip(error.tolist(), (-credit).tolist(), range(len(levels)), strict=True)):
+        if -less > most:
+            most = -less
             kept.append(i)
     begin = len(steps)
     steps += [(int(before[i]), levels[i]) for i in kept]

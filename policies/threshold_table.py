@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from resq_rl.errors import PolicyError
+from resq_rl.errors import PolicyError, SettingsError
 from resq_rl.files import write_atomic
 from resq_rl.policies.fixed import GroupThresholds
 from resq_rl.policies.rate_control import RateControl
@@ -33,9 +33,10 @@ RULE = (
     "keyframe; 0: only the first."
 )
 CONTROL = (
-    " Under the budget, the thresholds are first multiplied by exp(integral * (fill - left)), where left is the credit "
-    "of the bucket over its capacity, bucket * mean; without a controller they stay. No frame may cost more than peak "
-    "or the credit: in a layer that would exceed its allowance, thresholds are raised to the smallest floor that fits."
+    " Under the budget, the thresholds are first multiplied by exp(integral * (fill - left)), at least 1/64 and at "
+    "most 64, where left is the credit of the bucket over its capacity, bucket * mean; without a controller they stay. "
+    "No frame may cost more than peak or the credit: in a layer that would exceed its allowance, thresholds are raised "
+    "to the smallest floor that fits."
 )
 
 
@@ -160,7 +161,7 @@ class ThresholdTable:
                 tuple(map(_row, about["rows"])),
                 read_budget(about.get("budget")),  # files of policies without one may lack it
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, SettingsError) as error:
             raise PolicyError(f"The table {path} cannot be used ({error}). Export it anew or copy it again.") from error
 
 

@@ -68,7 +68,7 @@ def test_rows_that_do_not_fit_the_groups_are_refused(rows: tuple[TableRow, ...])
         replace(TABLE, rows=rows)
 
 
-@pytest.mark.parametrize("kind", ["missing", "cut", "version", "lacking"])
+@pytest.mark.parametrize("kind", ["missing", "cut", "version", "budget", "lacking"])
 def test_damaged_files_are_one_error(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "thresholds.json"
     TABLE.save(path)
@@ -80,6 +80,8 @@ def test_damaged_files_are_one_error(kind: str, tmp_path: Path) -> None:
             path.write_text(path.read_text()[:50])
         case "version":
             path.write_text(json.dumps(about | {"format": "x"}))
+        case "budget":
+            path.write_text(json.dumps(about | {"budget": {"peak": 0.1, "mean": 0.2}}))
         case "lacking":
             del about["rows"][0]["thresholds"]
             path.write_text(json.dumps(about))

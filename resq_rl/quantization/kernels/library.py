@@ -171,7 +171,7 @@ class Function:
         self.run.restype, self.run.argtypes = c_int64, [ctypes.POINTER(self.struct)]
 
     def __call__(self, **values: Any) -> int:
-        """Run the function, and return what it does.
+        """Run the function. Returns its result: what native.c says, or 0.
 
         Raises:
             NetworkError: an argument is missing, unknown, or not of the type, device and layout that is read.

@@ -46,7 +46,8 @@ def frame_bops(
             bops[:, position] = plan.cost / (grid[0] * grid[1])
     if maps:
         groups, order = _groups(tuple(_spending(plans[position]) for position in maps), grid)
-        residual = torch.cat([_group_bops(group, list(maps.values())) for group in groups], 1)
+        costs = list(maps.values())
+        residual = torch.cat([_group_bops(group, costs) for group in groups], 1)
         bops[torch.nonzero(~refresh), torch.tensor(list(maps))[order]] = residual
     if isinstance(cost, CostTable):
         bops += (cost.operator + cost.frame / len(plans)) / (grid[0] * grid[1])
