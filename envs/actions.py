@@ -73,6 +73,8 @@ class ActionScheme:
             between two, logarithms are interpolated. `thresholds` then are factors of it, 1 among them. With none,
             `thresholds` stand for themselves.
         layers: with `base`, the layer group of every layer.
+        learned_at: with a `base` that was learned by gradients, the lambda of each of its rows, which weighs BOPs
+            against `Task.divergence`.
         ignored: features that agents see as 0, by their names of `resq_rl.envs.observation` or patterns such as
             "spent_*": to learn what each is worth.
     """
@@ -88,6 +90,7 @@ class ActionScheme:
     ignored: tuple[str, ...] = ()
     base: tuple[tuple[float, ...], ...] = ()
     layers: tuple[int, ...] = ()
+    learned_at: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in ACTIONS or self.agents not in get_args(Agents):
@@ -115,16 +118,24 @@ class ActionScheme:
                 f"A base needs a positive threshold for every layer, and the layers make up the {self.groups} layer "
                 f"groups; got rows of {[len(row) for row in self.base]} for layers of groups {list(self.layers)}."
             )
+        if self.learned_at and (len(self.learned_at) != len(self.base) or min(self.learned_at) <= 0):
+            raise SettingsError(
+                f"A base of {len(self.base)} rows was learned at as many positive values of lambda, got "
+                f"{list(self.learned_at)}."
+            )
         if not self.by_threshold or 1.0 not in self.thresholds:
             raise SettingsError(
                 f"Factors of a base are chosen by {self.kind!r} from {list(self.thresholds)}: only actions that choose "
                 "thresholds have a base, and 1 must be among them, which leaves it as it is."
             )
 
-    def on(self, base: Sequence[Sequence[float]], layers: Sequence[int]) -> "ActionScheme":
+    def on(
+        self, base: Sequence[Sequence[float]], layers: Sequence[int], learned_at: Sequence[float] = ()
+    ) -> "ActionScheme":
         """The scheme whose agents choose among FACTORS of a base, in place of thresholds."""
         rows = tuple(tuple(map(float, row)) for row in base)
-        return replace(self, thresholds=FACTORS, base=rows, layers=tuple(layers))
+        at = tuple(map(float, learned_at))
+        return replace(self, thresholds=FACTORS, base=rows, layers=tuple(layers), learned_at=at)
 
     @property
     def neutral(self) -> int:

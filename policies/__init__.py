@@ -1,5 +1,6 @@
 """Policies: fixed, heuristic and learned. Training is in `resq_rl.policies.ppo`, which needs stable-baselines3."""
 
+from resq_rl.policies.adaptation import AdaptiveRunner
 from resq_rl.policies.clairvoyant import Clairvoyant
 from resq_rl.policies.fixed import (
     DynamicResQ,
@@ -31,6 +32,7 @@ from resq_rl.policies.tuning import (
 )
 
 __all__ = [
+    "AdaptiveRunner",
     "Clairvoyant",
     "DynamicResQ",
     "FrameMagnitude",

@@ -161,6 +161,8 @@ def descend(
     knots: np.ndarray,
     log_taus: Float[Tensor, "k s"],
     on_pass: Callable[[float, float], None] | None = None,
+    place: float | None = None,
+    shown: tuple[float, float] | None = None,
 ) -> None:
     """Step the logarithms of thresholds, and the clips' offsets if any, down their gradient, window by window.
 
@@ -169,19 +171,23 @@ def descend(
         knots: values of lambda.
         log_taus: the thresholds at each of them; changed in place.
         on_pass: called with the mean divergence and share of W8A8 BOPs after each pass over the drawn clips.
+        place: of the lambda of all clips among the knots, from 0 to 1; None for values spread over them.
+        shown: the range in which a policy observes lambda, at the same place; None for that of the knots.
     """
-    settings, begun, places = clips.settings, clips.frames, np.log(knots)
+    settings, begun, log_knots = clips.settings, clips.frames, np.log(knots)
     groups: list[dict[str, Any]] = [{"params": [log_taus], "lr": settings.learning_rate}]
     if clips.offsets is not None:
         groups.append({"params": list(clips.offsets.parameters()), "lr": settings.network_rate})
     optimizer = torch.optim.Adam(groups)
     rates = [group["lr"] for group in groups]
     while clips.frames < settings.frames:
-        drawn, weights = clips.draw(), _weights(clips, len(knots))
-        trade_offs = (weights @ torch.from_numpy(places).float()).exp()
+        drawn, at = clips.draw(), _places(clips) if place is None else torch.full((clips.count,), place)
+        weights = knot_weights(at, len(knots))
         without = torch.ones(clips.count)  # a budget
-        conditions = Conditions(trade_offs, (float(knots[0]), float(knots[-1])), without, without)
-        clips.start(drawn, conditions)
+        trade_offs = (weights @ torch.from_numpy(log_knots).float()).exp()
+        low, high = shown or (float(knots[0]), float(knots[-1]))
+        observed = trade_offs if shown is None else low * (high / low) ** at
+        clips.start(drawn, Conditions(observed, (low, high), without, without))
         figures = []
         while clips.left and clips.frames < settings.frames:
             done = (clips.frames - begun) / (settings.frames - begun)
@@ -198,7 +204,7 @@ def descend(
             on_pass(*np.mean(figures, 0).tolist())
 
 
-def _weights(clips: UnrolledClips, knots: int) -> Float[Tensor, "b k"]:
-    """A lambda for each clip, spread over the range, as the weights of the knots between which it lies."""
+def _places(clips: UnrolledClips) -> Float[Tensor, " b"]:
+    """A place of lambda for each clip, spread over the range."""
     place = (clips.generator.permutation(clips.count) + clips.generator.uniform(size=clips.count)) / clips.count
-    return knot_weights(torch.from_numpy(place).float(), knots)
+    return torch.from_numpy(place).float()

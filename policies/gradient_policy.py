@@ -6,19 +6,20 @@ one that PPO trained.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from resq_rl.envs import ActionScheme, Problem
-from resq_rl.errors import SettingsError
+from resq_rl.envs import ActionScheme, Policy, Problem
+from resq_rl.errors import PolicyError, SettingsError
 from resq_rl.policies.gradient import descend, first_thresholds
 from resq_rl.policies.learned import LearnedPolicy
 from resq_rl.policies.unrolled_clips import GradientSettings, RegionOffsets, UnrolledClips
 from resq_rl.quantization import Reference
 
-__all__ = ["PassFigures", "learn_policy"]
+__all__ = ["PassFigures", "adapt_policy", "adaptable", "learn_policy"]
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,13 @@ def learn_policy(
     knots, log_taus = first_thresholds(clips)
     _check_left(clips)
     layers = problem.model.group_of_site.tolist()
-    scheme = scheme.on(log_taus.detach().exp().tolist(), layers)
+    scheme = scheme.on(_rows(log_taus), layers, knots.tolist())
     clips.offsets = offsets = RegionOffsets(scheme, hidden, torch.Generator().manual_seed(seed))
     descend(clips, knots, log_taus, _reporter(clips, on_pass))
     return LearnedPolicy(
-        *_network(offsets),
-        scheme.on(log_taus.detach().exp().tolist(), layers),
+        offsets.weights,
+        offsets.biases,
+        replace(scheme, base=_rows(log_taus)),
         trade_off=float((knots[0] * knots[-1]) ** 0.5),
         trade_off_range=(float(knots[0]), float(knots[-1])),
         interval=interval,
@@ -79,6 +81,58 @@ def learn_policy(
         frame_size=problem.model.frame_size,
         network=problem.model.groups,
     )
+
+
+def adapt_policy(
+    policy: LearnedPolicy,
+    problem: Problem,
+    settings: GradientSettings | None = None,
+    *,
+    whole_range: bool = True,
+    seed: int = 0,
+) -> LearnedPolicy:
+    """Go on learning a policy by gradients, on clips of other video than it was trained on. They need no labels.
+
+    Args:
+        policy: moves the thresholds of a base that was learned by gradients, whoever trained its network.
+        problem: the network, its task and the clips.
+        whole_range: learn at all values of lambda; else at the policy's own only.
+
+    Raises:
+        PolicyError: the policy cannot adapt (`adaptable`).
+        SettingsError: no clip has a frame after its first.
+    """
+    scheme = adaptable(policy).scheme
+    clips = UnrolledClips.of_layers(problem, policy.reference, policy.interval, scheme.kappa, settings, seed)
+    log_taus = torch.tensor(scheme.base).log().requires_grad_()
+    if not policy.static:
+        hidden = tuple(len(bias) for bias in policy.biases[:-1])
+        clips.offsets = RegionOffsets(scheme, hidden, torch.Generator())
+        clips.offsets.begin_at(policy.weights, policy.biases)
+    place = None if whole_range else policy.place
+    descend(clips, np.array(scheme.learned_at), log_taus, place=place, shown=policy.trade_off_range)
+    learned = replace(policy, scheme=replace(scheme, base=_rows(log_taus)))
+    if clips.offsets is None:
+        return learned
+    return replace(learned, weights=clips.offsets.weights, biases=clips.offsets.biases)
+
+
+def adaptable(policy: Policy) -> LearnedPolicy:
+    """The policy, where gradients can go on learning what it began with.
+
+    Raises:
+        PolicyError: its thresholds were not learned by gradients, or it decides on keyframes too.
+    """
+    if not isinstance(policy, LearnedPolicy) or policy.keyframes is not None or not policy.scheme.learned_at:
+        raise PolicyError(
+            "The policy cannot adapt: only one whose thresholds were learned by gradients can, and which does not "
+            "decide on keyframes. Train it with training.trainer=gradient, or training.warm_start=gradient."
+        )
+    return policy
+
+
+def _rows(log_taus: Tensor) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(row) for row in log_taus.detach().exp().tolist())
 
 
 def _check(scheme: ActionScheme) -> None:
@@ -103,10 +157,3 @@ def _reporter(
     if on_pass is None:
         return None
     return lambda divergence, bops: on_pass(PassFigures(clips.frames, divergence, bops))
-
-
-def _network(offsets: RegionOffsets) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Weights and biases of its layers."""
-    layers = [layer for layer in offsets.layers if isinstance(layer, torch.nn.Linear)]
-    weights = tuple(layer.weight.detach().clone() for layer in layers)
-    return weights, tuple(layer.bias.detach().clone() for layer in layers)

@@ -1,6 +1,7 @@
 """A trained policy as it is deployed: a small quantized network, its actions and the setting it was trained for."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -88,6 +89,12 @@ class LearnedPolicy:
     def static(self) -> bool:
         """Whether it has no network, and so decides the same everywhere."""
         return not self.weights
+
+    @property
+    def place(self) -> float:
+        """Lambda's place in its range by ratio, from 0 to 1; 0 in a range of one value."""
+        low, high = self.trade_off_range
+        return math.log(self.trade_off / low) / math.log(high / low) if high > low else 0.0
 
     def beginning(self) -> "LearnedPolicy":
         """The static thresholds of its base, without a network that would cost anything.

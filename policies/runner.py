@@ -85,8 +85,9 @@ class Runner:
         if isinstance(policy, LearnedPolicy):
             policy.check_view(self._view(self._state.frame))
 
-    @staticmethod
+    @classmethod
     def load(
+        cls,
         folder: str | Path,
         network: nn.Module,
         task: Task,
@@ -121,7 +122,7 @@ class Runner:
         policy = policy.beginning() if static else policy
         model = load_model(Path(folder), network)
         framing = saved_framing(Path(folder)) if framing is None else framing
-        return Runner(policy, Problem(model, task, policy.scheme.grid), framing, budget)
+        return cls(policy, Problem(model, task, policy.scheme.grid), framing, budget)
 
     def reset(self, given: UInt8[np.ndarray, "h w"] | UInt8[Tensor, "h w"] | None = None) -> None:
         """Begin a new video: the next frame runs as a keyframe, or as what a budget allows; nothing before it is left.

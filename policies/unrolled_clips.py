@@ -1,6 +1,6 @@
 """Training clips that step together through the unrolled closed loop, under thresholds that are being learned."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
@@ -68,19 +68,37 @@ class RegionOffsets(nn.Module):
         self.scheme = scheme
         self.layers = nn.ModuleList(nn.utils.skip_init(nn.Linear, i, o) for i, o in pairwise(widths))
         with torch.no_grad():
-            for layer in self.layers:
-                assert isinstance(layer, nn.Linear)
+            for layer in self._linear:
                 layer.weight.normal_(0, layer.in_features**-0.5, generator=generator)
                 layer.bias.zero_()
             self.head.weight.zero_()
             self.head.bias.fill_(float(scheme.neutral))
 
     @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """Weights of the layers, copied."""
+        return tuple(layer.weight.detach().clone() for layer in self._linear)
+
+    @property
+    def biases(self) -> tuple[Tensor, ...]:
+        """Biases of the layers, copied."""
+        return tuple(layer.bias.detach().clone() for layer in self._linear)
+
+    @torch.no_grad()
+    def begin_at(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
+        """Take the weights and biases of a network of the same shape."""
+        for layer, weight, bias in zip(self._linear, weights, biases, strict=True):
+            layer.weight.copy_(weight)
+            layer.bias.copy_(bias)
+
+    @property
+    def _linear(self) -> list[nn.Linear]:
+        return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+
+    @property
     def head(self) -> nn.Linear:
         """The last layer."""
-        head = self.layers[-1]
-        assert isinstance(head, nn.Linear)
-        return head
+        return self._linear[-1]
 
     def forward(self, observations: Float[Tensor, "n i"]) -> Float[Tensor, "n k"]:
         """The logarithm of the factor of each region and layer group."""

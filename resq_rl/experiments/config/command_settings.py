@@ -43,6 +43,8 @@ class RunningSettings(Checked):
         trade_off: lambda to decide for; None for the middle of the policy's range.
         interval: frames between keyframes, 0 for the first only; None for the policy's own timing.
         static: whether to run a policy's beginning, the static thresholds of its base, without its network.
+        adapt: whether the policy goes on learning from the stream (`resq_rl.policies.AdaptiveRunner`), without labels.
+            The run's folder then has the policy that it became, `adapted`.
         label: image of the mask that the first frame is given, for a task that begins with one (all but 0 is the
             object); or None.
         fit: how whole frames fill the network's size, "stretch", "crop" or "pad"; None for as in training.
@@ -59,6 +61,7 @@ class RunningSettings(Checked):
     trade_off: Positive | None = None
     interval: NotNegative | None = None
     static: bool = False
+    adapt: bool = False
     label: str | None = None
     fit: Fit | None = None
     frames: Count | None = None

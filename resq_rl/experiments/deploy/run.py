@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -25,9 +26,10 @@ from resq_rl.experiments.config.settings import Settings
 from resq_rl.experiments.deploy.overlay import OverlayVideo
 from resq_rl.experiments.results.comparison import write_summary
 from resq_rl.experiments.runs.progress import stage
-from resq_rl.experiments.study.deployment import policy_folder, policy_words
+from resq_rl.experiments.study.deployment import FILES, policy_folder, policy_words
 from resq_rl.experiments.tracking.tracker import Tracker
-from resq_rl.policies import RunCost, Runner
+from resq_rl.policies import AdaptiveRunner, RunCost, Runner
+from resq_rl.policies.gradient_policy import adaptable
 from resq_rl.policies.runner import REFERENCE_BITS, saved_framing
 from resq_rl.video import Framing, VideoStream
 from resq_rl.video.images import read_labels
@@ -39,6 +41,7 @@ log = logging.getLogger(__name__)
 Record = dict[str, Any]
 FIELDS = ("frame", "time", "keyframe", "bops", "policy_bops", "bits", "mean_bops", "total_bops")
 OVERLAY = "overlay.mp4"
+ADAPTED = "adapted"
 
 
 @dataclass
@@ -94,7 +97,8 @@ class _Totals:
 def _runner(settings: Settings, folder: Path) -> Runner:
     """The policy with its network, ready for the first frame."""
     running = settings.running
-    runner = Runner.load(
+    kind = AdaptiveRunner if running.adapt else Runner
+    runner = kind.load(
         folder,
         settings.model.build(),
         settings.task.build(),
@@ -146,12 +150,26 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
         seconds = monotonic() - started
         speed = {"seconds": seconds, "frames_per_second": totals.frames / seconds}
         what = {"policy": str(folder), "source": stream.name, "settings": runner.policy.settings, "ended": ended}
-        summary = what | totals.summary() | speed
+        summary = what | totals.summary() | speed | _adapted(runner, folder, run_dir)
         tracker.log_artifact(write_summary(run_dir / "summary.json", summary))
         tracker.log_metrics({name: summary[name] for name in ("bops", "peak_bops", "frames_per_second")})
         _print(summary)
     look = f"look at {os.path.relpath(run_dir / OVERLAY)}; " if running.overlay else ""
     return f"{look}ship the policy: resq-rl export {policy_words(folder)}"
+
+
+def _adapted(runner: Runner, folder: Path, run_dir: Path) -> dict[str, Any]:
+    """How often the policy learned from the stream; what it became is saved, with all that it needs to run."""
+    if not isinstance(runner, AdaptiveRunner):
+        return {}
+    if runner.learned:
+        adapted = run_dir / ADAPTED
+        adapted.mkdir(exist_ok=True)
+        for name in FILES:
+            if (folder / name).is_file():
+                shutil.copy(folder / name, adapted)
+        adaptable(runner.policy).save(adapted)
+    return {"learned": runner.learned}
 
 
 def _framing(folder: Path, running: RunningSettings) -> Framing | None:

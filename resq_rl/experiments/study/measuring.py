@@ -132,7 +132,7 @@ def measure_searches(board: Scoreboard, start: Start | None) -> None:
     """
     study, settings = board.study, board.study.settings
     ways = [way for way in SEARCHES if way in settings.heuristic.searches]
-    study = replace(study, base=())  # searches are for thresholds, not for factors
+    study = replace(study, base=None)  # searches are for thresholds, not for factors
     if ways and (start is None or not study.scheme().by_threshold):
         start = measure_constants(study, replace(study.scheme(), kind="region_thresholds"))
     for way in ways:

@@ -15,7 +15,7 @@ from resq_rl.errors import SettingsError
 from resq_rl.experiments.config.settings import EnvironmentSettings, Search
 from resq_rl.experiments.results.statistics import MAXIMUM_ACCURACY_LOSS
 from resq_rl.experiments.runs.progress import stage
-from resq_rl.experiments.study.study import Study
+from resq_rl.experiments.study.study import Base, Study
 from resq_rl.policies import GradientSettings, GroupThresholds, LearnedThresholds, StaticResQ, learn_thresholds
 from resq_rl.policies.ppo import FirstChoice
 from resq_rl.policies.search import Tried, evolve_thresholds, search_group_thresholds
@@ -49,6 +49,7 @@ class Start:
         searched: a threshold for each layer group.
         clip_frames: frames that each of them took.
         learned: a threshold for each layer, learned by gradients.
+        learned_at: the lambda of each of them, which weighs BOPs against `Task.divergence`.
         learning_frames: frames that learning them took.
         seconds: wall time of all that.
     """
@@ -57,6 +58,7 @@ class Start:
     searched: tuple[Tried, ...] = ()
     clip_frames: int = 0
     learned: tuple[Tried, ...] = ()
+    learned_at: tuple[float, ...] = ()
     learning_frames: int = 0
     seconds: float = field(default=0.0, compare=False)
 
@@ -70,10 +72,11 @@ class Start:
         """The policy with the highest reward for a lambda."""
         return min((*self.constants, *self.searched), key=lambda t: t.loss(trade_off)).policy
 
-    def base(self, trade_offs: Sequence[float]) -> tuple[tuple[float, ...], ...]:
+    def base(self, trade_offs: Sequence[float]) -> Base:
         """For each lambda, those learned thresholds of the layers that have the highest reward."""
-        best = (min(self.learned, key=lambda t: t.loss(trade_off)).policy for trade_off in trade_offs)
-        return tuple(policy.taus for policy in best if isinstance(policy, GroupThresholds))
+        best = [min(range(len(self.learned)), key=lambda i: self.learned[i].loss(t)) for t in trade_offs]
+        taus = (policy.taus for i in best if isinstance(policy := self.learned[i].policy, GroupThresholds))
+        return Base(tuple(taus), tuple(self.learned_at[i] for i in best))
 
     def even(self, place: float) -> GroupThresholds | StaticResQ:
         """The constant at a place, from 0 (most BOPs) to 1 (fewest), counting those of one keyframe interval."""
@@ -168,7 +171,8 @@ def _learned(study: Study, start: Start, frames: int) -> Start:
     with stage("learned thresholds", len(policies) * few.problems["train"].frames) as advance:
         tried = tuple(_tried(policy, few.measure(policy, "train", advance)) for policy in policies)
     seconds = start.seconds + time.monotonic() - begun
-    return replace(start, learned=tried, learning_frames=learned.frames, seconds=seconds)
+    at = tuple(np.geomspace(learned.trade_offs[0], learned.trade_offs[-1], SPREAD).tolist())
+    return replace(start, learned=tried, learned_at=at, learning_frames=learned.frames, seconds=seconds)
 
 
 def measure_constants(study: Study, scheme: ActionScheme) -> Start:

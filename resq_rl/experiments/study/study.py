@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from torch import nn
 
@@ -31,7 +31,7 @@ from resq_rl.policies import measure_on_tables
 from resq_rl.quantization import Budget, Inputs, ResQModel, choose_residual_weight_bits
 from resq_rl.video import Clip, Framing, Split, framing_of
 
-__all__ = ["Study", "build_study", "network_framing", "prepare_problems", "read_clips"]
+__all__ = ["Base", "Study", "build_study", "network_framing", "prepare_problems", "read_clips"]
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,18 @@ AGENTS: Final[Mapping[str, ActionKind]] = {
     "resq_rl/RegionBits-v0": "region_bits",
     "resq_rl/RegionThresholds-v0": "region_thresholds",
 }
+
+
+class Base(NamedTuple):
+    """Thresholds of every layer by lambda, of which agents choose factors.
+
+    Attributes:
+        taus: one row for each lambda (`ActionScheme.base`).
+        learned_at: as of `ActionScheme`.
+    """
+
+    taus: tuple[tuple[float, ...], ...]
+    learned_at: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,7 @@ class Study:
         framing: how frames of any source are brought to the network, as those of the video were.
         tables: engines of frame-level decisions by split, from which policies are measured and trained where given.
         measurements: keeps what was measured on the network.
-        base: thresholds of every layer by lambda, of which agents choose factors (`ActionScheme.base`), if any.
+        base: what agents choose factors of; None where they choose thresholds.
     """
 
     settings: Settings
@@ -67,7 +79,7 @@ class Study:
     framing: Framing
     tables: Mapping[Split, TableEngine] = field(default_factory=dict)
     measurements: Measurements = field(default_factory=lambda: Measurements(None))
-    base: tuple[tuple[float, ...], ...] = ()
+    base: Base | None = None
 
     @property
     def problem(self) -> Problem:
@@ -123,7 +135,8 @@ class Study:
             self.settings.heuristic.kappa,
             environment.ignored,
         )
-        return scheme.on(self.base, problem.model.group_of_site.tolist()) if self.base else scheme
+        layers = problem.model.group_of_site.tolist()
+        return scheme if self.base is None else scheme.on(self.base.taus, layers, self.base.learned_at)
 
     def agents(self, fields: Policy | None = None) -> BatchedEnvironment:
         """Agents on the training clips; agents that decide on keyframes alone where `fields` chooses the rest."""

@@ -19,7 +19,8 @@ from PIL import Image
 from resq_rl.envs import Problem
 from resq_rl.experiments.cli.app import main
 from resq_rl.perception import Segmentation
-from resq_rl.policies import Runner
+from resq_rl.policies import GradientSettings, LearnedPolicy, Runner, adaptation
+from resq_rl.policies.gradient_policy import learn_policy
 from resq_rl.quantization import save_model
 from resq_rl.video import Framing, VideoFiles, VideoStream, stream
 from tests.envs.problems import CLASSES, make_recurrent_problem, moving_frames, scheme, tiny_network
@@ -107,6 +108,22 @@ def test_a_stream_keeps_the_budget_of_training_unless_another_is_given(
     assert peak("own") <= 0.3 * (1 + 1e-9)
     assert peak("other", "running.budget={peak: 0.2}") <= 0.2 * (1 + 1e-9)
     assert peak("none", "environment.budget=null") >= 1  # keyframes, and the policy itself
+
+
+def test_a_policy_that_adapted_is_saved_with_all_that_it_needs(
+    trained: Path, video: Path, problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adaptation, "EVERY", 4)
+    monkeypatch.setattr(adaptation, "FRAMES", 4)
+    before = learn_policy(problem, scheme(problem), GradientSettings(frames=200, window=3, clips=3))
+    folder = shutil.copytree(trained, tmp_path / "trained")
+    before.save(folder / "seed0")
+    ran = run(tmp_path, f"policy={folder}", f"source={video}", "running.adapt=true", "running.overlay=false")
+    assert json.loads((ran / "summary.json").read_text())["learned"] == 2
+    assert LearnedPolicy.load(ran / "adapted").scheme.base != before.scheme.base
+    assert LearnedPolicy.load(folder / "seed0").scheme.base == before.scheme.base
+    again = run(tmp_path / "again", f"policy={ran / 'adapted'}", f"source={video}", "running.overlay=false")
+    assert "learned" not in json.loads((again / "summary.json").read_text())
 
 
 def test_the_overlay_shows_every_frame_beside_its_bits(trained: Path, video: Path, tmp_path: Path) -> None:
@@ -212,6 +229,7 @@ def test_a_file_cut_short_is_one_error_and_keeps_what_is_done(
         (["policy={trained}", "source=x.mp4"], "x.mp4"),
         (["policy={trained}", "source=987"], "camera"),
         (["policy={trained}", "source={video}", "running.trade_off=0"], "running.trade_off"),
+        (["policy={trained}", "source={video}", "running.adapt=true"], "training.trainer=gradient"),
         (["policy={trained}", "source={video}", "model=compact_ddrnet"], "another network"),
         (["policy={bare}", "source={video}"], "model=OPTION"),
     ],
