@@ -17,6 +17,7 @@ from resq_rl.experiments.study import start as beginning
 from resq_rl.perception import compact_ddrnet, load_weights
 from resq_rl.perception.compact_networks import CompactDDRNet
 from resq_rl.policies import LearnedPolicy
+from resq_rl.policies.gradient_policy import adaptable
 from resq_rl.quantization import ResQModel, save_model
 from resq_rl.sealed import Checkpoints
 from tests.envs.problems import TINY_NETWORK, moving_frames, tiny_network
@@ -404,6 +405,7 @@ def test_a_policy_learned_by_gradients_is_compared_and_runs_on(
     assert (folder / "report.html").exists()
     static = [bool(point.settings.get("static")) for point in points]
     assert policy.static == all(static)
+    assert adaptable(policy)
     assert all((point.policy_bops == 0) == own for point, own in zip(points, static, strict=True))
     again = Comparison.read(run(tmp_path / "b", "compare", f"policy={folder}", *FEW[1:]) / "comparison.json")
     assert again.fronts["gradient_policy"]
@@ -416,6 +418,7 @@ def test_ppo_begins_at_gradient_thresholds(tmp_path: Path) -> None:
     comparison = Comparison.read(folder / "comparison.json")
     policy = LearnedPolicy.load(folder / "seed0")
     assert len(policy.scheme.base[0]) == len(policy.scheme.layers)
+    assert adaptable(policy)
     constants, spread = 2 * 3 * 18, beginning.SPREAD * 18  # on three clips of six frames
     assert comparison.env_frames_used_for_training >= constants + spread + 30 + 120
     for point in comparison.fronts["ppo"]:

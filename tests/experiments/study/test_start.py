@@ -84,6 +84,16 @@ def test_searched_thresholds_are_taken_where_they_are_better() -> None:
     assert start.trade_off_range() == pytest.approx((0.25, 1.0)), "constants alone set the range"
 
 
+def test_a_base_is_the_best_of_what_was_learned_and_says_at_which_lambda() -> None:
+    """Lambda of rewards picks; lambda of divergence, at which the thresholds were learned, goes with them."""
+    learned = [
+        Tried(GroupThresholds(taus=(t, 2 * t)), e, b) for t, e, b in ((0.5, 0.1, 0.5), (1.0, 0.2, 0.2), (2.0, 0.5, 0.1))
+    ]
+    start = Start((), learned=tuple(learned), learned_at=(0.02, 0.2, 2.0))
+    assert start.base((0.01, 1.0, 9.0)) == (((0.5, 1.0), (1.0, 2.0), (2.0, 4.0)), (0.02, 0.2, 2.0))
+    assert start.base((9.0, 9.0)) == (((2.0, 4.0),) * 2, (2.0, 2.0))
+
+
 def test_a_level_stands_for_all_layer_groups() -> None:
     scheme = ActionScheme("frame_bits", "frame", 3, (2, 2))
     own = first_choice(scheme, StaticResQ(interval=5, level=2))
