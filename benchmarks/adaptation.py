@@ -30,11 +30,11 @@ VIDEOS = {
     "night": GeneratedVideo(noise=0.03),
 }
 NIGHT = 0.35  # of the brightness
-TRAINING, TEST, STREAM = 24, 12, 64
+TRAINING, TEST, STREAM = 24, 12, 24
 LEARNING = (3_000, 12_000)
 RATES = 0.02, 0.004
 TAUS, KAPPAS = (0.3, 0.45, 0.7, 1.0, 1.4, 1.95, 2.8), (DEFAULT_KAPPA, (1.0, 2.0, 6.0), (1.0, 1.6, 6.0))
-PLACES, STREAMS = np.linspace(0, 1, 8), (0.3, 0.5, 0.7, 0.9)  # of lambda
+PLACES, STREAMS = np.linspace(0, 1, 8), (0.45, 0.6, 0.75)  # of lambda
 
 
 def clips(name: str, split: Split, count: int) -> list[Clip]:

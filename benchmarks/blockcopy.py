@@ -92,7 +92,8 @@ class BlockCopy:
         return Decision(view.age < 0, LevelField(levels))
 
     def _learn(self) -> None:
-        assert self.chosen is not None and self.before is not None
+        assert self.chosen is not None
+        assert self.before is not None
         assert self.task.latest is not None
         logits, runs = self.chosen
         now, before = self.task.latest.clamp_min(1e-6), self.before.clamp_min(1e-6)
