@@ -213,6 +213,10 @@ class Runner:
         return result.prediction[0], cost
 
     def _framed(self, frame: np.ndarray | Tensor, window: Box | None) -> UInt8[Tensor, "3 h w"]:
+        if not isinstance(frame, (np.ndarray, Tensor)):
+            raise VideoError(f"A frame must be RGB bytes, an array (h, w, 3) or a tensor (3, h, w), got {type(frame)}.")
+        if isinstance(frame, Tensor) and (frame.layout != torch.strided or frame.is_meta):
+            raise VideoError(f"A frame must be a dense tensor, got one of {frame.layout} on {frame.device}.")
         shape, kind = tuple(frame.shape), frame.dtype
         channels = shape[-1 if isinstance(frame, np.ndarray) else 0] if len(shape) == 3 else 0
         if channels != 3 or 0 in shape or kind not in (np.uint8, torch.uint8):
@@ -225,7 +229,9 @@ class Runner:
 
     def _framed_label(self, label: np.ndarray | Tensor) -> UInt8[Tensor, "h w"]:
         values = label.cpu().numpy() if isinstance(label, Tensor) else label
-        if values.ndim != 2 or values.dtype != np.uint8:
+        if not isinstance(values, np.ndarray):
+            raise VideoError(f"A label must be bytes, an array or a tensor (h, w), got {type(label)}.")
+        if values.ndim != 2 or 0 in values.shape or values.dtype != np.uint8:
             raise VideoError(f"A label must be bytes (h, w), got {values.dtype} of shape {values.shape}.")
         return torch.from_numpy(self.framing.labels(np.ascontiguousarray(values)).copy())
 

@@ -18,6 +18,7 @@ Fit = Literal["stretch", "crop", "pad"]
 """How a frame of other proportions fills the size: distorted, cut evenly on both sides, or with its edges repeated."""
 
 FITS: Final[tuple[Fit, ...]] = get_args(Fit)
+LARGEST_WINDOW = 100  # times the picture's width and height, since what lies beyond is filled in
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Framing:
             window: the part of it to use, which may reach beyond its edges; wanted where `crop` is set.
 
         Raises:
-            VideoError: a window is wanted and none was given.
+            VideoError: a window is wanted and none was given, or there is nothing of the picture in it.
         """
         image = picture if isinstance(picture, Image.Image) else Image.fromarray(np.ascontiguousarray(picture))
         return resize_frame(image, self.size, self._part(image.size, window))
@@ -79,7 +80,7 @@ class Framing:
         """Frame a label map by the nearest pixel, as `frame` frames its picture; `IGNORE` beyond its edges.
 
         Raises:
-            VideoError: a window is wanted and none was given.
+            VideoError: a window is wanted and none was given, or there is nothing of the picture in it.
         """
         height, width = labels.shape
         return resize_labels(labels, self.label_size or self.size, self._part((width, height), window))
@@ -92,7 +93,7 @@ class Framing:
         Points beyond the framed picture do not count.
 
         Raises:
-            VideoError: a window is wanted and none was given.
+            VideoError: a window is wanted and none was given, or there is nothing of the picture in it.
         """
         left, top, right, bottom = self._part(extent, window) or (0.0, 0.0, float(extent[0]), float(extent[1]))
         height, width = self.size or (extent[1], extent[0])
@@ -125,6 +126,20 @@ class Framing:
         except (TypeError, ValueError) as error:
             raise SettingsError(f"A saved framing holds a value of a wrong type ({error}): {dict(content)}.") from error
 
+    def _check(self, window: Box, extent: tuple[int, int]) -> None:
+        """Raise VideoError unless a part of a picture of `extent` (width, height) lies in the window."""
+        edges = np.asarray(window)
+        numbers = edges.shape == (4,) and edges.dtype.kind in "iuf" and bool(np.isfinite(edges).all())
+        if not numbers or not (edges[:2] < edges[2:]).all() or not ((edges[:2] < extent) & (edges[2:] > 0)).all():
+            raise VideoError(
+                f"A window is (left, top, right, bottom) in pixels of the picture, of which a part must lie in it; got "
+                f"{window} for a picture of {extent[0]}x{extent[1]} (width x height)."
+            )
+        if (edges[2:] - edges[:2] > LARGEST_WINDOW * np.array(extent)).any():
+            raise VideoError(f"The window {window} is more than {LARGEST_WINDOW} times as large as the picture.")
+        if self.size is None:
+            raise VideoError("A window is brought to a size, and the framing has none: give it one, Framing(size).")
+
     def _part(self, extent: tuple[int, int], window: Box | None) -> Box | None:
         """The part of a picture of `extent` (width, height) that is used; None for all of it."""
         if self.crop is not None and window is None:
@@ -132,6 +147,8 @@ class Framing:
                 f"Frames are windows that follow an object, {self.crop:g} times as high as it is (crop), and no window "
                 "was given. Give the window of each frame, or use a network that was trained on whole frames."
             )
+        if window is not None:
+            self._check(window, extent)
         if window is not None or self.size is None or self.fit == "stretch":
             return window
         scales = extent[0] / self.size[1], extent[1] / self.size[0]

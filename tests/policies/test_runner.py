@@ -118,11 +118,29 @@ def test_memory_stays_as_it_is(problem: Problem) -> None:
 @pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(
     "frame",
-    [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((3, 4, 4), np.uint8), torch.zeros(3)],
+    [
+        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((3, 4, 4), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+        torch.zeros(3),
+        torch.zeros(3, 4, 4, dtype=torch.uint8).to_sparse(),
+        torch.empty(3, 4, 4, dtype=torch.uint8, device="meta"),
+        Image.new("RGB", (4, 4)),
+        [[[0, 0, 0]]],
+        None,
+    ],
 )
-def test_what_is_no_picture_is_refused(frame: np.ndarray | torch.Tensor, problem: Problem) -> None:
-    with pytest.raises(VideoError, match="RGB bytes"):
-        Runner(learned(problem), problem)(frame)
+def test_what_is_no_picture_is_refused_and_the_stream_goes_on(frame: Any, problem: Problem) -> None:
+    runner, same = (Runner(learned(problem), problem) for _ in range(2))
+    good = problem.clips[0].frames
+    for one in (runner, same):
+        one(good[0])
+    with pytest.raises(VideoError, match=r"RGB bytes|dense tensor"):
+        runner(frame)
+    (found, cost), (expected, its) = runner(good[1]), same(good[1])
+    assert torch.equal(found, expected)
+    assert cost.bops == its.bops
 
 
 def test_a_policy_of_another_network_is_refused_before_the_first_frame(problem: Problem, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """One description of how frames are brought to the network, for readers and for deployment alike."""
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,6 +115,39 @@ class Own:
 
     def clips(self, split: Split) -> list[Clip]:
         return []
+
+
+@pytest.mark.parametrize(
+    "window",
+    [
+        (5, 5, 5, 9),
+        (0, 0, 0, 0),
+        (10, 10, 5, 5),
+        (0, 0, math.nan, 5),
+        (0, 0, math.inf, 5),
+        (0, 0, 5),
+        (60, 0, 70, 10),
+        (0, -9, 10, 0),
+        ("left", 0, 5, 5),
+        (0, 0, 1e9, 1e9),
+    ],
+)
+@pytest.mark.usefixtures("unchecked_types")
+def test_a_window_in_which_nothing_lies_is_refused(window: Any) -> None:
+    framing = Framing((8, 8))
+    with pytest.raises(VideoError, match=r"A window is|times as large"):
+        framing.frame(np.zeros((40, 60, 3), np.uint8), window)
+    with pytest.raises(VideoError, match=r"A window is|times as large"):
+        framing.labels(np.zeros((40, 60), np.uint8), window)
+    with pytest.raises(VideoError, match=r"A window is|times as large"):
+        framing.points(np.zeros((1, 3), np.float32), (60, 40), window)
+
+
+def test_a_window_is_not_left_out_without_a_size() -> None:
+    with pytest.raises(VideoError, match="to a size"):
+        Framing().frame(np.zeros((40, 60, 3), np.uint8), (0, 0, 10, 10))
+    with pytest.raises(VideoError, match="to a size"):
+        Framing().labels(np.zeros((40, 60), np.uint8), (0, 0, 10, 10))
 
 
 def test_every_dataset_tells_its_framing() -> None:
