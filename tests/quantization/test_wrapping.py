@@ -4,6 +4,7 @@ import copy
 import threading
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import pytest
@@ -14,7 +15,8 @@ from torch.nn.utils import parametrizations
 from torch.utils._pytree import tree_leaves
 
 from resq_rl.errors import NetworkError, UnsupportedOperatorError
-from resq_rl.quantization import LevelField, QuantizationConfig, ResQModel
+from resq_rl.quantization import LevelField, QuantizationConfig, ResQModel, ThresholdField, to_float
+from tests.envs.problems import moving_frames
 from tests.quantization.networks import (
     CASES,
     Case,
@@ -647,6 +649,59 @@ def test_random_outputs_are_refused() -> None:
     network = Custom(lambda m, x: F.dropout(m.a(x), 0.5, training=True), a=conv())
     with pytest.raises(NetworkError, match="random numbers"):
         ResQModel(network, torch.rand(1, 3, *SIZE))
+
+
+def compiled_network() -> nn.Module:
+    network = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()), nn.Conv2d(8, 4, 1)).eval()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(1)
+        for parameter in network.parameters():
+            parameter.normal_()
+    return network
+
+
+def _part(network: nn.Module) -> nn.Module:
+    network[0] = torch.compile(network[0], backend="eager")  # type: ignore[index, operator]
+    return network
+
+
+def _in_place(network: nn.Module) -> nn.Module:
+    network.compile(backend="eager")
+    return network
+
+
+def _method(network: nn.Module) -> nn.Module:
+    network.forward = torch.compile(network.forward, backend="eager")
+    return network
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on importing its compiler
+@pytest.mark.parametrize("compiled", [partial(torch.compile, backend="eager"), _part, _in_place, _method])
+def test_a_compiled_network_is_wrapped_as_it_is_without(compiled: Callable[[nn.Module], nn.Module]) -> None:
+    """Nothing is compiled meanwhile, and the caller's network stays compiled."""
+    plain, given = compiled_network(), compiled(compiled_network())
+    clips = [moving_frames(5, (16, 16), seed=seed) for seed in (1, 2)]
+    example = torch.zeros(1, 3, 16, 16)
+    forward = vars(given).get("forward")
+    with torch.compiler.set_stance("fail_on_recompile"):
+        expected, found = (ResQModel(network, example).calibrate(clips) for network in (plain, given))
+        assert found.groups == expected.groups
+        outputs = []
+        for model in (expected, found):
+            state, field = model.new_state(1), ThresholdField(torch.full((1, len(model.groups), 1, 1), 0.5))
+            for t in range(3):
+                y, _ = model.step(to_float(clips[0][t : t + 1]), state, torch.tensor([t == 0]), field)
+            outputs.append(y)
+    assert torch.equal(*outputs)
+    assert vars(given).get("forward") is forward
+
+
+def test_a_lazy_layer_is_refused_by_name() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.LazyConv2d(2, 1))
+    with pytest.raises(NetworkError, match="Layer '1' is lazy"):
+        ResQModel(network, torch.zeros(1, 3, 8, 8))
+    network(torch.zeros(1, 3, 8, 8))
+    assert len(ResQModel(network, torch.zeros(1, 3, 8, 8)).layers) == 2
 
 
 def test_a_network_that_cannot_be_copied() -> None:

@@ -2,11 +2,14 @@
 
 import copy
 import warnings
+from inspect import unwrap
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import HigherOrderOperator, OpOverload
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -31,13 +34,20 @@ def copy_of(network: nn.Module, device: torch.device) -> nn.Module:
     """A frozen copy in evaluation mode, weights as plain tensors; programs keep the mode they were exported in.
 
     Args:
-        network: any network; it may carry gradients, pruned weights and parametrizations.
+        network: any network; it may carry gradients, pruned weights and parametrizations. What `torch.compile` wraps is
+            taken as it is without.
         device: where the frames lie; programs that make tensors elsewhere make them there.
 
     Raises:
-        NetworkError: the network cannot be copied, is a TorchScript module, or lies on another device.
+        NetworkError: the network cannot be copied, is a TorchScript module, has layers whose weights have no shape yet,
+            or lies on another device.
     """
+    network = _uncompiled(network)
     for name, module in network.named_modules():
+        if any(is_lazy(tensor) for tensor in (*module._parameters.values(), *module._buffers.values())):
+            raise NetworkError(
+                f"Layer {name!r} is lazy, and its weights have no shape yet: run the network on a frame before."
+            )
         if isinstance(module, torch.jit.ScriptModule):
             raise NetworkError(
                 f"{name or type(network).__name__!r} is a TorchScript module, whose layers cannot be replaced. Give "
@@ -58,6 +68,12 @@ def copy_of(network: nn.Module, device: torch.device) -> nn.Module:
         for module in duplicate.modules():
             module.training = False
     for module in list(duplicate.modules()):
+        for name, child in list(module.named_children()):
+            if (plain := _uncompiled(child)) is not child:
+                setattr(module, name, plain)
+        forward: Any = vars(module).get("forward")
+        if hasattr(forward, "_torchdynamo_orig_callable"):  # compiled, and still of the network that was copied
+            module.forward = MethodType(getattr(unwrap(forward), "__func__", unwrap(forward)), module)
         _settle(module)
     elsewhere = {f"{t.device}" for t in [*duplicate.parameters(), *duplicate.buffers()] if t.device != device}
     if elsewhere:
@@ -68,6 +84,12 @@ def copy_of(network: nn.Module, device: torch.device) -> nn.Module:
     for _, graph in program_graphs(duplicate):
         _move(graph, device)
     return duplicate.requires_grad_(False)
+
+
+def _uncompiled(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile` wrapped, else the module itself."""
+    wrapped = getattr(module, "_orig_mod", None)
+    return wrapped if isinstance(wrapped, nn.Module) and type(module).__name__ == "OptimizedModule" else module
 
 
 def _computed(network: nn.Module) -> dict[int, Any]:
