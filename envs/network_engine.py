@@ -291,8 +291,8 @@ def _spread_over(rows: Bool[Tensor, " b"], values: Num[Tensor, "b *p"]) -> Bool[
     return rows.view(-1, *[1] * (values.dim() - 1))
 
 
-def clips_that_fit(model: ResQModel) -> int:
-    """How many clips can step together in three quarters of the free memory."""
+def clips_that_fit(model: ResQModel, times: float = 1.0) -> int:
+    """How many clips can step together in three quarters of the free memory, each in `times` that of a step."""
     on_cuda = model.device.type == "cuda"
     free = torch.cuda.mem_get_info(model.device)[0] if on_cuda else psutil.virtual_memory().available
-    return 3 * free // (4 * model.simulation_bytes)
+    return int(3 * free / (4 * times * model.simulation_bytes))

@@ -11,7 +11,7 @@ from resq_rl.envs import Policy, Problem
 from resq_rl.errors import SettingsError
 from resq_rl.policies.gradient_policy import adapt_policy, adaptable
 from resq_rl.policies.runner import RunCost, Runner
-from resq_rl.policies.unrolled_clips import BACKWARD_FRAMES, GradientSettings
+from resq_rl.policies.unrolled_clips import BACKWARD_FRAMES, GradientSettings, clips_together
 from resq_rl.quantization import Budget
 from resq_rl.video import Clip, Framing
 from resq_rl.video.images import Box
@@ -39,7 +39,7 @@ class AdaptiveRunner(Runner):
 
     Raises:
         PolicyError: the policy was not learned by gradients (`adaptable`).
-        SettingsError: a budget is given, or the task begins with a label.
+        SettingsError: a budget is given, the task begins with a label, or memory is too short for gradients.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class AdaptiveRunner(Runner):
         self.learned = 0
         super().__init__(policy, problem, framing, budget)
         adaptable(policy)
+        clips_together(problem.model, GradientSettings().window, 1)
 
     def reset(self, given: UInt8[np.ndarray, "h w"] | UInt8[Tensor, "h w"] | None = None) -> None:
         """Begin a new video with the policy as it is now."""

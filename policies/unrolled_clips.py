@@ -1,5 +1,6 @@
 """Training clips that step together through the unrolled closed loop, under thresholds that are being learned."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,13 +13,17 @@ from torch import Tensor, nn
 
 from resq_rl.checked import Checked, Count, Positive
 from resq_rl.envs import ActionScheme, Conditions, Decision, FrameInputs, NetworkEngine, Problem
+from resq_rl.envs.network_engine import clips_that_fit
 from resq_rl.envs.problem import gather
 from resq_rl.errors import SettingsError
 from resq_rl.policies.fixed import GroupThresholds, periodic_at
-from resq_rl.quantization import Reference, ThresholdField
+from resq_rl.quantization import Reference, ResQModel, ThresholdField
 
-__all__ = ["BACKWARD_FRAMES", "GradientSettings", "RegionOffsets", "UnrolledClips"]
+__all__ = ["BACKWARD_FRAMES", "GradientSettings", "RegionOffsets", "UnrolledClips", "clips_together"]
 
+log = logging.getLogger(__name__)
+
+UNROLLED = 2.5  # times the memory of a step that a frame takes while its gradients are due
 BACKWARD_FRAMES = 3  # a frame of backpropagation counts as so many
 
 
@@ -113,12 +118,30 @@ class RegionOffsets(nn.Module):
         return moves
 
 
+def clips_together(model: ResQModel, window: int, wanted: int) -> int:
+    """How many clips can learn together by gradients through `window` frames: fewer than wanted where memory is short.
+
+    Raises:
+        SettingsError: there is not enough for one.
+    """
+    fit, each = clips_that_fit(model, UNROLLED * window), UNROLLED * window * model.simulation_bytes / 2**30
+    if fit < 1:
+        raise SettingsError(
+            f"Learning by gradients through {window} frames takes about {each:.1f} GiB, and less is free. Use smaller "
+            "frames (video.size), or train by PPO (training.trainer=ppo, training.warm_start=best)."
+        )
+    if fit < wanted:
+        log.info("%d clips learn together instead of %d, since each takes about %.1f GiB.", fit, wanted, each)
+    return min(wanted, fit)
+
+
 class UnrolledClips:
     """Training clips that step together, from their first frames on.
 
     Attributes:
         frames: environment frames spent.
         left: frames of the clips that were not run yet; 0 before any begin.
+        count: clips that step together; fewer than the settings say where there are fewer, or memory is short.
         counts: `Task.counts` of agreement with the float network, of each frame since the clips began.
         offsets: moves the thresholds of each region from its observation; None for thresholds that are the same
             everywhere.
@@ -138,7 +161,7 @@ class UnrolledClips:
             raise SettingsError("Thresholds are learned on residual frames: give training clips of 2 frames or more.")
         self.problem, self.engine, self.policy, self.settings = problem, NetworkEngine(problem), policy, settings
         self.generator, self._progress = np.random.default_rng(seed), progress
-        self.count = min(settings.clips, len(self.usable))
+        self.count = clips_together(problem.model, settings.window, min(settings.clips, len(self.usable)))
         self.frames, self.left = 0, 0
         self.offsets: RegionOffsets | None = None
 

@@ -1,17 +1,20 @@
 """Thresholds learned by gradients, on problems of a tiny network."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from resq_rl.envs import Decision, Measurement, NetworkEngine, Policy, Problem, measure
 from resq_rl.errors import SettingsError
 from resq_rl.policies import GroupThresholds
 from resq_rl.policies.gradient import GradientSettings, LearnedThresholds, _Constant, _trade_offs, learn_thresholds
-from resq_rl.quantization import Reference, ThresholdField
+from resq_rl.policies.unrolled_clips import UNROLLED, UnrolledClips
+from resq_rl.quantization import DEFAULT_KAPPA, Reference, ThresholdField
 from tests.envs.problems import make_problem, tiny_clips
 
 FEW = GradientSettings(frames=80, window=2, clips=1)
@@ -155,3 +158,36 @@ def test_the_range_of_lambda_is_from_where_constants_begin_to_lose_to_where_they
     reversed_errors = [c._replace(divergence=1 - c.divergence) for c in constants]
     with pytest.raises(SettingsError, match="no constant threshold brings the output nearer"):
         _trade_offs(reversed_errors)
+
+
+def test_where_memory_is_short_fewer_clips_learn_together(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    each = UNROLLED * QUICK.window * problem.model.simulation_bytes
+
+    def clips(free: float) -> UnrolledClips:
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=int(free * 4 / 3) + 1))
+        return UnrolledClips.of_layers(problem, "previous", 0, DEFAULT_KAPPA, QUICK, 0)
+
+    assert clips(100 * each).count == QUICK.clips
+    few = clips(2 * each)
+    assert few.count == 2
+    few.start(few.draw())
+    assert few.window(torch.zeros(2, len(problem.model.sites)).requires_grad_()).shape == (2, 2)
+    with pytest.raises(SettingsError, match=r"takes about .* GiB, and less is free"):
+        clips(each / 2)
+
+
+def test_gradients_keep_no_more_than_is_estimated(problem: Problem) -> None:
+    """What autograd holds until the backward pass, each memory counted once."""
+    held: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    clips = UnrolledClips.of_layers(problem, "previous", 0, DEFAULT_KAPPA, QUICK, 0)
+    clips.start(clips.draw())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = clips.window(torch.zeros(clips.count, len(problem.model.sites)).requires_grad_())
+    kept = sum(held.values()) / clips.count / QUICK.window
+    assert 0.3 * problem.model.simulation_bytes < kept < UNROLLED * problem.model.simulation_bytes
+    assert result.requires_grad
