@@ -28,9 +28,9 @@ VIDEOS = {
     "noise of 0.05 instead of 0.02": GeneratedVideo(noise=0.05),
     "twice as fast": GeneratedVideo(speed=2.0),
 }
-CALIBRATION, LEARNING, TEST = 12, 48, 12
+CALIBRATION, LEARNING, TEST = 12, 24, 12
 GRID = (6, 10)
-TARGETS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7)
+TARGETS = (0.1, 0.2, 0.35, 0.5, 0.7)
 COST, MOMENTUM, RATE, HIDDEN = 5.0, 0.9, 1e-3, 16
 TAUS, KAPPAS = (0.3, 0.45, 0.7, 1.0, 1.4, 1.95, 2.8), (DEFAULT_KAPPA, (1.0, 2.0, 6.0), (1.0, 1.6, 6.0))
 

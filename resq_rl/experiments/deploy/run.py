@@ -164,10 +164,13 @@ def _adapted(runner: Runner, folder: Path, run_dir: Path) -> dict[str, Any]:
         return {}
     if runner.learned:
         adapted = run_dir / ADAPTED
-        adapted.mkdir(exist_ok=True)
-        for name in FILES:
-            if (folder / name).is_file():
-                shutil.copy(folder / name, adapted)
+        try:
+            adapted.mkdir(exist_ok=True)
+            for name in FILES:
+                if (folder / name).is_file():
+                    shutil.copy(folder / name, adapted)
+        except OSError as error:
+            raise ResultsError(f"Cannot write {adapted}: {error.strerror or error}. Free some space.") from error
         adaptable(runner.policy).save(adapted)
     return {"learned": runner.learned}
 
