@@ -155,7 +155,8 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
         tracker.log_metrics({name: summary[name] for name in ("bops", "peak_bops", "frames_per_second")})
         _print(summary)
     look = f"look at {os.path.relpath(run_dir / OVERLAY)}; " if running.overlay else ""
-    return f"{look}ship the policy: resq-rl export {policy_words(folder)}"
+    shipped = run_dir / ADAPTED if isinstance(runner, AdaptiveRunner) and runner.learned else folder
+    return f"{look}ship the policy: resq-rl export {policy_words(shipped)}"
 
 
 def _adapted(runner: Runner, folder: Path, run_dir: Path) -> dict[str, Any]:
