@@ -92,8 +92,8 @@ def changes(fronts: Sequence[Sequence[Measurement]], anchors: Sequence[Measureme
     cells = []
     for front in fronts:
         entry = compare_fronts({0: front}, anchors, float_accuracy=accuracy, seed=0)
-        low, high = entry.ci95 or (float("nan"), float("nan"))
-        cells.append("no overlap" if entry.value is None else f"{entry.value:+.1f}% [{low:+.1f}, {high:+.1f}]")
+        interval = "no interval" if entry.ci95 is None else f"[{entry.ci95[0]:+.1f}, {entry.ci95[1]:+.1f}]"
+        cells.append("no overlap" if entry.value is None else f"{entry.value:+.1f}% {interval}")
     return cells
 
 

@@ -131,8 +131,8 @@ def main() -> None:
             measure(train, peer, slots=1)
             front.append(measure(test, peer, slots=1))
         entry = compare_fronts({0: front}, anchors, float_accuracy=test.float_accuracy, seed=0)
-        low, high = entry.ci95 or (float("nan"), float("nan"))
-        change = "no overlap" if entry.value is None else f"{entry.value:+.1f}% [{low:+.1f}, {high:+.1f}]"
+        interval = "no interval" if entry.ci95 is None else f"[{entry.ci95[0]:+.1f}, {entry.ci95[1]:+.1f}]"
+        change = "no overlap" if entry.value is None else f"{entry.value:+.1f}% {interval}"
         print(f"| {name} | {change} | {', '.join(f'{m.accuracy:.3f} at {m.bops:.3f}' for m in front)} |", flush=True)
 
 
