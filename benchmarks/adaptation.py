@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from resq_rl.envs import Measurement, Policy, Problem, measure
+from resq_rl.envs import Measurement, Problem, measure
 from resq_rl.experiments.results.fronts import compare_fronts
 from resq_rl.perception import Segmentation, compact_ddrnet
 from resq_rl.policies import AdaptiveRunner, DynamicResQ, GradientSettings, LearnedPolicy
@@ -72,19 +72,15 @@ def main() -> None:
         unlabelled = Problem.prepare(model, task, clips(name, "train", TRAINING), grid=grid, source="teacher")
         stream = Problem(model, task, grid, clips=tuple(clips(name, "train", STREAM)))
         heuristics = [DynamicResQ("previous", 0, tau=tau, kappa=kappa) for tau in TAUS for kappa in KAPPAS]
+        anchors = [measure(test, heuristic) for heuristic in heuristics]
         adapted = [
             adapt_policy(policy, unlabelled, GradientSettings(n, learning_rate=RATES[0], network_rate=RATES[1]))
             for n in LEARNING
         ]
         fronts = [[measure(test, at(own, place)) for place in PLACES] for own in (policy, *adapted)]
         fronts.append([measure(test, streamed(stream, at(policy, place))) for place in STREAMS])
-        cells = changes(fronts, measured(test, heuristics), test.float_accuracy)
+        cells = changes(fronts, anchors, test.float_accuracy)
         print(f"| {name} | {test.float_accuracy:.3f} | {' | '.join(cells)} |", flush=True)
-
-
-def measured(problem: Problem, policies: Sequence[Policy]) -> list[Measurement]:
-    """The policies on all clips."""
-    return [measure(problem, policy) for policy in policies]
 
 
 def changes(fronts: Sequence[Sequence[Measurement]], anchors: Sequence[Measurement], accuracy: float) -> list[str]:

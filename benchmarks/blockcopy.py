@@ -10,12 +10,11 @@ learning costs is not.
 """
 
 import sys
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from resq_rl.envs import ActionScheme, Decision, FrameView, Measurement, Policy, Problem, measure
+from resq_rl.envs import ActionScheme, Decision, FrameView, Problem, measure
 from resq_rl.envs.observation import pool_mean
 from resq_rl.experiments.results.fronts import compare_fronts
 from resq_rl.perception import Segmentation, compact_ddrnet
@@ -107,11 +106,6 @@ class BlockCopy:
         self.optimizer.step()
 
 
-def measured(problem: Problem, policies: Sequence[Policy]) -> list[Measurement]:
-    """The policies on all clips."""
-    return [measure(problem, policy) for policy in policies]
-
-
 def main() -> None:
     """Learn and measure at every target, and print a row for each kind of video."""
     torch.set_num_threads(1)
@@ -124,7 +118,8 @@ def main() -> None:
         model.calibrate([video.clip("train", i).frames for i in range(CALIBRATION)])
         train = Problem.prepare(model, task, [video.clip("train", i) for i in range(LEARNING)], grid=GRID)
         test = Problem.prepare(model, task, [video.clip("test", i) for i in range(TEST)], grid=GRID)
-        anchors = measured(test, [DynamicResQ("previous", 0, tau=tau, kappa=kappa) for tau in TAUS for kappa in KAPPAS])
+        heuristics = [DynamicResQ("previous", 0, tau=tau, kappa=kappa) for tau in TAUS for kappa in KAPPAS]
+        anchors = [measure(test, heuristic) for heuristic in heuristics]
         front = []
         for target in TARGETS:
             peer = BlockCopy(task, test, target)

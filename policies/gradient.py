@@ -52,11 +52,18 @@ class LearnedThresholds:
 
     def spread(self, count: int) -> list[GroupThresholds]:
         """Thresholds at `count` values of lambda, evenly by ratio over its range."""
-        known = np.log(self.trade_offs)
+        known, wanted = np.log(self.trade_offs), self._log_trade_offs(count)
         log_taus = np.log([policy.taus for policy in self.policies])
-        wanted = np.linspace(known[0], known[-1], count)
         taus = np.exp(np.stack([np.interp(wanted, known, column) for column in log_taus.T], 1))
         return [_with_taus(self.policies[0], row) for row in taus]
+
+    def spread_trade_offs(self, count: int) -> tuple[float, ...]:
+        """The values of lambda of `spread`."""
+        return tuple(np.exp(self._log_trade_offs(count)).tolist())
+
+    def _log_trade_offs(self, count: int) -> np.ndarray:
+        known = np.log(self.trade_offs)
+        return np.linspace(known[0], known[-1], count)
 
 
 def _with_taus(policy: GroupThresholds, taus: np.ndarray) -> GroupThresholds:

@@ -191,3 +191,10 @@ def test_gradients_keep_no_more_than_is_estimated(problem: Problem) -> None:
     kept = sum(held.values()) / clips.count / QUICK.window
     assert 0.3 * problem.model.simulation_bytes < kept < UNROLLED * problem.model.simulation_bytes
     assert result.requires_grad
+
+
+def test_values_of_lambda_are_spread_evenly_by_ratio(trained: tuple[Problem, LearnedThresholds]) -> None:
+    _, learned = trained
+    low, high = learned.trade_offs[0], learned.trade_offs[-1]
+    assert learned.spread_trade_offs(3) == pytest.approx((low, (low * high) ** 0.5, high))
+    assert len(learned.spread_trade_offs(5)) == len(learned.spread(5))

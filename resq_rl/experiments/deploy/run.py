@@ -150,30 +150,28 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
         seconds = monotonic() - started
         speed = {"seconds": seconds, "frames_per_second": totals.frames / seconds}
         what = {"policy": str(folder), "source": stream.name, "settings": runner.policy.settings, "ended": ended}
-        summary = what | totals.summary() | speed | _adapted(runner, folder, run_dir)
+        learned = {"learned": runner.learned} if isinstance(runner, AdaptiveRunner) else {}
+        summary = what | totals.summary() | speed | learned
         tracker.log_artifact(write_summary(run_dir / "summary.json", summary))
         tracker.log_metrics({name: summary[name] for name in ("bops", "peak_bops", "frames_per_second")})
         _print(summary)
+        shipped = _adapted(runner, folder, run_dir) if any(learned.values()) else folder
     look = f"look at {os.path.relpath(run_dir / OVERLAY)}; " if running.overlay else ""
-    shipped = run_dir / ADAPTED if isinstance(runner, AdaptiveRunner) and runner.learned else folder
     return f"{look}ship the policy: resq-rl export {policy_words(shipped)}"
 
 
-def _adapted(runner: Runner, folder: Path, run_dir: Path) -> dict[str, Any]:
-    """How often the policy learned from the stream; what it became is saved, with all that it needs to run."""
-    if not isinstance(runner, AdaptiveRunner):
-        return {}
-    if runner.learned:
-        adapted = run_dir / ADAPTED
-        try:
-            adapted.mkdir(exist_ok=True)
-            for name in FILES:
-                if (folder / name).is_file():
-                    shutil.copy(folder / name, adapted)
-        except OSError as error:
-            raise ResultsError(f"Cannot write {adapted}: {error.strerror or error}. Free some space.") from error
-        adaptable(runner.policy).save(adapted)
-    return {"learned": runner.learned}
+def _adapted(runner: Runner, folder: Path, run_dir: Path) -> Path:
+    """The folder to which what the policy became is saved, with all that it needs to run."""
+    adapted = run_dir / ADAPTED
+    try:
+        adapted.mkdir(exist_ok=True)
+        for name in FILES:
+            if (folder / name).is_file():
+                shutil.copy(folder / name, adapted)
+    except OSError as error:
+        raise ResultsError(f"Cannot write {adapted}: {error.strerror or error}. Free some space.") from error
+    adaptable(runner.policy).save(adapted)
+    return adapted
 
 
 def _framing(folder: Path, running: RunningSettings) -> Framing | None:

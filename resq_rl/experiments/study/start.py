@@ -171,7 +171,7 @@ def _learned(study: Study, start: Start, frames: int) -> Start:
     with stage("learned thresholds", len(policies) * few.problems["train"].frames) as advance:
         tried = tuple(_tried(policy, few.measure(policy, "train", advance)) for policy in policies)
     seconds = start.seconds + time.monotonic() - begun
-    at = tuple(np.geomspace(learned.trade_offs[0], learned.trade_offs[-1], SPREAD).tolist())
+    at = learned.spread_trade_offs(SPREAD)
     return replace(start, learned=tried, learned_at=at, learning_frames=learned.frames, seconds=seconds)
 
 

@@ -73,7 +73,8 @@ def copy_of(network: nn.Module, device: torch.device) -> nn.Module:
                 setattr(module, name, plain)
         forward: Any = vars(module).get("forward")
         if hasattr(forward, "_torchdynamo_orig_callable"):  # compiled, and still of the network that was copied
-            module.forward = MethodType(getattr(unwrap(forward), "__func__", unwrap(forward)), module)
+            method = unwrap(forward)
+            module.forward = MethodType(getattr(method, "__func__", method), module)
         _settle(module)
     elsewhere = {f"{t.device}" for t in [*duplicate.parameters(), *duplicate.buffers()] if t.device != device}
     if elsewhere:
