@@ -257,7 +257,8 @@ class Skipping:
             low, high = 0.0, 1.0
             for _ in range(BISECTIONS):
                 share = (low + high) / 2
-                tiles = torch.arange(max(1, int(share * tiling.count)), device="cpu")
+                count = max(1, int(share * tiling.count))
+                tiles = torch.arange(count, device="cpu") * tiling.count // count  # spread, as motion is
                 spent = _seconds(lambda some=tiles: self.add(product, tiling, some, codes, 1.0, y))  # type: ignore[misc]
                 low, high = (share, high) if spent < WORTH * whole else (low, share)
             self._shares[key] = low
