@@ -108,17 +108,18 @@ def carry(values: Num[Tensor, "b n gh gw"], size: tuple[int, int], finest: str) 
 
     `finest` is "max" for levels (more bits) and "min" for thresholds.
     """
-    clips, rows, *grid = values.shape
-    index = _covered(size, (grid[0], grid[1]), values.device)
-    spread = values.transpose(0, 1).flatten(2).index_select(2, index.flatten()).view(rows, clips, *size, index.shape[1])
-    if index.shape[1] == 1:
-        return spread[..., 0]
-    return spread.amax(4) if finest == "max" else spread.amin(4)
+    carried = values.transpose(0, 1)
+    for axis in (3, 2):  # first along rows, so that then whole rows are copied
+        cover = _covered(size[axis - 2], values.shape[axis], values.device)
+        carried = carried.index_select(axis, cover.flatten()).unflatten(axis, cover.shape)
+        if cover.shape[1] == 1:  # over which amin is slow
+            carried = carried.squeeze(axis + 1)
+        else:
+            carried = carried.amax(axis + 1) if finest == "max" else carried.amin(axis + 1)
+    return carried
 
 
 @lru_cache(maxsize=512)
-def _covered(size: tuple[int, int], grid: tuple[int, int], device: torch.device) -> Int64[Tensor, "hw k"]:
-    """By position of a layer, row by row, the grid cells that it covers, padded by repetition."""
-    rows, columns = cells_of(size[0], grid[0])[0], cells_of(size[1], grid[1])[0]
-    index = rows[:, None, :, None] * grid[1] + columns[None, :, None, :]  # (h, w, k, k')
-    return index.flatten(2).flatten(0, 1).to(device)
+def _covered(length: int, cells: int, device: torch.device) -> Int64[Tensor, "length k"]:
+    """By position of a layer along an axis, the grid cells that it covers, padded by repetition."""
+    return cells_of(length, cells)[0].to(device)
