@@ -123,7 +123,8 @@ def adaptable(policy: Policy) -> LearnedPolicy:
     Raises:
         PolicyError: its thresholds were not learned by gradients, or it decides on keyframes too.
     """
-    if not isinstance(policy, LearnedPolicy) or policy.keyframes is not None or not policy.scheme.learned_at:
+    own = isinstance(policy, LearnedPolicy) and policy.keyframes is None and not policy.scheme.integral
+    if not own or not policy.scheme.learned_at:
         raise PolicyError(
             "The policy cannot adapt: only one whose thresholds were learned by gradients can, and which does not "
             "decide on keyframes. Train it with training.trainer=gradient, or training.warm_start=gradient."

@@ -48,11 +48,13 @@ class Base(NamedTuple):
 
     Attributes:
         taus: one row for each lambda (`ActionScheme.base`).
-        learned_at: as of `ActionScheme`.
+        learned_at, integral, fill: as of `ActionScheme`.
     """
 
     taus: tuple[tuple[float, ...], ...]
     learned_at: tuple[float, ...]
+    integral: float = 0.0
+    fill: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ class Study:
             environment.ignored,
         )
         layers = problem.model.group_of_site.tolist()
-        return scheme if self.base is None else scheme.on(self.base.taus, layers, self.base.learned_at)
+        base = self.base
+        return scheme if base is None else scheme.on(base.taus, layers, base.learned_at, base.integral, base.fill)
 
     def agents(self, fields: Policy | None = None) -> BatchedEnvironment:
         """Agents on the training clips; agents that decide on keyframes alone where `fields` chooses the rest."""
