@@ -12,7 +12,8 @@ in turn, the second time that the clip runs, since oneDNN compiles for every num
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resq_rl.perception import ddrnet23_slim
-from resq_rl.quantization import QuantizationConfig, ResQModel, ThresholdField, to_float
+from resq_rl.quantization import QuantizationConfig, ResQModel, StreamState, ThresholdField, to_float
 from resq_rl.quantization.kernels import Product
 from resq_rl.quantization.kernels.skipping import Tiling
 from resq_rl.video import DavisVideo
@@ -89,29 +90,38 @@ class Active:
 
 def row(model: ResQModel, active: Active, title: str, frames: Tensor, tau: float) -> str:
     """A row of the table for frames after a keyframe."""
-    field, every = ThresholdField.constant(tau, 1, len(model.groups)), torch.ones(1, dtype=torch.bool)
-    skipping: Any = model.kernels.skipping  # type: ignore[attr-defined]
     inputs = [to_float(frame[None]) for frame in frames]
-    for _ in range(2):
-        states = {"tiles": model.new_state(1), "whole": model.new_state(1)}
-        for state in states.values():
-            model.step(inputs[0], state, every, field)
-        spent: dict[str, list[float]] = {"float": [], "tiles": [], "whole": []}
-        shares, bops = [], []
-        for frame in inputs[1:]:
-            now = states["tiles"], ~every, field
-            spent["float"].append(seconds(lambda x=frame: model.float_forward(x)))
-            active.share()
-            spent["tiles"].append(seconds(lambda x=frame, now=now: bops.append(model.step(x, *now)[1])))
-            shares.append(active.share())
-            skipping.enabled, now = False, (states["whole"], ~every, field)
-            spent["whole"].append(seconds(lambda x=frame, now=now: model.step(x, *now)))
-            skipping.enabled = True
-    base, tiles, whole = (statistics.median(spent[name]) for name in ("float", "tiles", "whole"))
-    share = statistics.mean(shares)
-    cost = statistics.mean(float(c.total) for c in bops) / model.reference_bops()
+    field = ThresholdField.constant(tau, 1, len(model.groups))
+    run(model, active, inputs, field)
+    spent, shares, bops = run(model, active, inputs, field)
+    base, tiles, whole = (statistics.median(times) for times in spent)
     ratios = f"{1e3 * tiles:.0f} | {tiles / base:.2f} | {tiles / whole:.2f}"
-    return f"| {title}, tau {tau} | {share:.2f} | {cost:.3f} | {ratios} |"
+    return f"| {title}, tau {tau} | {statistics.mean(shares):.2f} | {statistics.mean(bops):.3f} | {ratios} |"
+
+
+def run(
+    model: ResQModel, active: Active, inputs: Sequence[Tensor], field: ThresholdField
+) -> tuple[tuple[list[float], list[float], list[float]], list[float], list[float]]:
+    """Seconds of the frames after the first in float, with tiles and whole; shares that were active; shares of W8A8."""
+    skipping: Any = model.kernels.skipping  # type: ignore[attr-defined]
+    every, states = torch.ones(1, dtype=torch.bool), (model.new_state(1), model.new_state(1))
+    spent: tuple[list[float], list[float], list[float]] = ([], [], [])
+    shares, costs = [], []
+
+    def step(x: Tensor, state: StreamState) -> None:
+        costs.append(model.step(x, state, ~every, field)[1])
+
+    for state in states:
+        model.step(inputs[0], state, every, field)
+    for x in inputs[1:]:
+        spent[0].append(seconds(partial(model.float_forward, x)))
+        active.share()
+        spent[1].append(seconds(partial(step, x, states[0])))
+        shares.append(active.share())
+        skipping.enabled = False
+        spent[2].append(seconds(partial(step, x, states[1])))
+        skipping.enabled = True
+    return spent, shares, [float(cost.total) / model.reference_bops() for cost in costs]
 
 
 def seconds(run: Callable[[], object]) -> float:
