@@ -31,7 +31,7 @@ static inline int32_t magnitude_bits(float residual) {
     return bits & 0x7fffffff;
 }
 
-static void largest_magnitudes(const float *restrict x, const float *restrict reference, int64_t channels, int64_t count,
+static inline __attribute__((always_inline)) void largest_magnitudes(const float *restrict x, const float *restrict reference, int64_t channels, int64_t count,
                                int64_t pixel, int64_t channel, float *restrict found) {
     int32_t largest[BLOCK] = {0};
     if (channel == 1 && channels < NARROW) {  // too few to fill a vector: all of the block in one loop
@@ -119,56 +119,66 @@ static inline __attribute__((always_inline)) void encode_block(
     }
 }
 
-// Codes of residuals, with the reference moved by them where `moves`. `steps` holds 1 / step, largest code, units and
+// Codes of residuals of one block of pixels, with the reference moved by them where `moves`. `steps` holds 1 / step, largest code, units and
 // cost of `entries`, one after the other. A pixel's entry is index[p]; or, where `kappas` > 0,
 // index[p] * (kappas + 1) + #{j : magnitude > tau[p] * sigma * kappa[j]}.
 // With `active` it marks the pixels that have a code other than 0, and codes must be 0 before: those of other pixels are
 // not written. A pixel has one where its largest magnitude has, since rounding is monotone.
-int64_t resq_encode(const struct arguments_encode *a) {
-    const int64_t clips = a->clips, channels = a->channels, channels_last = a->channels_last, threads = a->threads;
-    const int64_t kappas = a->kappas, entries = a->entries, moves = a->moves, pixels = a->pixels, *index = a->index;
-    const float *x = a->x, *tau = a->tau, *kappa = a->kappa, *steps = a->steps, sigma = a->sigma, step = a->step;
-    float *reference = a->reference, *cost = a->cost;
-    uint8_t *active = a->active;
+static inline __attribute__((always_inline)) int64_t encode_some(const struct arguments_encode *a, int64_t b,
+                                                                const int64_t channels, const int channels_last) {
+    const int64_t pixels = a->pixels, kappas = a->kappas, entries = a->entries;
     const int64_t pixel = channels_last ? channels : 1, channel = channels_last ? 1 : pixels;
-    const int64_t blocks = (pixels + BLOCK - 1) / BLOCK;
+    const int64_t blocks = (pixels + BLOCK - 1) / BLOCK, first = b % blocks * BLOCK;
+    const int64_t count = pixels - first < BLOCK ? pixels - first : BLOCK;
+    const int64_t at = b / blocks * pixels + first, start = b / blocks * pixels * channels + first * pixel;
+    const float *x = a->x + start;
+    float *reference = a->reference + start;
+    uint8_t *active = a->active ? a->active + at : 0;
+    int64_t nan = 0;
+    float inverse[BLOCK], limit[BLOCK], unit[BLOCK], magnitude[BLOCK];
+    int32_t entry[BLOCK];
+    largest_magnitudes(x, reference, channels, count, pixel, channel, magnitude);
+    for (int64_t p = 0; p < count; p++) nan |= magnitude[p] != magnitude[p];
+    for (int64_t p = 0; p < count; p++) entry[p] = (int32_t)(a->index[at + p] * (kappas + 1));
+    for (int64_t j = 0; j < kappas; j++)
+        for (int64_t p = 0; p < count; p++) {
+            const float bound = a->tau[at + p] * a->sigma;
+            entry[p] += magnitude[p] > bound * a->kappa[j];
+        }
+    for (int64_t p = 0; p < count; p++) {
+        inverse[p] = a->steps[entry[p]];
+        limit[p] = a->steps[entries + entry[p]];
+        unit[p] = a->steps[2 * entries + entry[p]];
+        a->cost[at + p] = a->steps[3 * entries + entry[p]];
+    }
+    if (active) {
+        int any = 0;
+        for (int64_t p = 0; p < count; p++) {
+            active[p] = rintf(magnitude[p] * inverse[p]) >= 1.0f;
+            any |= active[p];
+        }
+        if (!any) return nan;
+    }
+    if (a->bytes) {
+        encode_block(x, reference, (uint8_t *)a->codes + start, 1, a->zero, channels, count, pixel, channel, inverse,
+                     limit, unit, a->moves, a->step, active);
+    } else {
+        encode_block(x, reference, (float *)a->codes + start, 0, 0.0f, channels, count, pixel, channel, inverse, limit,
+                     unit, a->moves, a->step, active);
+    }
+    return nan;
+}
+
+int64_t resq_encode(const struct arguments_encode *a) {
+    const int64_t channels = a->channels, threads = a->threads, blocks = (a->pixels + BLOCK - 1) / BLOCK;
     int64_t nan = 0;
 #pragma omp parallel for num_threads(threads) if (threads > 1) reduction(| : nan)
-    for (int64_t b = 0; b < clips * blocks; b++) {
-        const int64_t clip = b / blocks, first = b % blocks * BLOCK;
-        const int64_t count = pixels - first < BLOCK ? pixels - first : BLOCK;
-        const int64_t at = clip * pixels + first, start = clip * pixels * channels + first * pixel;
-        float inverse[BLOCK], limit[BLOCK], unit[BLOCK], magnitude[BLOCK];
-        largest_magnitudes(x + start, reference + start, channels, count, pixel, channel, magnitude);
-        for (int64_t p = 0; p < count; p++) nan |= magnitude[p] != magnitude[p];
-        for (int64_t p = 0; p < count; p++) {
-            int64_t entry = index[at + p];
-            if (kappas > 0) {
-                const float bound = tau[at + p] * sigma;
-                entry *= kappas + 1;
-                for (int64_t j = 0; j < kappas; j++) entry += magnitude[p] > bound * kappa[j];
-            }
-            inverse[p] = steps[entry];
-            limit[p] = steps[entries + entry];
-            unit[p] = steps[2 * entries + entry];
-            cost[at + p] = steps[3 * entries + entry];
-        }
-        if (active) {
-            int any = 0;
-            for (int64_t p = 0; p < count; p++) {
-                active[at + p] = rintf(magnitude[p] * inverse[p]) >= 1.0f;
-                any |= active[at + p];
-            }
-            if (!any) continue;
-        }
-        if (a->bytes) {
-            encode_block(x + start, reference + start, (uint8_t *)a->codes + start, 1, a->zero, channels, count, pixel,
-                         channel, inverse, limit, unit, moves, step, active ? active + at : 0);
-        } else {
-            encode_block(x + start, reference + start, (float *)a->codes + start, 0, 0.0f, channels, count, pixel,
-                         channel, inverse, limit, unit, moves, step, active ? active + at : 0);
-        }
-    }
+    for (int64_t b = 0; b < a->clips * blocks; b++)  // few channels as constants, over which loops unroll
+        nan |= !a->channels_last ? encode_some(a, b, channels, 0)
+               : channels == 3   ? encode_some(a, b, 3, 1)
+               : channels == 8   ? encode_some(a, b, 8, 1)
+               : channels == 16  ? encode_some(a, b, 16, 1)
+                                 : encode_some(a, b, channels, 1);
     return nan;
 }
 
