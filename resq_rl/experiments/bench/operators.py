@@ -115,6 +115,7 @@ def _residual_calls(
     for _ in range(rounds + 1):
         moving.reverse()
         calls: list[tuple[float, float]] = []
+        model.float_forward(moving[0])  # leaves in the caches what it does between frames that are timed
         with _timed_calls(model, calls):
             model.step(moving[0], state, ~every, field)
         found.append(calls)
@@ -127,7 +128,9 @@ def _residual_calls(
 def cost_table(times: Sequence[OperatorTimes], frame: float, machine: str) -> CostTable:
     """The costs of this machine in nanoseconds: per multiply-accumulate and kind of layer, operator and frame.
 
-    All widths cost the same here, since codes of any width are multiplied by the same instructions.
+    All widths cost the same here, since codes of any width are multiplied by the same instructions. What a
+    multiply-accumulate of an active tile takes is fitted by least squares to what operators take beyond a step in which
+    nothing is active, at all shares of active tiles that were timed.
 
     Args:
         frame: milliseconds of a residual frame in which nothing is active.
@@ -135,10 +138,7 @@ def cost_table(times: Sequence[OperatorTimes], frame: float, machine: str) -> Co
     """
     operator = statistics.mean(t.skipped for t in times)
     kinds: dict[Any, Sequence[OperatorTimes]] = {t.kind: [u for u in times if u.kind == t.kind] for t in times}
-    macs = {
-        kind: max(0.0, 1e6 * sum(t.dense - t.skipped for t in own) / sum(t.macs for t in own))
-        for kind, own in (kinds | {"any": times}).items()
-    }
+    macs = {kind: 1e6 * _slope(own) for kind, own in (kinds | {"any": times}).items()}
     return CostTable(
         name="measured",
         source=f"Measured by resq-rl profile on {machine}. Unit: nanoseconds.",
@@ -147,3 +147,9 @@ def cost_table(times: Sequence[OperatorTimes], frame: float, machine: str) -> Co
         operator=1e6 * operator,
         frame=max(0.0, 1e6 * (frame - operator * len(times))),
     )
+
+
+def _slope(times: Sequence[OperatorTimes]) -> float:
+    """Milliseconds per multiply-accumulate of active tiles; 0 where they take no longer than none."""
+    points = [(t.macs * share, ms - t.skipped) for t in times for share, ms in [*t.active, (1.0, t.dense)]]
+    return max(0.0, sum(macs * ms for macs, ms in points) / sum(macs**2 for macs, _ in points))

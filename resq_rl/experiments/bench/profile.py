@@ -177,15 +177,18 @@ class _Frames:
 
 
 class _Recorded:
-    """A policy whose decisions are kept, or one that repeats them."""
+    """A policy whose decisions are kept, with the seconds that each took, or one that repeats them."""
 
     def __init__(self, policy: Policy, decisions: Iterable[Decision] | None = None) -> None:
         self.decisions: list[Decision] = []
+        self.seconds: list[float] = []
         self._policy, self._given = policy, None if decisions is None else iter(decisions)
 
     def decide(self, view: FrameView) -> Decision:
         """The policy's decision, or the next of those given."""
+        started = time.perf_counter()
         self.decisions.append(self._policy.decide(view) if self._given is None else next(self._given))
+        self.seconds.append(time.perf_counter() - started)
         return self.decisions[-1]
 
     def __getattr__(self, name: str) -> Any:
@@ -199,7 +202,8 @@ def _row(frames: _Frames, point: _Point, table: CostTable) -> dict[str, Any]:
     spent, beside, bops = frames.run(recorded)
     with whole_layers(problem.model):
         whole, _, _ = frames.run(_Recorded(point.policy, recorded.decisions))
-    predicted = _predicted(frames, point.policy, recorded.decisions, table)
+    deciding = 1e3 * statistics.median(recorded.seconds)
+    predicted = deciding + _predicted(frames, point.policy, recorded.decisions, table)
     milliseconds = 1e3 * statistics.mean(spent)
     return {
         "method": point.method,
@@ -210,6 +214,7 @@ def _row(frames: _Frames, point: _Point, table: CostTable) -> dict[str, Any]:
         "ms": milliseconds,
         "worst_ms": 1e3 * max(spent),
         "of_float": statistics.median(a / b for a, b in zip(spent, beside, strict=True)),
+        "deciding_ms": deciding,
         "of_whole_layers": statistics.mean(spent) / statistics.mean(whole),
         "predicted_ms": predicted,
         "predicted_over_measured": predicted / milliseconds,

@@ -71,6 +71,14 @@ def test_a_table_predicts_what_its_times_say(problem: Problem) -> None:
     assert milliseconds(NOTHING, 0) == pytest.approx(rest + sum(t.skipped for t in times))
 
 
+def test_what_active_tiles_cost_is_fitted_to_all_shares() -> None:
+    """By hand: (1 * 2 + 0.5 * 3) / (1 + 0.25) = 2.8 ms for a million multiply-accumulates; no less than nothing."""
+    own = OperatorTimes("layer", "conv", 1_000_000, 1.0, 2.1, 0.1, [(0.5, 3.1)])
+    assert cost_table([own], 1.0, "a machine").macs["conv"][16][16] == pytest.approx(2.8)
+    faster = OperatorTimes("layer", "conv", 1_000_000, 1.0, 0.1, 0.2, [])
+    assert cost_table([faster], 1.0, "a machine").macs["conv"][16][16] == 0.0
+
+
 def test_a_model_under_another_cost_is_as_one_made_with_it(problem: Problem) -> None:
     model = problem.model
     frames = [to_float(problem.clips[0].frames[t : t + 1]) for t in (0, 1)]
