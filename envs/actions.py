@@ -75,8 +75,6 @@ class ActionScheme:
         layers: with `base`, the layer group of every layer.
         learned_at: with a `base` that was learned by gradients, the lambda of each of its rows, which weighs BOPs
             against `Task.divergence`.
-        integral, fill: with a `base`, under a budget: it is multiplied by exp(integral (fill - left)), with `left` how
-            full the bucket is, which is the rate control of `resq_rl.policies.RateControl`. An integral of 0 leaves it.
         ignored: features that agents see as 0, by their names of `resq_rl.envs.observation` or patterns such as
             "spent_*": to learn what each is worth.
     """
@@ -93,8 +91,6 @@ class ActionScheme:
     base: tuple[tuple[float, ...], ...] = ()
     layers: tuple[int, ...] = ()
     learned_at: tuple[float, ...] = ()
-    integral: float = 0.0
-    fill: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in ACTIONS or self.agents not in get_args(Agents):
@@ -112,11 +108,6 @@ class ActionScheme:
                 raise SettingsError(
                     f"No observed feature is named {pattern!r}, to be ignored. There are {list(known)}."
                 )
-        if not (self.integral >= 0 and 0 <= self.fill <= 1) or (self.integral and not self.base):
-            raise SettingsError(
-                "Rate control moves a base, by an integral of 0 or more and a fill from 0 to 1: got "
-                f"{self.integral:g} and {self.fill:g}, {'with' if self.base else 'without'} a base."
-            )
         if self.base:
             self._check_base()
 
@@ -139,18 +130,12 @@ class ActionScheme:
             )
 
     def on(
-        self,
-        base: Sequence[Sequence[float]],
-        layers: Sequence[int],
-        learned_at: Sequence[float] = (),
-        integral: float = 0.0,
-        fill: float = 0.0,
+        self, base: Sequence[Sequence[float]], layers: Sequence[int], learned_at: Sequence[float] = ()
     ) -> "ActionScheme":
         """The scheme whose agents choose among FACTORS of a base, in place of thresholds."""
         rows = tuple(tuple(map(float, row)) for row in base)
         at = tuple(map(float, learned_at))
-        own = replace(self, thresholds=FACTORS, base=rows, layers=tuple(layers), learned_at=at)
-        return replace(own, integral=integral, fill=fill)
+        return replace(self, thresholds=FACTORS, base=rows, layers=tuple(layers), learned_at=at)
 
     @property
     def neutral(self) -> int:
@@ -241,7 +226,7 @@ class ActionScheme:
         actions: Int[np.ndarray, "agents k"],
         due: Bool[Tensor, " b"] | None = None,
         field: Field | None = None,
-        observation: Observation | None = None,
+        place: Float[Tensor, " b"] | None = None,
     ) -> Decision:
         """`decision` for actions from outside, which are checked.
 
@@ -250,14 +235,14 @@ class ActionScheme:
         """
         chosen = torch.as_tensor(np.asarray(actions))
         self._check(chosen)
-        return self.decision(chosen, due, field, observation)
+        return self.decision(chosen, due, field, place)
 
     def decision(
         self,
         chosen: Int[Tensor, "agents k"],
         due: Bool[Tensor, " b"] | None = None,
         field: Field | None = None,
-        observation: Observation | None = None,
+        place: Float[Tensor, " b"] | None = None,
     ) -> Decision:
         """The decision that the agents' actions make together.
 
@@ -265,11 +250,10 @@ class ActionScheme:
             chosen: one row of indices per agent, in the order of `observe`.
             due: for region agents, which clips are due a keyframe.
             field: for "keyframe", how the other frames run.
-            observation: with a base, that of the clips, which holds lambda's place in its range and how full the
-                bucket is.
+            place: with a base, lambda's place in its range (`Observation.trade_off`).
 
         Raises:
-            PolicyError: "keyframe" is given no field, or a base no observation.
+            PolicyError: "keyframe" is given no field, or a base no place.
         """
         clips = len(chosen) // self.agents_per_clip
         if self.agents == "frame":
@@ -285,18 +269,15 @@ class ActionScheme:
         if self.by_threshold:
             thresholds = torch.tensor(self.thresholds)[table]
             if self.base:
-                thresholds = thresholds[:, list(self.layers)] * self._base_at(observation)[:, :, None, None]
+                thresholds = thresholds[:, list(self.layers)] * self._base_at(place)[:, :, None, None]
             return Decision(refresh, ThresholdField(thresholds, self.kappa))
         return Decision(refresh, LevelField(table))
 
-    def _base_at(self, observation: Observation | None) -> Float[Tensor, "b s"]:
-        """The thresholds of the layers of each clip."""
-        if observation is None:
-            raise PolicyError("The thresholds of a base depend on lambda: give the observation, which holds its place.")
-        log_taus = knot_weights(observation.trade_off, len(self.base)) @ torch.tensor(self.base).log()
-        if self.integral:
-            log_taus = log_taus + self.integral * (self.fill - observation.budget_left[:, None])
-        return log_taus.exp()
+    def _base_at(self, place: Float[Tensor, " b"] | None) -> Float[Tensor, "b s"]:
+        """The thresholds of the layers at places of lambda."""
+        if place is None:
+            raise PolicyError("The thresholds of a base depend on lambda: give its place in its range.")
+        return (knot_weights(place, len(self.base)) @ torch.tensor(self.base).log()).exp()
 
     def _check(self, actions: Tensor) -> None:
         nvec = torch.tensor(self.nvec)

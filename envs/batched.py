@@ -161,8 +161,8 @@ class BatchedEnvironment:
         """
         due = (self.interval > 0) & (self.streams.age + 1 >= self.interval)
         field = None if self.fields is None else self.fields.decide(self._view).field
-        observation = self._view.observation if self.scheme.base else None
-        result = self.streams.step(self.scheme.decide(actions, due, field, observation))
+        place = self._view.observation.trade_off if self.scheme.base else None
+        result = self.streams.step(self.scheme.decide(actions, due, field, place))
         trade_off = self.streams.trade_off.clone()  # clips that start below get another
         frame = result.reward(trade_off)
         rewards = self._rewards(result, frame)

@@ -79,11 +79,6 @@ class Observation:
         """Lambda's place in its range, on a log scale."""
         return self.frame[:, FRAME_FEATURES.index("trade_off")]
 
-    @property
-    def budget_left(self) -> Float[Tensor, " b"]:
-        """How full the bucket of the budget is."""
-        return self.frame[:, FRAME_FEATURES.index("budget_left")]
-
     def per_region(self) -> Float[Tensor, "b gh gw n"]:
         """Region features followed by the frame's, for agents that see one region."""
         frame = self.frame[:, None, None].expand(*self.regions.shape[:3], -1)

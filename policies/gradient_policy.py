@@ -121,18 +121,12 @@ def adaptable(policy: Policy) -> LearnedPolicy:
     """The policy, where gradients can go on learning what it began with.
 
     Raises:
-        PolicyError: its thresholds were not learned by gradients, or it decides on keyframes or follows a budget too.
+        PolicyError: its thresholds were not learned by gradients, or it decides on keyframes too.
     """
-    if (
-        not isinstance(policy, LearnedPolicy)
-        or policy.keyframes is not None
-        or not policy.scheme.learned_at
-        or policy.scheme.integral
-    ):
+    if not isinstance(policy, LearnedPolicy) or policy.keyframes is not None or not policy.scheme.learned_at:
         raise PolicyError(
             "The policy cannot adapt: only one whose thresholds were learned by gradients can, and which does not "
-            "decide on keyframes or follow the bucket of a budget. Train it with training.trainer=gradient, or "
-            "training.warm_start=gradient."
+            "decide on keyframes. Train it with training.trainer=gradient, or training.warm_start=gradient."
         )
     return policy
 

@@ -213,7 +213,7 @@ class LearnedPolicy:
         if self.keyframes is not None:
             refresh = self.keyframes.choose(self.keyframes.scheme.observe(observation))[:, -1] == 1
         chosen = self.choose(self.scheme.observe(observation))
-        return self.scheme.decision(chosen, refresh, observation=observation)
+        return self.scheme.decision(chosen, refresh, place=observation.trade_off)
 
     def decide(self, view: FrameView) -> Decision:
         """The nearest action of every agent.

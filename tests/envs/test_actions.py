@@ -1,6 +1,5 @@
 """Numbers chosen by agents, and the decisions that they make."""
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -191,20 +190,12 @@ def test_only_known_features_can_be_ignored() -> None:
 # Factors of a base ---------------------------------------------------------------------------------------------------
 
 
-def _observed(trade_off: list[float], budget_left: float = 1.0) -> Observation:
-    """An observation of three layer groups and one region, of which a base takes only these two."""
-    frame = torch.zeros(len(trade_off), len(FRAME_FEATURES))
-    frame[:, FRAME_FEATURES.index("trade_off")] = torch.tensor(trade_off)
-    frame[:, FRAME_FEATURES.index("budget_left")] = budget_left
-    return Observation(torch.zeros(len(trade_off), 1, 1, len(region_features(3))), frame)
-
-
 def test_factors_multiply_the_thresholds_of_their_layers() -> None:
     """By hand: four layers in three groups, and a base that is interpolated by its logarithm."""
     made = scheme("region_thresholds", "region", grid=(1, 1)).on([(1, 2, 3, 4), (4, 8, 12, 16)], (0, 1, 1, 2))
     one = made.neutral
     actions = np.array([[one, one + 2, one - 2]] * 3)
-    field = made.decide(actions, observation=_observed(trade_off=[0.0, 0.5, 1.0])).field
+    field = made.decide(actions, place=torch.tensor([0.0, 0.5, 1.0])).field
     assert isinstance(field, ThresholdField)
     expected = torch.tensor([[1.0, 4, 6, 2], [2.0, 8, 12, 4], [4.0, 16, 24, 8]])
     torch.testing.assert_close(field.thresholds[:, :, 0, 0], expected)
@@ -212,27 +203,9 @@ def test_factors_multiply_the_thresholds_of_their_layers() -> None:
 
 def test_a_base_of_one_lambda_is_the_same_everywhere() -> None:
     made = scheme("region_thresholds", "region", grid=(1, 1)).on([(1, 2, 3)], (0, 1, 2))
-    field = made.decide(np.full((2, 3), made.neutral), observation=_observed(trade_off=[0.0, 0.9])).field
+    field = made.decide(np.full((2, 3), made.neutral), place=torch.tensor([0.0, 0.9])).field
     assert isinstance(field, ThresholdField)
     torch.testing.assert_close(field.thresholds[:, :, 0, 0], torch.tensor([[1.0, 2, 3]] * 2))
-
-
-def test_a_bucket_moves_a_base_as_it_does_controlled_thresholds() -> None:
-    """By hand: exp(2 (0.6 - 0.1)) = e; a bucket that is as full as it is to be leaves the base."""
-    made = scheme("region_thresholds", "region", grid=(1, 1)).on([(1, 2, 3)], (0, 1, 2), integral=2.0, fill=0.6)
-    for left, factor in ((0.1, math.e), (0.6, 1.0), (1.0, math.exp(-0.8))):
-        field = made.decide(np.full((1, 3), made.neutral), observation=_observed([0.3], left)).field
-        assert isinstance(field, ThresholdField)
-        torch.testing.assert_close(field.thresholds[0, :, 0, 0], factor * torch.tensor([1.0, 2, 3]))
-
-
-def test_rate_control_without_a_base_or_out_of_range_is_refused() -> None:
-    region = scheme("region_thresholds", "region")
-    for integral, fill in ((-1.0, 0.5), (1.0, 1.5), (math.nan, 0.5)):
-        with pytest.raises(SettingsError, match="integral of 0 or more and a fill from 0 to 1"):
-            region.on([(1.0, 2.0, 3.0)], (0, 1, 2), integral=integral, fill=fill)
-    with pytest.raises(SettingsError, match="without a base"):
-        replace(region, integral=1.0, fill=0.5)
 
 
 def test_a_base_that_does_not_fit_is_refused() -> None:

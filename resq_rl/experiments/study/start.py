@@ -13,18 +13,10 @@ import numpy as np
 from resq_rl.envs import ActionScheme, Measurement
 from resq_rl.errors import SettingsError
 from resq_rl.experiments.config.settings import EnvironmentSettings, Search
-from resq_rl.experiments.results.methods import controlled
 from resq_rl.experiments.results.statistics import MAXIMUM_ACCURACY_LOSS
 from resq_rl.experiments.runs.progress import stage
 from resq_rl.experiments.study.study import Base, Study
-from resq_rl.policies import (
-    GradientSettings,
-    GroupThresholds,
-    LearnedThresholds,
-    RateControl,
-    StaticResQ,
-    learn_thresholds,
-)
+from resq_rl.policies import GradientSettings, GroupThresholds, LearnedThresholds, StaticResQ, learn_thresholds
 from resq_rl.policies.ppo import FirstChoice
 from resq_rl.policies.search import Tried, evolve_thresholds, search_group_thresholds
 from resq_rl.quantization import Reference
@@ -56,9 +48,9 @@ class Start:
         constants: the same choice (threshold or level) for all layer groups, at every keyframe interval.
         searched: a threshold for each layer group.
         clip_frames: frames that each of them took.
-        learned: a threshold for each layer, learned by gradients; under a rate controller where that is better.
+        learned: a threshold for each layer, learned by gradients.
         learned_at: the lambda of each of them, which weighs BOPs against `Task.divergence`.
-        learning_frames: frames that learning them took, and choosing a controller.
+        learning_frames: frames that learning them took.
         seconds: wall time of all that.
     """
 
@@ -83,11 +75,8 @@ class Start:
     def base(self, trade_offs: Sequence[float]) -> Base:
         """For each lambda, those learned thresholds of the layers that have the highest reward."""
         best = [min(range(len(self.learned)), key=lambda i: self.learned[i].loss(t)) for t in trade_offs]
-        policies = [policy for i in best if isinstance(policy := self.learned[i].policy, GroupThresholds)]
-        base = Base(tuple(policy.taus for policy in policies), tuple(self.learned_at[i] for i in best))
-        if isinstance(controller := policies[0], RateControl):
-            return base._replace(integral=controller.integral, fill=controller.fill)
-        return base
+        taus = (policy.taus for i in best if isinstance(policy := self.learned[i].policy, GroupThresholds))
+        return Base(tuple(taus), tuple(self.learned_at[i] for i in best))
 
     def even(self, place: float) -> GroupThresholds | StaticResQ:
         """The constant at a place, from 0 (most BOPs) to 1 (fewest), counting those of one keyframe interval."""
@@ -145,7 +134,7 @@ def prepare_training(study: Study) -> tuple[Study, Start | None]:
     if training.warm_start == "gradient":
         start = _learned(study, start, max(1, training.search_frames))
         low, high = study.settings.environment.trade_off_range
-        study = replace(study, base=start.base(_knots(low, high)))
+        study = replace(study, base=start.base(np.geomspace(low, high, BASE_KNOTS if high > low else 1).tolist()))
     return study, start
 
 
@@ -176,24 +165,14 @@ def learning_interval(environment: EnvironmentSettings) -> int:
 
 def _learned(study: Study, start: Start, frames: int) -> Start:
     """The start with thresholds that were learned, and measured as what it began with."""
-    begun, environment = time.monotonic(), study.settings.environment
+    begun = time.monotonic()
     learned, few = learn(study, frames), _few_clips(study)
-    ways: list[list[GroupThresholds]] = [learned.spread(SPREAD)]
-    if environment.budget is not None and environment.budget.mean is not None:
-        ways += map(list, zip(*map(controlled, ways[0]), strict=True))
-    with stage("learned thresholds", len(ways) * SPREAD * few.problems["train"].frames) as advance:
-        tried = [tuple(_tried(policy, few.measure(policy, "train", advance)) for policy in way) for way in ways]
-    knots = _knots(*environment.trade_off_range)
-    best = min(tried, key=lambda way: sum(min(t.loss(trade_off) for t in way) for trade_off in knots))
-    frames = learned.frames + (len(ways) - 1) * SPREAD * start.clip_frames
-    seconds, at = start.seconds + time.monotonic() - begun, learned.spread_trade_offs(SPREAD)
-    return replace(start, learned=best, learned_at=at, learning_frames=frames, seconds=seconds)
-
-
-def _knots(low: float, high: float) -> list[float]:
-    """The values of lambda that have thresholds of their own in a base."""
-    found: list[float] = np.geomspace(low, high, BASE_KNOTS if high > low else 1).tolist()
-    return found
+    policies = learned.spread(SPREAD)
+    with stage("learned thresholds", len(policies) * few.problems["train"].frames) as advance:
+        tried = tuple(_tried(policy, few.measure(policy, "train", advance)) for policy in policies)
+    seconds = start.seconds + time.monotonic() - begun
+    at = learned.spread_trade_offs(SPREAD)
+    return replace(start, learned=tried, learned_at=at, learning_frames=learned.frames, seconds=seconds)
 
 
 def measure_constants(study: Study, scheme: ActionScheme) -> Start:

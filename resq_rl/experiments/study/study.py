@@ -48,13 +48,11 @@ class Base(NamedTuple):
 
     Attributes:
         taus: one row for each lambda (`ActionScheme.base`).
-        learned_at, integral, fill: as of `ActionScheme`.
+        learned_at: as of `ActionScheme`.
     """
 
     taus: tuple[tuple[float, ...], ...]
     learned_at: tuple[float, ...]
-    integral: float = 0.0
-    fill: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -138,8 +136,7 @@ class Study:
             environment.ignored,
         )
         layers = problem.model.group_of_site.tolist()
-        base = self.base
-        return scheme if base is None else scheme.on(base.taus, layers, base.learned_at, base.integral, base.fill)
+        return scheme if self.base is None else scheme.on(self.base.taus, layers, self.base.learned_at)
 
     def agents(self, fields: Policy | None = None) -> BatchedEnvironment:
         """Agents on the training clips; agents that decide on keyframes alone where `fields` chooses the rest."""

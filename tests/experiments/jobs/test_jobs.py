@@ -134,19 +134,6 @@ def test_under_a_budget_methods_are_compared_at_it(tmp_path: Path) -> None:
     assert "At the budget" in (folder / "report.html").read_text()
 
 
-def test_under_a_budget_ppo_begins_at_a_base_that_may_follow_the_bucket(tmp_path: Path) -> None:
-    """Which of the learned thresholds, with or without a controller, is what a few training clips say."""
-    budget = "environment.budget={peak: 0.4, mean: 0.2, bucket: 2}"
-    folder = run(tmp_path, "compare", "training.warm_start=gradient", budget, *FEW[1:], "training.frames=40")
-    policy = LearnedPolicy.load(folder / "seed0")
-    assert policy.scheme.base
-    assert (policy.scheme.integral, policy.scheme.fill) in {(0.0, 0.0), (1.0, 0.15), (1.0, 0.6)}
-    found = Comparison.read(folder / "comparison.json")
-    assert found.at_budget["ppo"].peak_bops <= 0.4 + 1e-9
-    ways, spread = 3, beginning.SPREAD * 18  # on three clips of six frames
-    assert found.env_frames_used_for_training >= 2 * 3 * 18 + ways * spread + 30 + 40
-
-
 def test_per_frame_is_the_unit_of_all_bops(compared: Path) -> None:
     comparison = Comparison.read(compared / "comparison.json")
     w8a8, w4a4 = comparison.fronts["per_frame"]

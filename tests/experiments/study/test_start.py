@@ -12,8 +12,8 @@ from resq_rl.errors import SettingsError
 from resq_rl.experiments.config.composition import load_settings
 from resq_rl.experiments.runs.progress import Advance
 from resq_rl.experiments.study.start import Start, first_choice, first_choices, prepare_training
-from resq_rl.experiments.study.study import Base, Study, build_study
-from resq_rl.policies import GroupThresholds, RateControl, StaticResQ, Tried
+from resq_rl.experiments.study.study import Study, build_study
+from resq_rl.policies import GroupThresholds, StaticResQ, Tried
 from resq_rl.video import Split
 from tests.envs.problems import TINY_NETWORK
 
@@ -90,13 +90,8 @@ def test_a_base_is_the_best_of_what_was_learned_and_says_at_which_lambda() -> No
         Tried(GroupThresholds(taus=(t, 2 * t)), e, b) for t, e, b in ((0.5, 0.1, 0.5), (1.0, 0.2, 0.2), (2.0, 0.5, 0.1))
     ]
     start = Start((), learned=tuple(learned), learned_at=(0.02, 0.2, 2.0))
-    assert start.base((0.01, 1.0, 9.0)) == Base(((0.5, 1.0), (1.0, 2.0), (2.0, 4.0)), (0.02, 0.2, 2.0))
-    assert start.base((9.0, 9.0)) == Base(((2.0, 4.0),) * 2, (2.0, 2.0))
-
-
-def test_learned_thresholds_under_a_controller_give_a_base_that_follows_the_bucket() -> None:
-    tried = Tried(RateControl(taus=(0.5, 1.0), integral=1.5, fill=0.6), 0.1, 0.2)
-    assert Start((), learned=(tried,), learned_at=(0.02,)).base((0.01,)) == Base(((0.5, 1.0),), (0.02,), 1.5, 0.6)
+    assert start.base((0.01, 1.0, 9.0)) == (((0.5, 1.0), (1.0, 2.0), (2.0, 4.0)), (0.02, 0.2, 2.0))
+    assert start.base((9.0, 9.0)) == (((2.0, 4.0),) * 2, (2.0, 2.0))
 
 
 def test_a_level_stands_for_all_layer_groups() -> None:
