@@ -2,9 +2,11 @@
 
 Generated clips with one or two cuts each. For every budget, the rate controller (constant thresholds, tuned on
 validation clips) runs without a keyframe, and a row says how many points of mean IoU it loses against the float network
-by frames since the scene began. The first row is W2A2 on every frame, whose cost is 1/16 of W8A8.
+by frames since the scene began; another, with a rule for changes of scene, which runs what fits of a keyframe. The
+first row is W2A2 on every frame, whose cost is 1/16 of W8A8.
 """
 
+import math
 from collections.abc import Iterator
 from itertools import product
 
@@ -19,6 +21,7 @@ from resq_rl.video import Clip, GeneratedVideo, Split
 CALIBRATION, VALIDATION, TEST = 12, 8, 24
 BUDGETS = (Budget(peak=0.25, mean=0.12), Budget(peak=0.15, mean=0.08))
 TAUS, INTEGRALS, FILLS = (0.3, 0.7, 1.0), (2.0, 8.0), (0.3, 0.7)
+SCENE_CHANGES = {"": (math.inf,), ", rule for changes of scene": (0.2, 0.3, 0.4)}
 SINCE = ((0, 1), (1, 2), (2, 4), (4, 8), (8, 16), (16, 48))  # frames since the scene began: from, to
 CUT = 0.1  # share of the pixels that change their class; motion stays below
 
@@ -33,14 +36,15 @@ def main() -> None:
     rows: list[tuple[str, Problem, Policy, Budget | None]] = [
         ("W2A2", problem_of(two, video, "test", TEST), PerFrame("previous"), None)
     ]
-    for budget in BUDGETS:
+    for budget, (rule, changes) in product(BUDGETS, SCENE_CHANGES.items()):
         grid = [
-            RateControl("previous", taus=(tau,), integral=gain, fill=fill)
-            for tau, gain, fill in product(TAUS, INTEGRALS, FILLS)
+            RateControl("previous", taus=(tau,), integral=gain, fill=fill, scene_change=change)
+            for tau, gain, fill, change in product(TAUS, INTEGRALS, FILLS, changes)
         ]
         best = max(grid, key=lambda policy: measure(validation, policy, budget=budget).accuracy)
-        print(f"peak {budget.peak}, mean {budget.mean}: {best.settings}")
-        rows.append((f"peak {budget.peak}, mean {budget.mean}", test, best, budget))
+        name = f"peak {budget.peak}, mean {budget.mean}{rule}"
+        print(f"{name}: {best.settings}", flush=True)
+        rows.append((name, test, best, budget))
     for cut, title in ((False, "since the start"), (True, "since a cut")):
         print(f"| frames {title} | {' | '.join(f'{a} to {b - 1}' if b > a + 1 else f'{a}' for a, b in SINCE)} |")
         print("| --- " * (len(SINCE) + 1) + "|")

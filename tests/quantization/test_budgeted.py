@@ -143,6 +143,29 @@ def test_a_stream_without_a_keyframe_is_refined_until_it_is_as_good_as_its_weigh
     assert not any(bool(cost.keyframe.any()) for cost in costs)
 
 
+def test_a_keyframe_that_does_not_fit_begins_from_nothing_where_that_is_nearer() -> None:
+    """A linear network, whose layers scale alike: a darker frame is nearer to nothing, a similar one is not."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = nn.Sequential(*(nn.Conv2d(n, m, 3, padding=1, bias=False) for n, m in ((3, 8), (8, 4)))).eval()
+    model = ResQModel(network, torch.zeros(1, 3, *SIZE), QuantizationConfig(weight_rounding="nearest"))
+    model.calibrate(byte_clips(2, 6, 3, SIZE), interval=3).compile()
+    every, field = everywhere(2, True), ThresholdField.constant(1.0, 2, len(model.groups))
+    limit = torch.full((2,), model.layer_costs.least + 0.2 * model.layer_costs.keyframe, dtype=torch.float64)
+    bright = frames(model, 1, 2)[0]
+    after = bright * torch.tensor([0.2, 0.9])[:, None, None, None]
+    fresh, fresh_cost = model.step(after, model.new_state(2), every, field, limit)
+    state = model.new_state(2)
+    before, _ = model.step(bright, state, every, field)
+    kept = before.clone()
+    found, cost = model.step(after, state, every, field, limit)
+    assert torch.equal(before, kept), "what was returned is the caller's"
+    assert torch.equal(found[0], fresh[0])
+    assert torch.equal(cost.bops[0], fresh_cost.bops[0])
+    wanted = model.float_forward(after)
+    assert (found[1] - wanted[1]).abs().mean() < 0.5 * (fresh[1] - wanted[1]).abs().mean()
+
+
 def test_a_limit_is_filled_by_the_finest_thresholds(model: ResQModel) -> None:
     """As far as whole pixels go, which are large here beside the frame."""
     inputs, limit = frames(model, 3, 2), 0.11 * model.reference_bops()

@@ -14,7 +14,8 @@ are lowered to the highest cap that fits, one for the whole frame.
 
 A keyframe that does not fit runs as the finest residual that does: under thresholds of 0 and the floors, with
 quantizers for the range of keyframes. On the first frame of a stream that is a residual against nothing, which are
-inputs of 0, and the frames that follow refine it.
+inputs of 0, and the frames that follow refine it. Later, a layer whose input is nearer to nothing than to its reference
+begins again from nothing: after a cut, most do.
 """
 
 import math
@@ -187,11 +188,25 @@ class BudgetedExecution(Execution):
 
     def _opened(self, plan: SitePlan, x: Tensor, rows: Any) -> Tensor:
         """The finest residual that fits, in place of a keyframe."""
+        self._forget(plan, x, rows)
         table = self.layer_costs.openings[self.position]
         assert table is not None  # as of all layers
         y, cost = self._added(plan, x, rows, table, partial(self._opening_choice, rows), moves=True)
         self._note(plan.site, cost, rows)
         return y
+
+    def _forget(self, plan: SitePlan, x: Tensor, rows: Any) -> None:
+        """Begin the references of a layer again from nothing in those clips whose input is nearer to that."""
+        state, at = self.state, self.position
+        residual = (x - state.inputs[at][rows]).abs().flatten(1).sum(1)
+        nearer = x.abs().flatten(1).sum(1) < residual
+        if not bool(nearer.any()):
+            return
+        own = torch.arange(len(self.refresh), device=x.device)[rows][nearer]
+        y, values = keyframe_output(plan, self.kernels, torch.zeros_like(x[:1]))
+        # What is held may be in other hands: what the last frame returned, or a keyframe that many clips share.
+        state.inputs[at], state.outputs[at] = state.inputs[at].clone(), state.outputs[at].clone()
+        state.inputs[at][own], state.outputs[at][own] = values, y
 
     def _opening_choice(self, rows: Any, plan: SitePlan, table: ResidualTable, image: Image, before: Image) -> Choice:
         tau = image.new_zeros(len(image), *image.shape[2:])
