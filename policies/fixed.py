@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from resq_rl.envs import Decision, FrameView
+from resq_rl.envs import Decision, FrameView, Observation
 from resq_rl.envs.observation import FRAME_FEATURES
 from resq_rl.errors import PolicyError
 from resq_rl.quantization import DEFAULT_KAPPA, LevelField, Reference, ThresholdField
@@ -20,41 +20,70 @@ __all__ = [
     "RandomLevels",
     "SkipGate",
     "StaticResQ",
+    "check_timing",
     "periodic",
-    "periodic_at",
     "scene_changed",
 ]
 
 
-def periodic(view: FrameView, interval: int) -> Bool[Tensor, " b"]:
-    """Which clips are due a keyframe, with one every `interval` frames; 0 means only the first frame."""
-    return periodic_at(view.age, interval)
+def periodic(age: Int64[Tensor, " b"], interval: int) -> Bool[Tensor, " b"]:
+    """Which clips are due a keyframe, with one every `interval` frames; 0 means only the first frame.
 
-
-def periodic_at(age: Int64[Tensor, " b"], interval: int) -> Bool[Tensor, " b"]:
-    """`periodic` for keyframes so many frames old."""
+    Args:
+        age: frames since each clip's keyframe.
+    """
     return age + 1 >= interval if interval else torch.zeros_like(age, dtype=torch.bool)
+
+
+def scene_changed(observation: Observation, least: float) -> Bool[Tensor, " b"]:
+    """Which clips have a `frame_residual_mean` (see `resq_rl.envs.observation`) above `least`, as after a cut."""
+    return _frame_residual(observation) > least
+
+
+def check_timing(interval: int, scene_change: float) -> None:
+    """Raise PolicyError unless keyframes can follow an interval and a rule for changes of scene."""
+    if interval < 0:
+        raise PolicyError(f"The keyframe interval must be 0 (first frame only) or more, got {interval}.")
+    if not scene_change > 0:
+        raise PolicyError(f"The mean residual of a change of scene must be positive, or infinite, got {scene_change}.")
+
+
+def _frame_residual(observation: Observation) -> Float[Tensor, " b"]:
+    return observation.frame[:, FRAME_FEATURES.index("frame_residual_mean")]
 
 
 @dataclass(frozen=True)
 class _Free:
-    """A policy that costs nothing to run and is the same for every trade-off."""
+    """A policy that costs nothing to run and is the same for every trade-off.
+
+    Attributes:
+        reference: what residuals are taken against.
+        interval: frames between keyframes; 0 for the first only.
+        scene_change: mean residual above which a frame runs as a keyframe too (`scene_changed`).
+    """
 
     reference: Reference = "previous"
     interval: int = 8
+    scene_change: float = field(default=math.inf, kw_only=True)
     trade_off: float = field(default=1.0, init=False, repr=False)
     trade_off_range: tuple[float, float] = field(default=(1.0, 1.0), init=False, repr=False)
     macs: int = field(default=0, init=False, repr=False)
     bits: int = field(default=8, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.interval < 0:
-            raise PolicyError(f"The keyframe interval must be 0 (first frame only) or more, got {self.interval}.")
+        check_timing(self.interval, self.scene_change)
 
     @property
     def settings(self) -> dict[str, object]:
         """Fields that identify the policy."""
-        return {"reference": self.reference, "interval": self.interval}
+        rule = {"scene_change": self.scene_change} if self.scene_change < math.inf else {}
+        return {"reference": self.reference, "interval": self.interval, **rule}
+
+    def _refresh(self, view: FrameView) -> Bool[Tensor, " b"]:
+        due = periodic(view.age, self.interval)
+        if self.scene_change == math.inf:  # nothing need be observed then
+            return due
+        return due | scene_changed(view.observation, self.scene_change)
 
 
 @dataclass(frozen=True)
@@ -82,43 +111,25 @@ class StaticResQ(_Free):
 
     def decide(self, view: FrameView) -> Decision:
         """The same level everywhere."""
-        return Decision(periodic(view, self.interval), LevelField.constant(self.level, view.clips, view.groups))
+        return Decision(self._refresh(view), LevelField.constant(self.level, view.clips, view.groups))
 
 
 @dataclass(frozen=True)
 class _Magnitude(_Free):
-    """Thresholds tau * kappa_j on a magnitude; a frame whose mean residual exceeds `scene_change` is a keyframe too."""
+    """Thresholds tau * kappa_j on a magnitude."""
 
     tau: float = 1.0
     kappa: tuple[float, ...] = DEFAULT_KAPPA
-    scene_change: float = math.inf
 
     @property
     def settings(self) -> dict[str, object]:
         """Fields that identify the policy."""
-        own: dict[str, object] = {"tau": self.tau, "kappa": list(self.kappa)}
-        return super().settings | own | ({"scene_change": self.scene_change} if self.scene_change < math.inf else {})
-
-    def _refresh(self, view: FrameView) -> Bool[Tensor, " b"]:
-        return periodic(view, self.interval) | scene_changed(view, self.scene_change)
-
-
-def scene_changed(view: FrameView, least: float) -> Bool[Tensor, " b"]:
-    """Which clips have a `frame_residual_mean` above `least`; nothing is observed where that is infinite."""
-    return torch.zeros(view.clips, dtype=torch.bool) if least == math.inf else _frame_residual(view) > least
-
-
-def _frame_residual(view: FrameView) -> Float[Tensor, " b"]:
-    return view.observation.frame[:, FRAME_FEATURES.index("frame_residual_mean")]
+        return super().settings | {"tau": self.tau, "kappa": list(self.kappa)}
 
 
 @dataclass(frozen=True)
 class DynamicResQ(_Magnitude):
-    """Dynamic ResQ (arXiv 2308.09511): levels per pixel and layer from the residual's magnitude, one tau for all.
-
-    A frame also runs as a keyframe where its `frame_residual_mean` (see `resq_rl.envs.observation`) exceeds
-    `scene_change`, as it does after a cut.
-    """
+    """Dynamic ResQ (arXiv 2308.09511): levels per pixel and layer from the residual's magnitude, one tau for all."""
 
     def decide(self, view: FrameView) -> Decision:
         """One threshold everywhere."""
@@ -130,8 +141,7 @@ class DynamicResQ(_Magnitude):
 class FrameMagnitude(_Magnitude):
     """The magnitude-threshold rule for a whole frame: its level from its mean residual, and keyframes likewise.
 
-    A frame with `frame_residual_mean` m (see `resq_rl.envs.observation`) takes level #{j : m > tau * kappa_j}, and runs
-    as a keyframe where m exceeds `scene_change` or the interval is over.
+    A frame with `frame_residual_mean` m (see `resq_rl.envs.observation`) takes level #{j : m > tau * kappa_j}.
     """
 
     tau: float = 0.2
@@ -139,7 +149,7 @@ class FrameMagnitude(_Magnitude):
 
     def decide(self, view: FrameView) -> Decision:
         """One level for each frame."""
-        level = (_frame_residual(view)[:, None] > self.tau * torch.tensor(self.kappa)).sum(1)
+        level = (_frame_residual(view.observation)[:, None] > self.tau * torch.tensor(self.kappa)).sum(1)
         return Decision(self._refresh(view), LevelField(level[:, None, None, None].expand(-1, view.groups, 1, 1)))
 
 
@@ -158,7 +168,7 @@ class SkipGate(_Free):
     def decide(self, view: FrameView) -> Decision:
         """All thresholds in one place: a pixel is skipped or takes the finest level."""
         gate = ThresholdField.constant(self.tau, view.clips, view.groups, kappa=(1.0,) * (self.levels - 1))
-        return Decision(periodic(view, self.interval), gate)
+        return Decision(self._refresh(view), gate)
 
 
 @dataclass(frozen=True)
@@ -180,7 +190,7 @@ class GroupThresholds(_Free):
                 f"{view.groups} layer groups, or {view.layers} layers, need as many thresholds, got {len(self.taus)}."
             )
         taus = torch.tensor(self.taus)[None, :, None, None].expand(view.clips, -1, 1, 1)
-        return Decision(periodic(view, self.interval), ThresholdField(taus, self.kappa))
+        return Decision(self._refresh(view), ThresholdField(taus, self.kappa))
 
 
 @dataclass(frozen=True)
@@ -206,4 +216,4 @@ class RandomLevels(_Free):
     def decide(self, view: FrameView) -> Decision:
         """Uniform over the levels."""
         levels = torch.randint(self.levels, (view.clips, view.groups, *view.grid), generator=self._generator)
-        return Decision(periodic(view, self.interval), LevelField(levels))
+        return Decision(self._refresh(view), LevelField(levels))

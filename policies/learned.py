@@ -18,14 +18,15 @@ from torch import Tensor
 from resq_rl.envs import ActionScheme, Decision, FrameView, Observation
 from resq_rl.errors import PolicyError, ResqError
 from resq_rl.files import write_atomic
-from resq_rl.policies.fixed import periodic_at
+from resq_rl.policies.fixed import check_timing, periodic, scene_changed
 from resq_rl.quantization import Reference, symmetric_limit
 from resq_rl.sealed import checksum
 
 __all__ = ["LearnedPolicy"]
 
-FORMAT = "resq_rl policy 3"
-UNCHECKED = "resq_rl policy 2"  # without a checksum
+FORMAT = "resq_rl policy 4"
+WITHOUT_RULE = "resq_rl policy 3"  # for changes of scene
+UNCHECKED = "resq_rl policy 2"  # without a checksum either
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +45,7 @@ class LearnedPolicy:
         trade_off: lambda to decide for; one network may serve a whole range.
         trade_off_range: range of lambda it was trained over.
         interval: frames between keyframes where the agents do not decide them (0: first frame only).
+        scene_change: mean residual above which a frame runs as a keyframe too (`scene_changed`), likewise.
         reference: reference mode it was trained for.
         bits: bits of weights and activations.
         frame_size: height and width in pixels of the frames it was trained on.
@@ -63,17 +65,21 @@ class LearnedPolicy:
     frame_size: tuple[int, int] = (0, 0)
     network: tuple[str, ...] = ()
     keyframes: "LearnedPolicy | None" = None
+    scene_change: float = math.inf
 
     def __post_init__(self) -> None:
         self._check_layers()
         if self.bits != 32 and not 2 <= self.bits <= 16:
             raise PolicyError(f"A policy runs at 2 to 16 bits, or at 32 in float, got {self.bits}.")
         low, high = self.trade_off_range
-        if not (self.trade_off > 0 and 0 < low <= high and self.interval >= 0):
+        if not (self.trade_off > 0 and 0 < low <= high):
             raise PolicyError(
-                "A policy needs a positive lambda and range of lambda and an interval of 0 or more, got "
-                f"{self.trade_off}, {self.trade_off_range} and {self.interval}."
+                f"A policy needs a positive lambda and range of lambda, got {self.trade_off} and "
+                f"{self.trade_off_range}."
             )
+        check_timing(self.interval, self.scene_change)
+        if self.decides_keyframes and self.scene_change < math.inf:
+            raise PolicyError("A policy that decides on keyframes follows no rule for changes of scene beside.")
         if self.static:
             return
         inputs, outputs = self.weights[0].shape[1], self.weights[-1].shape[0]
@@ -89,6 +95,11 @@ class LearnedPolicy:
     def static(self) -> bool:
         """Whether it has no network, and so decides the same everywhere."""
         return not self.weights
+
+    @property
+    def decides_keyframes(self) -> bool:
+        """Whether keyframes are decided by agents, and not by the interval and the rule for changes of scene."""
+        return self.keyframes is not None or self.scheme.agents == "frame"
 
     @property
     def place(self) -> float:
@@ -150,6 +161,7 @@ class LearnedPolicy:
     def settings(self) -> dict[str, object]:
         """Settings that identify the policy in tables and files."""
         timing: dict[str, object] = {"interval": self.interval} if self.keyframes is None else {"keyframes": "learned"}
+        timing |= {"scene_change": self.scene_change} if self.scene_change < math.inf else {}
         return {
             "trade_off": self.trade_off,
             **timing,
@@ -209,7 +221,7 @@ class LearnedPolicy:
         Raises:
             PolicyError: its actions are "keyframe", which choose no field.
         """
-        refresh = periodic_at(age, self.interval)
+        refresh = periodic(age, self.interval) | scene_changed(observation, self.scene_change)
         if self.keyframes is not None:
             refresh = self.keyframes.choose(self.keyframes.scheme.observe(observation))[:, -1] == 1
         chosen = self.choose(self.scheme.observe(observation))
@@ -263,6 +275,7 @@ class LearnedPolicy:
         for name in _PLAIN:
             about[name] = getattr(self, name)
         about["features"] = list(self.scheme.feature_names)
+        about["scene_change"] = self.scene_change if self.scene_change < math.inf else None  # JSON has no infinity
         if self.keyframes is not None:
             about["keyframes"], own = self.keyframes._pack()
             tensors |= {_KEYFRAMES + name: tensor for name, tensor in own.items()}
@@ -285,7 +298,7 @@ class LearnedPolicy:
             ) from error
         except (SafetensorError, ValueError) as error:  # of which JSON and text decoding errors are kinds
             raise PolicyError(f"The policy in {folder} is damaged: {error}. Train it anew or copy it again.") from error
-        if not isinstance(about, dict) or about.get("format") not in (FORMAT, UNCHECKED):
+        if not isinstance(about, dict) or about.get("format") not in (FORMAT, WITHOUT_RULE, UNCHECKED):
             raise PolicyError(f"{folder / 'policy.json'} is not of format {FORMAT!r}.")
         expected = about.pop("sha256", None)
         try:
@@ -315,6 +328,7 @@ class LearnedPolicy:
             scheme,
             **{name: _tuples(about[name]) for name in _PLAIN},
             keyframes=LearnedPolicy._unpack(about["keyframes"], tensors, _KEYFRAMES) if "keyframes" in about else None,
+            scene_change=math.inf if about.get("scene_change") is None else about["scene_change"],
         )
 
 

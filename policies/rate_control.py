@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from resq_rl.envs import Decision, FrameView
 from resq_rl.errors import PolicyError
-from resq_rl.policies.fixed import GroupThresholds, periodic, scene_changed
+from resq_rl.policies.fixed import GroupThresholds
 from resq_rl.quantization import ThresholdField
 
 __all__ = ["RateControl"]
@@ -27,14 +27,12 @@ class RateControl(GroupThresholds):
         taus: thresholds of the factor 1: one for the whole network, one per layer group, or one per layer.
         integral, proportional: gains.
         fill: how full the bucket is to be.
-        scene_change: mean residual of the frame above which it runs as a keyframe, or as what the budget allows of one.
     """
 
     interval: int = 0
     integral: float = 4.0
     proportional: float = 0.0
     fill: float = 0.7
-    scene_change: float = math.inf
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,7 +46,7 @@ class RateControl(GroupThresholds):
     def settings(self) -> dict[str, object]:
         """Fields that identify the policy."""
         own = {"integral": self.integral, "proportional": self.proportional, "fill": self.fill}
-        return super().settings | own | ({"scene_change": self.scene_change} if self.scene_change < math.inf else {})
+        return super().settings | own
 
     def decide(self, view: FrameView) -> Decision:
         """The thresholds times the factor of each clip."""
@@ -58,5 +56,5 @@ class RateControl(GroupThresholds):
         own = GroupThresholds(taus=self.taus * view.groups if len(self.taus) == 1 else self.taus, kappa=self.kappa)
         field = own.decide(view).field
         assert isinstance(field, ThresholdField)  # as of all static thresholds
-        refresh = periodic(view, self.interval) | scene_changed(view, self.scene_change)
-        return Decision(refresh, ThresholdField(field.thresholds * factor[:, None, None, None], self.kappa))
+        scaled = ThresholdField(field.thresholds * factor[:, None, None, None], self.kappa)
+        return Decision(self._refresh(view), scaled)

@@ -24,13 +24,16 @@ from resq_rl.quantization.specification.budget import read_budget
 
 __all__ = ["Controller", "TableRow", "ThresholdTable", "typical_thresholds"]
 
-FORMAT = "resq_rl thresholds 1"
+FORMAT = "resq_rl thresholds 2"
+WITHOUT_RULE = "resq_rl thresholds 1"  # for changes of scene
 RULE = (
     "In a layer of group g, the pixel p of a residual frame takes levels[#{j : m(p) > thresholds[g] * kappa[j]}] bits, "
     "where m(p) is the largest magnitude of the residual over the channels at p, divided by sigma of the layer (in "
     "model.json, under the reference). Where model.json names another granularity than pixel, every block of channels "
     "takes a level of its own, from the largest magnitude over its channels. Every `interval` frames one runs as a "
-    "keyframe; 0: only the first."
+    "keyframe; 0: only the first. So does a frame whose mean residual exceeds `scene_change`, unless that is null: the "
+    "square root of the mean over its pixels of the largest absolute difference over the channels, in 0..1, to the "
+    "frame before it, or to the keyframe where `reference` is keyframe."
 )
 CONTROL = (
     " Under the budget, the thresholds are first multiplied by exp(integral * (fill - left)), at least 1/64 and at "
@@ -59,6 +62,7 @@ class TableRow:
         accuracy, bops: of the table; BOPs per frame as a share of W8A8.
         policy_accuracy, policy_bops: of the policy, with its own cost.
         controller: of the thresholds under a budget; None for none.
+        scene_change: mean residual above which a frame runs as a keyframe too; None for no such rule.
     """
 
     trade_off: float
@@ -69,6 +73,7 @@ class TableRow:
     policy_accuracy: float = math.nan
     policy_bops: float = math.nan
     controller: Controller | None = None
+    scene_change: float | None = None
 
     @property
     def accuracy_lost(self) -> float:
@@ -77,9 +82,10 @@ class TableRow:
 
     def policy(self, reference: Reference, kappa: tuple[float, ...]) -> GroupThresholds:
         """The rule of this row."""
+        change = math.inf if self.scene_change is None else self.scene_change
         if self.controller is None:
-            return GroupThresholds(reference, self.interval, taus=self.thresholds, kappa=kappa)
-        gains = asdict(self.controller)
+            return GroupThresholds(reference, self.interval, taus=self.thresholds, kappa=kappa, scene_change=change)
+        gains = asdict(self.controller) | {"scene_change": change}
         return RateControl(reference, self.interval, taus=self.thresholds, kappa=kappa, **gains)
 
     @property
@@ -150,7 +156,7 @@ class ThresholdTable:
             raise PolicyError(f"No table at {path}: {error.strerror or error}.") from error
         except ValueError as error:
             raise PolicyError(f"The table {path} is damaged: {error}. Export it anew or copy it again.") from error
-        if not isinstance(about, dict) or about.get("format") != FORMAT:
+        if not isinstance(about, dict) or about.get("format") not in (FORMAT, WITHOUT_RULE):
             raise PolicyError(f"{path} is not of format {FORMAT!r}.")
         try:
             return ThresholdTable(
@@ -167,9 +173,10 @@ class ThresholdTable:
 
 def _row(about: dict[str, Any]) -> TableRow:
     controller = about.get("controller")
-    own = {name: about[name] for name in TableRow.__dataclass_fields__ if name != "controller"}
+    own = {name: about[name] for name in TableRow.__dataclass_fields__ if name not in ("controller", "scene_change")}
     own["thresholds"] = tuple(own["thresholds"])
-    return TableRow(**own, controller=None if controller is None else Controller(**controller))
+    controller = None if controller is None else Controller(**controller)
+    return TableRow(**own, controller=controller, scene_change=about.get("scene_change"))
 
 
 def typical_thresholds(chosen: Float[Tensor, "n g rows columns"], shares: Sequence[float]) -> list[tuple[float, ...]]:

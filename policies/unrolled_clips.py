@@ -16,7 +16,7 @@ from resq_rl.envs import ActionScheme, Conditions, Decision, FrameInputs, Networ
 from resq_rl.envs.network_engine import clips_that_fit
 from resq_rl.envs.problem import gather
 from resq_rl.errors import SettingsError
-from resq_rl.policies.fixed import GroupThresholds, periodic_at
+from resq_rl.policies.fixed import GroupThresholds, periodic
 from resq_rl.quantization import Reference, ResQModel, ThresholdField
 
 __all__ = ["BACKWARD_FRAMES", "GradientSettings", "RegionOffsets", "UnrolledClips", "clips_together"]
@@ -203,7 +203,7 @@ class UnrolledClips:
         age = self.state.age
         inputs, sharpness = self.engine.inputs(self.clip, times), self.settings.sharpness
         field = ThresholdField(self._moved(log_taus, inputs).exp(), self.policy.kappa)
-        decision = Decision((age < 0) | periodic_at(age, self.policy.interval), field)
+        decision = Decision((age < 0) | periodic(age, self.policy.interval), field)
         output, prediction, cost = self.engine.unrolled(inputs, self.state, decision, sharpness)
         teacher = self.problem.task.target(gather(self.problem.teacher, self.clip, times))
         self.counts.append(self.problem.task.counts(prediction, teacher).sum(0))

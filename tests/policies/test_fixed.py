@@ -43,8 +43,8 @@ def thresholds_of(decision: Decision) -> torch.Tensor:
 def test_periodic_keyframes_fall_on_multiples_of_the_interval(interval: int, problem: Problem) -> None:
     view = problems.view(problem, 3)
     view.age = torch.tensor([0, interval - 2, interval - 1])
-    assert periodic(view, interval).tolist() == [a + 1 >= interval for a in view.age.tolist()]
-    assert not periodic(view, 0).any()
+    assert periodic(view.age, interval).tolist() == [a + 1 >= interval for a in view.age.tolist()]
+    assert not periodic(view.age, 0).any()
 
 
 def test_per_frame_refreshes_always(problem: Problem) -> None:
@@ -112,6 +112,10 @@ def test_a_scene_change_runs_as_a_keyframe(problem: Problem) -> None:
     assert decision.refresh.tolist() == (residual > between).tolist()
     assert DynamicResQ(interval=0, scene_change=1.0).decide(view).refresh.tolist() == [False, False]
     assert DynamicResQ(scene_change=0.4).settings["scene_change"] == 0.4
+    thresholds = GroupThresholds(interval=0, taus=(1.0,) * problem.groups, scene_change=between)
+    assert thresholds.decide(view).refresh.tolist() == decision.refresh.tolist()
+    with pytest.raises(PolicyError, match="change of scene must be positive"):
+        SkipGate(scene_change=-0.1)
 
 
 def residuals_by_hand(problem: Problem, clips: int) -> list[float]:

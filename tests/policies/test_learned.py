@@ -1,6 +1,7 @@
 """The deployed policy: its arithmetic, its cost, its choices and its files."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -14,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from resq_rl.envs import ActionKind, ActionScheme, Agents, Decision, Problem, measure
+from resq_rl.envs.observation import FRAME_FEATURES
 from resq_rl.errors import PolicyError
 from resq_rl.policies import LearnedPolicy
 from resq_rl.quantization import LevelField, ThresholdField
+from resq_rl.sealed import checksum
 from tests.envs import problems
 
 HIDDEN = (8, 5)
@@ -158,6 +161,26 @@ def test_region_agents_follow_the_interval(policy: LearnedPolicy, problem: Probl
         assert result.keyframes.tolist() == [1 if interval == 0 else 3]
 
 
+def test_a_change_of_scene_is_a_keyframe_beside_the_interval(policy: LearnedPolicy, problem: Problem) -> None:
+    view = problems.view(problem, 2)
+    residual = view.observation.frame[:, FRAME_FEATURES.index("frame_residual_mean")]
+    between = float(residual.mean())
+    assert len(residual.unique()) == 2
+    quiet, watching = replace(policy, interval=0), replace(policy, interval=0, scene_change=between)
+    assert not quiet.decide(view).refresh.any()
+    assert watching.decide(view).refresh.tolist() == (residual > between).tolist()
+    assert (field_values(watching.decide(view)) == field_values(quiet.decide(view))).all()
+    assert watching.settings == quiet.settings | {"scene_change": between}
+    assert replace(watching, interval=1).decide(view).refresh.all()
+    assert watching.at(0.5, 3).scene_change == between
+
+
+def test_agents_that_decide_on_keyframes_follow_no_rule(policy: LearnedPolicy, problem: Problem) -> None:
+    for own in (replace(policy, keyframes=timing(problem)), made(problems.scheme(problem, "frame_bits", "frame"))):
+        with pytest.raises(PolicyError, match="decides on keyframes"):
+            replace(own, scene_change=0.4)
+
+
 def test_lambda_and_interval_can_be_set_anew(policy: LearnedPolicy, problem: Problem) -> None:
     other = policy.at(0.5, 0)
     assert (other.trade_off, other.interval) == (0.5, 0)
@@ -193,7 +216,9 @@ def test_another_network_is_refused(policy: LearnedPolicy, problem: Problem) -> 
         (lambda p: {"bits": 20}, "2 to 16 bits, or at 32"),
         (lambda p: {"trade_off": 0.0}, "positive lambda"),
         (lambda p: {"trade_off": float("nan")}, "positive lambda"),
-        (lambda p: {"interval": -1}, "interval of 0 or more"),
+        (lambda p: {"interval": -1}, r"interval must be 0 .* or more"),
+        (lambda p: {"scene_change": 0.0}, "change of scene must be positive"),
+        (lambda p: {"scene_change": float("nan")}, "change of scene must be positive"),
         (lambda p: {"trade_off_range": (1.0, 0.5)}, "range of lambda"),
         (lambda p: {"weights": ()}, "do not fit each other"),
         (lambda p: {"weights": p.weights[:-1]}, "do not fit each other"),
@@ -304,7 +329,7 @@ def test_learned_keyframes_are_in_the_same_files(policy: LearnedPolicy, problem:
     joint.save(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"policy.safetensors", "policy.json"}
     about, tensors = json.loads((tmp_path / "policy.json").read_text()), load_file(tmp_path / "policy.safetensors")
-    assert about["format"] == "resq_rl policy 3"
+    assert about["format"] == "resq_rl policy 4"
     assert about["keyframes"]["scheme"]["kind"] == "keyframe"
     assert {"weight0", "bias2", "keyframes.weight0", "keyframes.bias2"} <= set(tensors)
     loaded = LearnedPolicy.load(tmp_path)
@@ -354,6 +379,29 @@ def test_a_saved_policy_comes_back_the_same(kind: ActionKind, agents: Agents, pr
     assert hash(loaded.scheme) == hash(policy.scheme)
     assert loaded.settings == policy.settings
     assert (loaded.places(observations(policy)) == policy.places(observations(policy))).all()
+
+
+@pytest.mark.parametrize("scene_change", [0.4, math.inf])
+def test_the_rule_for_changes_of_scene_is_in_the_file(
+    scene_change: float, policy: LearnedPolicy, tmp_path: Path
+) -> None:
+    replace(policy, scene_change=scene_change).save(tmp_path)
+    assert "Infinity" not in (tmp_path / "policy.json").read_text(), "which is no JSON"
+    assert LearnedPolicy.load(tmp_path).scene_change == scene_change
+
+
+def test_a_file_from_before_the_rule_has_none(policy: LearnedPolicy, tmp_path: Path) -> None:
+    policy.save(tmp_path)
+    tensors = load_file(tmp_path / "policy.safetensors")
+
+    def older(about: dict[str, Any]) -> None:
+        for name in ("scene_change", "sha256"):
+            del about[name]
+        about["format"] = "resq_rl policy 3"
+        about["sha256"] = checksum(about, tensors)
+
+    edit(tmp_path, older)
+    assert LearnedPolicy.load(tmp_path).settings == policy.settings
 
 
 def test_a_loaded_policy_decides_the_same(policy: LearnedPolicy, problem: Problem, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from resq_rl.envs import ActionKind, Agents, Problem, measure, trace
+from resq_rl.envs.observation import FRAME_FEATURES
 from resq_rl.errors import PolicyError
 from resq_rl.policies import LearnedPolicy
 from resq_rl.policies.onnx_policy import OnnxPolicy, export_onnx
@@ -50,7 +51,12 @@ def test_clips_run_the_same(kind: ActionKind, agents: Agents, uneven_problem: Pr
     assert loaded.settings == policy.settings
 
 
-@pytest.mark.parametrize("change", ["keyframes", "reference", "lambda", "float", "ignored"])
+def _between(problem: Problem) -> float:
+    """A mean residual that the first residual frame of one clip exceeds and that of the other does not."""
+    return float(problems.view(problem, 2).observation.frame[:, FRAME_FEATURES.index("frame_residual_mean")].mean())
+
+
+@pytest.mark.parametrize("change", ["keyframes", "scene", "reference", "lambda", "float", "ignored"])
 def test_every_part_of_a_policy_is_in_the_graph(change: str, problem: Problem, tmp_path: Path) -> None:
     policy = policy_of(problem, ignored=("spent_*", "texture")) if change == "ignored" else policy_of(problem)
     if change == "keyframes":
@@ -58,6 +64,7 @@ def test_every_part_of_a_policy_is_in_the_graph(change: str, problem: Problem, t
             policy, keyframes=made(problems.scheme(problem, "keyframe", "frame"), seed=13, network=problem.model.groups)
         )
     changes: dict[str, Any] = {
+        "scene": {"scene_change": _between(problem), "interval": 0},
         "reference": {"reference": "keyframe"},
         "lambda": {"trade_off": 0.9},
         "float": {"bits": 32},
@@ -66,6 +73,8 @@ def test_every_part_of_a_policy_is_in_the_graph(change: str, problem: Problem, t
     export_onnx(policy, tmp_path / "policy.onnx")
     loaded = OnnxPolicy.load(tmp_path / "policy.onnx")
     results = [measure(problem, p) for p in (policy, loaded)]
+    if change == "scene":
+        assert len(results[0].keyframes.unique()) > 1, "the rule tells the clips apart"
     assert torch.equal(results[0].clip_bops, results[1].clip_bops)
     assert torch.equal(results[0].keyframes, results[1].keyframes)
     assert results[0].accuracy == results[1].accuracy

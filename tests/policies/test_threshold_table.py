@@ -54,6 +54,25 @@ def test_under_a_budget_it_comes_back_with_its_controllers(tmp_path: Path) -> No
     assert type(table.at(1.0)) is GroupThresholds
 
 
+def test_the_rule_for_changes_of_scene_comes_back_too(tmp_path: Path) -> None:
+    gains = Controller(4.0, 0.7)
+    rows = (replace(ROWS[0], scene_change=0.4), replace(ROWS[1], scene_change=0.3, controller=gains))
+    table = replace(TABLE, rows=rows, budget=Budget(peak=0.3, mean=0.1))
+    table.save(tmp_path / "thresholds.json")
+    loaded = ThresholdTable.load(tmp_path / "thresholds.json")
+    assert loaded == table
+    assert [loaded.policy(row).scene_change for row in loaded.rows] == [0.4, 0.3]
+
+
+def test_a_table_from_before_the_rule_has_none(tmp_path: Path) -> None:
+    TABLE.save(tmp_path / "thresholds.json")
+    about = json.loads((tmp_path / "thresholds.json").read_text())
+    for row in about["rows"]:
+        del row["scene_change"]
+    (tmp_path / "thresholds.json").write_text(json.dumps(about | {"format": "resq_rl thresholds 1"}))
+    assert ThresholdTable.load(tmp_path / "thresholds.json") == TABLE
+
+
 @pytest.mark.parametrize(("trade_off", "row"), [(0.01, 0), (0.3, 0), (0.33, 1), (5.0, 1)])
 def test_the_nearest_lambda_by_ratio_serves(trade_off: float, row: int) -> None:
     own = ROWS[row]

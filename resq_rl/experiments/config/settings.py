@@ -233,7 +233,7 @@ class HeuristicSettings(Checked):
         kappa: factor of tau for each level above the lowest, increasing; also of threshold actions.
         other_kappas: further values of kappa, tried with the settings that were best with `kappa`.
         scene_changes: mean residuals of a frame (square root, 0..1) above which it runs as a keyframe, tried with the
-            settings that were best without; for frame-level decisions, in all combinations.
+            settings that were best without, of learned policies too; for frame-level decisions, in all combinations.
         frame_taus: for frame-level decisions, mean residuals of a frame (square root, 0..1) at which it takes a higher
             level.
         frame_kappa: for frame-level decisions, factor of frame_taus for each level.

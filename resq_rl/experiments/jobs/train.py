@@ -7,14 +7,14 @@ from typing import Any
 from resq_rl.experiments.config.settings import Settings
 from resq_rl.experiments.results.comparison import print_policies, write_summary
 from resq_rl.experiments.results.fronts import bops_step
-from resq_rl.experiments.results.methods import LEARNED
+from resq_rl.experiments.results.methods import LEARNED, scene_changes
 from resq_rl.experiments.runs.record import RunRecord
 from resq_rl.experiments.study.measurements import MEASUREMENTS
 from resq_rl.experiments.study.start import prepare_training
 from resq_rl.experiments.study.study import build_study
 from resq_rl.experiments.study.training import front_candidates, save_chosen, train_policy
 from resq_rl.experiments.tracking.tracker import Tracker
-from resq_rl.policies.tuning import best_policies
+from resq_rl.policies.tuning import best_of
 
 __all__ = ["run"]
 
@@ -29,8 +29,10 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
         folder = run_dir / f"seed{seed}"
         with tracker.child(f"{method} seed {seed}", {"seed": seed, "method": method}) as child:
             policy, report = train_policy(study, seed, folder, child, start=start, resume=resume)
-            front = best_policies(front_candidates(study, policy), lambda p: study.measure(p, "validation"))
-            save_chosen(folder, [chosen for chosen, _ in front])
+            front = [(p, study.measure(p, "validation")) for p in front_candidates(study, policy)]
+            others = [o for p, _ in best_of(front) for o in scene_changes(settings.heuristic, p)]
+            front = best_of([*front, *((p, study.measure(p, "validation")) for p in others)])
+            save_chosen(folder, policy, [chosen for chosen, _ in front], child)
             for _, m in front:
                 for run in (child, tracker):
                     run.log_metrics({"validation/accuracy": m.accuracy, "validation/bops": m.bops}, bops_step(m))

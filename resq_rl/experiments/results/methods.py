@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from resq_rl.envs import Policy
 from resq_rl.experiments.config.settings import HeuristicSettings, Settings
@@ -16,6 +16,7 @@ from resq_rl.policies import (
     DynamicResQ,
     FrameMagnitude,
     GroupThresholds,
+    LearnedPolicy,
     RandomLevels,
     RateControl,
     SkipGate,
@@ -23,7 +24,19 @@ from resq_rl.policies import (
 )
 from resq_rl.quantization import Reference
 
-__all__ = ["LEARNED", "METHODS", "Method", "controlled", "learned_method", "method_of", "tuned_methods"]
+__all__ = [
+    "LEARNED",
+    "METHODS",
+    "Method",
+    "controlled",
+    "learned_method",
+    "method_of",
+    "scene_changes",
+    "tuned_methods",
+]
+
+# Policies whose keyframes can follow a rule for changes of scene.
+Timed = TypeVar("Timed", DynamicResQ, GroupThresholds, RateControl, LearnedPolicy)
 
 Candidates = Callable[[Settings], Sequence[Policy]]
 Refinement = Callable[[HeuristicSettings, Any], Sequence[Policy]]
@@ -98,8 +111,12 @@ def _other_kappas(heuristic: HeuristicSettings, policy: DynamicResQ) -> list[Dyn
     return [replace(policy, kappa=kappa) for kappa in heuristic.other_kappas]
 
 
-def _scene_changes(heuristic: HeuristicSettings, policy: DynamicResQ | RateControl) -> list[DynamicResQ | RateControl]:
-    return [replace(policy, scene_change=scene_change) for scene_change in heuristic.scene_changes]
+def scene_changes(heuristic: HeuristicSettings, policy: Timed) -> list[Timed]:
+    """The policy with every other rule for changes of scene; none where it decides on keyframes itself."""
+    if isinstance(policy, LearnedPolicy) and policy.decides_keyframes:
+        return []
+    rules = (math.inf, *heuristic.scene_changes)
+    return [replace(policy, scene_change=rule) for rule in rules if rule != policy.scene_change]
 
 
 def _rate_control(settings: Settings) -> list[RateControl]:
@@ -150,7 +167,7 @@ METHODS: Final = (
         "#0072B2",
         "o",
         _dynamic_resq,
-        refinements=(("kappa", _other_kappas), ("scene change", _scene_changes)),
+        refinements=(("kappa", _other_kappas), ("scene change", scene_changes)),
         frame_level=False,
     ),
     Method(
@@ -159,7 +176,7 @@ METHODS: Final = (
         "#AA4499",
         "H",
         _rate_control,
-        refinements=(("fill", _fills), ("scene change", _scene_changes)),
+        refinements=(("fill", _fills), ("scene change", scene_changes)),
         frame_level=False,
     ),
     Method("frame_magnitude", "frame magnitude", "#56B4E9", "h", _frame_magnitude, frame_level=True),

@@ -13,7 +13,7 @@ from resq_rl.errors import SettingsError
 from resq_rl.experiments.config.settings import Search
 from resq_rl.experiments.results.entries import Effort
 from resq_rl.experiments.results.fronts import bops_step
-from resq_rl.experiments.results.methods import LEARNED, Method, controlled, tuned_methods
+from resq_rl.experiments.results.methods import LEARNED, Method, controlled, scene_changes, tuned_methods
 from resq_rl.experiments.study.deployment import trainer_of
 from resq_rl.experiments.study.frame_level import gap_closed, oracle_front
 from resq_rl.experiments.study.scoreboard import FRONT_POINTS, Scoreboard
@@ -21,7 +21,6 @@ from resq_rl.experiments.study.start import Start, learn, measure_constants, sea
 from resq_rl.experiments.study.training import front_candidates, save_chosen, train_policy
 from resq_rl.policies import Clairvoyant, GroupThresholds, LearnedPolicy, PerFrame
 from resq_rl.policies.search import Tried, best_for
-from resq_rl.policies.tuning import best_of, thinned
 
 __all__ = [
     "Learned",
@@ -73,8 +72,15 @@ def _tuned(board: Scoreboard, method: Method) -> list[tuple[Any, Measurement]]:
     chosen: list[tuple[Any, Measurement]] = board.tune(method.key, method.candidates(settings))
     for name, refine in method.refinements:
         others = [other for policy, _ in chosen for other in refine(settings.heuristic, policy)]
-        chosen = thinned(best_of([*chosen, *board.tune(name, others)]), FRONT_POINTS)
+        chosen = board.refine(name, chosen, others)
     return chosen
+
+
+def _chosen(board: Scoreboard, name: str, policies: Sequence[Any]) -> list[Any]:
+    """The best of the policies on the validation clips, with a rule for changes of scene where it helps."""
+    front = board.tune(name, policies)
+    others = [other for policy, _ in front for other in scene_changes(board.study.settings.heuristic, policy)]
+    return [policy for policy, _ in board.refine("scene change", front, others)]
 
 
 @dataclass
@@ -113,9 +119,9 @@ def measure_learned(board: Scoreboard, start: Start | None, given: Mapping[int, 
             if not given:
                 seconds = time.monotonic() - begun + (before.seconds if before else 0.0)
                 board.efforts[learned.method] = Effort(frames, seconds)
-            tuned = [policy for policy, _ in board.tune("lambda", front_candidates(study, policy))]
+            tuned = _chosen(board, "lambda", front_candidates(study, policy))
             if not given:
-                save_chosen(board.run_dir / f"seed{seed}", tuned)
+                save_chosen(board.run_dir / f"seed{seed}", policy, tuned, child)
             measured = board.measure(learned.method, tuned)
             results = [replace(m, settings={**m.settings, "seed": seed}) for m in measured]
             for m in results:
@@ -142,7 +148,7 @@ def measure_searches(board: Scoreboard, start: Start | None) -> None:
         found = best_for((*known.constants, *known.searched), settings.environment.trade_off_range)
         method = SEARCHES[way]
         board.efforts[method] = Effort(known.frames, known.seconds)
-        chosen = [policy for policy, _ in board.tune(method, [tried.policy for tried in found])]
+        chosen = _chosen(board, method, [tried.policy for tried in found])
         board.add(method, board.measure(method, chosen), chosen)
         if way == "greedy" and settings.heuristic.clairvoyant_points:
             _measure_clairvoyant(board, found)
@@ -169,7 +175,7 @@ def _measure_gradient(board: Scoreboard) -> None:
     budget = study.settings.environment.budget
     if budget is not None and budget.mean is not None:
         tried += [controller for policy in spread for controller in controlled(policy)]
-    chosen = [policy for policy, _ in board.tune(method, tried)]
+    chosen = _chosen(board, method, tried)
     board.add(method, board.measure(method, chosen), chosen)
 
 

@@ -22,7 +22,7 @@ from resq_rl.experiments.results.methods import METHODS, method_of
 from resq_rl.experiments.runs.progress import stage
 from resq_rl.experiments.study.study import Study
 from resq_rl.experiments.tracking.tracker import Tracker
-from resq_rl.policies.tuning import Measured, best_policies, thinned
+from resq_rl.policies.tuning import Measured, best_of, best_policies, thinned
 
 __all__ = ["FRONT_POINTS", "Scoreboard"]
 
@@ -71,6 +71,12 @@ class Scoreboard:
         with stage(f"tuning {name.replace('_', ' ')}", frames) as advance:
             front = best_policies(policies, lambda p: self.study.measure(copy.deepcopy(p), "validation", advance))
         return thinned(front, FRONT_POINTS)
+
+    def refine(
+        self, name: str, front: Sequence[tuple[P, Measurement]], others: Sequence[P]
+    ) -> list[tuple[P, Measurement]]:
+        """The envelope of a tuned front and of what is tried after it, such as its policies with another setting."""
+        return thinned(best_of([*front, *self.tune(name, others)]), FRONT_POINTS)
 
     def measure(self, method: str, policies: Sequence[Policy]) -> list[Measurement]:
         """Measure policies on the reported clips."""

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import mode
 
 from resq_rl.envs import BatchedEnvironment
 from resq_rl.envs.sb3 import AgentsVecEnv
@@ -67,8 +68,6 @@ def train_policy(
         policy = replace(policy, keyframes=keyframes)
         policy.save(folder)
     tracker.log_parameters({"seed": seed, **asdict(settings), "keyframe_frames": training.keyframe_frames})
-    for name in FILES:
-        tracker.log_artifact(folder / name, "policy")
     return policy, run.report
 
 
@@ -168,8 +167,17 @@ def front_candidates(study: Study, policy: LearnedPolicy) -> list[LearnedPolicy]
     return [*learned, *(p.at(t, i) for p in (policy, *beginning) for t in trade_offs for i in intervals)]
 
 
-def save_chosen(folder: Path, chosen: Sequence[LearnedPolicy]) -> None:
-    """Where validation chose nothing but the beginning, keep that in a policy's folder instead of its network."""
-    if chosen and all(policy.static for policy in chosen):
+def save_chosen(folder: Path, policy: LearnedPolicy, chosen: Sequence[LearnedPolicy], tracker: Tracker) -> None:
+    """Keep in a policy's folder what validation chose for all points of its front.
+
+    That is the rule for changes of scene that most of them follow; and, where none of them is more than the beginning,
+    that instead of the network.
+    """
+    if chosen and all(one.static for one in chosen):
         log.info("%s: validation chose the policy's beginning, without its network.", folder.name)
-        chosen[len(chosen) // 2].save(folder)
+        policy = chosen[len(chosen) // 2]
+    if chosen and not policy.decides_keyframes:
+        policy = replace(policy, scene_change=mode(one.scene_change for one in chosen))
+    policy.save(folder)
+    for name in FILES:
+        tracker.log_artifact(folder / name, "policy")

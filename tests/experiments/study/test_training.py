@@ -1,5 +1,6 @@
 """Training region agents and then their keyframes, on a tiny study without the command line."""
 
+import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from resq_rl.envs import Problem
 from resq_rl.errors import PolicyError
 from resq_rl.experiments.config.composition import load_settings
 from resq_rl.experiments.study.study import Study
-from resq_rl.experiments.study.training import front_candidates, keyframe_settings, train_policy
+from resq_rl.experiments.study.training import front_candidates, keyframe_settings, save_chosen, train_policy
 from resq_rl.experiments.tracking.tracker import NullTracker
 from resq_rl.policies import LearnedPolicy
 from resq_rl.policies.ppo import TrainingReport
@@ -53,6 +54,17 @@ def same(a: LearnedPolicy | None, b: LearnedPolicy | None) -> bool:
     assert a is not None
     assert b is not None
     return all(torch.equal(x, y) for x, y in zip((*a.weights, *a.biases), (*b.weights, *b.biases), strict=True))
+
+
+class Logged(NullTracker):
+    """Keeps the names of the files that it is given."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.files: list[Path] = []
+
+    def log_artifact(self, path: Path, folder: str = "") -> None:
+        self.files.append(path)
 
 
 @dataclass(frozen=True)
@@ -126,6 +138,21 @@ def test_validation_chooses_among_learned_and_fixed_timing(tiny: Study, joint: T
     results = {tuple(tiny.measure(p, "validation").keyframes.tolist()) for p in found if p.keyframes is None}
     assert results == {(1, 1, 1, 1), (2, 2, 2, 2)}
     assert len(front_candidates(tiny, joint.policy.at(0.2, 0))) == 6
+
+
+def test_a_policy_is_shipped_with_the_rule_that_most_of_its_front_follows(alone: Trained, tmp_path: Path) -> None:
+    policy, logged = alone.policy, Logged(tmp_path)
+    quiet, watching = policy.at(0.2), replace(policy, scene_change=0.4)
+    save_chosen(tmp_path, policy, [watching, quiet, watching], logged)
+    assert LearnedPolicy.load(tmp_path).scene_change == 0.4
+    assert (tmp_path / "policy.json") in logged.files
+    save_chosen(tmp_path, policy, [quiet, watching, quiet], logged)
+    assert LearnedPolicy.load(tmp_path).scene_change == math.inf
+
+
+def test_a_policy_that_decides_on_keyframes_is_shipped_as_it_is(joint: Trained, tmp_path: Path) -> None:
+    save_chosen(tmp_path, joint.policy, [replace(joint.policy.at(0.2, 4), scene_change=0.4)], Logged(tmp_path))
+    assert same(LearnedPolicy.load(tmp_path).keyframes, joint.policy.keyframes)
 
 
 def test_the_keyframe_policy_looks_further_ahead(tiny: Study) -> None:
