@@ -46,6 +46,7 @@ SMALL = [
     "training.n_steps=4",
     "training.trade_offs=2",
     "training.search_frames=30",
+    "training.warm_start=best",
     "training.checkpoint_every=2",
     "training.keyframe_frames=200",
     "heuristic.intervals=[4]",

@@ -189,14 +189,15 @@ class TrainingSettings(PPOSettings):
             while the region agents stay as they are; 0 for keyframes at fixed intervals only.
         seeds: one training run each.
         reward_scale: factor of every reward.
-        warm_start: where the policy begins, with the same choices in all regions: "best" begins at the best choices
+        warm_start: where the policy begins, with the same choices in all regions: "auto" is "gradient" for region
+            agents that choose thresholds, where those can be learned, else "best"; "best" begins at the best choices
             known for each lambda; "even" at constant choices, from most BOPs at the lowest lambda to fewest at the
             highest, which suits networks for which all between full bits and skipping looks bad at first; "gradient" at
             thresholds per layer that are learned by gradients, of which agents that choose thresholds then choose
             factors; "none" at random.
         search_frames: further environment frames, spent on searching a threshold for each layer group for "best" (of
-            region agents that choose thresholds; rounded up to whole settings; with 0 it knows constant choices only),
-            or on learning one for each layer for "gradient".
+            region agents that choose thresholds; rounded up to whole settings), or on learning one for each layer for
+            "gradient". With 0, "auto" and "best" know constant choices only.
         trade_offs: how many values of lambda, spread over its range, make the front.
         resume: folder of the run (or sweep) to go on with, of `train`, `compare` or `pretrain`; or None.
     """
@@ -207,7 +208,7 @@ class TrainingSettings(PPOSettings):
     keyframe_frames: NotNegative = 0
     seeds: Seeds = (0, 1, 2)
     reward_scale: Positive = 3.0
-    warm_start: Literal["best", "even", "gradient", "none"] = "best"
+    warm_start: Literal["auto", "best", "even", "gradient", "none"] = "auto"
     search_frames: NotNegative = 15_000
     trade_offs: Count = 8
     resume: str | None = None

@@ -10,7 +10,7 @@ from resq_rl.experiments.results.fronts import bops_step
 from resq_rl.experiments.results.methods import LEARNED, scene_changes
 from resq_rl.experiments.runs.record import RunRecord
 from resq_rl.experiments.study.measurements import MEASUREMENTS
-from resq_rl.experiments.study.start import prepare_training
+from resq_rl.experiments.study.start import begin, prepare_training
 from resq_rl.experiments.study.study import build_study
 from resq_rl.experiments.study.training import front_candidates, save_chosen, train_policy
 from resq_rl.experiments.tracking.tracker import Tracker
@@ -21,13 +21,14 @@ __all__ = ["run"]
 
 def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
     """Train; `summary.json` holds the validation front of each seed. Returns the next useful command."""
-    study, start = prepare_training(build_study(settings, ["train", "validation"], run_dir / MEASUREMENTS))
+    prepared, shared = prepare_training(build_study(settings, ["train", "validation"], run_dir / MEASUREMENTS))
     resume, method = settings.training.resume is not None, LEARNED[settings.training.trainer]
     summary: list[dict[str, Any]] = []
     curves: dict[str, list[dict[str, float]]] = {}
     for seed in settings.training.seeds:
         folder = run_dir / f"seed{seed}"
         with tracker.child(f"{method} seed {seed}", {"seed": seed, "method": method}) as child:
+            study, start = begin(prepared, shared, seed)
             policy, report = train_policy(study, seed, folder, child, start=start, resume=resume)
             front = [(p, study.measure(p, "validation")) for p in front_candidates(study, policy)]
             others = [o for p, _ in best_of(front) for o in scene_changes(settings.heuristic, p)]

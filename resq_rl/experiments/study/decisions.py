@@ -81,7 +81,7 @@ def trace_pair(study: Study, methods: tuple[str, str], heuristic: Measured, lear
 
 def decisions_figure(study: Study, pair: TracedPair) -> Figure:
     """What both policies predict, spend and choose on the first of the reported clips."""
-    problem, scheme = study.problem, replace(study, base=None).scheme()
+    problem, scheme = study.problem, study.scheme()
     levels = study.settings.quantization.levels
     traces = {}
     for name, (_, measured), trace in zip(pair.methods, (pair.heuristic, pair.learned), pair.traces[0], strict=True):

@@ -17,7 +17,7 @@ from resq_rl.experiments.results.methods import LEARNED, Method, controlled, sce
 from resq_rl.experiments.study.deployment import trainer_of
 from resq_rl.experiments.study.frame_level import gap_closed, oracle_front
 from resq_rl.experiments.study.scoreboard import FRONT_POINTS, Scoreboard
-from resq_rl.experiments.study.start import Start, learn, measure_constants, search
+from resq_rl.experiments.study.start import Start, begin, learn, measure_constants, search
 from resq_rl.experiments.study.training import front_candidates, save_chosen, train_policy
 from resq_rl.policies import Clairvoyant, GroupThresholds, LearnedPolicy, PerFrame
 from resq_rl.policies.search import Tried, best_for
@@ -102,24 +102,25 @@ class Learned:
 
 def measure_learned(board: Scoreboard, start: Start | None, given: Mapping[int, LearnedPolicy]) -> Learned:
     """Measure a policy for each training seed: those given, or else trained here."""
-    study, training = board.study, board.study.settings.training
-    trainer = training.trainer if not given else trainer_of(study.settings.policy)
-    learned, before = Learned(LEARNED[trainer]), start if trainer == "ppo" else None
+    training = board.study.settings.training
+    trainer = training.trainer if not given else trainer_of(board.study.settings.policy)
+    learned = Learned(LEARNED[trainer])
     for seed in given or training.seeds:
         with board.tracker.child(f"{learned.method} seed {seed}", {"seed": seed, "method": learned.method}) as child:
-            frames, begun = training.frames, time.monotonic()
+            frames, begun, begins_at = training.frames, time.monotonic(), start
             if given:
                 policy = given[seed]
             else:
                 folder, resume = board.run_dir / f"seed{seed}", training.resume is not None
-                policy, report = train_policy(study, seed, folder, child, start=start, resume=resume)
+                own, begins_at = begin(board.study, start, seed)
+                policy, report = train_policy(own, seed, folder, child, start=begins_at, resume=resume)
                 frames, learned.curves[f"seed {seed}"] = report.frames, report.curve
-            frames += before.frames if before else 0
+            frames += begins_at.frames if begins_at and trainer == "ppo" else 0
             board.training_frames = max(board.training_frames, frames)
             if not given:
-                seconds = time.monotonic() - begun + (before.seconds if before else 0.0)
-                board.efforts[learned.method] = Effort(frames, seconds)
-            tuned = _chosen(board, "lambda", front_candidates(study, policy))
+                shared = start.seconds if start and trainer == "ppo" else 0.0
+                board.efforts[learned.method] = Effort(frames, time.monotonic() - begun + shared)
+            tuned = _chosen(board, "lambda", front_candidates(board.study, policy))
             if not given:
                 save_chosen(board.run_dir / f"seed{seed}", policy, tuned, child)
             measured = board.measure(learned.method, tuned)
@@ -138,7 +139,6 @@ def measure_searches(board: Scoreboard, start: Start | None) -> None:
     """
     study, settings = board.study, board.study.settings
     ways = [way for way in SEARCHES if way in settings.heuristic.searches]
-    study = replace(study, base=None)  # searches are for thresholds, not for factors
     if ways and (start is None or not study.scheme().by_threshold):
         start = measure_constants(study, replace(study.scheme(), kind="region_thresholds"))
     for way in ways:
@@ -164,7 +164,7 @@ def _measure_gradient(board: Scoreboard) -> None:
     study, method = board.study, "gradient_thresholds"
     intervals, begun = study.settings.environment.keyframe_intervals, time.monotonic()
     try:
-        learned = learn(study, max(1, board.training_frames))
+        learned = learn(study, max(1, board.training_frames), study.settings.seed)
     except SettingsError as error:  # what was measured so far is still worth a report
         log.warning("No gradient thresholds: %s", error)
         return

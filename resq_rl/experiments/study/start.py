@@ -23,6 +23,7 @@ from resq_rl.quantization import Reference
 
 __all__ = [
     "Start",
+    "begin",
     "first_choice",
     "first_choices",
     "learn",
@@ -117,32 +118,74 @@ def _slope(a: tuple[float, float, float], b: tuple[float, float, float]) -> floa
 
 
 def prepare_training(study: Study) -> tuple[Study, Start | None]:
-    """The study with its range of lambda settled, and what training begins from, where it was measured."""
+    """The study with its range of lambda settled, and that part of its start which all seeds share.
+
+    Returns:
+        The study, and None for the start where nothing was measured.
+    """
     environment, training = study.settings.environment, study.settings.training
     if environment.trade_off != "auto" and (training.warm_start == "none" or training.trainer == "gradient"):
         return study, None
-    scheme = study.scheme()
-    start = measure_constants(study, scheme)
+    start = measure_constants(study, study.scheme())
     if environment.trade_off == "auto":
         chosen = start.trade_off_range()
         log.info("lambda from %g to %g", *chosen)
         study = replace(study, settings=replace(study.settings, environment=replace(environment, trade_off=chosen)))
-    if training.trainer == "gradient":
+    if training.trainer == "gradient" or _by_gradients(study):
         return study, start
-    if training.warm_start == "best" and training.search_frames and scheme.by_threshold and scheme.by_group:
-        start = search(study, start, training.search_frames, "greedy")
-    if training.warm_start == "gradient":
-        start = _learned(study, start, max(1, training.search_frames))
-        low, high = study.settings.environment.trade_off_range
-        study = replace(study, base=start.base(np.geomspace(low, high, BASE_KNOTS if high > low else 1).tolist()))
-    return study, start
+    return study, _searched(study, start)
 
 
-def learn(study: Study, frames: int) -> LearnedThresholds:
+def begin(study: Study, start: Start | None, seed: int) -> tuple[Study, Start | None]:
+    """What one seed of training begins from: thresholds that it learns itself, where training begins at such.
+
+    Args:
+        study, start: from `prepare_training`.
+        seed: of the training.
+
+    Returns:
+        The study whose agents choose factors of those thresholds, and the start with them; both as they were where
+        training begins elsewhere.
+
+    Raises:
+        SettingsError: `training.warm_start=gradient`, and they cannot be learned.
+    """
+    training = study.settings.training
+    if start is None or training.trainer == "gradient" or not _by_gradients(study):
+        return study, start
+    try:
+        start = _learned(study, start, max(1, training.search_frames), seed)
+    except SettingsError as error:
+        if training.warm_start == "gradient":
+            raise
+        log.warning("Training begins at searched thresholds instead of learned ones: %s", error)
+        return study, _searched(study, start)
+    low, high = study.settings.environment.trade_off_range
+    base = start.base(np.geomspace(low, high, BASE_KNOTS if high > low else 1).tolist())
+    return replace(study, base=base), start
+
+
+def _by_gradients(study: Study) -> bool:
+    """Whether training begins at thresholds that are learned by gradients, if they can be."""
+    training, scheme = study.settings.training, study.scheme()
+    fit = scheme.by_threshold and scheme.by_group and training.search_frames > 0
+    return training.warm_start == "gradient" or (training.warm_start == "auto" and fit)
+
+
+def _searched(study: Study, start: Start) -> Start:
+    """The start with thresholds that were searched for, where training begins at such."""
+    training, scheme = study.settings.training, study.scheme()
+    wanted = training.warm_start in ("auto", "best") and training.search_frames > 0
+    if not (wanted and scheme.by_threshold and scheme.by_group):
+        return start
+    return search(study, start, training.search_frames, "greedy")
+
+
+def learn(study: Study, frames: int, seed: int) -> LearnedThresholds:
     """Learn thresholds per layer by gradients on all training clips.
 
     Raises:
-        SettingsError: there is nothing to learn.
+        SettingsError: there is nothing to learn, or memory is short.
     """
     environment = study.settings.environment
     with stage("gradient thresholds", frames) as advance:
@@ -152,7 +195,7 @@ def learn(study: Study, frames: int) -> LearnedThresholds:
             interval=learning_interval(environment),
             reference=environment.reference,
             kappa=study.settings.heuristic.kappa,
-            seed=study.settings.seed,
+            seed=seed,
             progress=advance,
         )
 
@@ -163,10 +206,10 @@ def learning_interval(environment: EnvironmentSettings) -> int:
     return 0 if 0 in intervals else max(intervals)
 
 
-def _learned(study: Study, start: Start, frames: int) -> Start:
+def _learned(study: Study, start: Start, frames: int, seed: int) -> Start:
     """The start with thresholds that were learned, and measured as what it began with."""
     begun = time.monotonic()
-    learned, few = learn(study, frames), _few_clips(study)
+    learned, few = learn(study, frames, seed), _few_clips(study)
     policies = learned.spread(SPREAD)
     with stage("learned thresholds", len(policies) * few.problems["train"].frames) as advance:
         tried = tuple(_tried(policy, few.measure(policy, "train", advance)) for policy in policies)

@@ -46,7 +46,7 @@ def train_policy(
     """Train one policy, with learned keyframes if the settings ask for them; its files and checkpoints are in `folder`.
 
     Args:
-        start: from `prepare_training`, for `training.warm_start`.
+        study, start: from `begin`.
         resume: go on from the newest checkpoints in `folder`.
 
     Returns:

@@ -40,6 +40,7 @@ SMALL = [
     "environment.thresholds=[0.3,1.0,100.0]",
     "training.frames=16",
     "training.search_frames=8",
+    "training.warm_start=best",
     "training.n_steps=4",
     "training.batch_size=64",
     "training.trade_offs=2",

@@ -41,6 +41,7 @@ TINY = [
     "training.n_steps=5",
     "training.trade_offs=2",
     "training.search_frames=30",
+    "training.warm_start=best",
     "training.checkpoint_every=2",
     "heuristic.intervals=[4]",
     "heuristic.references=[previous,keyframe]",

@@ -11,9 +11,9 @@ from resq_rl.envs import ActionScheme, Measurement, Policy
 from resq_rl.errors import SettingsError
 from resq_rl.experiments.config.composition import load_settings
 from resq_rl.experiments.runs.progress import Advance
-from resq_rl.experiments.study.start import Start, first_choice, first_choices, prepare_training
+from resq_rl.experiments.study.start import Start, begin, first_choice, first_choices, prepare_training
 from resq_rl.experiments.study.study import Study, build_study
-from resq_rl.policies import GroupThresholds, StaticResQ, Tried
+from resq_rl.policies import GroupThresholds, StaticResQ, Tried, unrolled_clips
 from resq_rl.video import Split
 from tests.envs.problems import TINY_NETWORK
 
@@ -127,11 +127,11 @@ SMALL = [
     "quantization.calibration_clips=1",
 ]
 CASES = {
-    "constants and searched": (["training.search_frames=30"], 2 * 3 + 3),
-    "a share of one setting counts as a whole": (["training.search_frames=1"], 2 * 3 + 1),
+    "constants and searched": (["training.warm_start=best", "training.search_frames=30"], 2 * 3 + 3),
+    "a share of one setting counts as a whole": (["training.warm_start=best", "training.search_frames=1"], 2 * 3 + 1),
     "constants": (["training.search_frames=0"], 2 * 3),
     "even": (["training.warm_start=even", "training.search_frames=30"], 2 * 3),
-    "one lambda": (["environment.trade_off=0.3", "training.search_frames=12"], 2 * 3 + 1),
+    "one lambda": (["environment.trade_off=0.3", "training.warm_start=best", "training.search_frames=12"], 2 * 3 + 1),
     "even with one lambda": (["environment.trade_off=0.3", "training.warm_start=even"], 2 * 3),
     "frame agents do not search": (["environment.agents=frame", "training.search_frames=30"], 2 * 3),
     "levels": (["environment=region_bits", "environment.grid=[2,3]", "environment.trade_off=[0.05,1.0]"], 2 * 4),
@@ -165,6 +165,62 @@ def test_what_training_begins_from(case: str, built: Study, monkeypatch: pytest.
     for trade_off in (0.05, 0.3, 1.0):
         assert scheme.uniform_action(first(trade_off).choices) is not None
         assert first(trade_off).interval in (4, 0)
+
+
+LEARNING = [*SMALL, "training.search_frames=200"]
+
+
+def begun(built: Study, *changes: str, seed: int = 0) -> tuple[Study, Start]:
+    """What a seed begins from, and the study of its agents."""
+    study, start = begin(
+        *prepare_training(replace(built, settings=load_settings("train", [*LEARNING, *changes]))), seed
+    )
+    assert start is not None
+    return study, start
+
+
+def test_training_begins_at_learned_thresholds_unless_told_otherwise(built: Study) -> None:
+    study, start = begun(built)
+    assert study.base is not None
+    assert not start.searched
+    assert start.learned
+    assert start == begun(built, "training.warm_start=gradient")[1]
+    first = first_choices(study, start)
+    assert first is not None
+    assert first(0.3).choices == study.scheme().neutral, "the factor 1 everywhere"
+
+
+def test_each_seed_learns_its_own_thresholds(built: Study) -> None:
+    (one, first), (other, second) = (begun(built, seed=seed) for seed in (0, 1))
+    assert one.base != other.base
+    assert first.constants == second.constants
+    assert begun(built, seed=1)[1] == second
+
+
+def test_what_cannot_be_learned_is_searched(
+    built: Study, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def short(*_: object) -> int:
+        raise SettingsError("Learning takes 99 GiB, and less is free.")
+
+    monkeypatch.setattr(unrolled_clips, "clips_together", short)
+    study, start = begun(built)
+    assert study.base is None
+    assert start == begun(built, "training.warm_start=best")[1]
+    assert start.searched
+    assert "less is free" in caplog.text
+    with pytest.raises(SettingsError, match="99 GiB"):
+        begun(built, "training.warm_start=gradient")
+
+
+@pytest.mark.parametrize(
+    "agents", [["environment.agents=frame"], ["environment=region_bits", "environment.grid=[2,3]"]]
+)
+def test_other_agents_begin_at_constants(agents: list[str], built: Study) -> None:
+    study, start = begun(built, *agents, "environment.trade_off=[0.05,1.0]")
+    assert study.base is None
+    assert not start.learned
+    assert not start.searched
 
 
 def test_at_random_without_a_warm_start(built: Study) -> None:
