@@ -32,6 +32,7 @@ __all__ = ["GradientSettings", "LearnedThresholds", "descend", "first_thresholds
 CONSTANTS = (0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.4, 2.0, 2.8)  # tried first, for the range of lambda and to begin from
 FIRST_WINDOWS = 2  # that they run
 FREE, LOST = 0.01, 0.15  # what the finest constant of the range may lose in agreement, and the coarsest must
+FREE_SHARE = 0.05  # of what the coarsest of all loses, where that is less than FREE
 BEYOND = 4.0
 
 
@@ -137,15 +138,16 @@ def _constants(clips: UnrolledClips) -> list[_Constant]:
 def _trade_offs(constants: Sequence[_Constant]) -> tuple[float, float]:
     """The range of lambda that matters: the slopes of divergence over BOPs between constant thresholds.
 
-    They are those from the last one that agrees with the float network as the best does, within FREE, to the first
-    one that LOST more than that; three of them at least. Both ends are moved out by BEYOND, because thresholds by layer
-    go on where constants stop to gain, and lose less where those lose much.
+    They are those from the last one that agrees with the float network as the best does, within FREE or FREE_SHARE, to
+    the first one that LOST more than that; three of them at least. Both ends are moved out by BEYOND, because
+    thresholds by layer go on where constants stop to gain, and lose less where those lose much.
 
     Raises:
         SettingsError: no threshold diverges less for more BOPs.
     """
     best = max(c.agreement for c in constants)
-    first = max((i for i, c in enumerate(constants[:-2]) if c.agreement >= best - FREE), default=0)
+    free = min(FREE, FREE_SHARE * (best - min(c.agreement for c in constants)))
+    first = max((i for i, c in enumerate(constants[:-2]) if c.agreement >= best - free), default=0)
     lost = (i for i, c in enumerate(constants) if i > first + 1 and c.agreement < best - LOST)
     last = next(lost, len(constants) - 1)
     slopes = _slopes(constants[first : last + 1]) or _slopes(constants)
