@@ -154,7 +154,9 @@ def test_the_range_of_lambda_is_from_where_constants_begin_to_lose_to_where_they
     constants = [_Constant(*values) for values in found]
     assert _trade_offs(constants) == pytest.approx((0.4 / 4, 2.0 * 4))  # from 0.4 to 1.0
     robust = [c._replace(agreement=0.95 + c.agreement / 50) for c in constants]  # the whole range loses 0.0074
-    assert _trade_offs(robust) == pytest.approx((0.4 / 4, 10.0 * 4))  # from 0.4, the last to lose less than a twentieth of it
+    assert _trade_offs(robust) == pytest.approx(
+        (0.4 / 4, 10.0 * 4)
+    )  # from 0.4, the last to lose less than a twentieth of it
     equal = [c._replace(agreement=0.9) for c in constants]
     assert _trade_offs(equal) == pytest.approx((2.0 / 4, 10.0 * 4))  # the last three
     reversed_errors = [c._replace(divergence=1 - c.divergence) for c in constants]
