@@ -79,6 +79,10 @@ class Conditions:
         """The conditions of one clip without a budget."""
         return Conditions(torch.tensor([trade_off], dtype=torch.float32), trade_off_range, torch.ones(1), torch.ones(1))
 
+    def rows(self, rows: slice) -> "Conditions":
+        """The conditions of some of the clips."""
+        return Conditions(self.trade_off[rows], self.trade_off_range, self.budget_left[rows], self.rate[rows])
+
 
 @runtime_checkable
 class State(Protocol):

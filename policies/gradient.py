@@ -127,9 +127,13 @@ def _constants(clips: UnrolledClips) -> list[_Constant]:
     drawn, found = clips.draw(), []
     for tau in CONSTANTS:
         clips.start(drawn)
-        log_taus = torch.full((clips.count, len(clips.policy.taus)), tau).log()
-        windows = [clips.window(log_taus) for _ in range(FIRST_WINDOWS) if clips.left]
-        divergence, bops = torch.stack(windows).mean((0, 2)).tolist()
+        figures = []
+        for _ in range(FIRST_WINDOWS):
+            if clips.left:
+                taus = torch.full((clips.count, len(clips.policy.taus)), tau)
+                windows = [clips.window(part, taus[part.rows].log()) for part in clips.parts]
+                figures.append(torch.cat(windows, 1))
+        divergence, bops = torch.stack(figures).mean((0, 2)).tolist()
         agreement = float(clips.problem.task.accuracy(torch.stack(clips.counts).sum(0)))
         found.append(_Constant(tau, bops, divergence, agreement))
     return found
@@ -200,15 +204,19 @@ def descend(
         figures = []
         while clips.left and clips.frames < settings.frames:
             done = (clips.frames - begun) / (settings.frames - begun)
-            divergence, bops = clips.window(weights @ log_taus)
-            loss = (divergence / trade_offs + bops).mean()  # scaled so that every lambda moves thresholds alike
-            figures.append([float(divergence.detach().mean()), float(bops.detach().mean())])
-            if loss.requires_grad:  # not where all frames of the window are keyframes
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * (1 - 0.9 * done)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+            optimizer.zero_grad()
+            found = []
+            for part in clips.parts:
+                divergence, bops = both = clips.window(part, weights[part.rows] @ log_taus)
+                found.append(both.detach())
+                # Scaled so that every lambda moves thresholds alike.
+                loss = (divergence / trade_offs[part.rows] + bops).mean() * len(part.clip) / clips.count
+                if loss.requires_grad:  # not where all frames of the window are keyframes
+                    loss.backward()
+            figures.append(torch.cat(found, 1).mean(1).tolist())
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * (1 - 0.9 * done)
+            optimizer.step()
         if on_pass is not None:
             on_pass(*np.mean(figures, 0).tolist())
 

@@ -8,18 +8,25 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from resq_rl.checked import Checked, Count, Positive
 from resq_rl.envs import ActionScheme, Conditions, Decision, FrameInputs, NetworkEngine, Problem
-from resq_rl.envs.network_engine import clips_that_fit
+from resq_rl.envs.network_engine import NetworkState, clips_that_fit
 from resq_rl.envs.problem import gather
 from resq_rl.errors import SettingsError
 from resq_rl.policies.fixed import GroupThresholds, periodic
 from resq_rl.quantization import Reference, ResQModel, ThresholdField
 
-__all__ = ["BACKWARD_FRAMES", "GradientSettings", "RegionOffsets", "UnrolledClips", "clips_together"]
+__all__ = [
+    "BACKWARD_FRAMES",
+    "ClipsTogether",
+    "GradientSettings",
+    "RegionOffsets",
+    "UnrolledClips",
+    "clips_together",
+]
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +42,7 @@ class GradientSettings(Checked):
         frames: environment frames to spend, of which one that is backpropagated counts three times; rounded up to
             whole windows.
         window: frames through which gradients reach.
-        clips: clips that step together, each at its own lambda.
+        clips: clips from which one step of learning is made, each at its own lambda.
         learning_rate: of Adam on the logarithms of thresholds; falls linearly to a tenth.
         network_rate: of Adam on the weights of a network that decides by region; falls likewise.
         sharpness: slope of a level's gate over the logarithm of the magnitude, in the backward pass.
@@ -119,7 +126,7 @@ class RegionOffsets(nn.Module):
 
 
 def clips_together(model: ResQModel, window: int, wanted: int) -> int:
-    """How many clips can learn together by gradients through `window` frames: fewer than wanted where memory is short.
+    """How many clips can step together under gradients through `window` frames; fewer than wanted in short memory.
 
     Raises:
         SettingsError: there is not enough for one.
@@ -131,17 +138,39 @@ def clips_together(model: ResQModel, window: int, wanted: int) -> int:
             "frames (video.size), or train by PPO (training.trainer=ppo, training.warm_start=best)."
         )
     if fit < wanted:
-        log.info("%d clips learn together instead of %d, since each takes about %.1f GiB.", fit, wanted, each)
+        log.info("%d clips step together instead of %d, since each takes about %.1f GiB.", fit, wanted, each)
     return min(wanted, fit)
 
 
+@dataclass
+class ClipsTogether:
+    """Clips that step together.
+
+    Attributes:
+        rows: their places among the clips that were drawn.
+        clip: index of each in the problem.
+        state: of the engine.
+        conditions: under which offsets observe them; None without offsets.
+        time: the frame that runs next.
+    """
+
+    rows: slice
+    clip: Int64[Tensor, " b"]
+    state: NetworkState
+    conditions: Conditions | None
+    time: int = 0
+
+
 class UnrolledClips:
-    """Training clips that step together, from their first frames on.
+    """Training clips from which one step of learning is made, from their first frames on.
+
+    They step together where memory allows it. Else they do so in parts, one after another, whose gradients add up to
+    the same but for the order of sums.
 
     Attributes:
         frames: environment frames spent.
-        left: frames of the clips that were not run yet; 0 before any begin.
-        count: clips that step together; fewer than the settings say where there are fewer, or memory is short.
+        count: clips that are drawn; fewer than the settings say where there are fewer.
+        parts: the clips that step together; none before any begin.
         counts: `Task.counts` of agreement with the float network, of each frame since the clips began.
         offsets: moves the thresholds of each region from its observation; None for thresholds that are the same
             everywhere.
@@ -161,8 +190,10 @@ class UnrolledClips:
             raise SettingsError("Thresholds are learned on residual frames: give training clips of 2 frames or more.")
         self.problem, self.engine, self.policy, self.settings = problem, NetworkEngine(problem), policy, settings
         self.generator, self._progress = np.random.default_rng(seed), progress
-        self.count = clips_together(problem.model, settings.window, min(settings.clips, len(self.usable)))
-        self.frames, self.left = 0, 0
+        self.count = min(settings.clips, len(self.usable))
+        self._together = clips_together(problem.model, settings.window, self.count)
+        self.frames, self._shortest = 0, 0
+        self.parts: list[ClipsTogether] = []
         self.offsets: RegionOffsets | None = None
 
     @classmethod
@@ -184,45 +215,56 @@ class UnrolledClips:
         """Clips to begin with; no two are the same."""
         return self.generator.choice(self.usable, self.count, replace=False)
 
+    @property
+    def left(self) -> int:
+        """Frames of the clips that were not run yet; 0 before any begin."""
+        return self._shortest - self.parts[-1].time if self.parts else 0
+
     def start(self, drawn: np.ndarray, conditions: Conditions | None = None) -> None:
         """Begin clips, with offsets under given conditions: their first frames run as keyframes."""
-        self.clip, self.time, self._conditions = torch.from_numpy(drawn), 0, conditions
-        self.left = int(self.lengths[drawn].min())
-        self.state = self.engine.new_state(self.count, self.policy.reference)
-        self.counts: list[Tensor] = []
-        self._step(torch.zeros(self.count, len(self.policy.taus)))
+        self._shortest, self.counts = int(self.lengths[drawn].min()), list[Tensor]()
+        self.parts = []
+        for first in range(0, len(drawn), self._together):
+            rows = slice(first, first + self._together)
+            clip = torch.from_numpy(drawn[rows])
+            own = conditions and conditions.rows(rows)
+            self.parts.append(ClipsTogether(rows, clip, self.engine.new_state(len(clip), self.policy.reference), own))
+        for part in self.parts:
+            self._step(part, torch.zeros(len(part.clip), len(self.policy.taus)))
 
-    def window(self, log_taus: Float[Tensor, "b s"]) -> Float[Tensor, "2 b"]:
-        """Divergence and share of W8A8 BOPs of each clip, averaged over the next frames."""
-        self.state.references.detach()
-        frames = min(self.settings.window, self.left)
-        return torch.stack([self._step(log_taus) for _ in range(frames)]).mean(0)
+    def window(self, part: ClipsTogether, log_taus: Float[Tensor, "b s"]) -> Float[Tensor, "2 b"]:
+        """Divergence and share of W8A8 BOPs of each clip of a part, averaged over its next frames."""
+        part.state.references.detach()
+        frames = min(self.settings.window, self._shortest - part.time)
+        return torch.stack([self._step(part, log_taus) for _ in range(frames)]).mean(0)
 
-    def _step(self, log_taus: Float[Tensor, "b s"]) -> Float[Tensor, "2 b"]:
-        times = torch.full((self.count,), self.time)
-        age = self.state.age
-        inputs, sharpness = self.engine.inputs(self.clip, times), self.settings.sharpness
-        field = ThresholdField(self._moved(log_taus, inputs).exp(), self.policy.kappa)
+    def _step(self, part: ClipsTogether, log_taus: Float[Tensor, "b s"]) -> Float[Tensor, "2 b"]:
+        times = torch.full((len(part.clip),), part.time)
+        age = part.state.age
+        inputs, sharpness = self.engine.inputs(part.clip, times), self.settings.sharpness
+        field = ThresholdField(self._moved(part, log_taus, inputs).exp(), self.policy.kappa)
         decision = Decision((age < 0) | periodic(age, self.policy.interval), field)
-        output, prediction, cost = self.engine.unrolled(inputs, self.state, decision, sharpness)
-        teacher = self.problem.task.target(gather(self.problem.teacher, self.clip, times))
+        output, prediction, cost = self.engine.unrolled(inputs, part.state, decision, sharpness)
+        teacher = self.problem.task.target(gather(self.problem.teacher, part.clip, times))
         self.counts.append(self.problem.task.counts(prediction, teacher).sum(0))
-        divergence = self.problem.task.divergence(output, self.engine.float_output(self.clip, times))
-        self.time, self.left = self.time + 1, self.left - 1
-        spent = self.count * (BACKWARD_FRAMES if log_taus.requires_grad else 1)
+        divergence = self.problem.task.divergence(output, self.engine.float_output(part.clip, times))
+        part.time += 1
+        spent = len(part.clip) * (BACKWARD_FRAMES if log_taus.requires_grad else 1)
         self.frames += spent
         if self._progress is not None:
             self._progress(spent)
         return torch.stack([divergence, (cost.total / self.problem.reference_bops).float()])
 
-    def _moved(self, log_taus: Float[Tensor, "b s"], inputs: FrameInputs) -> Float[Tensor, "b s rows columns"]:
+    def _moved(
+        self, part: ClipsTogether, log_taus: Float[Tensor, "b s"], inputs: FrameInputs
+    ) -> Float[Tensor, "b s rows columns"]:
         """The logarithms of thresholds by region."""
         whole = log_taus[:, :, None, None]
-        if self.offsets is None or self._conditions is None:
+        if self.offsets is None or part.conditions is None:
             return whole
-        if not self.time:  # nothing was observed yet, and the frame is a keyframe
+        if not part.time:  # nothing was observed yet, and the frame is a keyframe
             return whole.expand(-1, -1, *self.problem.grid)
-        observed = self.offsets.scheme.observe(self.engine.observe(inputs, self.state, self._conditions))
-        by_region = self.offsets(observed).unflatten(0, (self.count, *self.problem.grid))
+        observed = self.offsets.scheme.observe(self.engine.observe(inputs, part.state, part.conditions))
+        by_region = self.offsets(observed).unflatten(0, (len(part.clip), *self.problem.grid))
         moved: Tensor = whole + by_region.permute(0, 3, 1, 2)[:, self.problem.model.group_of_site]
         return moved

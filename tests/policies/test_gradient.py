@@ -164,20 +164,30 @@ def test_the_range_of_lambda_is_from_where_constants_begin_to_lose_to_where_they
         _trade_offs(reversed_errors)
 
 
-def test_where_memory_is_short_fewer_clips_learn_together(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_memory_is_short_the_same_is_learned_in_parts(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     each = UNROLLED * QUICK.window * problem.model.simulation_bytes
 
-    def clips(free: float) -> UnrolledClips:
-        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=int(free * 4 / 3) + 1))
-        return UnrolledClips.of_layers(problem, "previous", 0, DEFAULT_KAPPA, QUICK, 0)
+    def available(clips: float) -> None:
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=int(clips * each * 4 / 3) + 1))
 
-    assert clips(100 * each).count == QUICK.clips
-    few = clips(2 * each)
-    assert few.count == 2
-    few.start(few.draw())
-    assert few.window(torch.zeros(2, len(problem.model.sites)).requires_grad_()).shape == (2, 2)
+    def parts() -> list[int]:
+        clips = UnrolledClips.of_layers(problem, "previous", 0, DEFAULT_KAPPA, QUICK, 0)
+        clips.start(clips.draw())
+        return [len(part.clip) for part in clips.parts]
+
+    found = []
+    for memory, sizes in ((100, [QUICK.clips]), (2, [2, 1]), (1, [1, 1, 1])):
+        available(memory)
+        assert parts() == sizes
+        found.append(learn_thresholds(problem, QUICK))
+    for other in found[1:]:
+        assert other.frames == found[0].frames
+        assert other.trade_offs == pytest.approx(found[0].trade_offs, rel=1e-4)
+        for mine, theirs in zip(found[0].policies, other.policies, strict=True):
+            assert theirs.taus == pytest.approx(mine.taus, rel=1e-3)
+    available(0.5)
     with pytest.raises(SettingsError, match=r"takes about .* GiB, and less is free"):
-        clips(each / 2)
+        parts()
 
 
 def test_gradients_keep_no_more_than_is_estimated(problem: Problem) -> None:
@@ -191,7 +201,8 @@ def test_gradients_keep_no_more_than_is_estimated(problem: Problem) -> None:
     clips = UnrolledClips.of_layers(problem, "previous", 0, DEFAULT_KAPPA, QUICK, 0)
     clips.start(clips.draw())
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = clips.window(torch.zeros(clips.count, len(problem.model.sites)).requires_grad_())
+        (part,) = clips.parts
+        result = clips.window(part, torch.zeros(clips.count, len(problem.model.sites)).requires_grad_())
     kept = sum(held.values()) / clips.count / QUICK.window
     assert 0.3 * problem.model.simulation_bytes < kept < UNROLLED * problem.model.simulation_bytes
     assert result.requires_grad

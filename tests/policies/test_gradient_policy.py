@@ -63,11 +63,12 @@ def test_the_thresholds_that_are_trained_are_those_that_are_deployed(
     low, _ = policy.trade_off_range
     conditions = Conditions(torch.full((3,), low), policy.trade_off_range, torch.ones(3), torch.ones(3))
     clips.start(torch.tensor([0, 1, 2]).numpy(), conditions)
-    inputs = clips.engine.inputs(clips.clip, torch.ones(3, dtype=torch.int64))
+    (part,) = clips.parts
+    inputs = clips.engine.inputs(part.clip, torch.ones(3, dtype=torch.int64))
     log_taus = torch.tensor(policy.scheme.base[0]).log().expand(3, -1)
-    trained = clips._moved(log_taus, inputs).exp()
-    observation = NetworkEngine(problem).observe(inputs, clips.state, conditions)
-    field = policy.decision(observation, clips.state.age).field
+    trained = clips._moved(part, log_taus, inputs).exp()
+    observation = NetworkEngine(problem).observe(inputs, part.state, conditions)
+    field = policy.decision(observation, part.state.age).field
     torch.testing.assert_close(trained, field.thresholds)  # type: ignore[union-attr]
 
 
