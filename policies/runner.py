@@ -94,6 +94,7 @@ class Runner:
         *,
         trade_off: float | None = None,
         interval: int | None = None,
+        scene_change: float | None = None,
         static: bool = False,
         framing: Framing | None = None,
         budget: Budget | None = None,
@@ -104,6 +105,8 @@ class Runner:
             network: the float network that was calibrated.
             trade_off: lambda to decide for; the middle of its range by default.
             interval: frames between keyframes (0: first frame only); the policy's own timing by default.
+            scene_change: mean residual above which a frame runs as a keyframe too (1: never); the policy's own by
+                default.
             static: whether to run the policy's beginning, without its network.
             framing: how frames are brought to the network; by default as in training.
             budget: what the frames of the stream may cost; None for no limit.
@@ -119,6 +122,7 @@ class Runner:
             raise PolicyError(f"The policy was trained for lambda from {low:g} to {high:g}, got {trade_off:g}.")
         if trade_off is not None or interval is not None:
             policy = policy.at(policy.trade_off if trade_off is None else trade_off, interval)
+        policy = policy if scene_change is None else replace(policy, scene_change=scene_change)
         policy = policy.beginning() if static else policy
         model = load_model(Path(folder), network)
         framing = saved_framing(Path(folder)) if framing is None else framing

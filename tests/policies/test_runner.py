@@ -65,6 +65,22 @@ def test_from_files_it_runs_as_from_the_objects(problem: Problem, tmp_path: Path
         assert torch.equal(cost.regions, expected.regions)
 
 
+def test_a_change_of_scene_is_a_keyframe_by_the_policys_rule_or_another(problem: Problem, tmp_path: Path) -> None:
+    replace(learned(problem, interval=0), scene_change=0.3).save(tmp_path)
+    save_model(problem.model, tmp_path)
+    still = problem.clips[1].frames[0] // 2
+    cut = [still, still + 1, still + 2, 255 - still, 254 - still, 253 - still]
+
+    def keyframes(**settings: Any) -> list[int]:
+        runner = Runner.load(tmp_path, tiny_network(), Segmentation(CLASSES), **settings)
+        return [t for t, frame in enumerate(cut) if runner(frame)[1].keyframe]
+
+    assert keyframes() == [0, 3]
+    assert keyframes(scene_change=1.0) == [0]
+    assert keyframes(scene_change=1e-6) == [0, 1, 2, 3, 4, 5]
+    assert keyframes(interval=2) == [0, 2, 3, 5]
+
+
 def test_the_cost_is_what_the_model_itself_counts(problem: Problem) -> None:
     tau, model = 0.5, problem.model
     runner = Runner(DynamicResQ("previous", 0, tau=tau), replace(problem, grid=(1, 1)))

@@ -42,6 +42,7 @@ class RunningSettings(Checked):
     Attributes:
         trade_off: lambda to decide for; None for the middle of the policy's range.
         interval: frames between keyframes, 0 for the first only; None for the policy's own timing.
+        scene_change: mean residual above which a frame runs as a keyframe too, 1 for never; None for the policy's own.
         static: whether to run a policy's beginning, the static thresholds of its base, without its network.
         adapt: whether the policy goes on learning from the stream (`resq_rl.policies.AdaptiveRunner`), without labels.
             The run's folder then has the policy that it became, `adapted`.
@@ -60,6 +61,7 @@ class RunningSettings(Checked):
 
     trade_off: Positive | None = None
     interval: NotNegative | None = None
+    scene_change: Positive | None = None
     static: bool = False
     adapt: bool = False
     label: str | None = None

@@ -104,6 +104,7 @@ def _runner(settings: Settings, folder: Path) -> Runner:
         settings.task.build(),
         trade_off=running.trade_off,
         interval=running.interval,
+        scene_change=running.scene_change,
         static=running.static,
         framing=_framing(folder, running),
         budget=running.budget or settings.environment.budget,  # of its training, unless another is given

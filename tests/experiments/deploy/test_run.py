@@ -72,6 +72,13 @@ def pictures(path: Path) -> list[np.ndarray[Any, Any]]:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 
+def test_the_rule_for_changes_of_scene_may_be_given(trained: Path, video: Path, tmp_path: Path) -> None:
+    folder = run(tmp_path, f"policy={trained}", f"source={video}", "running.interval=0", "running.scene_change=1e-6")
+    assert all(record["keyframe"] for record in records(folder))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["settings"]["scene_change"] == 1e-6
+
+
 def test_lines_and_summary_are_what_the_runner_gives(trained: Path, video: Path, tmp_path: Path) -> None:
     folder = run(tmp_path, f"policy={trained}", f"source={video}", "running.interval=4", "running.trade_off=0.1")
     runner = Runner.load(trained / "seed0", tiny_network(), Segmentation(CLASSES), trade_off=0.1, interval=4)
