@@ -28,7 +28,7 @@ __all__ = ["FRONT_POINTS", "Scoreboard"]
 
 log = logging.getLogger(__name__)
 
-FRONT_POINTS = 12  # measured on the reported clips of each tuned front
+FRONT_POINTS = 20  # measured on the reported clips of each tuned front
 
 P = TypeVar("P", bound=Policy)
 
