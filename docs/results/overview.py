@@ -25,8 +25,8 @@ METHODS = {  # label, colour, marker
 PANELS = {
     "frame": (258, 45, 490, 183),
     "prediction with PPO": (258, 540, 490, 679),
-    "BOPs by region, Dynamic ResQ: 0.146 of W8A8": (258, 358, 490, 497),
-    "BOPs by region, PPO: 0.079 of W8A8": (258, 689, 490, 828),
+    "BOPs by region, Dynamic ResQ: 0.148 of W8A8": (258, 358, 490, 497),
+    "BOPs by region, PPO: 0.067 of W8A8": (258, 689, 490, 828),
 }
 
 
