@@ -22,6 +22,8 @@ __all__ = [
     "StaticResQ",
     "check_timing",
     "periodic",
+    "rule_from_json",
+    "rule_to_json",
     "scene_changed",
 ]
 
@@ -46,6 +48,16 @@ def check_timing(interval: int, scene_change: float) -> None:
         raise PolicyError(f"The keyframe interval must be 0 (first frame only) or more, got {interval}.")
     if not scene_change > 0:
         raise PolicyError(f"The mean residual of a change of scene must be positive, or infinite, got {scene_change}.")
+
+
+def rule_to_json(scene_change: float) -> float | None:
+    """A rule for changes of scene as files hold it: null for none, since JSON has no infinity."""
+    return scene_change if scene_change < math.inf else None
+
+
+def rule_from_json(value: float | None) -> float:
+    """The rule that `rule_to_json` gave."""
+    return math.inf if value is None else value
 
 
 def _frame_residual(observation: Observation) -> Float[Tensor, " b"]:

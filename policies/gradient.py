@@ -127,13 +127,13 @@ def _constants(clips: UnrolledClips) -> list[_Constant]:
     drawn, found = clips.draw(), []
     for tau in CONSTANTS:
         clips.start(drawn)
-        figures = []
-        for _ in range(FIRST_WINDOWS):
-            if clips.left:
-                taus = torch.full((clips.count, len(clips.policy.taus)), tau)
-                windows = [clips.window(part, taus[part.rows].log()) for part in clips.parts]
-                figures.append(torch.cat(windows, 1))
-        divergence, bops = torch.stack(figures).mean((0, 2)).tolist()
+        log_taus = torch.full((clips.count, len(clips.policy.taus)), tau).log()
+        windows = [
+            torch.cat([clips.window(part, log_taus[part.rows]) for part in clips.parts], 1)
+            for _ in range(FIRST_WINDOWS)
+            if clips.left
+        ]
+        divergence, bops = torch.stack(windows).mean((0, 2)).tolist()
         agreement = float(clips.problem.task.accuracy(torch.stack(clips.counts).sum(0)))
         found.append(_Constant(tau, bops, divergence, agreement))
     return found

@@ -18,7 +18,7 @@ from torch import Tensor
 from resq_rl.envs import ActionScheme, Decision, FrameView, Observation
 from resq_rl.errors import PolicyError, ResqError
 from resq_rl.files import write_atomic
-from resq_rl.policies.fixed import check_timing, periodic, scene_changed
+from resq_rl.policies.fixed import check_timing, periodic, rule_from_json, rule_to_json, scene_changed
 from resq_rl.quantization import Reference, symmetric_limit
 from resq_rl.sealed import checksum
 
@@ -221,7 +221,9 @@ class LearnedPolicy:
         Raises:
             PolicyError: its actions are "keyframe", which choose no field.
         """
-        refresh = periodic(age, self.interval) | scene_changed(observation, self.scene_change)
+        refresh = periodic(age, self.interval)
+        if self.scene_change < math.inf:
+            refresh = refresh | scene_changed(observation, self.scene_change)
         if self.keyframes is not None:
             refresh = self.keyframes.choose(self.keyframes.scheme.observe(observation))[:, -1] == 1
         chosen = self.choose(self.scheme.observe(observation))
@@ -275,7 +277,7 @@ class LearnedPolicy:
         for name in _PLAIN:
             about[name] = getattr(self, name)
         about["features"] = list(self.scheme.feature_names)
-        about["scene_change"] = self.scene_change if self.scene_change < math.inf else None  # JSON has no infinity
+        about["scene_change"] = rule_to_json(self.scene_change)
         if self.keyframes is not None:
             about["keyframes"], own = self.keyframes._pack()
             tensors |= {_KEYFRAMES + name: tensor for name, tensor in own.items()}
@@ -328,7 +330,7 @@ class LearnedPolicy:
             scheme,
             **{name: _tuples(about[name]) for name in _PLAIN},
             keyframes=LearnedPolicy._unpack(about["keyframes"], tensors, _KEYFRAMES) if "keyframes" in about else None,
-            scene_change=math.inf if about.get("scene_change") is None else about["scene_change"],
+            scene_change=rule_from_json(about.get("scene_change")),
         )
 
 

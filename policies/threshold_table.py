@@ -17,7 +17,7 @@ from torch import Tensor
 
 from resq_rl.errors import PolicyError, SettingsError
 from resq_rl.files import write_atomic
-from resq_rl.policies.fixed import GroupThresholds
+from resq_rl.policies.fixed import GroupThresholds, rule_from_json, rule_to_json
 from resq_rl.policies.rate_control import RateControl
 from resq_rl.quantization import Budget, Reference
 from resq_rl.quantization.specification.budget import read_budget
@@ -62,7 +62,7 @@ class TableRow:
         accuracy, bops: of the table; BOPs per frame as a share of W8A8.
         policy_accuracy, policy_bops: of the policy, with its own cost.
         controller: of the thresholds under a budget; None for none.
-        scene_change: mean residual above which a frame runs as a keyframe too; None for no such rule.
+        scene_change: mean residual above which a frame runs as a keyframe too; infinite for no such rule.
     """
 
     trade_off: float
@@ -73,7 +73,7 @@ class TableRow:
     policy_accuracy: float = math.nan
     policy_bops: float = math.nan
     controller: Controller | None = None
-    scene_change: float | None = None
+    scene_change: float = math.inf
 
     @property
     def accuracy_lost(self) -> float:
@@ -82,11 +82,10 @@ class TableRow:
 
     def policy(self, reference: Reference, kappa: tuple[float, ...]) -> GroupThresholds:
         """The rule of this row."""
-        change = math.inf if self.scene_change is None else self.scene_change
+        own: dict[str, Any] = {"taus": self.thresholds, "kappa": kappa, "scene_change": self.scene_change}
         if self.controller is None:
-            return GroupThresholds(reference, self.interval, taus=self.thresholds, kappa=kappa, scene_change=change)
-        gains = asdict(self.controller) | {"scene_change": change}
-        return RateControl(reference, self.interval, taus=self.thresholds, kappa=kappa, **gains)
+            return GroupThresholds(reference, self.interval, **own)
+        return RateControl(reference, self.interval, **own, **asdict(self.controller))
 
     @property
     def bops_added(self) -> float:
@@ -140,6 +139,7 @@ class ThresholdTable:
         about = asdict(self)
         for row, own in zip(about["rows"], self.rows, strict=True):
             row |= {"accuracy_lost": own.accuracy_lost, "bops_added": own.bops_added}
+            row["scene_change"] = rule_to_json(own.scene_change)
         rule = RULE if self.budget is None else RULE + CONTROL
         write_atomic(path, json.dumps({"format": FORMAT, "rule": rule, **about}, indent=2) + "\n")
 
@@ -176,7 +176,7 @@ def _row(about: dict[str, Any]) -> TableRow:
     own = {name: about[name] for name in TableRow.__dataclass_fields__ if name not in ("controller", "scene_change")}
     own["thresholds"] = tuple(own["thresholds"])
     controller = None if controller is None else Controller(**controller)
-    return TableRow(**own, controller=controller, scene_change=about.get("scene_change"))
+    return TableRow(**own, controller=controller, scene_change=rule_from_json(about.get("scene_change")))
 
 
 def typical_thresholds(chosen: Float[Tensor, "n g rows columns"], shares: Sequence[float]) -> list[tuple[float, ...]]:

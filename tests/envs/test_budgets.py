@@ -3,14 +3,12 @@
 `make test ARGS="-m slow tests/envs/test_budgets.py -s"`.
 """
 
-import multiprocessing
 from collections.abc import Callable
 from functools import partial
 from itertools import cycle, product
 
 import numpy as np
 import pytest
-import torch
 
 from resq_rl.envs import ActionKind, Agents, Problem, ResQVectorEnv
 from resq_rl.envs.sb3 import AgentsVecEnv
@@ -20,6 +18,7 @@ from tests.envs import problems
 from tests.envs.contract import SPAN, AgentsFace, Face, SingleFace, VectorFace, check_budget, recorded_costs
 from tests.envs.problems import make_pose_problem, make_problem, make_recurrent_problem
 from tests.envs.test_environments import single
+from tests.envs.test_soak import run_alone
 
 FRAMES = 100_000
 STEPS = 60  # of a rollout
@@ -64,9 +63,8 @@ def some_agents(kind: ActionKind, agents: Agents, problem: Problem, budget: Budg
     return AgentsFace(AgentsVecEnv(problems.agents(problem, SLOTS, kind, agents, fields=fields, budget=budget)))
 
 
-def run() -> None:
+def soak_in_budgets() -> None:
     """Random budgets and actions, over all tasks and faces, with clips of several lengths in the same batch."""
-    torch.set_num_threads(1)
     generator, frames, rollouts = np.random.default_rng(0), 0, 0
     tasks = [make_problem((24, 5, 17, 9)), make_pose_problem(), make_recurrent_problem((5, 12, 8))]
     for problem, make in cycle(product(tasks, faces())):
@@ -90,7 +88,4 @@ def run() -> None:
 
 @pytest.mark.slow
 def test_no_budget_is_exceeded_in_very_many_frames() -> None:
-    process = multiprocessing.get_context("spawn").Process(target=run)
-    process.start()
-    process.join()
-    assert process.exitcode == 0
+    run_alone(soak_in_budgets)

@@ -71,10 +71,15 @@ def run(soak: Callable[[], None]) -> None:
     soak()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("soak", [soak_in_steps, soak_in_video])
-def test_memory_stays_where_it_is(soak: Callable[[], None]) -> None:
+def run_alone(soak: Callable[[], None]) -> None:
+    """In a process of its own."""
     process = multiprocessing.get_context("spawn").Process(target=run, args=(soak,))
     process.start()
     process.join()
     assert process.exitcode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("soak", [soak_in_steps, soak_in_video])
+def test_memory_stays_where_it_is(soak: Callable[[], None]) -> None:
+    run_alone(soak)

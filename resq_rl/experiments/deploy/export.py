@@ -1,7 +1,6 @@
 """`resq-rl export`: a trained policy as files for other runtimes, each read back and checked on a clip."""
 
 import logging
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -194,12 +193,11 @@ def _row(work: _Export, trade_off: float) -> TableRow:
     with stage(f"distilling lambda {trade_off:.3g}", None) as advance:
         traces = [study.trace(policy, "validation", clip) for clip in few]
         intervals = settings.environment.keyframe_intervals if policy.keyframes else (policy.interval,)
-        change = policy.scene_change if policy.scene_change < math.inf else None
         rows = [
             row
             for taus in typical_thresholds(torch.cat([trace.chosen for trace in traces]), SHARES)
             for interval in intervals
-            for row in _controlled(work, TableRow(trade_off, interval, taus, scene_change=change))
+            for row in _controlled(work, TableRow(trade_off, interval, taus, scene_change=policy.scene_change))
         ]
         losses = []
         for row in rows:

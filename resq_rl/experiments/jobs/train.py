@@ -1,6 +1,7 @@
 """`resq-rl train`: train a policy for each seed, and measure it on the validation clips."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from resq_rl.experiments.study.start import begin, prepare_training
 from resq_rl.experiments.study.study import build_study
 from resq_rl.experiments.study.training import front_candidates, save_chosen, train_policy
 from resq_rl.experiments.tracking.tracker import Tracker
-from resq_rl.policies.tuning import best_of
+from resq_rl.policies.tuning import best_of, best_policies
 
 __all__ = ["run"]
 
@@ -30,9 +31,10 @@ def run(settings: Settings, run_dir: Path, tracker: Tracker) -> str:
         with tracker.child(f"{method} seed {seed}", {"seed": seed, "method": method}) as child:
             study, start = begin(prepared, shared, seed)
             policy, report = train_policy(study, seed, folder, child, start=start, resume=resume)
-            front = [(p, study.measure(p, "validation")) for p in front_candidates(study, policy)]
-            others = [o for p, _ in best_of(front) for o in scene_changes(settings.heuristic, p)]
-            front = best_of([*front, *((p, study.measure(p, "validation")) for p in others)])
+            evaluate = partial(study.measure, split="validation")
+            front = best_policies(front_candidates(study, policy), evaluate)
+            others = [other for p, _ in front for other in scene_changes(settings.heuristic, p)]
+            front = best_of([*front, *best_policies(others, evaluate)])
             save_chosen(folder, policy, [chosen for chosen, _ in front], child)
             for _, m in front:
                 for run in (child, tracker):

@@ -27,6 +27,7 @@ from resq_rl.quantization import Reference
 __all__ = [
     "LEARNED",
     "METHODS",
+    "SCENE_CHANGE",
     "Method",
     "controlled",
     "learned_method",
@@ -143,6 +144,7 @@ def _fills(_: HeuristicSettings, policy: RateControl) -> list[RateControl]:
 # Integral and proportional gains of a rate controller, and how full it keeps the bucket.
 _GAINS: Final = ((1.0, 0.0), (1.0, 0.5), (3.0, 0.0), (3.0, 0.5))
 _FILLS: Final = (0.15, 0.6)
+SCENE_CHANGE: Final[tuple[str, Refinement]] = ("scene change", scene_changes)
 # With which learned policies are compared, the most important first.
 _BASELINES: Final = (
     "dynamic_resq",
@@ -167,7 +169,7 @@ METHODS: Final = (
         "#0072B2",
         "o",
         _dynamic_resq,
-        refinements=(("kappa", _other_kappas), ("scene change", scene_changes)),
+        refinements=(("kappa", _other_kappas), SCENE_CHANGE),
         frame_level=False,
     ),
     Method(
@@ -176,7 +178,7 @@ METHODS: Final = (
         "#AA4499",
         "H",
         _rate_control,
-        refinements=(("fill", _fills), ("scene change", scene_changes)),
+        refinements=(("fill", _fills), SCENE_CHANGE),
         frame_level=False,
     ),
     Method("frame_magnitude", "frame magnitude", "#56B4E9", "h", _frame_magnitude, frame_level=True),

@@ -13,7 +13,7 @@ from resq_rl.errors import SettingsError
 from resq_rl.experiments.config.settings import Search
 from resq_rl.experiments.results.entries import Effort
 from resq_rl.experiments.results.fronts import bops_step
-from resq_rl.experiments.results.methods import LEARNED, Method, controlled, scene_changes, tuned_methods
+from resq_rl.experiments.results.methods import LEARNED, SCENE_CHANGE, Refinement, controlled, tuned_methods
 from resq_rl.experiments.study.deployment import trainer_of
 from resq_rl.experiments.study.frame_level import gap_closed, oracle_front
 from resq_rl.experiments.study.scoreboard import FRONT_POINTS, Scoreboard
@@ -61,26 +61,25 @@ def measure_per_frame(board: Scoreboard) -> None:
 
 def measure_heuristics(board: Scoreboard) -> None:
     """Every method whose settings are tuned on the validation clips."""
-    for method in tuned_methods(board.study.settings):
-        tuned = [policy for policy, _ in _tuned(board, method)]
+    settings = board.study.settings
+    for method in tuned_methods(settings):
+        assert method.candidates is not None  # as of all tuned methods
+        tuned = _tuned(board, method.key, method.candidates(settings), method.refinements)
         board.add(method.key, board.measure(method.key, tuned), tuned)
 
 
-def _tuned(board: Scoreboard, method: Method) -> list[tuple[Any, Measurement]]:
-    settings = board.study.settings
-    assert method.candidates is not None  # as of all tuned methods
-    chosen: list[tuple[Any, Measurement]] = board.tune(method.key, method.candidates(settings))
-    for name, refine in method.refinements:
-        others = [other for policy, _ in chosen for other in refine(settings.heuristic, policy)]
-        chosen = board.refine(name, chosen, others)
-    return chosen
-
-
-def _chosen(board: Scoreboard, name: str, policies: Sequence[Any]) -> list[Any]:
-    """The best of the policies on the validation clips, with a rule for changes of scene where it helps."""
+def _tuned(
+    board: Scoreboard,
+    name: str,
+    policies: Sequence[Any],
+    refinements: Sequence[tuple[str, Refinement]] = (SCENE_CHANGE,),
+) -> list[Any]:
+    """The best of the policies on the validation clips, and of what each refinement makes of them in turn."""
     front = board.tune(name, policies)
-    others = [other for policy, _ in front for other in scene_changes(board.study.settings.heuristic, policy)]
-    return [policy for policy, _ in board.refine("scene change", front, others)]
+    for refinement, refine in refinements:
+        others = [other for policy, _ in front for other in refine(board.study.settings.heuristic, policy)]
+        front = board.refine(refinement, front, others)
+    return [policy for policy, _ in front]
 
 
 @dataclass
@@ -120,7 +119,7 @@ def measure_learned(board: Scoreboard, start: Start | None, given: Mapping[int, 
             if not given:
                 shared = start.seconds if start and trainer == "ppo" else 0.0
                 board.efforts[learned.method] = Effort(frames, time.monotonic() - begun + shared)
-            tuned = _chosen(board, "lambda", front_candidates(board.study, policy))
+            tuned = _tuned(board, "lambda", front_candidates(board.study, policy))
             if not given:
                 save_chosen(board.run_dir / f"seed{seed}", policy, tuned, child)
             measured = board.measure(learned.method, tuned)
@@ -148,7 +147,7 @@ def measure_searches(board: Scoreboard, start: Start | None) -> None:
         found = best_for((*known.constants, *known.searched), settings.environment.trade_off_range)
         method = SEARCHES[way]
         board.efforts[method] = Effort(known.frames, known.seconds)
-        chosen = _chosen(board, method, [tried.policy for tried in found])
+        chosen = _tuned(board, method, [tried.policy for tried in found])
         board.add(method, board.measure(method, chosen), chosen)
         if way == "greedy" and settings.heuristic.clairvoyant_points:
             _measure_clairvoyant(board, found)
@@ -175,7 +174,7 @@ def _measure_gradient(board: Scoreboard) -> None:
     budget = study.settings.environment.budget
     if budget is not None and budget.mean is not None:
         tried += [controller for policy in spread for controller in controlled(policy)]
-    chosen = _chosen(board, method, tried)
+    chosen = _tuned(board, method, tried)
     board.add(method, board.measure(method, chosen), chosen)
 
 

@@ -167,18 +167,22 @@ def begin(study: Study, start: Start | None, seed: int) -> tuple[Study, Start | 
 
 def _by_gradients(study: Study) -> bool:
     """Whether training begins at thresholds that are learned by gradients, if they can be."""
-    training, scheme = study.settings.training, study.scheme()
-    fit = scheme.by_threshold and scheme.by_group and training.search_frames > 0
-    return training.warm_start == "gradient" or (training.warm_start == "auto" and fit)
+    kind = study.settings.training.warm_start
+    return kind == "gradient" or (kind == "auto" and _improves(study))
 
 
 def _searched(study: Study, start: Start) -> Start:
     """The start with thresholds that were searched for, where training begins at such."""
-    training, scheme = study.settings.training, study.scheme()
-    wanted = training.warm_start in ("auto", "best") and training.search_frames > 0
-    if not (wanted and scheme.by_threshold and scheme.by_group):
+    training = study.settings.training
+    if training.warm_start not in ("auto", "best") or not _improves(study):
         return start
     return search(study, start, training.search_frames, "greedy")
+
+
+def _improves(study: Study) -> bool:
+    """Whether frames are spent on better thresholds than constant ones, for agents that choose thresholds by region."""
+    scheme = study.scheme()
+    return bool(scheme.by_threshold and scheme.by_group and study.settings.training.search_frames)
 
 
 def learn(study: Study, frames: int, seed: int) -> LearnedThresholds:

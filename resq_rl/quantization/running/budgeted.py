@@ -168,7 +168,7 @@ class BudgetedExecution(Execution):
 
     def _run(self, plan: SitePlan, x: Tensor) -> Tensor:
         if len(self.state.inputs) == self.position and len(self._residual_rows):  # a stream begins with nothing
-            y, values = keyframe_output(plan, self.kernels, torch.zeros_like(x))
+            y, values = self._nothing(plan, x)
             self.state.inputs.append(values)
             self.state.outputs.append(y)
             self.state.versions.append(y._version)
@@ -176,6 +176,10 @@ class BudgetedExecution(Execution):
         if self.position in self._noted:
             self._costs[self.position] = self._noted[self.position][self._residual_rows]
         return y
+
+    def _nothing(self, plan: SitePlan, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The output of inputs of 0 in the shape of `x`, and the values that stand for them."""
+        return keyframe_output(plan, self.kernels, torch.zeros_like(x))
 
     def _note(self, site: Site, cost: Float[Tensor, "b h w"], rows: Any) -> None:
         placed = self._placed(site, cost)
@@ -203,7 +207,7 @@ class BudgetedExecution(Execution):
         if not bool(nearer.any()):
             return
         own = torch.arange(len(self.refresh), device=x.device)[rows][nearer]
-        y, values = keyframe_output(plan, self.kernels, torch.zeros_like(x[:1]))
+        y, values = self._nothing(plan, x[:1])
         # What is held may be in other hands: what the last frame returned, or a keyframe that many clips share.
         state.inputs[at], state.outputs[at] = state.inputs[at].clone(), state.outputs[at].clone()
         state.inputs[at][own], state.outputs[at][own] = values, y
