@@ -42,7 +42,7 @@ def pair_of(make: Callable[[], nn.Module], clips: list[Tensor], device: torch.de
     there = ResQModel(make().to(device), example.to(device), config).compile()
     for own, other in zip(here.operators, there.operators, strict=True):
         for part, weight in here.weights.of(own).items():
-            bits = config.key_weight_bits if part == "keyframe" else config.weight_bits(own.layer_kind)
+            bits = config.key_weight_bits if part == "keyframe" else config.weight_bits(own.layer_kind, own.name)
             moved = IntegerWeight(weight.codes.to(device), weight.scale.to(device))
             there.weights.put(other, "keyframe" if bits == config.key_weight_bits else part, bits, moved)
     there.ranges = here.ranges

@@ -103,6 +103,22 @@ def test_a_residual_operator(benchmark: Timed, kernels: Kernels) -> None:
     benchmark(run)
 
 
+@pytest.mark.parametrize("peak", [None, 1.0, 0.1], ids=["no budget", "a budget that never binds", "one that binds"])
+def test_a_step_under_a_budget(benchmark: Timed, model: ResQModel, problem: Problem, peak: float | None) -> None:
+    """What keeping a budget costs is the ratio of the first two: the same levels are taken in both."""
+    frames = [torch.stack([clip.frames[t] for clip in problem.clips]).float() / 255 for t in range(FRAMES)]
+    clips, state = len(frames[0]), model.new_state(len(frames[0]))
+    limit = None if peak is None else torch.full((clips,), peak * model.reference_bops(), dtype=torch.float64)
+    field, first = ThresholdField.constant(0.7, clips, problem.groups, GRID), torch.ones(clips, dtype=torch.bool)
+    model.step(frames[0], state, first, field)
+
+    def run() -> None:
+        for frame in (*frames, *reversed(frames)):
+            model.step(frame, state, ~first, field, limit)
+
+    benchmark(run)
+
+
 def test_ledger(benchmark: Timed, streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[Execution] = []
     finish = Execution.finish

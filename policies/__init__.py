@@ -30,6 +30,7 @@ from resq_rl.policies.tuning import (
     best_policies,
     thinned,
 )
+from resq_rl.policies.weight_bits import choose_weight_bits
 
 __all__ = [
     "AdaptiveRunner",
@@ -54,6 +55,7 @@ __all__ = [
     "best_policies",
     "best_schedule",
     "best_schedule_within",
+    "choose_weight_bits",
     "evolve_thresholds",
     "learn_thresholds",
     "measure_on_tables",

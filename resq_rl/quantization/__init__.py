@@ -7,7 +7,6 @@ from resq_rl.quantization.running.calibration import SiteRanges
 from resq_rl.quantization.running.model import ResQModel
 from resq_rl.quantization.running.state import StreamState
 from resq_rl.quantization.running.storage import load_model, save_model
-from resq_rl.quantization.running.weight_bits import choose_residual_weight_bits
 from resq_rl.quantization.specification.budget import Budget
 from resq_rl.quantization.specification.config import LayerKind, QuantizationConfig, RangeEstimator, Reference
 from resq_rl.quantization.specification.costs import Convention, CostTable, LayerSize, cost_name, mac_cost
@@ -38,7 +37,6 @@ __all__ = [
     "StreamState",
     "ThresholdField",
     "as_tuple",
-    "choose_residual_weight_bits",
     "cost_name",
     "load_model",
     "mac_cost",

@@ -26,7 +26,7 @@ from resq_rl.envs import (
     respond,
 )
 from resq_rl.perception import CompactPose, MaskPropagation, Pose, Segmentation, clip_inputs, load_network
-from resq_rl.quantization import LevelField, ResQModel
+from resq_rl.quantization import LevelField, QuantizationConfig, ResQModel
 from resq_rl.video import IGNORE, Clip, FigureVideo
 
 SIZE = (32, 48)
@@ -109,13 +109,15 @@ def make_problem(
     *,
     size: tuple[int, int] = SIZE,
     grid: tuple[int, int] = GRID,
+    network: nn.Module | None = None,
+    config: QuantizationConfig | None = None,
     **settings: Any,
 ) -> Problem:
     """A calibrated network and labelled clips of the given lengths; `settings` are those of `Problem.prepare`.
 
     It runs on the compiled kernels, as in jobs; tests/quantization/test_kernels.py compares them with the plain ones.
     """
-    model = ResQModel(tiny_network(), torch.zeros(1, 3, *size))
+    model = ResQModel(network or tiny_network(), torch.zeros(1, 3, *size), config)
     model.calibrate([moving_frames(6, size, seed=50 + i, speed=1 + i) for i in range(3)], interval=3)
     return Problem.prepare(
         model.compile(), Segmentation(classes=CLASSES), tiny_clips(lengths, size), grid=grid, **settings

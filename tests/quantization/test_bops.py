@@ -149,7 +149,7 @@ def test_a_grid_finer_than_a_squeezed_layer_shares_its_cost() -> None:
 @pytest.mark.parametrize("level", range(4))
 def test_a_whole_network_layer_by_layer(level: int) -> None:
     kinds = {"conv": 8, "depthwise": 6, "pointwise": 4, "transposed": 2, "linear": 3}
-    config = QuantizationConfig(residual_weight_bits=kinds)  # type: ignore[arg-type]
+    config = QuantizationConfig(residual_weight_bits=kinds)
     model = wrapped(SmallNet().eval(), 3, (12, 16), config)
     # name, multiply-accumulates without padding, residual weight bits
     stem = 3 * 8 * len(Setting("conv2d", (3, 3), (2, 2), (1, 1, 1, 1)).readers((12, 16)))

@@ -270,7 +270,9 @@ def test_the_smallest_floor_against_brute_force(seed: int, share: float, layout:
 
 def test_layers_share_what_is_left_by_hand(model: ResQModel) -> None:
     costs = model.layer_costs
-    sizes = [site.macs * model.config.weight_bits(site.layer_kind) * 8 for site in model.layers]  # at 8 bits beyond 0
+    sizes = [
+        site.macs * model.config.weight_bits(site.layer_kind, site.name) * 8 for site in model.layers
+    ]  # at 8 bits beyond 0
     weights = [size**0.7 * 2 ** (-i / len(sizes)) for i, size in enumerate(sizes)]
     assert costs.share == pytest.approx([own / sum(weights[i:]) for i, own in enumerate(weights)])
     assert costs.share[-1] == 1

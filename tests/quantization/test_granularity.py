@@ -71,7 +71,7 @@ def test_codes_and_costs_of_blocks_equal_loops_over_integers(case: Case) -> None
             np.testing.assert_array_equal(state.inputs[0].numpy(), oracle.x_ref)
             if t == 0:
                 continue
-            width = config.weight_bits(model.operators[0].layer_kind)
+            width = config.weight_bits(model.operators[0].layer_kind, "")
             for clip in range(2):
                 bits = np.array(config.levels)[oracle.levels[clip]]
                 spent = [count_bops(case.setting, case.channels, own, width, "product", grid) for own in bits]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from resq_rl.errors import CalibrationError, NetworkError, VideoError
-from resq_rl.quantization import QuantizationConfig, ResQModel, ThresholdField, choose_residual_weight_bits
+from resq_rl.quantization import QuantizationConfig, ResQModel, ThresholdField
 from tests.quantization.networks import SmallNet, byte_clips, everywhere, perturb_statistics, video
 
 SIZE = (12, 16)
@@ -81,13 +81,6 @@ def test_two_inputs_run_like_one_tensor_of_both(networks: tuple[nn.Module, nn.Mo
         assert torch.equal(own.per_region, cost.per_region)
     both = parted.float_forward((frames[0][:, :2], frames[0][:, 2:]))
     torch.testing.assert_close(both, whole.float_forward(frames[0]))
-
-
-def test_residual_weight_bits_are_chosen_alike(networks: tuple[nn.Module, nn.Module]) -> None:
-    whole, parted = whole_and_parted(networks)
-    clips = byte_clips(2, 5, 3, SIZE)
-    wanted = choose_residual_weight_bits(whole, clips)
-    assert choose_residual_weight_bits(parted, [(clip[:, :2], clip[:, 2:]) for clip in clips]) == wanted
 
 
 def test_inputs_that_do_not_fit(networks: tuple[nn.Module, nn.Module]) -> None:

@@ -45,10 +45,6 @@ def model() -> ResQModel:
         ({"key_activation_bits": 17}, "'key_activation_bits' must be .* at most 16; received 17"),
         ({"residual_weight_bits": 1}, "'residual_weight_bits' must be an integer of at least 2 and .* received 1"),
         ({"residual_weight_bits": {"conv": 4, "linear": 0}}, "'residual_weight_bits' must be .* at least 2 and at"),
-        (
-            {"residual_weight_bits": {"conv": 4, "deepwise": 8}},
-            r"Unknown setting 'residual_weight_bits.deepwise'. Did you mean 'residual_weight_bits.depthwise'\?",
-        ),
         ({"range_estimator": "mse"}, "'range_estimator' must be one of least_squares, min_max, .* received 'mse'"),
         ({"weight_rounding": "bogus"}, "'weight_rounding' must be one of nearest, second_order; received 'bogus'"),
         ({"weight_rounding": "neares"}, r"did you mean 'nearest'\?"),
@@ -70,9 +66,20 @@ def test_residual_weight_bits_can_be_set_later(unchecked_types: None) -> None:
     assert [int(model.integer_weights(o, residual=True)[0].abs().max()) for o in model.operators] == [7, 7]
     model.set_residual_weight_bits({"conv": 8})
     assert [int(model.integer_weights(o, residual=True)[0].abs().max()) for o in model.operators] == [127, 7]
-    with pytest.raises(SettingsError, match=r"Did you mean 'residual_weight_bits\.conv'"):
-        model.set_residual_weight_bits({"convolution": 8})  # type: ignore[dict-item]
-    assert model.config.weight_bits("conv") == 8
+    with pytest.raises(SettingsError, match=r"'residual_weight_bits\.convolution'.*'residual_weight_bits\.conv'"):
+        model.set_residual_weight_bits({"convolution": 8})
+    assert model.config.residual_weight_bits == {"conv": 8}
+
+
+def test_a_layer_goes_by_its_name_before_its_kind() -> None:
+    model = wrapped(small(), 3, SIZE, QuantizationConfig(residual_weight_bits={"conv": 8, "0": 3, "pointwise": 6}))
+    assert [(operator.name, operator.layer_kind) for operator in model.operators] == [("0", "conv"), ("2", "pointwise")]
+    assert [int(model.integer_weights(o, residual=True)[0].abs().max()) for o in model.operators] == [3, 31]
+
+
+def test_bits_of_a_layer_that_is_not_there() -> None:
+    with pytest.raises(SettingsError, match=r"'residual_weight_bits\.deepwise'. Did you mean '.*depthwise'"):
+        wrapped(small(), 3, SIZE, QuantizationConfig(residual_weight_bits={"conv": 4, "deepwise": 8}))
 
 
 # Layer groups --------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ CONFIGS = {
     "default": QuantizationConfig(),
     "wide": QuantizationConfig(12, 10, (0, 3, 8), residual_weight_bits=12),
     "kinds": QuantizationConfig(4, 8, residual_weight_bits={"pointwise": 8, "grouped": 4}, bops_convention="max"),
+    "layers": QuantizationConfig(residual_weight_bits={"stem.0": 6, "conv": 3}),
     "named": QuantizationConfig(groups={"first": ["stem*"], "rest": ["body*", "head"]}, weight_rounding="nearest"),
 }
 
@@ -115,7 +116,7 @@ def test_weights_set_again_to_the_saved_bits_stay(tmp_path: Path) -> None:
     model = tiny()
     save_model(model, tmp_path)
     loaded = load_model(tmp_path, tiny_network())
-    loaded.set_residual_weight_bits(model.config.weight_bits("conv"))
+    loaded.set_residual_weight_bits(model.config.weight_bits("conv", ""))
     assert all(map(torch.equal, steps(loaded, "previous"), steps(model, "previous")))
 
 

@@ -24,7 +24,7 @@ from resq_rl.experiments.config.targets import Target, make_target
 from resq_rl.perception import PretrainSettings
 from resq_rl.policies import FrameMagnitude
 from resq_rl.policies.ppo_settings import PPOSettings
-from resq_rl.quantization import DEFAULT_KAPPA, LayerKind, QuantizationConfig, Reference
+from resq_rl.quantization import DEFAULT_KAPPA, QuantizationConfig, Reference
 from resq_rl.quantization.specification.budget import BudgetSetting
 from resq_rl.video import Split
 
@@ -91,23 +91,21 @@ class QuantizationSettings(QuantizationConfig):
     """How the network is quantized: beside the model's own configuration, how it is calibrated and run.
 
     Attributes:
-        residual_weight_bits: "auto" (chosen for each kind of layer on calibration clips), one width, or one per kind
-            of layer, such as {conv: 4, depthwise: 8} (kinds that are not named take 4).
-        weight_tolerance: for "auto", by what factor the squared error of the output may grow over 8-bit weights.
+        residual_weight_bits: "auto" (chosen for each layer on calibration clips, `choose_weight_bits`), or as of
+            `QuantizationConfig`.
         calibration_clips: how many training clips are used.
         compile: run the simulation's elementwise work in C, where the machine has a compiler; results stay the same.
     """
 
     _group: ClassVar[str] = "quantization."
 
-    residual_weight_bits: Literal["auto"] | Bits | Mapping[LayerKind, Bits] = 4  # type: ignore[assignment] # and "auto"
-    weight_tolerance: Annotated[float, Field(ge=1)] = 1.5
+    residual_weight_bits: Literal["auto"] | Bits | Mapping[str, Bits] = 4  # type: ignore[assignment] # and "auto"
     calibration_clips: Count = 16
     compile: bool = True
 
     def config(self, **changes: Any) -> QuantizationConfig:
-        """The model's own configuration; of "auto", the 8 bits from which the choice begins."""
-        start = {"residual_weight_bits": 8} if self.residual_weight_bits == "auto" else {}
+        """The model's own configuration; of "auto", the 4 bits from which the choice begins."""
+        start = {"residual_weight_bits": 4} if self.residual_weight_bits == "auto" else {}
         return self.part(QuantizationConfig, **(start | changes))
 
 

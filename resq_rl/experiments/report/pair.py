@@ -114,7 +114,7 @@ def layer_rows(model: ResQModel, pair: TracedPair) -> tuple[list[dict[str, Any]]
     """
     macs = torch.tensor([float(site.macs) for site in model.sites], dtype=torch.float64)
     widths = torch.tensor(
-        [float(model.config.weight_bits(site.layer_kind)) for site in model.sites], dtype=torch.float64
+        [float(model.config.weight_bits(site.layer_kind, site.name)) for site in model.sites], dtype=torch.float64
     )
     part = macs / macs.sum()
     spent = [_mean_layers([own[i] for own in pair.traces]) for i in (0, 1)]

@@ -27,8 +27,8 @@ from resq_rl.experiments.config.settings import Settings
 from resq_rl.experiments.runs.progress import Advance, stage
 from resq_rl.experiments.study.measurements import Measurements
 from resq_rl.perception import Task, clip_inputs, degenerate_output, example_inputs
-from resq_rl.policies import measure_on_tables
-from resq_rl.quantization import Budget, Inputs, ResQModel, choose_residual_weight_bits
+from resq_rl.policies import choose_weight_bits, measure_on_tables
+from resq_rl.quantization import Budget, Inputs, ResQModel
 from resq_rl.video import Clip, Framing, Split, framing_of
 
 __all__ = ["Base", "Study", "build_study", "network_framing", "prepare_problems", "read_clips"]
@@ -179,6 +179,8 @@ def build_study(settings: Settings, splits: Sequence[Split], measurements: Path 
     few = clips["train"][: settings.quantization.calibration_clips]
     calibration = tuple(clip_inputs(model.float_forward, task, clip) for clip in few)
     model = _calibrated(settings, model, calibration)
+    if settings.quantization.residual_weight_bits == "auto":
+        _choose_weight_bits(settings, model, task, few)
     problems = prepare_problems(settings, model, task, {name: clips[name] for name in splits})
     judged = problems["train" if "train" in problems else settings.split]
     warning = degenerate_output(task, judged.teacher)
@@ -250,8 +252,13 @@ def prepare_problems(
 def _calibrated(settings: Settings, model: ResQModel, clips: Sequence[Inputs]) -> ResQModel:
     with stage("calibration", 1):
         model = model.compile() if settings.quantization.compile else model
-        model.calibrate(clips)
-        if settings.quantization.residual_weight_bits == "auto":
-            bits = choose_residual_weight_bits(model, clips[:4], tolerance=settings.quantization.weight_tolerance)
-            log.info("residual weight bits: %s", ", ".join(f"{k} {b}" for k, b in sorted(bits.items())))
-    return model
+        return model.calibrate(clips)
+
+
+def _choose_weight_bits(settings: Settings, model: ResQModel, task: Task, clips: Sequence[Clip]) -> None:
+    """Set the model to the widths that are best on its calibration clips, which all commands have."""
+    with stage("residual weight bits", 1):
+        problem = Problem.prepare(model, task, clips, source="teacher")
+        reference, kappa = settings.environment.reference, settings.heuristic.kappa
+        bits = choose_weight_bits(problem, kappa=kappa, reference=reference, seed=settings.seed)
+    log.info("residual weight bits: %s", ", ".join(f"{name} {width}" for name, width in bits.items()))

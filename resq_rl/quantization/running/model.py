@@ -32,7 +32,7 @@ from resq_rl.quantization.running.plans import ProductPlan, SitePlan, plan_sites
 from resq_rl.quantization.running.state import StreamState
 from resq_rl.quantization.running.unrolled import UnrolledExecution
 from resq_rl.quantization.running.weights import Weights, weighed
-from resq_rl.quantization.specification.config import LayerKind, QuantizationConfig, Reference
+from resq_rl.quantization.specification.config import QuantizationConfig, Reference
 from resq_rl.quantization.specification.costs import Convention, CostTable, mac_cost
 from resq_rl.quantization.specification.fields import Field
 from resq_rl.quantization.specification.inputs import Inputs, as_tuple, float_frames
@@ -130,17 +130,17 @@ class ResQModel:
 
     # Weights ---------------------------------------------------------------------------------------------------------
 
-    def set_residual_weight_bits(self, bits: int | Mapping[LayerKind, int]) -> None:
-        """Quantize the residual weights anew, to one width or to one per layer kind.
+    def set_residual_weight_bits(self, bits: int | Mapping[str, int]) -> None:
+        """Quantize the residual weights anew, to one width, or to some by layer or kind of layer.
 
         Raises:
-            SettingsError: a width or a kind is not known.
+            SettingsError: a width or a layer is not known.
             CalibrationError: weights from a file cannot be rounded to that width. The model keeps the widths it has.
         """
         before, self.config = self.config, replace(self.config, residual_weight_bits=bits)
         try:
             self.round_weights()
-        except CalibrationError:
+        except (CalibrationError, SettingsError):
             self.config = before
             self.weights.round(before)
             raise

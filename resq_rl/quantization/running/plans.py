@@ -137,7 +137,7 @@ def _plan(
     kernels: Kernels,
 ) -> SitePlan:
     operator = site.operator
-    width = config.weight_bits(operator.layer_kind)
+    width = config.weight_bits(operator.layer_kind, operator.name)
     most = largest_code(config.levels)
 
     def product(part: Part, span: tuple[int, int], steps: Tensor | None = None) -> Product:

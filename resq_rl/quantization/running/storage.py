@@ -112,7 +112,7 @@ def _packed(model: ResQModel) -> Iterator[tuple[str, Tensor]]:
 
 def _parts(model: ResQModel, operator: ResidualOperator) -> dict[Part, int]:
     """The weights that an operator has, with their bits; residuals may share those of keyframes."""
-    key, residual = model.config.key_weight_bits, model.config.weight_bits(operator.layer_kind)
+    key, residual = model.config.key_weight_bits, model.config.weight_bits(operator.layer_kind, operator.name)
     return {"keyframe": key} if key == residual else {"keyframe": key, "residual": residual}
 
 

@@ -1,16 +1,17 @@
 """The integer weights of a model's operators."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from resq_rl.errors import CalibrationError, NetworkError
+from resq_rl.errors import CalibrationError, NetworkError, unknown_name
 from resq_rl.quantization.graph.operators import ResidualOperator, laid_out
 from resq_rl.quantization.quantizers.rounding import FINE, IntegerWeight, integer_weight
 from resq_rl.quantization.running.calibration import SiteRecorder
-from resq_rl.quantization.specification.config import Part, QuantizationConfig
+from resq_rl.quantization.specification.config import LayerKind, Part, QuantizationConfig
 
 __all__ = ["Weights", "weighed"]
 
@@ -47,8 +48,13 @@ class Weights:
         """Round the weights to the widths of a configuration, each when it is first asked for.
 
         Raises:
-            NetworkError: a weight or bias is not finite.
+            NetworkError: a weight or bias is not finite. SettingsError: widths for a layer that is not there.
         """
+        if isinstance(config.residual_weight_bits, Mapping):
+            known = {*get_args(LayerKind), *(operator.name for operator in self._operators)}
+            for name in config.residual_weight_bits:
+                if name not in known:
+                    raise unknown_name(name, known, prefix="residual_weight_bits.")
         for operator in self._operators:
             if not all(bool(torch.isfinite(v).all()) for v in (operator.weight, operator.bias) if v is not None):
                 raise NetworkError(f"Layer {operator.name!r} has weights that are not finite: load other weights.")
@@ -73,7 +79,7 @@ class Weights:
         Raises:
             CalibrationError: other bits are wanted than those of weights from a file.
         """
-        residual_bits = self._config.weight_bits(operator.layer_kind)
+        residual_bits = self._config.weight_bits(operator.layer_kind, operator.name)
         return {
             "keyframe": self._of(operator, "keyframe", self._config.key_weight_bits),
             "residual": self._of(operator, "residual", residual_bits),

@@ -36,8 +36,9 @@ class QuantizationConfig(Checked):
     Attributes:
         key_weight_bits, key_activation_bits: bits of a keyframe.
         levels: activation bits that a residual may take, increasing; 0 skips.
-        residual_weight_bits: bits of residual weights: one width, or one per kind of layer, such as
-            {conv: 4, depthwise: 8} (kinds that are not named take 4).
+        residual_weight_bits: bits of residual weights: one width, or some by layer or by kind of layer, such as
+            {conv: 4, depthwise: 8, backbone.stem: 6}. A layer goes by its own name before its kind; one that is not
+            named takes 4.
         weight_rounding: "nearest", or "second_order": the weights of a channel are rounded together, once calibration
             clips have shown what they multiply (`rounding`).
         granularity: what takes a level of its own under thresholds: "pixel", all channels of it; {channels: N}, blocks
@@ -52,7 +53,7 @@ class QuantizationConfig(Checked):
     key_weight_bits: Bits = 8
     key_activation_bits: Annotated[int, Field(ge=1, le=16)] = 8
     levels: Annotated[tuple[Level, ...], LEVELS, Increasing] = (0, 2, 4, 8)
-    residual_weight_bits: Bits | Mapping[LayerKind, Bits] = 4
+    residual_weight_bits: Bits | Mapping[str, Bits] = 4
     weight_rounding: WeightRounding = "second_order"
     granularity: Granularity = "pixel"
     range_estimator: RangeEstimator = "least_squares"
@@ -89,10 +90,10 @@ class QuantizationConfig(Checked):
         most = min(self.granularity["channels"], channels)
         return channels // max(n for n in range(1, most + 1) if channels % n == 0)
 
-    def weight_bits(self, kind: LayerKind | Literal["product"]) -> int:
-        """Residual weight bits of a layer kind; for a product of activations, the bits of either factor."""
+    def weight_bits(self, kind: LayerKind | Literal["product"], name: str) -> int:
+        """Residual weight bits of a layer; for a product of activations, the bits of either factor."""
         if kind == "product":
             return self.key_activation_bits
         if isinstance(self.residual_weight_bits, Mapping):
-            return self.residual_weight_bits.get(kind, 4)
+            return self.residual_weight_bits.get(name, self.residual_weight_bits.get(kind, 4))
         return self.residual_weight_bits

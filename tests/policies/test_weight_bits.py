@@ -1,0 +1,74 @@
+"""The bits of residual weights, chosen by layer for divergence and cost."""
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from resq_rl.envs import Problem
+from resq_rl.policies import choose_weight_bits
+from resq_rl.policies.gradient import GradientSettings
+from resq_rl.policies.weight_bits import WIDTHS, _walked
+from resq_rl.quantization import QuantizationConfig
+from tests.envs.problems import make_problem, tiny_network
+
+KAPPA = (1.0, 2.0, 6.0)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resq_rl.policies.weight_bits.LEARNING", GradientSettings(frames=200, window=2, clips=3))
+
+
+def problem_of(network: nn.Module | None = None, **settings: Any) -> Problem:
+    """Clips of 6 frames, and a model that a test may change."""
+    return make_problem((6,) * 3, network=network, config=QuantizationConfig(**settings))
+
+
+def test_every_layer_gets_bits_and_a_seed_the_same_again() -> None:
+    problem = problem_of()
+    chosen = choose_weight_bits(problem, kappa=KAPPA)
+    assert list(chosen) == [operator.name for operator in problem.model.operators]
+    assert set(chosen.values()) <= set(WIDTHS)
+    assert problem.model.config.residual_weight_bits == chosen
+    for operator in problem.model.operators:
+        largest = float(problem.model.integer_weights(operator, residual=True)[0].abs().max())
+        assert largest <= 2 ** (chosen[operator.name] - 1) - 1
+    assert choose_weight_bits(problem, kappa=KAPPA) == chosen
+
+
+def test_weights_that_2_bits_hold_exactly_get_2_bits() -> None:
+    network = tiny_network()
+    with torch.no_grad():
+        for weight in (p for p in network.parameters() if p.dim() == 4):
+            weight.copy_(torch.where(weight > 0, 0.25, -0.25))
+    chosen = choose_weight_bits(problem_of(network, weight_rounding="nearest"), kappa=KAPPA)
+    assert set(chosen.values()) == {2}
+
+
+def test_bits_that_save_nothing_are_not_taken_away() -> None:
+    """Under "clipped" 2 bits cost what 4 do, and err more."""
+    chosen = choose_weight_bits(problem_of(bops_convention="clipped"), kappa=KAPPA)
+    assert min(chosen.values()) >= 4
+
+
+def test_residual_weights_are_no_wider_than_those_of_keyframes() -> None:
+    assert max(choose_weight_bits(problem_of(key_weight_bits=4), kappa=KAPPA).values()) <= 4
+
+
+def test_layers_are_walked_to_the_least_loss() -> None:
+    """Losses that are a sum over layers, each with one valley, have the minimum that trying all choices finds."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        valley = torch.rand(3, generator=generator) * 10
+
+        def loss(bits: tuple[int, ...], valley: torch.Tensor = valley) -> float:
+            return float((torch.tensor(bits) - valley).square().sum())
+
+        for begun in WIDTHS:
+            chosen: tuple[int, ...] = (begun,) * 3
+            for layer in range(3):
+                chosen = _walked(chosen, layer, WIDTHS, loss)
+            assert loss(chosen) == min(map(loss, product(WIDTHS, repeat=3)))
