@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from resq_rl.errors import VideoError
-from resq_rl.video import Clip, Framing, JoinedVideo, Split
+from resq_rl.video import Clip, Framing, GeneratedVideo, JoinedVideo, Split
 
 
 @dataclass(frozen=True)
@@ -46,3 +46,13 @@ def test_sources_that_do_not_fit_are_refused(sources: list[Named], message: str)
 def test_clips_of_one_name_are_refused() -> None:
     with pytest.raises(VideoError, match="must have different names, got 'a/train' more than once"):
         JoinedVideo([Named("a"), Named("a")]).clips("train")
+
+
+def test_generated_video_of_several_seeds_joins() -> None:
+    """Clips of one seed are the same scenes, however they move, and so have the same names."""
+    one, two, fast = (GeneratedVideo(frames=2, test=2, seed=s, speed=v) for s, v in ((0, 1.0), (1, 1.0), (1, 2.0)))
+    assert [clip.name for clip in JoinedVideo([one, two]).clips("test")] == [
+        *("generated/test-0", "generated/test-1", "generated-1/test-0", "generated-1/test-1")
+    ]
+    with pytest.raises(VideoError, match="got 'generated-1/test-0' more than once"):
+        JoinedVideo([two, fast]).clips("test")

@@ -82,6 +82,8 @@ class AtBudget:
         used: share of the budget's mean that is spent, median over clips; None without a mean. It exceeds 1 by
             at most what the first frame may spend beyond the mean.
         peak_bops: BOPs of the most expensive frame, as a fraction of W8A8.
+        worst_tenth: accuracy over the tenth of the clips, one at least, where it is least; None in comparisons that
+            were written before it was counted.
     """
 
     accuracy: float
@@ -89,6 +91,7 @@ class AtBudget:
     bops: float
     used: float | None
     peak_bops: float
+    worst_tenth: float | None = None
 
 
 @dataclass(frozen=True)

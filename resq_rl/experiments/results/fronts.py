@@ -125,7 +125,14 @@ def at_budget(runs: Sequence[Measurement], mean: float | None, *, seed: int) -> 
         bops=float(np.mean([m.bops for m in runs])),
         used=float(torch.cat(used).median()) if used else None,
         peak_bops=max(float(m.peak.max()) for m in runs),
+        worst_tenth=float(np.mean([_worst_tenth(m) for m in runs])),
     )
+
+
+def _worst_tenth(measured: Measurement) -> float:
+    by_clip = measured.task.accuracy(measured.counts)
+    worst = by_clip.nan_to_num(2.0).argsort()[: max(1, len(by_clip) // 10)]  # last, clips without a label
+    return float(measured.task.accuracy(measured.counts[worst].sum(0)))
 
 
 def gain_at_budget(runs: Sequence[Measurement], anchor: Sequence[Measurement], *, seed: int) -> Gain:

@@ -123,11 +123,12 @@ class GeneratedVideo:
             light, own = self._render(rng, time[start:stop])
             frames[start:stop] = self._expose(light, sensor)
             labels.append(own)
+        seed = f"-{self.seed}" if self.seed else ""
         return Clip(
             frames=torch.from_numpy(frames),
             labels=torch.from_numpy(np.concatenate(labels)),
             fps=self.fps,
-            name=f"{self.prefix}/{split}-{index}",
+            name=f"{self.prefix}{seed}/{split}-{index}",
             origin=f"{self!r} {split} {index}",
         )
 

@@ -87,7 +87,6 @@ MISTAKEN_VALUES: list[tuple[str, Any, str]] = [
     ("quantization.levels", [0, 1, 8], "at least 2 bits"),
     ("quantization.levels", [0, 8], "'heuristic.kappa' must have one value fewer"),
     ("quantization.residual_weight_bits", "autp", "auto"),
-    ("quantization.residual_weight_bits", {"depth": 8}, "quantization.residual_weight_bits.depthwise"),
     ("quantization.residual_weight_bits", {"conv": 99}, "at most 16"),
     ("quantization.range_estimator", "minmax", "'min_max'"),
     ("heuristic.references", ["previous", "key"], "keyframe"),

@@ -51,6 +51,15 @@ def test_a_method_at_the_budget_is_averaged_over_seeds_and_its_highest_frame_cou
     assert at_budget(runs, None, seed=0).used is None
 
 
+def test_the_worst_tenth_of_clips() -> None:
+    """Of twenty clips the two that lose most, in each run its own; a clip at least."""
+    many = measured([90] * 9 + [20] + [90] * 9 + [60], [0.4] * 20)
+    other = measured([30] + [90] * 18 + [10], [0.4] * 20)
+    pairs = [(20 + 60) / 2, (30 + 10) / 2]
+    assert at_budget([many, other], None, seed=0).worst_tenth == pytest.approx(sum(map(iou, pairs)) / 2)
+    assert at_budget([measured([90, 70, 80], [0.4] * 3)], None, seed=0).worst_tenth == pytest.approx(iou(70))
+
+
 def test_a_gain_is_paired_over_clips() -> None:
     """Both methods lose much on hard clips; the difference hardly varies with the clips that are drawn."""
     hard_and_easy = [50, 60, 70, 80, 90, 95]
