@@ -81,18 +81,13 @@ def onnx_runtime(method: str) -> Peer:
 
             def get_next(self) -> dict[str, Any] | None:
                 inputs = next(self.left, None)
-                return inputs and {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
+                return None if inputs is None else {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
 
         quantize_static(
             folder / "ready.onnx",
             folder / "int8.onnx",
             Reader(),
-            op_types_to_quantize=[
-                "Conv",
-                "ConvTranspose",
-                "Gemm",
-                "MatMul",
-            ],  # far better than quantizing every operator
+            op_types_to_quantize=["Conv", "ConvTranspose", "Gemm", "MatMul"],  # far better than every operator
             activation_type=QuantType.QUInt8,
             per_channel=True,
             extra_options={"CalibMaxIntermediateOutputs": 16},  # kept in memory

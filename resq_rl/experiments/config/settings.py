@@ -91,8 +91,7 @@ class QuantizationSettings(QuantizationConfig):
     """How the network is quantized: beside the model's own configuration, how it is calibrated and run.
 
     Attributes:
-        residual_weight_bits: "auto" (chosen for each layer on calibration clips, `choose_weight_bits`), or as of
-            `QuantizationConfig`.
+        residual_weight_bits: as of `QuantizationConfig`, or "auto", chosen on calibration clips (`choose_weight_bits`).
         calibration_clips: how many training clips are used.
         compile: run the simulation's elementwise work in C, where the machine has a compiler; results stay the same.
     """

@@ -53,15 +53,7 @@ def copy_of(network: nn.Module, device: torch.device) -> nn.Module:
                 f"{name or type(network).__name__!r} is a TorchScript module, whose layers cannot be replaced. Give "
                 "the original module, or export it: torch.export.export(module, (example,)).module()."
             )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch's own, from copying a program's tree of outputs
-            duplicate = copy.deepcopy(network, _computed(network))
-    except Exception as error:
-        raise NetworkError(
-            f"{type(network).__name__} cannot be copied: {error}. Remove what it holds besides layers and tensors "
-            "(locks, open files, generators), or export it."
-        ) from error
+    duplicate = _duplicate(network)
     try:
         duplicate.eval()
     except NotImplementedError:  # modules of exported programs have no mode to switch, and stop those after them
@@ -85,6 +77,18 @@ def copy_of(network: nn.Module, device: torch.device) -> nn.Module:
     for _, graph in program_graphs(duplicate):
         _move(graph, device)
     return duplicate.requires_grad_(False)
+
+
+def _duplicate(network: nn.Module) -> nn.Module:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's own, from copying a program's tree of outputs
+            return copy.deepcopy(network, _computed(network))
+    except Exception as error:
+        raise NetworkError(
+            f"{type(network).__name__} cannot be copied: {error}. Remove what it holds besides layers and tensors "
+            "(locks, open files, generators), or export it."
+        ) from error
 
 
 def _uncompiled(module: nn.Module) -> nn.Module:

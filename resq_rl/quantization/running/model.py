@@ -21,8 +21,7 @@ from resq_rl.quantization.graph.products import ProductCalls, decomposed
 from resq_rl.quantization.graph.tracing import AnySite, Site, trace
 from resq_rl.quantization.graph.wrapping import fold_batch_norm, insert_operators
 from resq_rl.quantization.kernels.compiled import native
-from resq_rl.quantization.kernels.plain import PLAIN, Kernels, sums_are_exact
-from resq_rl.quantization.quantizers.residual import largest_code
+from resq_rl.quantization.kernels.plain import PLAIN, Kernels
 from resq_rl.quantization.running.budgeted import BudgetedExecution, LayerCosts
 from resq_rl.quantization.running.calibration import SiteRanges, SiteRecorder
 from resq_rl.quantization.running.checks import check_clips, check_decision, check_inputs
@@ -176,13 +175,7 @@ class ResQModel:
         """
         if self.device.type != "cpu":
             return [False] * len(self.sites)
-        key, residual = 2**self.config.key_activation_bits - 1, largest_code(self.config.levels)
-        return [not isinstance(s, Site) or self._exact(s.operator, key, residual) for s in self.sites]
-
-    def _exact(self, operator: ResidualOperator, key: int, residual: int) -> bool:
-        weights, geometry = self.weights.of(operator), operator.geometry
-        whole = sums_are_exact(geometry, weights["keyframe"].codes, key)
-        return whole and sums_are_exact(geometry, weights["residual"].codes, residual)
+        return [not isinstance(site, Site) or self.weights.sums_are_exact(site.operator) for site in self.sites]
 
     # Calibration -----------------------------------------------------------------------------------------------------
 

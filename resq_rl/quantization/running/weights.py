@@ -9,6 +9,8 @@ from torch import Tensor
 
 from resq_rl.errors import CalibrationError, NetworkError, unknown_name
 from resq_rl.quantization.graph.operators import ResidualOperator, laid_out
+from resq_rl.quantization.kernels.plain import sums_are_exact
+from resq_rl.quantization.quantizers.residual import largest_code
 from resq_rl.quantization.quantizers.rounding import FINE, IntegerWeight, integer_weight
 from resq_rl.quantization.running.calibration import SiteRecorder
 from resq_rl.quantization.specification.config import LayerKind, Part, QuantizationConfig
@@ -84,6 +86,12 @@ class Weights:
             "keyframe": self._of(operator, "keyframe", self._config.key_weight_bits),
             "residual": self._of(operator, "residual", residual_bits),
         }
+
+    def sums_are_exact(self, operator: ResidualOperator) -> bool:
+        """Whether float32 holds every sum of an operator's products, whatever its input."""
+        weights = self.of(operator)
+        most = {"keyframe": 2**self._config.key_activation_bits - 1, "residual": largest_code(self._config.levels)}
+        return all(sums_are_exact(operator.geometry, weights[part].codes, most[part]) for part in weights)
 
     def _of(self, operator: ResidualOperator, part: Part, bits: int) -> IntegerWeight:
         if bits == self._config.key_weight_bits:
