@@ -17,7 +17,7 @@ import torch
 from resq_rl.envs import Problem
 from resq_rl.policies.gradient import learn_thresholds
 from resq_rl.policies.unrolled_clips import GradientSettings, UnrolledClips
-from resq_rl.quantization import Reference, ResQModel
+from resq_rl.quantization import DEFAULT_KAPPA, Reference, ResQModel
 
 __all__ = ["choose_weight_bits"]
 
@@ -31,8 +31,9 @@ LAMBDAS, LAMBDA = 4, 1  # values of lambda spread over its range, and which of t
 def choose_weight_bits(
     problem: Problem,
     *,
-    kappa: tuple[float, ...],
+    interval: int = 0,
     reference: Reference = "previous",
+    kappa: tuple[float, ...] = DEFAULT_KAPPA,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, int]:
@@ -43,8 +44,9 @@ def choose_weight_bits(
 
     Args:
         problem: the network, its task and training clips.
-        kappa: multipliers of the thresholds by level.
+        interval: frames between keyframes; 0 for the first only.
         reference: what residuals are taken against.
+        kappa: multipliers of the thresholds by level.
         progress: called with the number of frames run.
 
     Raises:
@@ -52,10 +54,12 @@ def choose_weight_bits(
     """
     model = problem.model
     widths = tuple(bits for bits in WIDTHS if bits <= model.config.key_weight_bits)
-    learned = learn_thresholds(problem, LEARNING, kappa=kappa, reference=reference, seed=seed, progress=progress)
+    learned = learn_thresholds(
+        problem, LEARNING, interval=interval, reference=reference, kappa=kappa, seed=seed, progress=progress
+    )
     trade_off = learned.spread_trade_offs(LAMBDAS)[LAMBDA]
     log_taus = torch.tensor(learned.spread(LAMBDAS)[LAMBDA].taus).log()
-    clips = UnrolledClips.of_layers(problem, reference, 0, kappa, COMPARING, seed, progress)
+    clips = UnrolledClips.of_layers(problem, reference, interval, kappa, COMPARING, seed, progress)
     drawn = clips.draw()
 
     @cache

@@ -11,10 +11,8 @@ from resq_rl.envs import Problem
 from resq_rl.policies import choose_weight_bits
 from resq_rl.policies.gradient import GradientSettings
 from resq_rl.policies.weight_bits import WIDTHS, _walked
-from resq_rl.quantization import QuantizationConfig
+from resq_rl.quantization import QuantizationConfig, Reference
 from tests.envs.problems import make_problem, tiny_network
-
-KAPPA = (1.0, 2.0, 6.0)
 
 
 @pytest.fixture(autouse=True)
@@ -29,14 +27,20 @@ def problem_of(network: nn.Module | None = None, **settings: Any) -> Problem:
 
 def test_every_layer_gets_bits_and_a_seed_the_same_again() -> None:
     problem = problem_of()
-    chosen = choose_weight_bits(problem, kappa=KAPPA)
+    chosen = choose_weight_bits(problem)
     assert list(chosen) == [operator.name for operator in problem.model.operators]
     assert set(chosen.values()) <= set(WIDTHS)
     assert problem.model.config.residual_weight_bits == chosen
     for operator in problem.model.operators:
         largest = float(problem.model.integer_weights(operator, residual=True)[0].abs().max())
         assert largest <= 2 ** (chosen[operator.name] - 1) - 1
-    assert choose_weight_bits(problem, kappa=KAPPA) == chosen
+    assert choose_weight_bits(problem) == chosen
+
+
+@pytest.mark.parametrize(("reference", "interval"), [("previous", 3), ("keyframe", 0)])
+def test_the_references_and_keyframes_that_policies_run_with(reference: Reference, interval: int) -> None:
+    chosen = choose_weight_bits(problem_of(), interval=interval, reference=reference, kappa=(1.0, 2.0, 6.0))
+    assert set(chosen.values()) <= set(WIDTHS)
 
 
 def test_weights_that_2_bits_hold_exactly_get_2_bits() -> None:
@@ -44,18 +48,18 @@ def test_weights_that_2_bits_hold_exactly_get_2_bits() -> None:
     with torch.no_grad():
         for weight in (p for p in network.parameters() if p.dim() == 4):
             weight.copy_(torch.where(weight > 0, 0.25, -0.25))
-    chosen = choose_weight_bits(problem_of(network, weight_rounding="nearest"), kappa=KAPPA)
+    chosen = choose_weight_bits(problem_of(network, weight_rounding="nearest"))
     assert set(chosen.values()) == {2}
 
 
 def test_bits_that_save_nothing_are_not_taken_away() -> None:
     """Under "clipped" 2 bits cost what 4 do, and err more."""
-    chosen = choose_weight_bits(problem_of(bops_convention="clipped"), kappa=KAPPA)
+    chosen = choose_weight_bits(problem_of(bops_convention="clipped"))
     assert min(chosen.values()) >= 4
 
 
 def test_residual_weights_are_no_wider_than_those_of_keyframes() -> None:
-    assert max(choose_weight_bits(problem_of(key_weight_bits=4), kappa=KAPPA).values()) <= 4
+    assert max(choose_weight_bits(problem_of(key_weight_bits=4)).values()) <= 4
 
 
 def test_layers_are_walked_to_the_least_loss() -> None:

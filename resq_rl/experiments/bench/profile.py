@@ -31,8 +31,7 @@ from resq_rl.experiments.results.comparison import write_summary
 from resq_rl.experiments.results.methods import LEARNED, method_of
 from resq_rl.experiments.runs.progress import stage
 from resq_rl.experiments.study.deployment import policy_folder, trainer_of
-from resq_rl.experiments.study.start import learning_interval
-from resq_rl.experiments.study.study import Study, build_study
+from resq_rl.experiments.study.study import Study, build_study, learning_interval
 from resq_rl.experiments.study.training import front_candidates
 from resq_rl.experiments.tracking.tracker import Tracker
 from resq_rl.files import write_atomic

@@ -12,10 +12,10 @@ import numpy as np
 
 from resq_rl.envs import ActionScheme, Measurement
 from resq_rl.errors import SettingsError
-from resq_rl.experiments.config.settings import EnvironmentSettings, Search
+from resq_rl.experiments.config.settings import Search
 from resq_rl.experiments.results.statistics import MAXIMUM_ACCURACY_LOSS
 from resq_rl.experiments.runs.progress import stage
-from resq_rl.experiments.study.study import Base, Study
+from resq_rl.experiments.study.study import Base, Study, learning_interval
 from resq_rl.policies import GradientSettings, GroupThresholds, LearnedThresholds, StaticResQ, learn_thresholds
 from resq_rl.policies.ppo import FirstChoice
 from resq_rl.policies.search import Tried, evolve_thresholds, search_group_thresholds
@@ -27,7 +27,6 @@ __all__ = [
     "first_choice",
     "first_choices",
     "learn",
-    "learning_interval",
     "measure_constants",
     "prepare_training",
     "search",
@@ -202,12 +201,6 @@ def learn(study: Study, frames: int, seed: int) -> LearnedThresholds:
             seed=seed,
             progress=advance,
         )
-
-
-def learning_interval(environment: EnvironmentSettings) -> int:
-    """The keyframe interval of learning by gradients: the longest, in which errors have the most time to build up."""
-    intervals = environment.keyframe_intervals
-    return 0 if 0 in intervals else max(intervals)
 
 
 def _learned(study: Study, start: Start, frames: int, seed: int) -> Start:

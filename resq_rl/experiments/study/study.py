@@ -23,7 +23,7 @@ from resq_rl.envs import (
     trace,
 )
 from resq_rl.errors import NetworkError, SettingsError, VideoError
-from resq_rl.experiments.config.settings import Settings
+from resq_rl.experiments.config.settings import EnvironmentSettings, Settings
 from resq_rl.experiments.runs.progress import Advance, stage
 from resq_rl.experiments.study.measurements import Measurements
 from resq_rl.perception import Task, clip_inputs, degenerate_output, example_inputs
@@ -31,7 +31,7 @@ from resq_rl.policies import choose_weight_bits, measure_on_tables
 from resq_rl.quantization import Budget, Inputs, ResQModel
 from resq_rl.video import Clip, Framing, Split, framing_of
 
-__all__ = ["Base", "Study", "build_study", "network_framing", "prepare_problems", "read_clips"]
+__all__ = ["Base", "Study", "build_study", "learning_interval", "network_framing", "prepare_problems", "read_clips"]
 
 log = logging.getLogger(__name__)
 
@@ -197,6 +197,12 @@ def build_study(settings: Settings, splits: Sequence[Split], measurements: Path 
     )
 
 
+def learning_interval(environment: EnvironmentSettings) -> int:
+    """The keyframe interval of learning by gradients: the longest, in which errors have the most time to build up."""
+    intervals = environment.keyframe_intervals
+    return 0 if 0 in intervals else max(intervals)
+
+
 def network_framing(video: Any, model: ResQModel) -> Framing:
     """How frames of any source are brought to the network; video of no set size is cut to its proportions."""
     framing = framing_of(video)
@@ -257,8 +263,14 @@ def _calibrated(settings: Settings, model: ResQModel, clips: Sequence[Inputs]) -
 
 def _choose_weight_bits(settings: Settings, model: ResQModel, task: Task, clips: Sequence[Clip]) -> None:
     """Set the model to the widths that are best on its calibration clips, which all commands have."""
-    with stage("residual weight bits", 1):
-        problem = Problem.prepare(model, task, clips, source="teacher")
-        reference, kappa = settings.environment.reference, settings.heuristic.kappa
-        bits = choose_weight_bits(problem, kappa=kappa, reference=reference, seed=settings.seed)
+    environment = settings.environment
+    with stage("residual weight bits", None) as advance:
+        bits = choose_weight_bits(
+            Problem.prepare(model, task, clips, source="teacher"),
+            interval=learning_interval(environment),
+            reference=environment.reference,
+            kappa=settings.heuristic.kappa,
+            seed=settings.seed,
+            progress=advance,
+        )
     log.info("residual weight bits: %s", ", ".join(f"{name} {width}" for name, width in bits.items()))

@@ -11,8 +11,8 @@ from resq_rl.envs.sb3 import AgentsVecEnv
 from resq_rl.experiments.config.settings import Settings
 from resq_rl.experiments.runs.progress import stage
 from resq_rl.experiments.study.deployment import FILES, save_deployment
-from resq_rl.experiments.study.start import Start, first_choices, learning_interval
-from resq_rl.experiments.study.study import Study
+from resq_rl.experiments.study.start import Start, first_choices
+from resq_rl.experiments.study.study import Study, learning_interval
 from resq_rl.experiments.tracking.tracker import Tracker
 from resq_rl.policies import GradientSettings, LearnedPolicy
 from resq_rl.policies.gradient_policy import PassFigures, learn_policy
