@@ -15,7 +15,7 @@ from resq_rl.checked import Checked, Count, Positive
 from resq_rl.envs import ActionScheme, Conditions, Decision, FrameInputs, NetworkEngine, Problem
 from resq_rl.envs.network_engine import NetworkState, clips_that_fit
 from resq_rl.envs.problem import gather
-from resq_rl.errors import SettingsError
+from resq_rl.errors import SettingsError, ShortMemoryError
 from resq_rl.policies.fixed import GroupThresholds, periodic
 from resq_rl.quantization import Reference, ResQModel, ThresholdField
 
@@ -129,13 +129,13 @@ def clips_together(model: ResQModel, window: int, wanted: int) -> int:
     """How many clips can step together under gradients through `window` frames; fewer than wanted in short memory.
 
     Raises:
-        SettingsError: there is not enough for one.
+        ShortMemoryError: there is not enough for one.
     """
     fit, each = clips_that_fit(model, UNROLLED * window), UNROLLED * window * model.simulation_bytes / 2**30
     if fit < 1:
-        raise SettingsError(
-            f"Learning by gradients through {window} frames takes about {each:.1f} GiB, and less is free. Use smaller "
-            "frames (video.size), or train by PPO (training.trainer=ppo, training.warm_start=best)."
+        raise ShortMemoryError(
+            f"Learning by gradients through {window} frames takes about {each:.1f} GiB, and less is free. Free some, "
+            "use smaller frames (video.size), or train without (training.trainer=ppo training.warm_start=best)."
         )
     if fit < wanted:
         log.info("%d clips step together instead of %d, since each takes about %.1f GiB.", fit, wanted, each)

@@ -67,6 +67,10 @@ class SettingsError(ResqError):
     """A setting with a wrong name, type or value."""
 
 
+class ShortMemoryError(SettingsError):
+    """Settings that take more memory than is free at the moment, on this machine."""
+
+
 class TrackingError(ResqError):
     """An experiment tracker that cannot be used."""
 

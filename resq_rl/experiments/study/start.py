@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 
 from resq_rl.envs import ActionScheme, Measurement
-from resq_rl.errors import SettingsError
+from resq_rl.errors import SettingsError, ShortMemoryError
 from resq_rl.experiments.config.settings import Search
 from resq_rl.experiments.results.statistics import MAXIMUM_ACCURACY_LOSS
 from resq_rl.experiments.runs.progress import stage
@@ -19,6 +19,7 @@ from resq_rl.experiments.study.study import Base, Study, learning_interval
 from resq_rl.policies import GradientSettings, GroupThresholds, LearnedThresholds, StaticResQ, learn_thresholds
 from resq_rl.policies.ppo import FirstChoice
 from resq_rl.policies.search import Tried, evolve_thresholds, search_group_thresholds
+from resq_rl.policies.unrolled_clips import clips_together
 from resq_rl.quantization import Reference
 
 __all__ = [
@@ -121,8 +122,14 @@ def prepare_training(study: Study) -> tuple[Study, Start | None]:
 
     Returns:
         The study, and None for the start where nothing was measured.
+
+    Raises:
+        ShortMemoryError: thresholds are to be learned by gradients, which takes more memory than is free. They are not
+            searched for instead, so that what training begins from does not depend on the machine.
     """
     environment, training = study.settings.environment, study.settings.training
+    if training.trainer == "gradient" or _by_gradients(study):
+        clips_together(study.problems["train"].model, GradientSettings().window, 1)
     if environment.trade_off != "auto" and (training.warm_start == "none" or training.trainer == "gradient"):
         return study, None
     start = measure_constants(study, study.scheme())
@@ -147,7 +154,8 @@ def begin(study: Study, start: Start | None, seed: int) -> tuple[Study, Start | 
         training begins elsewhere.
 
     Raises:
-        SettingsError: `training.warm_start=gradient`, and they cannot be learned.
+        SettingsError: `training.warm_start=gradient`, and they cannot be learned. ShortMemoryError: as of
+            `prepare_training`.
     """
     training = study.settings.training
     if start is None or training.trainer == "gradient" or not _by_gradients(study):
@@ -155,7 +163,7 @@ def begin(study: Study, start: Start | None, seed: int) -> tuple[Study, Start | 
     try:
         start = _learned(study, start, max(1, training.search_frames), seed)
     except SettingsError as error:
-        if training.warm_start == "gradient":
+        if training.warm_start == "gradient" or isinstance(error, ShortMemoryError):
             raise
         log.warning("Training begins at searched thresholds instead of learned ones: %s", error)
         return study, _searched(study, start)

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resq_rl.envs import ActionScheme, Measurement, Policy
-from resq_rl.errors import SettingsError
+from resq_rl.errors import SettingsError, ShortMemoryError
 from resq_rl.experiments.config.composition import load_settings
 from resq_rl.experiments.runs.progress import Advance
+from resq_rl.experiments.study import start
 from resq_rl.experiments.study.start import Start, begin, first_choice, first_choices, prepare_training
 from resq_rl.experiments.study.study import Study, build_study
 from resq_rl.policies import GroupThresholds, StaticResQ, Tried, unrolled_clips
@@ -200,17 +201,30 @@ def test_each_seed_learns_its_own_thresholds(built: Study) -> None:
 def test_what_cannot_be_learned_is_searched(
     built: Study, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def short(*_: object) -> int:
-        raise SettingsError("Learning takes 99 GiB, and less is free.")
+    def refuse(*_: object, **__: object) -> None:
+        raise SettingsError("Thresholds cannot be learned: no constant one differs.")
 
-    monkeypatch.setattr(unrolled_clips, "clips_together", short)
-    study, start = begun(built)
+    monkeypatch.setattr(start, "learn_thresholds", refuse)
+    study, searched = begun(built)
     assert study.base is None
-    assert start == begun(built, "training.warm_start=best")[1]
-    assert start.searched
-    assert "less is free" in caplog.text
-    with pytest.raises(SettingsError, match="99 GiB"):
+    assert searched == begun(built, "training.warm_start=best")[1]
+    assert searched.searched
+    assert "cannot be learned" in caplog.text
+    with pytest.raises(SettingsError, match="no constant one differs"):
         begun(built, "training.warm_start=gradient")
+
+
+@pytest.mark.parametrize("changes", [[], ["training.warm_start=gradient"], ["training.trainer=gradient"]])
+def test_short_memory_stops_what_would_begin_elsewhere(
+    changes: list[str], built: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is measured; what asks for no gradients goes on."""
+    monkeypatch.setattr(unrolled_clips, "clips_that_fit", lambda *_: 0)
+    monkeypatch.setattr(Study, "measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(ShortMemoryError, match=r"takes about .* GiB, and less is free.*training\.warm_start=best"):
+        begun(built, *changes)
+    monkeypatch.undo()
+    assert begun(built, "training.warm_start=best")[1].searched
 
 
 @pytest.mark.parametrize(
