@@ -1,31 +1,34 @@
 """The bits of residual weights by layer, chosen on training clips for the loss that thresholds are learned for.
 
 Coarser weights make every residual of a layer cheaper, and err by what the scene has moved since its keyframe, which
-takes long clips to show. The widths of the layers are to minimise, under thresholds learned for one lambda,
+takes long clips to show. The widths of the layers are to minimise, under the constant threshold that is best for one
+lambda,
 
     mean over frames of divergence(output, float output) + lambda * BOPs / BOPs of W8A8
 
-as thresholds do. Lambda lies on the accurate side of the range that matters, where errors of weights count most. Mixed
-precision by layer, searched for what it costs and loses, is that of HAQ (arXiv 1811.08886) and HAWQ (arXiv 1905.03696).
+as learned thresholds do. Lambda lies on the accurate side of the range that matters, where errors of weights count
+most. Mixed precision by layer, searched for what it costs and loses, is that of HAQ (arXiv 1811.08886) and HAWQ (arXiv
+1905.03696).
 """
 
-from collections.abc import Callable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from functools import cache
 
 import torch
 
 from resq_rl.envs import Problem
-from resq_rl.policies.gradient import learn_thresholds
+from resq_rl.policies.gradient import first_thresholds
 from resq_rl.policies.unrolled_clips import GradientSettings, UnrolledClips
 from resq_rl.quantization import DEFAULT_KAPPA, Reference, ResQModel
 
 __all__ = ["choose_weight_bits"]
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
-LEARNING = GradientSettings(frames=3000)  # of the thresholds
-COMPARING = GradientSettings(clips=4)  # of widths
+SETTINGS = GradientSettings(clips=4, knots=4)  # of clips, and of values of lambda over its range
+LAMBDA = 1  # which of them counts
 WINDOWS = 8  # of frames, at most, in which widths are compared
-LAMBDAS, LAMBDA = 4, 1  # values of lambda spread over its range, and which of them counts
+SMALL = 0.02  # of the multiply-accumulates: smaller layers of a kind have one width
 
 
 def choose_weight_bits(
@@ -40,7 +43,8 @@ def choose_weight_bits(
     """The bits of residual weights of each layer, to which the problem's model is set.
 
     The best width for all layers is the beginning. From there each layer, the one with the most multiply-accumulates
-    first, is made narrower as long as the loss falls, or else wider; never wider than at keyframes.
+    first, is made narrower as long as the loss falls, or else wider; never wider than at keyframes. Small layers of a
+    kind are changed together.
 
     Args:
         problem: the network, its task and training clips.
@@ -50,22 +54,25 @@ def choose_weight_bits(
         progress: called with the number of frames run.
 
     Raises:
-        SettingsError: thresholds cannot be learned (`learn_thresholds`).
+        SettingsError: no clip has a frame after its first, or no constant threshold diverges less for more BOPs.
     """
     model = problem.model
     widths = tuple(bits for bits in WIDTHS if bits <= model.config.key_weight_bits)
-    learned = learn_thresholds(
-        problem, LEARNING, interval=interval, reference=reference, kappa=kappa, seed=seed, progress=progress
-    )
-    trade_off = learned.spread_trade_offs(LAMBDAS)[LAMBDA]
-    log_taus = torch.tensor(learned.spread(LAMBDAS)[LAMBDA].taus).log()
-    clips = UnrolledClips.of_layers(problem, reference, interval, kappa, COMPARING, seed, progress)
+    model.set_residual_weight_bits(min(4, widths[-1]))
+    clips = UnrolledClips.of_layers(problem, reference, interval, kappa, SETTINGS, seed, progress)
+    knots, constants = first_thresholds(clips)
+    trade_off, log_taus = float(knots[LAMBDA]), constants[LAMBDA].detach()
     drawn = clips.draw()
+
+    units = _units(model)
+
+    def by_layer(widths: tuple[int, ...]) -> dict[str, int]:
+        return {name: width for names, width in zip(units, widths, strict=True) for name in names}
 
     @cache
     @torch.no_grad()
     def loss(bits: tuple[int, ...]) -> float:
-        model.set_residual_weight_bits(dict(zip(names, bits, strict=True)))
+        model.set_residual_weight_bits(by_layer(bits))
         clips.start(drawn)
         found = []
         for _ in range(WINDOWS):
@@ -74,25 +81,24 @@ def choose_weight_bits(
         divergence, bops = torch.cat(found, 1).mean(1).tolist()
         return float(divergence + trade_off * bops)
 
-    macs = _macs(model)
-    names = list(macs)
-    chosen = min(((bits,) * len(names) for bits in widths), key=loss)
-    for name in sorted(names, key=lambda n: -macs[n]):
-        chosen = _walked(chosen, names.index(name), widths, loss)
-    by_layer = dict(zip(names, chosen, strict=True))
-    model.set_residual_weight_bits(by_layer)
-    return by_layer
+    chosen = min(((bits,) * len(units) for bits in widths), key=loss)
+    for unit in range(len(units)):
+        chosen = _walked(chosen, unit, widths, loss)
+    bits = by_layer(chosen)
+    ordered = {operator.name: bits[operator.name] for operator in model.operators}
+    model.set_residual_weight_bits(ordered)
+    return ordered
 
 
 def _walked(
-    chosen: tuple[int, ...], layer: int, widths: tuple[int, ...], loss: Callable[[tuple[int, ...]], float]
+    chosen: tuple[int, ...], unit: int, widths: tuple[int, ...], loss: Callable[[tuple[int, ...]], float]
 ) -> tuple[int, ...]:
-    """The choice with one layer made narrower as long as the loss falls, or else wider."""
+    """The choice with one unit made narrower as long as the loss falls, or else wider."""
     for narrower in (True, False):
         begun = chosen
-        place = widths.index(chosen[layer])
+        place = widths.index(chosen[unit])
         for bits in reversed(widths[:place]) if narrower else widths[place + 1 :]:
-            other = (*chosen[:layer], bits, *chosen[layer + 1 :])
+            other = (*chosen[:unit], bits, *chosen[unit + 1 :])
             if loss(other) >= loss(chosen):
                 break
             chosen = other
@@ -101,9 +107,16 @@ def _walked(
     return chosen
 
 
-def _macs(model: ResQModel) -> Mapping[str, int]:
-    """Multiply-accumulates by layer, over all its calls."""
-    macs: dict[str, int] = {}
+def _units(model: ResQModel) -> list[list[str]]:
+    """Names of the layers that change together, those with the most multiply-accumulates first."""
+    macs: Counter[tuple[str, str]] = Counter()
+    members: dict[tuple[str, str], set[str]] = defaultdict(set)
+    by_name: Counter[str] = Counter()
     for site in model.layers:
-        macs[site.name] = macs.get(site.name, 0) + site.macs
-    return macs
+        by_name[site.name] += site.macs
+    for site in model.layers:
+        small = by_name[site.name] < SMALL * by_name.total()
+        unit = (site.layer_kind, "") if small else (site.layer_kind, site.name)
+        macs[unit] += site.macs
+        members[unit].add(site.name)
+    return [sorted(members[unit]) for unit, _ in macs.most_common()]

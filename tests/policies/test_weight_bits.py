@@ -1,6 +1,7 @@
 """The bits of residual weights, chosen by layer for divergence and cost."""
 
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,15 +10,9 @@ from torch import nn
 
 from resq_rl.envs import Problem
 from resq_rl.policies import choose_weight_bits
-from resq_rl.policies.gradient import GradientSettings
-from resq_rl.policies.weight_bits import WIDTHS, _walked
+from resq_rl.policies.weight_bits import WIDTHS, _units, _walked
 from resq_rl.quantization import QuantizationConfig, Reference
 from tests.envs.problems import make_problem, tiny_network
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("resq_rl.policies.weight_bits.LEARNING", GradientSettings(frames=200, window=2, clips=3))
 
 
 def problem_of(network: nn.Module | None = None, **settings: Any) -> Problem:
@@ -60,6 +55,19 @@ def test_bits_that_save_nothing_are_not_taken_away() -> None:
 
 def test_residual_weights_are_no_wider_than_those_of_keyframes() -> None:
     assert max(choose_weight_bits(problem_of(key_weight_bits=4)).values()) <= 4
+
+
+def test_small_layers_of_a_kind_share_a_width(unchecked_types: None) -> None:
+    """Of 100 multiply-accumulates, layers of 1 are small, and go with those of their kind."""
+    sites = [
+        ("a", "conv", 49),
+        ("b", "pointwise", 48),
+        ("c", "pointwise", 1),
+        ("d", "pointwise", 1),
+        ("e", "linear", 1),
+    ]
+    model: Any = SimpleNamespace(layers=[SimpleNamespace(name=n, layer_kind=k, macs=m) for n, k, m in sites])
+    assert _units(model) == [["a"], ["b"], ["c", "d"], ["e"]]
 
 
 def test_layers_are_walked_to_the_least_loss() -> None:

@@ -1,10 +1,7 @@
 """What a study is made of, whichever command asks for it."""
 
-import pytest
-
 from resq_rl.experiments.config.composition import load_settings
 from resq_rl.experiments.study.study import build_study
-from resq_rl.policies import GradientSettings
 from tests.envs.problems import TINY_NETWORK
 
 AUTO = [
@@ -18,8 +15,7 @@ AUTO = [
 ]
 
 
-def test_all_commands_choose_the_same_bits_for_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("resq_rl.policies.weight_bits.LEARNING", GradientSettings(frames=60, window=2, clips=2))
+def test_all_commands_choose_the_same_bits_for_the_layers() -> None:
     trained = build_study(load_settings("train", AUTO), ["train", "validation"]).model.config
     evaluated = build_study(load_settings("compare", AUTO), ["test"]).model.config
     assert isinstance(trained.residual_weight_bits, dict)
