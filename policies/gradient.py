@@ -126,14 +126,8 @@ def _constants(clips: UnrolledClips) -> list[_Constant]:
     """Constant thresholds on the same frames, from many BOPs to few."""
     drawn, found = clips.draw(), []
     for tau in CONSTANTS:
-        clips.start(drawn)
-        log_taus = torch.full((clips.count, len(clips.policy.taus)), tau).log()
-        windows = [
-            torch.cat([clips.window(part, log_taus[part.rows]) for part in clips.parts], 1)
-            for _ in range(FIRST_WINDOWS)
-            if clips.left
-        ]
-        divergence, bops = torch.stack(windows).mean((0, 2)).tolist()
+        log_taus = torch.full((len(clips.policy.taus),), tau).log()
+        divergence, bops = clips.first_windows(drawn, log_taus, FIRST_WINDOWS)
         agreement = float(clips.problem.task.accuracy(torch.stack(clips.counts).sum(0)))
         found.append(_Constant(tau, bops, divergence, agreement))
     return found

@@ -238,6 +238,19 @@ class UnrolledClips:
         frames = min(self.settings.window, self._shortest - part.time)
         return torch.stack([self._step(part, log_taus) for _ in range(frames)]).mean(0)
 
+    @torch.no_grad()
+    def first_windows(self, drawn: np.ndarray, log_taus: Float[Tensor, " s"], windows: int) -> tuple[float, float]:
+        """Mean divergence and share of W8A8 BOPs of the first windows of clips, under the same thresholds for all."""
+        self.start(drawn)
+        by_clip = log_taus.expand(self.count, -1)
+        found = [
+            torch.cat([self.window(part, by_clip[part.rows]) for part in self.parts], 1)
+            for _ in range(windows)
+            if self.left
+        ]
+        divergence, bops = torch.stack(found).mean((0, 2)).tolist()
+        return divergence, bops
+
     def _step(self, part: ClipsTogether, log_taus: Float[Tensor, "b s"]) -> Float[Tensor, "2 b"]:
         times = torch.full((len(part.clip),), part.time)
         age = part.state.age

@@ -15,8 +15,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import cache
 
-import torch
-
 from resq_rl.envs import Problem
 from resq_rl.policies.gradient import first_thresholds
 from resq_rl.policies.unrolled_clips import GradientSettings, UnrolledClips
@@ -62,24 +60,16 @@ def choose_weight_bits(
     clips = UnrolledClips.of_layers(problem, reference, interval, kappa, SETTINGS, seed, progress)
     knots, constants = first_thresholds(clips)
     trade_off, log_taus = float(knots[LAMBDA]), constants[LAMBDA].detach()
-    drawn = clips.draw()
-
-    units = _units(model)
+    drawn, units = clips.draw(), _units(model)
 
     def by_layer(widths: tuple[int, ...]) -> dict[str, int]:
         return {name: width for names, width in zip(units, widths, strict=True) for name in names}
 
     @cache
-    @torch.no_grad()
     def loss(bits: tuple[int, ...]) -> float:
         model.set_residual_weight_bits(by_layer(bits))
-        clips.start(drawn)
-        found = []
-        for _ in range(WINDOWS):
-            if clips.left:
-                found += [clips.window(part, log_taus.expand(len(part.clip), -1)) for part in clips.parts]
-        divergence, bops = torch.cat(found, 1).mean(1).tolist()
-        return float(divergence + trade_off * bops)
+        divergence, bops = clips.first_windows(drawn, log_taus, WINDOWS)
+        return divergence + trade_off * bops
 
     chosen = min(((bits,) * len(units) for bits in widths), key=loss)
     for unit in range(len(units)):
