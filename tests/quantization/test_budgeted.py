@@ -1,6 +1,7 @@
 """Frames under a limit: never exceeded, filled as far as it goes, and the same whoever else is in the batch."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 
 from resq_rl.errors import PolicyError, SettingsError
 from resq_rl.quantization import Budget, Field, FrameCost, LevelField, QuantizationConfig, ResQModel, ThresholdField
-from resq_rl.quantization.kernels import PLAIN, Choice, Kernels, native
-from resq_rl.quantization.specification.budget import exceeds
+from resq_rl.quantization.kernels import PLAIN, Choice, native
+from resq_rl.quantization.kernels.plain import FLOORS, Allowance
+from resq_rl.quantization.quantizers.residual import threshold_row
+from resq_rl.quantization.specification.budget import ROUNDING, exceeds
 from tests.quantization.corpus import ACCEPTED, Net, spatial_attention
 from tests.quantization.networks import byte_clips, everywhere, wrapped
 from tests.quantization.test_kernels import Network
@@ -231,9 +234,12 @@ def _product_costs(model: ResQModel) -> list[tuple[str, float]]:
     return [(site.name, 64.0 * site.macs) for site in model.sites if site.name not in layers]
 
 
-@given(st.integers(0, 10**6), st.floats(0.0, 1.2), st.sampled_from(LAYOUTS))
+@given(st.integers(0, 10**6), st.floats(0.0, 1.2), st.sampled_from(LAYOUTS), st.sampled_from([1, 4]))
 @settings(max_examples=40, deadline=None)
-def test_the_smallest_floor_against_brute_force(seed: int, share: float, layout: torch.memory_format) -> None:
+def test_the_smallest_floor_against_brute_force(
+    seed: int, share: float, layout: torch.memory_format, threads: int
+) -> None:
+    """All floors are tried by which the cost of some pixel changes, and those next to them."""
     generator = torch.Generator().manual_seed(seed)
     clips, channels, h, w = 2, 3, 5, 6
     x, reference = (torch.randn(clips, channels, h, w, generator=generator) for _ in range(2))
@@ -242,30 +248,39 @@ def test_the_smallest_floor_against_brute_force(seed: int, share: float, layout:
     coverage = torch.randint(0, 10, (h, w), generator=generator, dtype=torch.int32)
     costs = torch.tensor([7.0, 2.0, 2.0, 4.0], dtype=torch.float64)
     kappa, sigma = (1.0, 2.0, 8.0), 0.37
-    choice = Choice(torch.zeros(4, 4), torch.zeros(clips, h, w, dtype=torch.int64), tau, sigma, kappa)
-    allowance = 7.0 + share * torch.rand(clips, generator=generator, dtype=torch.float64) * 8 * int(coverage.sum())
+    steps = torch.rand(4, 4 * (int(threshold_row(FLOORS).max()) + 1), generator=generator)
+    left = torch.rand(clips, generator=generator, dtype=torch.float64) * 8 * int(coverage.sum())
+    choice = Choice(steps, threshold_row(tau), tau, sigma, kappa)
+    magnitude = (x - reference).abs().amax(1).numpy()
 
     def spent(clip: int, floor: np.float32) -> float:
-        magnitude = (x - reference).abs().amax(1).numpy()[clip]
         bound = np.maximum(tau.numpy()[clip], floor) * np.float32(sigma)
         total = float(costs[0])
         for factor, cost in zip(kappa, costs[1:].tolist(), strict=True):
-            total += cost * int(coverage.numpy()[magnitude > bound * np.float32(factor)].sum())
+            total += cost * int(coverage.numpy()[magnitude[clip] > bound * np.float32(factor)].sum())
         return total
 
-    found: dict[Kernels, Any] = {}
-    for kernels in {PLAIN, native()}:
-        floor, cost = kernels.fit(x, reference, choice, coverage, costs, allowance)
-        found[kernels] = floor, cost
-        for clip in range(clips):
-            own = floor.numpy()[clip]
-            assert spent(clip, own) == float(cost[clip]) <= float(allowance[clip])
-            if own > 0:
-                below = (own.view(np.int32) - np.int32(2**15)).view(np.float32)
-                assert spent(clip, below) > float(allowance[clip])
-    for floor, cost in found.values():
-        assert torch.equal(floor, found[PLAIN][0])
-        assert torch.equal(cost, found[PLAIN][1])
+    floor, after = torch.zeros(clips), left.clone()
+    for clip in range(clips):
+        changes = [np.searchsorted(FLOORS.numpy(), magnitude[clip] / (sigma * factor)) for factor in kappa]
+        tried = sorted({0, len(FLOORS) - 1} | {int(i) + d for c in changes for i in c.flat for d in range(-2, 3)})
+        most = (7.0 + share * float(left[clip])) * (1 + ROUNDING)
+        floor[clip] = next(f for f in FLOORS[tried] if spent(clip, f.numpy()) <= most)
+        after[clip] -= spent(clip, floor.numpy()[clip]) - 7.0
+    moved = reference.clone(memory_format=torch.preserve_format)
+    wanted = PLAIN.encode(x, moved, choice.raised(floor, threshold_row(floor)), 0.5)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for kernels in {PLAIN, native()}:
+            own, rest = reference.clone(memory_format=torch.preserve_format), left.clone()
+            allowance = Allowance(rest, share, costs, coverage, threshold_row(FLOORS))
+            found = kernels.encode(x, own, replace(choice, allowance=allowance), 0.5)
+            assert torch.equal(rest, after)
+            assert torch.equal(own, moved)
+            assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_layers_share_what_is_left_by_hand(model: ResQModel) -> None:

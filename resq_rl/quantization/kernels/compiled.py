@@ -14,9 +14,10 @@ from resq_rl.errors import NetworkError
 from resq_rl.quantization.graph.operators import Geometry
 from resq_rl.quantization.kernels.blocks import any_of, joined, split, summed
 from resq_rl.quantization.kernels.int8 import byte_weights
-from resq_rl.quantization.kernels.library import Function, load
+from resq_rl.quantization.kernels.library import Arguments, Function, load
 from resq_rl.quantization.kernels.plain import PLAIN, Bound, Choice, Kernels, Product, from_image
 from resq_rl.quantization.kernels.skipping import Skipping
+from resq_rl.quantization.specification.budget import ROUNDING
 
 __all__ = ["native"]
 
@@ -47,7 +48,7 @@ class _Native(Kernels):
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._encode, self._encode_keyframe = Function(library, "encode"), Function(library, "encode_keyframe")
-        self._fit, self._highest = Function(library, "fit"), Function(library, "highest")
+        self._fit, self._highest = Arguments("fit"), Function(library, "highest")
         self.skipping = Skipping(library)
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -94,6 +95,13 @@ class _Native(Kernels):
         cost = torch.empty(choice.index.shape, dtype=torch.float32, device="cpu")
         clips, channels, rows, columns = x.shape
         bytes_, zero = _bytes(codes, product)
+        fit, allowance = None, choice.allowance
+        if allowance is not None:
+            room = torch.empty(4 * choice.index.numel(), dtype=torch.float32, device="cpu")  # until it has run
+            fit = self._fit(
+                **{"costs": allowance.costs, "coverage": allowance.coverage, "rows": allowance.rows, "room": room},
+                **{"left": allowance.left, "share": allowance.share, "slack": ROUNDING},
+            )
         invalid = self._encode(
             **{"clips": clips, "channels": channels, "pixels": rows * columns, "bytes": bytes_, "zero": zero},
             channels_last=_layout(reference) == torch.channels_last,
@@ -112,6 +120,7 @@ class _Native(Kernels):
             entries=choice.steps.shape[1],
             moves=step is not None,
             step=step or 0.0,
+            fit=None if fit is None else ctypes.addressof(fit),
         )
         _check_valid(invalid)
         return cost
@@ -152,40 +161,6 @@ class _Native(Kernels):
     def _whole(self, product: Product, codes: Tensor, step: float, base: Tensor, *, over: bool = False) -> Tensor:
         """`accumulate` for codes of an image."""
         return self.accumulate(product, from_image(product.geometry, codes, base.shape[:-1]), step, base, over=over)
-
-    def fit(
-        self,
-        x: Tensor,
-        reference: Tensor,
-        choice: Choice,
-        coverage: Tensor,
-        costs: Tensor,
-        allowance: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        if choice.tau is None or choice.blocks > 1 or not _fits(x, reference, choice):
-            return super().fit(x, reference, choice, coverage, costs, allowance)
-        layout = _layout(reference)
-        clips, channels, rows, columns = x.shape
-        floor = torch.empty(clips, dtype=torch.float32, device="cpu")
-        spent = torch.empty(clips, dtype=torch.float64, device="cpu")
-        self._fit(
-            **{"clips": clips, "channels": channels, "pixels": rows * columns},
-            channels_last=layout == torch.channels_last,
-            threads=torch.get_num_threads(),
-            x=x.contiguous(memory_format=layout),
-            reference=reference.contiguous(memory_format=layout),
-            tau=choice.tau.contiguous(),
-            sigma=choice.sigma,
-            kappa=_numbers(tuple(choice.kappa)),
-            kappas=len(choice.kappa),
-            coverage=coverage.contiguous(),
-            costs=costs,
-            allowance=allowance,
-            magnitude=torch.empty(choice.tau.shape, dtype=torch.float32, device="cpu"),
-            floor=floor,
-            spent=spent,
-        )
-        return floor, spent
 
     def encode_keyframe(
         self, x: Tensor, step: Bound, low: Bound, high: Bound, product: Product | None = None

@@ -10,7 +10,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from ctypes import c_float, c_int64, c_void_p
+from ctypes import c_double, c_float, c_int64, c_void_p
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,21 +20,24 @@ from torch import Tensor
 
 from resq_rl.errors import NetworkError
 
-__all__ = ["ARGUMENTS", "MAY_LACK", "Function", "load"]
+__all__ = ["ARGUMENTS", "MAY_LACK", "Arguments", "Function", "load"]
 
 log = logging.getLogger(__name__)
 
 # The arguments of every function in native.c, from which both its struct in C and the one that is filled here are made.
-_INTEGER, _NUMBER = "int64_t", "float"
+_INTEGER, _NUMBER, _DOUBLE = "int64_t", "float", "double"
 _TILES = dict.fromkeys(("down", "across", "rows", "columns"), _INTEGER)
 _WINDOWS = _TILES | dict.fromkeys(("high", "wide", "step_rows", "step_columns", "lead_rows", "lead_columns"), _INTEGER)
 ARGUMENTS: dict[str, dict[str, str]] = {
+    "fit": {"costs": "const double *", "coverage": "const int32_t *", "rows": "const int64_t *", "left": "double *"}
+    | {"share": _DOUBLE, "slack": _DOUBLE, "room": "void *"},
     "encode": dict.fromkeys(
         ("clips", "channels", "pixels", "channels_last", "threads", "bytes", "kappas", "entries", "moves"), _INTEGER
     )
     | dict.fromkeys(("x", "tau", "kappa", "steps"), "const float *")
     | {"reference": "float *", "cost": "float *", "index": "const int64_t *", "codes": "void *", "active": "uint8_t *"}
-    | dict.fromkeys(("sigma", "step", "zero"), _NUMBER),
+    | dict.fromkeys(("sigma", "step", "zero"), _NUMBER)
+    | {"fit": "const struct arguments_fit *"},
     "encode_keyframe": dict.fromkeys(("count", "threads", "bytes"), _INTEGER)
     | {"x": "const float *", "codes": "void *", "values": "float *"}
     | dict.fromkeys(("step", "low", "high", "zero"), _NUMBER),
@@ -47,10 +50,6 @@ ARGUMENTS: dict[str, dict[str, str]] = {
     "scatter": _TILES
     | dict.fromkeys(("channels", "count", "side", "threads"), _INTEGER)
     | {"tiles": "const int64_t *", "totals": "const float *", "scale": "const float *", "y": "float *"},
-    "fit": dict.fromkeys(("clips", "channels", "pixels", "channels_last", "kappas", "threads"), _INTEGER)
-    | dict.fromkeys(("x", "reference", "tau", "kappa"), "const float *")
-    | {"sigma": _NUMBER, "coverage": "const int32_t *", "costs": "const double *", "allowance": "const double *"}
-    | {"magnitude": "float *", "floor": "float *", "spent": "double *"},
     "clear": dict.fromkeys(("pixels", "size", "zero"), _INTEGER) | {"active": "const uint8_t *", "codes": "void *"},
 }
 # What a tensor must hold for an argument; codes are bytes or float32.
@@ -158,20 +157,18 @@ def _processor() -> str:
     )
 
 
-class Function:
-    """A function of the library, called by the names of its arguments."""
+class Arguments:
+    """A struct of arguments in native.c, filled by their names."""
 
-    def __init__(self, library: ctypes.CDLL, name: str) -> None:
+    def __init__(self, name: str) -> None:
         self.name, self.fields = name, ARGUMENTS[name]
         self.tensors = {field: _HOLDS[kind] for field, kind in self.fields.items() if kind in _HOLDS}
-        kinds = {_INTEGER: c_int64, _NUMBER: c_float}
+        kinds = {_INTEGER: c_int64, _NUMBER: c_float, _DOUBLE: c_double}
         members = [(field, kinds.get(kind, c_void_p)) for field, kind in self.fields.items()]
         self.struct: Any = type(f"arguments_{name}", (ctypes.Structure,), {"_fields_": members})
-        self.run = getattr(library, f"resq_{name}")
-        self.run.restype, self.run.argtypes = c_int64, [ctypes.POINTER(self.struct)]
 
-    def __call__(self, **values: Any) -> int:
-        """Run the function. Returns its result: what native.c says, or 0.
+    def __call__(self, **values: Any) -> ctypes.Structure:
+        """The struct. It holds addresses of tensors, which must outlive it.
 
         Raises:
             NetworkError: an argument is missing, unknown, or not of the type, device and layout that is read.
@@ -180,8 +177,8 @@ class Function:
             raise NetworkError(f"{self.name} takes {sorted(self.fields)}, got {sorted(values)}.")
         for field, types in self.tensors.items():
             values[field] = self._address(field, types, values[field])
-        returned: int = self.run(ctypes.byref(self.struct(**values)))
-        return returned
+        filled: ctypes.Structure = self.struct(**values)
+        return filled
 
     def _address(self, field: str, types: tuple[torch.dtype, ...], value: Any) -> int | None:
         if value is None and field in MAY_LACK.get(self.name, ()):
@@ -191,6 +188,24 @@ class Function:
             kind = self.fields[field]
             raise NetworkError(f"{self.name} reads {field} as {kind} of a dense tensor on the CPU, got {what}.")
         return value.data_ptr()
+
+
+class Function:
+    """A function of the library, called by the names of its arguments."""
+
+    def __init__(self, library: ctypes.CDLL, name: str) -> None:
+        self.arguments = Arguments(name)
+        self.run = getattr(library, f"resq_{name}")
+        self.run.restype, self.run.argtypes = c_int64, [ctypes.POINTER(self.arguments.struct)]
+
+    def __call__(self, **values: Any) -> int:
+        """Run the function. Returns its result: what native.c says, or 0.
+
+        Raises:
+            NetworkError: as of `Arguments`.
+        """
+        returned: int = self.run(ctypes.byref(self.arguments(**values)))
+        return returned
 
 
 def _dense(x: Tensor) -> bool:

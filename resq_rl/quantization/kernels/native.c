@@ -119,13 +119,120 @@ static inline __attribute__((always_inline)) void encode_block(
     }
 }
 
+// Where a clip's largest magnitudes are kept, and room for three times as many numbers behind them.
+static inline float *room_of(const struct arguments_encode *a, int64_t clip) {
+    return (float *)a->fit->room + 4 * clip * a->pixels;
+}
+
+static inline __attribute__((always_inline)) void clip_magnitudes(const struct arguments_encode *a, int64_t clip,
+                                                                  const int64_t channels, const int channels_last) {
+    const int64_t pixels = a->pixels, pixel = channels_last ? channels : 1, channel = channels_last ? 1 : pixels;
+    const int64_t start = clip * channels * pixels;
+    for (int64_t first = 0; first < pixels; first += BLOCK)
+        largest_magnitudes(a->x + start + first * pixel, a->reference + start + first * pixel, channels,
+                           pixels - first < BLOCK ? pixels - first : BLOCK, pixel, channel,
+                           room_of(a, clip) + first);
+}
+
+// What a layer of one clip costs where no threshold is below `floor`: costs[0] for all of the coverage, costs[j] more for
+// what exceeds the j-th bound. `magnitude`, `tau` and `coverage` are of all pixels that may exceed one.
+static double spent_above(float floor, const struct arguments_encode *a, int64_t pixels, const float *restrict magnitude,
+                          const float *restrict tau, const int32_t *restrict coverage) {
+    const float sigma = a->sigma;
+    double spent = a->fit->costs[0];
+    for (int64_t j = 0; j < a->kappas; j++) {
+        const float kappa = a->kappa[j];
+        int64_t count = 0;
+        for (int64_t first = 0; first < pixels; first += LONG) {
+            const int64_t last = first + LONG < pixels ? first + LONG : pixels;
+            int32_t some = 0;  // in 32 bits, as of so few pixels it can be
+            for (int64_t p = first; p < last; p++) {
+                const float bound = (tau[p] > floor ? tau[p] : floor) * sigma;
+                some += magnitude[p] > bound * kappa ? coverage[p] : 0;
+            }
+            count += some;
+        }
+        spent += a->fit->costs[j + 1] * (double)count;
+    }
+    return spent;
+}
+
+// No threshold of a clip is below `tau`, and no index below `row`.
+struct floor {
+    float tau;
+    int64_t row;
+};
+
+// The smallest floor of thresholds, of the numbers with 8 bits behind the leading one, under which the layer of a clip costs no
+// more than its allowance: its least, costs[0], and `share` of what is `left`, with `slack` for rounding. What it costs beyond
+// its least is taken from what is left.
+static struct floor fitted(const struct arguments_encode *a, int64_t clip) {
+    enum { UNIT = 1 << 15, OCTAVE = (1 << 23) / UNIT, INFINITE = 0x7f800000 / UNIT };
+    const struct arguments_fit *f = a->fit;
+    const int64_t pixels = a->pixels;
+    const float *tau = a->tau + clip * pixels;
+    float *magnitude = room_of(a, clip);
+    if (!a->channels_last)
+        clip_magnitudes(a, clip, a->channels, 0);
+    else if (a->channels == 3)
+        clip_magnitudes(a, clip, 3, 1);
+    else if (a->channels == 8)
+        clip_magnitudes(a, clip, 8, 1);
+    else if (a->channels == 16)
+        clip_magnitudes(a, clip, 16, 1);
+    else
+        clip_magnitudes(a, clip, a->channels, 1);
+    const double left = f->left[clip] > 0.0 ? f->left[clip] : 0.0;
+    const double allowance = (f->costs[0] + left * f->share) * (1.0 + f->slack);
+    double spent = spent_above(0.0f, a, pixels, magnitude, tau, f->coverage);
+    int32_t high = 0;
+    if (spent > allowance) {
+        float *kept = magnitude + pixels, *taus = kept + pixels, lowest = INFINITY;
+        int32_t *reads = (int32_t *)(taus + pixels);
+        int64_t count = 0;  // of the pixels that exceed their lowest bound: no others do under a floor
+        for (int64_t p = 0; p < pixels; p++) {
+            kept[count] = magnitude[p];
+            taus[count] = tau[p];
+            reads[count] = f->coverage[p];
+            const float bound = tau[p] * a->sigma;
+            const int exceeds = magnitude[p] > bound * a->kappa[0];
+            count += exceeds;
+            lowest = exceeds && tau[p] < lowest ? tau[p] : lowest;
+        }
+        // In units of the last place: `low` is too low, as it raises no threshold that matters, `high` is high enough.
+        int32_t low = magnitude_bits(lowest) / UNIT, step = OCTAVE;
+        high = INFINITE;
+        spent = spent_above(INFINITY, a, count, kept, taus, reads);
+        while (high - low > 1) {
+            const int32_t middle = step && low + step < high ? low + step : (low + high) / 2, bits = middle * UNIT;
+            float tried;
+            memcpy(&tried, &bits, sizeof tried);
+            const double own = spent_above(tried, a, count, kept, taus, reads);
+            if (own > allowance) {
+                low = middle;
+                step *= 2;
+            } else {
+                high = middle;
+                spent = own;
+                step = 0;
+            }
+        }
+    }
+    f->left[clip] -= spent - f->costs[0];
+    struct floor found = {0.0f, f->rows[high]};
+    const int32_t bits = high * UNIT;
+    memcpy(&found.tau, &bits, sizeof bits);
+    return found;
+}
+
 // Codes of residuals of one block of pixels, with the reference moved by them where `moves`. `steps` holds 1 / step, largest code, units and
 // cost of `entries`, one after the other. A pixel's entry is index[p]; or, where `kappas` > 0,
-// index[p] * (kappas + 1) + #{j : magnitude > tau[p] * sigma * kappa[j]}.
+// index[p] * (kappas + 1) + #{j : magnitude > tau[p] * sigma * kappa[j]}, with tau and index no lower than a floor.
 // With `active` it marks the pixels that have a code other than 0, and codes must be 0 before: those of other pixels are
 // not written. A pixel has one where its largest magnitude has, since rounding is monotone.
 static inline __attribute__((always_inline)) int64_t encode_some(const struct arguments_encode *a, int64_t b,
-                                                                const int64_t channels, const int channels_last) {
+                                                                const struct floor floor, const int64_t channels,
+                                                                const int channels_last) {
     const int64_t pixels = a->pixels, kappas = a->kappas, entries = a->entries;
     const int64_t pixel = channels_last ? channels : 1, channel = channels_last ? 1 : pixels;
     const int64_t blocks = (pixels + BLOCK - 1) / BLOCK, first = b % blocks * BLOCK;
@@ -137,12 +244,16 @@ static inline __attribute__((always_inline)) int64_t encode_some(const struct ar
     int64_t nan = 0;
     float inverse[BLOCK], limit[BLOCK], unit[BLOCK], magnitude[BLOCK];
     int32_t entry[BLOCK];
-    largest_magnitudes(x, reference, channels, count, pixel, channel, magnitude);
+    if (a->fit)
+        memcpy(magnitude, room_of(a, b / blocks) + first, (size_t)count * sizeof(float));
+    else
+        largest_magnitudes(x, reference, channels, count, pixel, channel, magnitude);
     for (int64_t p = 0; p < count; p++) nan |= magnitude[p] != magnitude[p];
-    for (int64_t p = 0; p < count; p++) entry[p] = (int32_t)(a->index[at + p] * (kappas + 1));
+    for (int64_t p = 0; p < count; p++)
+        entry[p] = (int32_t)((a->index[at + p] > floor.row ? a->index[at + p] : floor.row) * (kappas + 1));
     for (int64_t j = 0; j < kappas; j++)
         for (int64_t p = 0; p < count; p++) {
-            const float bound = a->tau[at + p] * a->sigma;
+            const float bound = (a->tau[at + p] > floor.tau ? a->tau[at + p] : floor.tau) * a->sigma;
             entry[p] += magnitude[p] > bound * a->kappa[j];
         }
     for (int64_t p = 0; p < count; p++) {
@@ -169,82 +280,31 @@ static inline __attribute__((always_inline)) int64_t encode_some(const struct ar
     return nan;
 }
 
+// Few channels as constants, over which loops unroll.
+static int64_t encode_any(const struct arguments_encode *a, int64_t b, struct floor floor) {
+    return !a->channels_last   ? encode_some(a, b, floor, a->channels, 0)
+           : a->channels == 3  ? encode_some(a, b, floor, 3, 1)
+           : a->channels == 8  ? encode_some(a, b, floor, 8, 1)
+           : a->channels == 16 ? encode_some(a, b, floor, 16, 1)
+                               : encode_some(a, b, floor, a->channels, 1);
+}
+
 int64_t resq_encode(const struct arguments_encode *a) {
-    const int64_t channels = a->channels, threads = a->threads, blocks = (a->pixels + BLOCK - 1) / BLOCK;
+    const int64_t clips = a->clips, threads = a->threads, blocks = (a->pixels + BLOCK - 1) / BLOCK;
+    const struct floor none = {0.0f, 0};
     int64_t nan = 0;
+    if (!a->fit) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) reduction(| : nan)
-    for (int64_t b = 0; b < a->clips * blocks; b++)  // few channels as constants, over which loops unroll
-        nan |= !a->channels_last ? encode_some(a, b, channels, 0)
-               : channels == 3   ? encode_some(a, b, 3, 1)
-               : channels == 8   ? encode_some(a, b, 8, 1)
-               : channels == 16  ? encode_some(a, b, 16, 1)
-                                 : encode_some(a, b, channels, 1);
+        for (int64_t b = 0; b < clips * blocks; b++) nan |= encode_any(a, b, none);
+        return nan;
+    }
+#pragma omp parallel for num_threads(threads) if (threads > 1 && clips >= threads) reduction(| : nan)
+    for (int64_t clip = 0; clip < clips; clip++) {  // which is still in the cache when it is encoded
+        const struct floor floor = fitted(a, clip);
+#pragma omp parallel for num_threads(threads) if (clips < threads) reduction(| : nan)
+        for (int64_t b = clip * blocks; b < (clip + 1) * blocks; b++) nan |= encode_any(a, b, floor);
+    }
     return nan;
-}
-
-// What a layer of one clip costs where no threshold is below `floor`: costs[0] for all of the coverage, costs[j] more for
-// what exceeds the j-th bound.
-static double spent_above(float floor, const struct arguments_fit *a, const float *restrict magnitude,
-                          const float *restrict tau) {
-    const int32_t *restrict coverage = a->coverage;
-    const float sigma = a->sigma;
-    double spent = a->costs[0];
-    for (int64_t j = 0; j < a->kappas; j++) {
-        const float kappa = a->kappa[j];
-        int64_t count = 0;
-        for (int64_t first = 0; first < a->pixels; first += BLOCK) {
-            const int64_t last = first + BLOCK < a->pixels ? first + BLOCK : a->pixels;
-            int32_t some = 0;
-            for (int64_t p = first; p < last; p++) {
-                const float bound = (tau[p] > floor ? tau[p] : floor) * sigma;
-                some += magnitude[p] > bound * kappa ? coverage[p] : 0;
-            }
-            count += some;
-        }
-        spent += a->costs[j + 1] * (double)count;
-    }
-    return spent;
-}
-
-// The smallest floor of thresholds, of the numbers with 8 bits behind the leading one, under which a layer of each clip
-// costs no more than its allowance, and what it costs then. `tau`: of (clips, pixels).
-int64_t resq_fit(const struct arguments_fit *a) {
-    const int64_t pixels = a->pixels, threads = a->threads;
-    const int64_t pixel = a->channels_last ? a->channels : 1, channel = a->channels_last ? 1 : pixels;
-    enum { UNIT = 1 << 15, INFINITE = 0x7f800000 / UNIT };
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t clip = 0; clip < a->clips; clip++) {
-        float *magnitude = a->magnitude + clip * pixels;
-        const float *tau = a->tau + clip * pixels;
-        const int64_t start = clip * a->channels * pixels;
-        for (int64_t first = 0; first < pixels; first += BLOCK)
-            largest_magnitudes(a->x + start + first * pixel, a->reference + start + first * pixel, a->channels,
-                               pixels - first < BLOCK ? pixels - first : BLOCK, pixel, channel, magnitude + first);
-        const double allowance = a->allowance[clip];
-        float floor = 0.0f;
-        double spent = spent_above(floor, a, magnitude, tau);
-        if (spent > allowance) {
-            int32_t low = 0, high = INFINITE;  // in units of the last place: too low, and high enough
-            floor = INFINITY;
-            spent = spent_above(floor, a, magnitude, tau);
-            while (high - low > 1) {
-                const int32_t middle = (low + high) / 2, bits = middle * UNIT;
-                float tried;
-                memcpy(&tried, &bits, sizeof tried);
-                const double own = spent_above(tried, a, magnitude, tau);
-                if (own > allowance) {
-                    low = middle;
-                } else {
-                    high = middle;
-                    floor = tried;
-                    spent = own;
-                }
-            }
-        }
-        a->floor[clip] = floor;
-        a->spent[clip] = spent;
-    }
-    return 0;
 }
 
 // Codes and values of a keyframe.

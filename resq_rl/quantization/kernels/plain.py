@@ -16,10 +16,13 @@ from torch import Tensor
 from resq_rl.quantization.graph.operators import Geometry, exact_products
 from resq_rl.quantization.kernels.blocks import joined, split, spread, summed
 from resq_rl.quantization.kernels.int8 import ByteWeights
+from resq_rl.quantization.specification.budget import ROUNDING
 
 __all__ = [
     "EXACT_SUMS",
+    "FLOORS",
     "PLAIN",
+    "Allowance",
     "Bound",
     "Choice",
     "Kernels",
@@ -34,9 +37,8 @@ __all__ = [
 
 # Integers of smaller magnitude, and so their sums, are exact in float32.
 EXACT_SUMS = 2**24
-# Floors of thresholds are sought among floats whose bits are multiples of _UNIT, up to the infinite one.
-_UNIT = 2**15
-_INFINITE = 0x7F800000 // _UNIT
+# Among which floors of thresholds are sought: 0, numbers with 8 bits behind the leading one, and infinity.
+FLOORS = torch.arange(0, 0x7F800000 + 1, 2**15, dtype=torch.int32).view(torch.float32)
 
 
 def quantize(
@@ -79,25 +81,31 @@ def affine_codes(x: Float[Tensor, "*n"], step: Bound, low: Bound, high: Bound) -
 
 
 def smallest_floor(
-    spent: Callable[[Float[Tensor, " b"]], Float64[Tensor, " b"]], allowance: Float64[Tensor, " b"]
-) -> tuple[Float[Tensor, " b"], Float64[Tensor, " b"]]:
-    """The smallest floor of thresholds whose cost `spent` fits the allowance of each clip, and its cost.
+    spent: Callable[[Float[Tensor, " b"]], Float64[Tensor, " b"]], allowance: "Allowance", least: float
+) -> tuple[Float[Tensor, " b"], Int64[Tensor, " b"]]:
+    """The smallest floor of thresholds of each clip under which a layer costs no more than its allowance, and its row.
 
-    It is found by halving the range of all floats, whose bits are ordered as they are, in units of 2^-8 of a leading
-    bit.
+    What the layer then costs beyond its least is taken from what is left. The floor is found by halving the range of
+    `FLOORS`, which are ordered.
+
+    Args:
+        spent: the cost of each clip under floors, in this machine's memory.
+        least: the cost at the lowest level everywhere.
     """
-    zero = torch.zeros(len(allowance), dtype=torch.float32, device=allowance.device)
-    low, high = torch.zeros_like(zero, dtype=torch.int32), torch.full_like(zero, _INFINITE, dtype=torch.int32)
-    least = spent(zero)
-    fits = least <= allowance
-    if bool(fits.all()):
-        return zero, least
-    for _ in range(_INFINITE.bit_length()):
-        middle = (low + high) // 2
-        over = spent((middle * _UNIT).view(torch.float32)) > allowance
-        low, high = torch.where(over, middle, low), torch.where(over, high, middle)
-    floor = torch.where(fits, zero, (high * _UNIT).view(torch.float32))
-    return floor, spent(floor)
+    left = allowance.left
+    most = (least + left.clamp_min(0) * allowance.share) * (1 + ROUNDING)
+    low, high = torch.zeros(len(left), dtype=torch.long), torch.zeros(len(left), dtype=torch.long)
+    cost = spent(FLOORS[high])
+    over = cost > most
+    if bool(over.any()):
+        high[over] = len(FLOORS) - 1
+        for _ in range(len(FLOORS).bit_length()):
+            middle = (low + high) // 2
+            more = spent(FLOORS[middle]) > most
+            low, high = torch.where(more, middle, low), torch.where(more, high, middle)
+        cost = spent(FLOORS[high])
+    left -= cost - least
+    return FLOORS[high], allowance.rows[high]
 
 
 def sums_are_exact(geometry: Geometry, weight: Tensor, largest: int) -> bool:
@@ -151,6 +159,31 @@ class Product:
 
 
 @dataclass(frozen=True)
+class Allowance:
+    """What a layer may cost. No threshold of a clip is below its floor, the smallest of `FLOORS` that keeps to it.
+
+    Attributes:
+        left: what the layers still to come may cost beyond their least, by clip, in this machine's memory. What this
+            one does is taken from it, in place.
+        share: of what is left, what this one may cost.
+        costs: of the lowest level everywhere, and of one reading at each level beyond that of the level below.
+        coverage: how often each pixel is read.
+        rows: `threshold_row` of each of `FLOORS`.
+    """
+
+    left: Float64[Tensor, " b"]
+    share: float
+    costs: Float64[Tensor, " l"]
+    coverage: Int32[Tensor, "h w"]
+    rows: Int64[Tensor, " n"]
+
+    def by_block(self, blocks: int) -> "Allowance":
+        """The same for an image whose blocks are pixels."""
+        costs = torch.cat([self.costs[:1], self.costs[1:] / blocks])
+        return replace(self, costs=costs, coverage=spread(self.coverage, blocks))
+
+
+@dataclass(frozen=True)
 class Choice:
     """The quantizer of each pixel of a residual.
 
@@ -160,6 +193,7 @@ class Choice:
         tau, sigma, kappa: thresholds, under which `choose` picks the entry for the largest magnitude over the channels.
         blocks: into how many blocks of equal size the channels are divided, each of which is chosen for by its own
             largest magnitude; costs are sums over them.
+        allowance: what the layer may cost, with thresholds; None for whatever they cost.
     """
 
     steps: Float[Tensor, "4 k"]
@@ -168,6 +202,7 @@ class Choice:
     sigma: float = 1.0
     kappa: tuple[float, ...] = ()
     blocks: int = 1
+    allowance: Allowance | None = None
 
     @property
     def by_block(self) -> "Choice":
@@ -175,7 +210,32 @@ class Choice:
         if self.blocks == 1:
             return self
         tau = None if self.tau is None else spread(self.tau, self.blocks)
-        return replace(self, index=spread(self.index, self.blocks), tau=tau, blocks=1)
+        allowance = self.allowance and self.allowance.by_block(self.blocks)
+        return replace(self, index=spread(self.index, self.blocks), tau=tau, blocks=1, allowance=allowance)
+
+    def raised(self, floor: Float[Tensor, " b"], row: Int64[Tensor, " b"]) -> "Choice":
+        """The choice with no threshold of a clip below a floor, which has this row, and without an allowance."""
+        assert self.tau is not None  # as of all choices with floors
+        floor, row = (v.to(self.index.device)[:, None, None] for v in (floor, row))
+        tau, index = torch.maximum(self.tau, floor), torch.maximum(self.index, row)
+        return replace(self, tau=tau, index=index, allowance=None)
+
+
+def _floor(
+    choice: Choice, allowance: Allowance, x: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]
+) -> tuple[Float[Tensor, " b"], Int64[Tensor, " b"]]:
+    """`smallest_floor` under an allowance, for the pixels of a residual."""
+    assert choice.tau is not None  # as of all choices with an allowance
+    magnitude, tau, costs = (x - reference).abs().amax(1), choice.tau, allowance.costs
+
+    def spent(floor: Float[Tensor, " b"]) -> Float64[Tensor, " b"]:
+        bound = torch.maximum(tau, floor.to(tau.device)[:, None, None]) * choice.sigma
+        total = costs[0].expand(len(x))
+        for factor, cost in zip(choice.kappa, costs[1:], strict=True):
+            total = total + cost * ((magnitude > bound * factor) * allowance.coverage).sum((1, 2))
+        return total.cpu()
+
+    return smallest_floor(spent, allowance, float(costs[0]))
 
 
 class Kernels:
@@ -212,6 +272,8 @@ class Kernels:
         """
         if choice.blocks > 1:
             return self._encode_blocks(x, reference, choice, step, product)
+        if choice.allowance is not None:
+            choice = choice.raised(*_floor(choice, choice.allowance, x, reference))
         index = choice.index
         shape = (-1, 1, *index.shape[1:]) if x.dim() == 4 else (-1, *[1] * (x.dim() - 1))
         residual = x - reference
@@ -234,45 +296,6 @@ class Kernels:
         if step is not None and whole is not reference:
             reference.copy_(whole)
         return joined(codes, blocks), summed(cost, blocks)
-
-    def fit(
-        self,
-        x: Float[Tensor, "b c h w"],
-        reference: Float[Tensor, "b c h w"],
-        choice: Choice,
-        coverage: Int32[Tensor, "h w"],
-        costs: Float64[Tensor, " l"],
-        allowance: Float64[Tensor, " b"],
-    ) -> tuple[Float[Tensor, " b"], Float64[Tensor, " b"]]:
-        """The smallest floor of thresholds under which an operator costs no more than its allowance, and its cost then.
-
-        Args:
-            x, reference, choice: as of `encode`, with thresholds.
-            coverage: how often each pixel is read.
-            costs: of the lowest level everywhere, and of one reading at each level beyond that of the level below.
-            allowance: of each clip.
-
-        Returns:
-            The floor, a number with 8 bits behind its leading one, by clip: 0 where the thresholds fit as they are, and
-            infinite where only the lowest level does. The cost under it.
-        """
-        assert choice.tau is not None  # as of all choices by thresholds
-        if choice.blocks > 1:
-            blocks, last = choice.blocks, torch.channels_last
-            x, reference = (split(v.contiguous(memory_format=last), blocks) for v in (x, reference))
-            each = torch.cat([costs[:1], costs[1:] / blocks])
-            return self.fit(x, reference, choice.by_block, spread(coverage, blocks), each, allowance)
-        magnitude, tau = (x - reference).abs().amax(1), choice.tau
-
-        def spent(floor: Float[Tensor, " b"]) -> Float64[Tensor, " b"]:
-            bound = torch.maximum(tau, floor[:, None, None]) * choice.sigma
-            counts = [((magnitude > bound * factor) * coverage).sum((1, 2)) for factor in choice.kappa]
-            total = costs[0].expand(len(x))
-            for count, cost in zip(counts, costs[1:], strict=True):
-                total = total + cost * count
-            return total
-
-        return smallest_floor(spent, allowance)
 
     def encode_keyframe(
         self, x: Float[Tensor, "*n"], step: Bound, low: Bound, high: Bound, product: Product | None = None

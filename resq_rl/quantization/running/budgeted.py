@@ -21,22 +21,22 @@ begins again from nothing: after a cut, most do.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from resq_rl.errors import PolicyError
 from resq_rl.quantization.graph.operators import Pair
 from resq_rl.quantization.graph.tracing import Site
-from resq_rl.quantization.kernels.plain import Choice, choose, smallest_floor
+from resq_rl.quantization.kernels.plain import FLOORS, Allowance, Choice, choose, smallest_floor
 from resq_rl.quantization.quantizers.residual import ResidualTable, threshold_row
 from resq_rl.quantization.running.execution import Execution, Image, Run
 from resq_rl.quantization.running.plans import ProductPlan, SitePlan, keyframe_output
 from resq_rl.quantization.running.spending import by_tile, frame_bops
-from resq_rl.quantization.specification.budget import ROUNDING, exceeds
+from resq_rl.quantization.specification.budget import exceeds
 from resq_rl.quantization.specification.costs import Convention, CostTable
 from resq_rl.quantization.specification.fields import DEFAULT_KAPPA, LevelField
 
@@ -85,7 +85,8 @@ def _coverage(plan: SitePlan) -> Tensor:
     site = plan.site
     if site.operator.channel_axis != 1:
         return torch.ones(1, math.prod(site.input_shape[:-1]), dtype=torch.int32)
-    return site.operator.geometry.coverage((site.input_shape[1], site.input_shape[2])).to(torch.int32)
+    coverage = site.operator.geometry.coverage((site.input_shape[1], site.input_shape[2]))
+    return coverage.to(torch.int32).contiguous()
 
 
 def _single(plan: SitePlan) -> Float64[Tensor, " l"]:
@@ -134,7 +135,8 @@ class BudgetedExecution(Execution):
         )
         self.rest_decision = decision.rows(self.rest)
         self._residual_rows = torch.nonzero(~self.refresh)[:, 0]
-        self._left = limit - costs.least  # beyond the lowest levels, of the layers still to come
+        left = limit - costs.least  # beyond the lowest levels, of the layers still to come
+        self._rest_left, self._opened_left = left[self.rest.cpu()], left[self.opened.cpu()]
         self._noted: dict[int, Tensor] = {}  # costs of all clips, by position
         if isinstance(self.rest_decision, LevelField) and len(self.rest):
             self.rest_decision = self._lowered(self.rest_decision, limit[self.rest.cpu()])
@@ -195,7 +197,7 @@ class BudgetedExecution(Execution):
         self._forget(plan, x, rows)
         table = self.layer_costs.openings[self.position]
         assert table is not None  # as of all layers
-        y, cost = self._added(plan, x, rows, table, partial(self._opening_choice, rows), moves=True)
+        y, cost = self._added(plan, x, rows, table, self._opening_choice, moves=True)
         self._note(plan.site, cost, rows)
         return y
 
@@ -212,40 +214,38 @@ class BudgetedExecution(Execution):
         state.inputs[at], state.outputs[at] = state.inputs[at].clone(), state.outputs[at].clone()
         state.inputs[at][own], state.outputs[at][own] = values, y
 
-    def _opening_choice(self, rows: Any, plan: SitePlan, table: ResidualTable, image: Image, before: Image) -> Choice:
+    def _opening_choice(self, plan: SitePlan, table: ResidualTable, image: Image, before: Image) -> Choice:
         tau = image.new_zeros(len(image), *image.shape[2:])
         levels = len(plan.costs)
         kappa = DEFAULT_KAPPA if len(DEFAULT_KAPPA) == levels - 1 else tuple(2.0**j for j in range(levels - 1))
         steps = table.lookup(kappa, plan.costs, tau.device)
         choice = Choice(steps, threshold_row(tau), tau, table.sigma, kappa, plan.blocks)
-        return self._fitted(rows, plan, choice, image, before)
+        return self._within(self._opened_left, plan, choice, image, before)
 
-    def _choice(self, rows: Any, plan: SitePlan, table: ResidualTable, image: Image, before: Image) -> Choice:
+    def _choice(self, plan: SitePlan, table: ResidualTable, image: Image, before: Image) -> Choice:
         """The quantizers under thresholds that keep to the layer's allowance; levels were lowered before."""
-        choice = super()._choice(rows, plan, table, image, before)
-        return choice if choice.tau is None else self._fitted(rows, plan, choice, image, before)
+        choice = super()._choice(plan, table, image, before)
+        return choice if choice.tau is None else self._within(self._rest_left, plan, choice, image, before)
 
-    def _fitted(self, rows: Any, plan: SitePlan, choice: Choice, image: Image, before: Image) -> Choice:
-        """The choice under the smallest floor of thresholds that fits; its cost is taken from what is left."""
-        assert choice.tau is not None  # as of all choices by thresholds
+    def _within(
+        self, left: Float64[Tensor, " k"], plan: SitePlan, choice: Choice, image: Image, before: Image
+    ) -> Choice:
+        """The choice under which a layer keeps to its share of what is left, from which its cost is taken."""
         own, at, device = self.layer_costs, self.position, image.device
         coverage, by_level = own.coverage[at], own.by_level[at]
         assert coverage is not None  # as of all layers
         assert by_level is not None
-        rows = rows if isinstance(rows, slice) else rows.cpu()
-        left = self._left[rows].clamp_min(0)
-        allowance = ((own.lowest[at] + left * own.share[at]) * (1 + ROUNDING)).to(device)
+        allowance = Allowance(left, own.share[at], by_level.to(device), coverage.to(device), _rows())
         tile = self.config.cost.tile if isinstance(self.config.cost, CostTable) else (1, 1)
         if tile == (1, 1) or plan.site.operator.channel_axis != 1:
-            floor, spent = self.kernels.fit(image, before, choice, coverage.to(device), by_level.to(device), allowance)
-        else:
-            floor, spent = smallest_floor(_by_tile(plan, choice, image, before, tile), allowance)
-        self._left[rows] -= spent.cpu() - own.lowest[at]
-        if not bool(floor.any()):
-            return choice
-        tau = torch.maximum(choice.tau, floor[:, None, None])
-        index = torch.maximum(choice.index, threshold_row(floor)[:, None, None])
-        return replace(choice, tau=tau, index=index)
+            return replace(choice, allowance=allowance)
+        spent = _by_tile(plan, choice, image, before, tile)
+        return choice.raised(*smallest_floor(spent, allowance, own.lowest[at]))
+
+
+@lru_cache(maxsize=1)
+def _rows() -> Int64[Tensor, " n"]:
+    return threshold_row(FLOORS)
 
 
 def _check_limit(limit: Float64[Tensor, " b"], costs: LayerCosts, clips: int) -> None:
@@ -267,9 +267,9 @@ def _by_tile(
     costs = torch.tensor(plan.costs, dtype=torch.float32, device=image.device)
 
     def spent(floor: Float[Tensor, " b"]) -> Float64[Tensor, " b"]:
-        tau = torch.maximum(wanted, floor[:, None, None])
+        tau = torch.maximum(wanted, floor.to(wanted.device)[:, None, None])
         cost = by_tile(costs[choose(magnitude, row, tau, choice.sigma, choice.kappa)], tile)
         total: Tensor = (cost.double() * reads).sum((1, 2)) * plan.site.operator.macs_per_tap
-        return total
+        return total.cpu()
 
     return spent

@@ -1,7 +1,7 @@
 """One quantized forward pass: the keyframe or residual arithmetic of every operator call, and its cost."""
 
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -187,8 +187,7 @@ class Execution:
 
     def _residual(self, plan: SitePlan, x: Tensor, rows: Any) -> Tensor:
         table = plan.ranges.residual[self.state.reference]
-        choose = partial(self._choice, rows)
-        y, cost = self._added(plan, x, rows, table, choose, moves=self.state.reference == "previous")
+        y, cost = self._added(plan, x, rows, table, self._choice, moves=self.state.reference == "previous")
         self._note(plan.site, cost, rows)
         return y
 
@@ -223,7 +222,7 @@ class Execution:
             state.inputs[self.position][rows] = reference
         return y, cost * (plan.blocks // choice.blocks) if plan.blocks > choice.blocks else cost
 
-    def _choice(self, rows: Any, plan: SitePlan, table: ResidualTable, image: Image, before: Image) -> Choice:
+    def _choice(self, plan: SitePlan, table: ResidualTable, image: Image, before: Image) -> Choice:
         """The quantizer of each pixel or token of an operator's input."""
         decision = self.rest_decision
         tau, index = self._carried_to(plan, (image.shape[2], image.shape[3]))
