@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Num
 from torch import Tensor, nn
 
-from resq_rl.errors import SettingsError, VideoError, WeightsError
+from resq_rl.errors import NetworkError, SettingsError, VideoError, WeightsError
 from resq_rl.perception.inference import Beginning, judged_targets, predict_clip, recurrent_inputs
 from resq_rl.perception.segmentation import Segmentation
 from resq_rl.perception.task import PretrainSettings, Recurrent, Task, Trainable
@@ -215,7 +215,14 @@ class _Run:
         return value, rate
 
     def _output(self, frames: Tensor, *others: Tensor) -> Tensor:
-        return self.task.output(self.network(frames, *others), (frames.shape[-2], frames.shape[-1]))
+        try:
+            found = self.network(frames, *others)
+        except TypeError as error:
+            raise NetworkError(
+                f"{type(self.network).__name__} cannot run on the {1 + len(others)} inputs that the task "
+                f"{type(self.task).__name__} gives it ({error}). Choose a network that was made for the task."
+            ) from error
+        return self.task.output(found, (frames.shape[-2], frames.shape[-1]))
 
     def _rolled_out(self, task: Recurrent, frames: Tensor, labels: Tensor) -> Tensor:
         """The mean loss over windows (b, n, ...), from the disturbed first label on the network's own predictions."""

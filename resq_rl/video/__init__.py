@@ -8,6 +8,7 @@ from resq_rl.video.datasets.jhmdb import JHMDBVideo
 from resq_rl.video.datasets.posetrack import PoseTrackVideo
 from resq_rl.video.files import VideoFiles
 from resq_rl.video.framing import Fit, Framing, framing_of
+from resq_rl.video.generated.composited import CompositedVideo
 from resq_rl.video.generated.figures import JOINTS, FigureVideo
 from resq_rl.video.generated.objects import GeneratedObjects
 from resq_rl.video.generated.video import GeneratedVideo
@@ -24,6 +25,7 @@ __all__ = [
     "CamVidVideo",
     "CityscapesVideo",
     "Clip",
+    "CompositedVideo",
     "DavisVideo",
     "FigureVideo",
     "Fit",

@@ -12,6 +12,7 @@ from torchmetrics.functional.segmentation import dice_score
 from resq_rl.errors import NetworkError, ResultsError, SettingsError, VideoError, WeightsError
 from resq_rl.perception import (
     CompactDDRNet,
+    MaskPropagation,
     PretrainProgress,
     PretrainSettings,
     Segmentation,
@@ -197,6 +198,13 @@ def test_clips_that_cannot_be_used_are_refused(train: list[Clip], validation: li
 def test_a_network_of_another_number_of_classes_is_refused() -> None:
     with pytest.raises(NetworkError, match=r"\(b, 6, h, w\)"):
         pretrain(network(), TRAIN, VALIDATION, SHORT, task=Segmentation(classes=6))
+
+
+def test_a_network_of_another_kind_of_task_is_refused() -> None:
+    following = [dataclasses.replace(c, labels=(torch.as_tensor(c.labels) > 0).to(torch.uint8)) for c in TRAIN]
+    settings = dataclasses.replace(SHORT, roll_out=1)
+    with pytest.raises(NetworkError, match=r"CompactDDRNet cannot run on the 3 inputs .* MaskPropagation"):
+        pretrain(CompactDDRNet(2), following, following, settings, task=MaskPropagation())
 
 
 def test_a_task_without_logits_is_refused() -> None:

@@ -84,7 +84,7 @@ COMMANDS: Mapping[str, Command] = {
         groups=(*WORLD, "heuristic", "benchmark"),
     ),
     "pretrain": Command(
-        "train the segmentation network that the package ships",
+        "train a network on labelled video",
         "pretrain",
         "resq_rl.experiments.jobs.pretrain:run",
         resume=RESUME,

@@ -73,6 +73,7 @@ SMALL_VIDEO = {
     "CamVidVideo": ["video.frames=2"],
     "WarpedVideo": ["+video.source.frames=2", "video.train=1", "video.validation=1", "video.frames=2"],
     "JoinedVideo": [],
+    "CompositedVideo": ["video.train=2", "video.frames=2", "pretraining.roll_out=1"],
     "CityscapesVideo": ["video.before=2", "video.size=[64,128]"],
 }
 REAL_DATA = ("selfie_", "_davis", "camvid", "still_camera")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from resq_rl.experiments.config.composition import load_settings
-from resq_rl.video import CamVidVideo, JoinedVideo, Split, WarpedVideo
+from resq_rl.video import CamVidVideo, CompositedVideo, JoinedVideo, Split, WarpedVideo
 from tests.experiments.config.test_configs import EXPERIMENTS
 
 GENERATED = {"GeneratedVideo", "GeneratedObjects", "FigureVideo"}  # splits show different scenes
@@ -34,6 +34,9 @@ def spans(dataset: Any, split: Split) -> list[Span]:
     """What a split shows."""
     if isinstance(dataset, JoinedVideo):
         return [span for source in dataset._datasets for span in spans(source, split)]
+    if isinstance(dataset, CompositedVideo):
+        more = [*dataset.objects.values(), *([dataset.grounds] if dataset.grounds else [])] if split == "train" else []
+        return [span for source in (dataset.source, *more) for span in spans(source, split)]
     if isinstance(dataset, WarpedVideo):
         return spans(dataset.source, split)
     parts = dataset._parts()[split]
@@ -64,4 +67,11 @@ def test_real_video_is_tested_a_second_from_what_is_learned(shared: Path, monkey
         for one, other in product(used, tested):
             assert one.gap(other) >= 1, f"{experiment}: {one} is used, {other} is tested"
         checked.add(experiment)
-    assert {"camvid", "camvid_network", "selfie_carphone", "selfie_davis", "still_camera"} <= checked
+    assert {
+        "camvid",
+        "camvid_network",
+        "selfie_carphone",
+        "selfie_davis",
+        "still_camera",
+        "vos_davis_network",
+    } <= checked
