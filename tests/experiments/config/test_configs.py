@@ -47,12 +47,14 @@ def test_every_experiment_composes_and_validates(experiment: str) -> None:
     load_settings("compare", [f"+experiment={experiment}"])
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("export", "run")])
-def test_every_command_takes_the_network_of_an_experiment(command: str) -> None:
-    """Also a command whose own network is another than that of the others."""
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_takes_the_choices_of_an_experiment(command: str) -> None:
+    """Also a command whose own network, video and task are others than those of most."""
     settings = load_settings(COMMANDS[command].config, ["+experiment=vos_davis_network"])
     assert settings.model.path == "resq_rl.perception.mask_propagation_net"
     assert settings.model.arguments["pretrained"] is True
+    assert settings.video.path == "resq_rl.video.CompositedVideo"
+    assert settings.task.path == "resq_rl.perception.MaskPropagation"
 
 
 def test_every_required_value_is_of_a_shipped_option() -> None:

@@ -55,8 +55,9 @@ def spans(dataset: Any, split: Split) -> list[Span]:
 def test_real_video_is_tested_a_second_from_what_is_learned(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RESQ_RL_SHARED", str(shared))
     checked = set()
-    for experiment in sorted(set(EXPERIMENTS) - ELSEWHERE):
-        video = load_settings("compare", [f"+experiment={experiment}"]).video
+    shown = [(name, [f"+experiment={name}"]) for name in sorted(set(EXPERIMENTS) - ELSEWHERE)]
+    for experiment, overrides in [*shown, ("by_sequence", ["video=still_camera_by_sequence"])]:
+        video = load_settings("compare", overrides).video
         if video.path.rpartition(".")[2] in GENERATED:
             continue
         dataset = video.build()
