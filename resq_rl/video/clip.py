@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Final, Literal, Protocol, get_args, runtime_checkable
 
 import torch
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from resq_rl.errors import VideoError
 
-__all__ = ["IGNORE", "SPLITS", "Clip", "Split", "VideoDataset", "check_split"]
+__all__ = ["IGNORE", "SPLITS", "Clip", "Split", "VideoDataset", "as_bytes", "check_split"]
 
 IGNORE: Final = 255
 """The label of a pixel that no metric counts."""
@@ -115,3 +115,8 @@ def check_split(split: str) -> Split:
         if split == known:
             return known
     raise VideoError(f"Unknown split {split!r}: use one of {', '.join(SPLITS)}.")
+
+
+def as_bytes(values: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
+    """The nearest bytes."""
+    return values.round().clamp(0, 255).byte()

@@ -7,12 +7,12 @@ from functools import cached_property
 from typing import Final, NamedTuple
 
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
 from resq_rl.errors import SettingsError, VideoError
-from resq_rl.video.clip import Clip, Split, VideoDataset, check_split
+from resq_rl.video.clip import Clip, Split, VideoDataset, as_bytes, check_split
 from resq_rl.video.framing import Framing, framing_of
 from resq_rl.video.images import check_count
 
@@ -163,7 +163,7 @@ class CompositedVideo:
         first, last = (1 + LIGHT * (2 * _uniform(generator) - 1) for _ in range(2))
         frames = frames * torch.linspace(first, last, self.frames)[:, None, None, None]
         frames = frames + torch.randn(frames.shape, generator=generator) * (255 * self.noise)
-        return Clip(_bytes(frames), labels, self.fps, name, f"{clip.origin} over {ground.origin}")
+        return Clip(as_bytes(frames), labels, self.fps, name, f"{clip.origin} over {ground.origin}")
 
     def _object(self, generator: torch.Generator) -> tuple[Clip, Int64[Tensor, " t"]]:
         """A clip and consecutive frames of it, of which the first shows an object."""
@@ -256,7 +256,3 @@ def _uniform(generator: torch.Generator) -> float:
 
 def _index(generator: torch.Generator, count: int) -> int:
     return int(torch.randint(count, (1,), generator=generator))
-
-
-def _bytes(values: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
-    return values.round().clamp(0, 255).byte()

@@ -4,12 +4,12 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
 from resq_rl.errors import SettingsError, VideoError
-from resq_rl.video.clip import IGNORE, SPLITS, Clip, Split, VideoDataset, check_split
+from resq_rl.video.clip import IGNORE, SPLITS, Clip, Split, VideoDataset, as_bytes, check_split
 from resq_rl.video.framing import Framing, framing_of
 from resq_rl.video.images import check_count, check_size
 
@@ -140,7 +140,7 @@ class WarpedVideo:
         known = (clip.labels[time].float() - IGNORE).expand(self.frames, 1, -1, -1)  # zeros outside mean unlabelled
         seen = F.grid_sample(frame, grid, padding_mode="border", align_corners=False)
         labels = F.grid_sample(known, grid, mode="nearest", padding_mode="zeros", align_corners=False)[:, 0] + IGNORE
-        moved = Clip(_bytes(seen), _bytes(labels), self.fps, f"warped/{clip.name}#{time}", clip.origin)
+        moved = Clip(as_bytes(seen), as_bytes(labels), self.fps, f"warped/{clip.name}#{time}", clip.origin)
         return self._resized(moved, generator)
 
     def _draw(self, generator: torch.Generator) -> Drive:
@@ -160,8 +160,4 @@ class WarpedVideo:
             labels = None if labels is None else F.interpolate(labels[:, None], self.size, mode="nearest-exact")[:, 0]
         if generator is not None and self.noise:
             frames = frames + torch.randn(frames.shape, generator=generator) * (255 * self.noise)
-        return Clip(_bytes(frames), labels, clip.fps, clip.name, clip.origin)
-
-
-def _bytes(values: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
-    return values.round().clamp(0, 255).byte()
+        return Clip(as_bytes(frames), labels, clip.fps, clip.name, clip.origin)
