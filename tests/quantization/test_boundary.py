@@ -118,8 +118,7 @@ def test_other_types_run_on_the_plain_kernels(dtype: torch.dtype, fast: Kernels)
 def arguments(name: str) -> dict[str, Any]:
     """Arguments of a compiled function, for tensors of four numbers."""
     kinds: dict[str, Any] = {"int64_t": 1, "float": 1.0, "double": 1.0, "const struct arguments_fit *": None}
-    kinds |= {"const int64_t *": torch.zeros(4, dtype=torch.int64)}
-    kinds |= {"int64_t *": torch.zeros(4, dtype=torch.int64)}
+    kinds |= dict.fromkeys(("int64_t *", "const int64_t *"), torch.zeros(4, dtype=torch.int64))
     kinds |= dict.fromkeys(("uint8_t *", "const uint8_t *"), torch.zeros(4, dtype=torch.uint8))
     kinds |= dict.fromkeys(("double *", "const double *"), torch.zeros(4, dtype=torch.float64))
     kinds |= {"const int32_t *": torch.zeros(4, dtype=torch.int32)}

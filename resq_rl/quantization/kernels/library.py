@@ -24,7 +24,8 @@ __all__ = ["ARGUMENTS", "MAY_LACK", "Arguments", "Function", "load"]
 
 log = logging.getLogger(__name__)
 
-# The arguments of every function in native.c, from which both its struct in C and the one that is filled here are made.
+# The fields of every struct of arguments in native.c, from which both the struct in C and the one that is filled here
+# are made: those of its functions, and "fit", whose address `encode` takes.
 _INTEGER, _NUMBER, _DOUBLE = "int64_t", "float", "double"
 _TILES = dict.fromkeys(("down", "across", "rows", "columns"), _INTEGER)
 _WINDOWS = _TILES | dict.fromkeys(("high", "wide", "step_rows", "step_columns", "lead_rows", "lead_columns"), _INTEGER)
